@@ -1,0 +1,1 @@
+"""Cria: makes trained neural networks smaller."""

@@ -1,0 +1,79 @@
+"""What a batch is: a tensor, a (inputs, target) pair, or a mapping of keyword arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cria_prune.errors import DataError
+
+Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+
+LABEL_KEYS = ("labels", "label", "target", "targets")
+
+
+def model_inputs(batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """Split a batch into the positional and keyword arguments of the model's forward.
+
+    A tensor is the one input. Of a tuple or list the first item is the input and the
+    second, if any, the target. A mapping is passed by keyword, without its labels.
+
+    Raises:
+        DataError: the batch is of another type or empty.
+    """
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, Mapping):
+        if batch:
+            return (), {key: value for key, value in batch.items() if key not in LABEL_KEYS}
+    elif isinstance(batch, (tuple, list)) and 1 <= len(batch) <= 2 and isinstance(batch[0], Tensor):
+        return (batch[0],), {}
+    raise DataError(
+        "A batch for the model",
+        f"found {describe(batch)}",
+        "Pass a tensor, an (inputs, target) pair of tensors, or a mapping of keyword arguments",
+    )
+
+
+def batch_target(batch: Batch) -> Tensor | None:
+    """Return the target of a batch, or None where it has none."""
+    if isinstance(batch, Mapping):
+        return next((batch[key] for key in LABEL_KEYS if key in batch), None)
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor):
+        return batch[1]
+    return None
+
+
+def batch_size(batch: Batch) -> int:
+    """Return the number of examples in a batch (the first dimension of its first tensor)."""
+    args, kwargs = model_inputs(batch)
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if not tensors or tensors[0].ndim == 0:
+        raise DataError(
+            "The number of examples in a batch",
+            f"found {describe(batch)}",
+            "The first tensor of a batch needs a leading batch dimension",
+        )
+    return int(tensors[0].shape[0])
+
+
+def move(batch: Any, device: torch.device | str) -> Any:
+    """Return the batch with every tensor on `device`; its container keeps its kind."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: move(value, device) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(move(value, device) for value in batch)
+    return batch
+
+
+def describe(value: Any) -> str:
+    """Name a value's type, and for containers the types inside, for an error text."""
+    name = type(value).__name__
+    if isinstance(value, (tuple, list)):
+        return f"{name} of {len(value)}: ({', '.join(type(item).__name__ for item in value[:4])})"
+    return f"{name} {tuple(value.shape)}" if isinstance(value, Tensor) else name

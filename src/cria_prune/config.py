@@ -1,0 +1,126 @@
+"""One validated, frozen configuration per stage; to and from JSON and YAML."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cria_prune.errors import ConfigError
+
+
+class StageConfig(BaseModel):
+    """Base of the configurations: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(
+                f"A {type(self).__name__}",
+                "; ".join(
+                    f"{'.'.join(map(str, item['loc']))}: {item['msg']} (found {item['input']!r})"
+                    for item in error.errors()
+                ),
+                f"Known keys: {', '.join(type(self).model_fields)}",
+            ) from error
+
+    def to_json(self) -> str:
+        """Return the configuration as indented JSON."""
+        return self.model_dump_json(indent=2)
+
+    def to_yaml(self) -> str:
+        """Return the configuration as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """Read a configuration from YAML or JSON (JSON is YAML).
+
+        Raises:
+            ConfigError: the text is not a mapping, or a key or value is not valid.
+        """
+        try:
+            values = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"A {cls.__name__} from text", str(error), "Write valid YAML or JSON") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"A {cls.__name__} from text", f"found {type(values).__name__}", "Write a mapping")
+        return cls(**values)
+
+
+class RecordConfig(StageConfig):
+    """How the neurons' signals are recorded."""
+
+    examples: int = Field(1024, ge=1, description="calibration examples used at most")
+    positions: int = Field(8, ge=1, description="spatial positions drawn per image and layer")
+    exact_units: int = Field(2048, ge=1, description="up to this many units the exact Gram matrix is kept")
+    sketch_columns: int = Field(2048, ge=2, description="columns of the countsketch above that")
+    seed: int = 0
+
+
+class ScoreConfig(StageConfig):
+    """How units are scored."""
+
+    criterion: str = "distortion-weighted"
+    neighbors: int = Field(32, ge=1, description="nearest neighbours per unit above 64 units")
+    ridge: float = Field(1e-2, gt=0, description="ridge on both Laplacians, in mean degrees")
+    pairs: int | float | Literal["all"] = "all"
+    sketch: int = Field(256, ge=1, description="sign vectors for the scores over all pairs at scale")
+    split_half: bool = True
+    seed: int = 0
+
+
+class PlanConfig(StageConfig):
+    """What to remove."""
+
+    reduction: float = Field(0.5, description="share to remove, between 0 and 1")
+    of: Literal["parameters", "prunable", "macs"] = "parameters"
+    rounds: int = Field(4, ge=1)
+    ranking: Literal["uniform", "global"] = "uniform"
+    floor: float = Field(0.1, ge=0, le=1, description="share of each group's units that always stays")
+
+
+class RecoverConfig(StageConfig):
+    """The one fine-tune after pruning."""
+
+    epochs: int = Field(3, ge=0)
+    lr: float = Field(0.05, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0)
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of all steps with a rising learning rate")
+    distill: float = Field(0.0, ge=0, le=1, description="weight of the dense model's soft targets in the loss")
+    temperature: float = Field(2.0, gt=0)
+    seed: int = 0
+
+
+class PruneConfig(StageConfig):
+    """Everything `prune` needs to know."""
+
+    record: RecordConfig = RecordConfig()
+    score: ScoreConfig = ScoreConfig()
+    plan: PlanConfig = PlanConfig()
+    verify: bool = True
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "score": {"criterion": "distortion", "pairs": "all"},
+        "plan": {"ranking": "uniform", "rounds": 4},
+    },
+}
+
+
+def preset(name: str, **plan: Any) -> PruneConfig:
+    """Return a named configuration; keyword arguments go to its plan.
+
+    Raises:
+        ConfigError: no such preset.
+    """
+    if name not in PRESETS:
+        raise ConfigError("A preset", f"found {name!r}", f"Known presets: {', '.join(PRESETS)}")
+    values = PRESETS[name]
+    return PruneConfig(**{**values, "plan": {**values.get("plan", {}), **plan}})

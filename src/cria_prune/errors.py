@@ -1,0 +1,53 @@
+"""Errors for users: what was asked, what was found, what to do."""
+
+from __future__ import annotations
+
+
+class CriaError(Exception):
+    """Base class of every error that Cria raises for a user to read.
+
+    Args:
+        asked: what the caller wanted.
+        found: what Cria met instead.
+        todo: what to do about it.
+    """
+
+    def __init__(self, asked: str, found: str, todo: str) -> None:
+        self.asked, self.found, self.todo = asked, found, todo
+        super().__init__(f"{asked}: {found}. {todo}")
+
+
+class CaptureError(CriaError):
+    """The model's operations could not be captured."""
+
+
+class DataError(CriaError, ValueError):
+    """Batches, examples or data files are not what the model needs."""
+
+
+class SignalError(CriaError, ValueError):
+    """A recorded signal or a weight holds NaN or infinity, or too little to score."""
+
+
+class CriterionError(CriaError, ValueError):
+    """A criterion is unknown, or lacks what it needs."""
+
+
+class TargetError(CriaError, ValueError):
+    """A reduction is out of range or cannot be reached."""
+
+
+class StructureError(CriaError):
+    """Groups, plan and model do not fit together, or nothing can be pruned."""
+
+
+class VerificationError(CriaError):
+    """The pruned model and the masked model differ."""
+
+
+class ArtifactError(CriaError):
+    """A file or folder cannot be read or written as a Cria checkpoint."""
+
+
+class ConfigError(CriaError, ValueError):
+    """A configuration holds an unknown key or a value out of range."""

@@ -1,0 +1,174 @@
+"""Unit groups: the parameter slices that leave a network together.
+
+Legend: n = positions along a tensor's dimension, units = units in a group, width = positions per unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+Role = Literal["produces", "consumes", "follows"]
+Site = Literal["output", "input"]
+
+
+@dataclass(frozen=True)
+class ParameterSlice:
+    """Where a group's units lie in one tensor of the model.
+
+    Attributes:
+        tensor: qualified name of a parameter or buffer.
+        dim: the dimension that the units lie along.
+        positions: (units, width) int64, the positions of each unit along `dim`.
+        role: `produces` (output dimension of a weight), `consumes` (a dimension that the
+            weight sums over), or `follows` (bias, batch norm statistics, depthwise filters).
+    """
+
+    tensor: str
+    dim: int
+    positions: np.ndarray
+    role: Role
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where a signal of a group can be read while the model runs.
+
+    Attributes:
+        tensor: the operation is the one that is called with this parameter or buffer
+            (a weight, or for a batch norm its weight, else its running mean).
+        site: read the operation's `output` (input-side signal, before the activation)
+            or its data `input` (output-side signal).
+        dim: the dimension of that activation along which the units lie (1 or -1).
+        positions: (units, width) int64, positions of each unit along `dim`.
+    """
+
+    tensor: str
+    site: Site
+    dim: int
+    positions: np.ndarray
+
+
+@dataclass(frozen=True)
+class UnitGroup:
+    """Units that can be removed one by one, each with all its parameter slices.
+
+    Attributes:
+        name: the module that produces the first slice; stable over rounds.
+        kind: `channel` (convolution) or `neuron` (fully connected).
+        size: units now; `original_size`: units in the dense model.
+        slices: what leaves with a unit.
+        inputs: taps of the input-side signal; outputs: taps of the output-side signal.
+        frozen: why the group cannot be pruned, or None.
+    """
+
+    name: str
+    kind: str
+    size: int
+    original_size: int
+    slices: tuple[ParameterSlice, ...]
+    inputs: tuple[Tap, ...] = ()
+    outputs: tuple[Tap, ...] = ()
+    frozen: str | None = None
+
+    @property
+    def producers(self) -> tuple[ParameterSlice, ...]:
+        """Slices along output dimensions of weights."""
+        return tuple(item for item in self.slices if item.role == "produces")
+
+    @property
+    def consumers(self) -> tuple[ParameterSlice, ...]:
+        """Slices along dimensions that a weight sums over."""
+        return tuple(item for item in self.slices if item.role == "consumes")
+
+
+@dataclass(frozen=True)
+class UnitGroups:
+    """The structure of a model: its groups and what they cost.
+
+    Attributes:
+        groups: every group, frozen ones too, in the order of the network.
+        shapes: shape of every parameter and buffer that a group touches or that is counted.
+        parameters: names of the parameters (each counted once; tied names appear once).
+        positions: weight name -> multiply-accumulates per element of that weight and example,
+            so that MACs = sum over weights of positions * elements.
+    """
+
+    groups: tuple[UnitGroup, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    parameters: tuple[str, ...]
+    positions: Mapping[str, float]
+
+    def __iter__(self) -> Iterator[UnitGroup]:
+        return iter(self.groups)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, name: str) -> UnitGroup:
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise KeyError(f"no group {name!r}; known: {', '.join(group.name for group in self.groups)}")
+
+    @property
+    def prunable(self) -> tuple[UnitGroup, ...]:
+        """The groups that are not frozen and have more than one unit."""
+        return tuple(group for group in self.groups if group.frozen is None and group.size > 1)
+
+
+def removed_positions(
+    groups: Sequence[UnitGroup], kept: Mapping[str, Sequence[int]]
+) -> dict[tuple[str, int], np.ndarray]:
+    """Positions that leave each (tensor, dim) when only the `kept` units of the named groups stay."""
+    removed: dict[tuple[str, int], list[np.ndarray]] = {}
+    for group in groups:
+        if group.name in kept:
+            gone = np.setdiff1d(np.arange(group.size), np.asarray(kept[group.name], dtype=np.int64))
+            for item in group.slices:
+                removed.setdefault((item.tensor, item.dim), []).append(item.positions[gone].ravel())
+    return {key: np.unique(np.concatenate(parts)) for key, parts in removed.items()}
+
+
+def shrink(groups: UnitGroups, kept: Mapping[str, Sequence[int]]) -> UnitGroups:
+    """Return the groups of the model after only the `kept` units (indices now) of the named groups stay."""
+    removed = removed_positions(groups.groups, kept)
+    taps: dict[tuple[str, Site], list[np.ndarray]] = {}
+    for group in groups:
+        gone = np.setdiff1d(np.arange(group.size), np.asarray(kept.get(group.name, range(group.size)), dtype=np.int64))
+        for tap in (*group.inputs, *group.outputs):
+            taps.setdefault((tap.tensor, tap.site), []).append(tap.positions[gone].ravel())
+    left = {key: np.unique(np.concatenate(parts)) for key, parts in taps.items()}
+
+    def renumber(positions: np.ndarray, stays: np.ndarray, gone: np.ndarray | None) -> np.ndarray:
+        rows = positions[stays]
+        return rows if gone is None else rows - np.searchsorted(gone, rows)
+
+    def smaller(group: UnitGroup) -> UnitGroup:
+        stays = np.asarray(kept.get(group.name, range(group.size)), dtype=np.int64)
+        return replace(
+            group,
+            size=len(stays),
+            slices=tuple(
+                replace(item, positions=renumber(item.positions, stays, removed.get((item.tensor, item.dim))))
+                for item in group.slices
+            ),
+            inputs=tuple(
+                replace(tap, positions=renumber(tap.positions, stays, left[tap.tensor, tap.site]))
+                for tap in group.inputs
+            ),
+            outputs=tuple(
+                replace(tap, positions=renumber(tap.positions, stays, left[tap.tensor, tap.site]))
+                for tap in group.outputs
+            ),
+        )
+
+    shapes = dict(groups.shapes)
+    for (tensor, dim), gone in removed.items():
+        shape = list(shapes[tensor])
+        shape[dim] -= len(gone)
+        shapes[tensor] = tuple(shape)
+    return replace(groups, groups=tuple(smaller(group) for group in groups), shapes=shapes)
