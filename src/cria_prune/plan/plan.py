@@ -1,9 +1,18 @@
-"""The Plan: what stays of every group, and of every tensor."""
+"""The Plan: what stays of every group, and of every tensor; as a table and as JSON."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Self, get_args
+
+from cria_prune.errors import ArtifactError
+from cria_prune.structure.groups import Role
+
+FORMAT, VERSION = "cria-plan", 1
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,8 @@ class Plan:
     Attributes:
         sizes: group name -> units before.
         kept: group name -> unit indices that stay, ascending.
-        cuts: the same as positions in tensors: all that surgery needs.
+        cuts: the same as positions in tensors: all that surgery needs. A tensor
+            dimension that stays whole has no cut.
         report: asked, reached and reachable shares and their denominators.
     """
 
@@ -40,3 +50,131 @@ class Plan:
     kept: Mapping[str, tuple[int, ...]]
     cuts: tuple[TensorCut, ...]
     report: Mapping[str, float | str]
+
+    def __str__(self) -> str:
+        width = max([5, *(len(name) for name in self.sizes)])
+        lines = [f"{'group':<{width}}  {'units':>7}  {'kept':>7}  {'share':>6}"]
+        for name, size in self.sizes.items():
+            stays = len(self.kept[name])
+            lines.append(f"{name:<{width}}  {size:>7}  {stays:>7}  {stays / max(size, 1):>6.1%}")
+        said = {key: value for key, value in self.report.items() if not isinstance(value, str)}
+        if "reached" in said:
+            lines.append(
+                f"removed {said['reached']:.2%} of the {self.report.get('of', 'cost')}"
+                + (f", asked {said['asked']:.2%}" if "asked" in said else "")
+                + (f", at most {said['reachable']:.2%}" if "reachable" in said else "")
+            )
+        for key in ("parameters", "macs"):
+            if key in said and f"{key}_dense" in said:
+                lines.append(f"{key}: {said[f'{key}_dense']:,.0f} -> {said[key]:,.0f}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain dictionaries and lists, ready for JSON."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "sizes": dict(self.sizes),
+            "kept": {name: list(stays) for name, stays in self.kept.items()},
+            "cuts": [
+                {"tensor": c.tensor, "dim": c.dim, "size": c.size, "kept": list(c.kept), "role": c.role}
+                for c in self.cuts
+            ],
+            "report": dict(self.report),
+        }
+
+    def to_json(self) -> str:
+        """Return the plan as one line of JSON."""
+        return json.dumps(self.to_dict(), allow_nan=False)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Self:
+        """Read a plan from what `to_dict` gives, and check all of it.
+
+        Raises:
+            ArtifactError: a key, type, range, order or size is wrong; the text says which.
+        """
+        fields = _mapping(values, "the plan", ("format", "version", "sizes", "kept", "cuts", "report"))
+        if fields["format"] != FORMAT or fields["version"] != VERSION:
+            raise _wrong(
+                f"format {fields['format']!r} version {fields['version']!r}, not {FORMAT!r} {VERSION}"
+            )
+        sizes = {
+            name: _integer(size, f"sizes[{name!r}]", 1)
+            for name, size in _mapping(fields["sizes"], "sizes").items()
+        }
+        kept = _mapping(fields["kept"], "kept")
+        if set(kept) != set(sizes):
+            raise _wrong(f"groups {sorted(set(kept) ^ set(sizes))} in only one of sizes and kept")
+        if not isinstance(fields["cuts"], list):
+            raise _wrong(f"cuts is a {type(fields['cuts']).__name__}, not a list")
+        cuts = tuple(_cut(value, number) for number, value in enumerate(fields["cuts"]))
+        if len({(cut.tensor, cut.dim) for cut in cuts}) != len(cuts):
+            raise _wrong("two cuts of one tensor dimension")
+        return cls(
+            sizes=sizes,
+            kept={name: _ascending(kept[name], f"kept[{name!r}]", size) for name, size in sizes.items()},
+            cuts=cuts,
+            report={key: _said(value, key) for key, value in _mapping(fields["report"], "report").items()},
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read a plan from the text that `to_json` gives.
+
+        Raises:
+            ArtifactError: the text is not JSON, or not a valid plan.
+        """
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise _wrong(f"no JSON, {error}") from error
+        return cls.from_dict(values)
+
+
+def _wrong(found: str) -> ArtifactError:
+    return ArtifactError("Reading a plan", f"found {found}", "Use a plan that Cria wrote, unchanged")
+
+
+def _mapping(value: Any, what: str, keys: tuple[str, ...] | None = None) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise _wrong(f"{what} is a {type(value).__name__}, not a mapping of names")
+    if keys is not None and set(value) != set(keys):
+        missing, unknown = sorted(set(keys) - set(value)), sorted(set(value) - set(keys))
+        raise _wrong(f"{what} without {missing}, with unknown {unknown}")
+    return value
+
+
+def _integer(value: Any, what: str, least: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise _wrong(f"{what} = {str(value)[:40]!r}, not an integer of at least {least}")
+    return value
+
+
+def _ascending(value: Any, what: str, size: int) -> tuple[int, ...]:
+    if not isinstance(value, list) or not value:
+        raise _wrong(f"{what} is a {type(value).__name__} without items, not a list of indices")
+    for item in value:
+        _integer(item, f"an index in {what}", 0)
+    if any(later <= earlier for earlier, later in pairwise(value)):
+        raise _wrong(f"{what} is not in ascending order")
+    if value[-1] >= size:
+        raise _wrong(f"{what} holds the index {value[-1]}, but the size is {size}")
+    return tuple(value)
+
+
+def _cut(value: Any, number: int) -> TensorCut:
+    what = f"cuts[{number}]"
+    fields = _mapping(value, what, ("tensor", "dim", "size", "kept", "role"))
+    if not isinstance(fields["tensor"], str) or fields["role"] not in get_args(Role):
+        raise _wrong(f"{what} for tensor {fields['tensor']!r} with role {fields['role']!r}")
+    size = _integer(fields["size"], f"{what}.size", 1)
+    kept = _ascending(fields["kept"], f"{what}.kept", size)
+    return TensorCut(fields["tensor"], _integer(fields["dim"], f"{what}.dim", 0), size, kept, fields["role"])
+
+
+def _said(value: Any, key: str) -> float | str:
+    good = isinstance(value, (int, float, str)) and not isinstance(value, bool)
+    if not good or (isinstance(value, float) and not math.isfinite(value)):
+        raise _wrong(f"report[{key!r}] = {str(value)[:40]!r}, neither a finite number nor a text")
+    return value

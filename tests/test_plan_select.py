@@ -1,0 +1,180 @@
+"""Which units leave: order, floor, ties, targets and every error."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cria_prune.errors import SignalError, StructureError, TargetError
+from cria_prune.plan.budget import Budget, largest_reachable
+from cria_prune.plan.select import select
+from cria_prune.structure.groups import UnitGroup, UnitGroups, shrink
+from test_plan_budget import convnet, counts, piece, random_groups, slow_shapes
+
+
+def two_layers(a: int = 10, b: int = 10, cost: int = 1) -> UnitGroups:
+    """Two independent groups; a unit of `a` costs 1 parameter, one of `b` costs `cost`."""
+    return UnitGroups(
+        (
+            UnitGroup("a", "neuron", a, a, (piece("wa", 0, a),)),
+            UnitGroup("b", "neuron", b, b, (piece("wb", 0, b),)),
+        ),
+        {"wa": (a, 1), "wb": (b, cost)},
+        ("wa", "wb"),
+        {"wa": 1.0, "wb": 1.0},
+    )
+
+
+def random_scores(groups, rng):
+    return {group.name: rng.integers(0, 4, group.size).astype(float) for group in groups.prunable}
+
+
+def test_uniform_takes_the_same_share_of_every_group():
+    groups = two_layers(10, 20)
+    scores = {"a": np.arange(10.0) * 1000, "b": np.arange(20.0)[::-1]}
+    kept = select(groups, scores, 0.5, floor=0.0)
+    assert kept["a"].tolist() == [5, 6, 7, 8, 9]
+    assert kept["b"].tolist() == list(range(10))
+
+
+def test_global_lets_units_of_all_groups_compete():
+    groups = two_layers(4, 4)
+    scores = {"a": np.array([1.0, 1, 1, 5]), "b": np.array([2.0, 2, 2, 2])}
+    # relative: a = .5 .5 .5 2.5, b = 1 1 1 1
+    assert {k: v.tolist() for k, v in select(groups, scores, 0.5, ranking="global").items()} == {
+        "a": [3],
+        "b": [1, 2, 3],
+    }
+
+
+def test_global_takes_first_what_frees_most():
+    groups = two_layers(4, 4, cost=10)
+    scores = {"a": np.ones(4), "b": np.ones(4)}
+    kept = select(groups, scores, 0.5, ranking="global")
+    assert kept["a"].tolist() == [0, 1, 2, 3]
+    assert kept["b"].tolist() == [3]
+
+
+def test_global_does_not_depend_on_the_scale_of_a_group():
+    groups, rng = two_layers(), np.random.default_rng(0)
+    scores = {"a": rng.random(10), "b": rng.random(10)}
+    first = select(groups, scores, 0.4, ranking="global")
+    second = select(groups, {"a": scores["a"] * 4096, "b": scores["b"]}, 0.4, ranking="global")
+    assert all((first[name] == second[name]).all() for name in first)
+
+
+@pytest.mark.parametrize("ranking", ["uniform", "global"])
+def test_ties_go_by_group_order_then_index(ranking):
+    groups = two_layers()
+    flat = {"a": np.ones(10), "b": np.ones(10)}
+    kept = select(groups, flat, 0.25, ranking=ranking)
+    expected = ([3, 4, 5, 6, 7, 8, 9], [2, 3, 4, 5, 6, 7, 8, 9])
+    if ranking == "global":
+        expected = ([5, 6, 7, 8, 9], list(range(10)))
+    assert (kept["a"].tolist(), kept["b"].tolist()) == expected
+    zero = {"a": np.zeros(10), "b": np.zeros(10)}
+    assert select(groups, zero, 0.25, ranking=ranking)["a"].tolist() == expected[0]
+
+
+@pytest.mark.parametrize("of", ["parameters", "prunable", "macs"])
+@pytest.mark.parametrize("ranking", ["uniform", "global"])
+@pytest.mark.parametrize("seed", range(12))
+def test_the_prefix_is_the_shortest_that_reaches(seed, ranking, of):
+    """Reached, floor kept, ascending; against the arrays; and a smaller target gives a superset."""
+    rng = np.random.default_rng(seed)
+    groups = random_groups(rng)
+    if not groups.prunable:
+        pytest.skip("all frozen")
+    scores, budget = random_scores(groups, rng), Budget(groups, of)
+    reachable, floor = largest_reachable(groups, 0.2, of), 0.2
+    before = None
+    for target in np.linspace(reachable * 0.05, reachable * 0.999999, 7):
+        kept = select(groups, scores, float(target), of=of, ranking=ranking, floor=floor)
+        left = slow_shapes(groups, kept)
+        slow = sum(weight * left[name] for name, weight in budget.weights.items())
+        assert 1 - slow / budget.total >= target - 1e-9
+        for group in groups.prunable:
+            stays = kept[group.name]
+            assert len(stays) >= max(1, np.ceil(floor * group.size))
+            assert (np.diff(stays) > 0).all() and stays.dtype == np.int64
+            gone = np.setdiff1d(np.arange(group.size), stays)
+            if len(gone):
+                assert scores[group.name][gone].max() <= scores[group.name][stays].min()
+            if before is not None:
+                assert set(stays) <= set(before[group.name])
+        before = kept
+
+
+def test_one_unit_fewer_would_not_reach():
+    groups, budget = two_layers(), Budget(two_layers())
+    scores = {"a": np.arange(10.0), "b": np.arange(10.0)}
+    for target in (0.05, 0.051, 0.3, 0.7, 0.9):
+        kept = counts(select(groups, scores, target))
+        gone = 20 - sum(kept.values())
+        assert gone == int(np.ceil(round(target * 20, 9)))
+        assert budget.reduction(groups, kept) >= target - 1e-12
+
+
+def test_rounds_end_where_one_round_ends_and_units_stay_even():
+    dense = two_layers(16, 32)
+    rng = np.random.default_rng(1)
+    groups = dense
+    for round_number in range(1, 5):
+        scores = {group.name: rng.random(group.size) for group in groups.prunable}
+        groups = shrink(groups, select(groups, scores, round_number * 0.5 / 4, dense=dense))
+    assert [group.size for group in groups] == [8, 16]
+    assert [group.original_size for group in groups] == [16, 32]
+    # The target is met already: nothing more leaves.
+    again = select(groups, {group.name: np.ones(group.size) for group in groups}, 0.5, dense=dense)
+    assert [len(stays) for stays in again.values()] == [8, 16]
+
+
+def test_the_floor_counts_original_units_over_rounds():
+    dense = two_layers(10, 10)
+    groups = shrink(dense, {"a": [0, 1, 2], "b": range(10)})
+    scores = {"a": np.zeros(3), "b": np.ones(10)}
+    kept = select(groups, scores, 0.6, dense=dense, floor=0.3)
+    assert len(kept["a"]) == 3 and len(kept["b"]) == 5
+
+
+def test_beyond_reach_prints_the_largest_share():
+    scores = {"a": np.ones(10), "b": np.ones(10)}
+    with pytest.raises(
+        TargetError, match=r"Removing 80.00% of the parameters: at most 70.00% can be removed"
+    ):
+        select(two_layers(), scores, 0.8, floor=0.3)
+    kept = select(two_layers(), scores, 0.7, floor=0.3)
+    assert counts(kept) == {"a": 3, "b": 3}
+
+
+@pytest.mark.parametrize("target", [0, 1, -0.1, 1.5, float("nan"), "0.5", True, None])
+def test_targets_out_of_range(target):
+    with pytest.raises(TargetError, match="not between 0 and 1"):
+        select(two_layers(), {}, target)
+
+
+@pytest.mark.parametrize(
+    ("scores", "error", "text"),
+    [
+        ({"a": np.ones(10)}, StructureError, r"group 'b'.*no scores for it, only for \['a'\]"),
+        ({"a": np.ones(10), "b": np.ones(9)}, StructureError, r"10 units.*shape \(9,\)"),
+        ({"a": np.ones(10), "b": np.r_[np.ones(9), np.nan]}, SignalError, "1 of 10 scores are NaN"),
+        ({"a": np.ones(10), "b": np.r_[np.ones(9), np.inf]}, SignalError, "1 of 10 scores are NaN"),
+        ({"a": np.ones(10), "b": -np.ones(10)}, SignalError, "negative scores, the lowest -1"),
+    ],
+)
+def test_scores_that_do_not_fit(scores, error, text):
+    with pytest.raises(error, match=text):
+        select(two_layers(), scores, 0.5, ranking="global")
+
+
+def test_unknown_ranking():
+    with pytest.raises(TargetError, match="Known: uniform, global"):
+        select(two_layers(), {}, 0.5, ranking="best")
+
+
+def test_nothing_to_prune_says_why():
+    groups = convnet()
+    only = UnitGroups(groups.groups[2:], groups.shapes, groups.parameters, groups.positions)
+    with pytest.raises(StructureError, match="fc: it is the model's output"):
+        select(only, {}, 0.5)
