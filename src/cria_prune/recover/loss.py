@@ -1,0 +1,103 @@
+"""Losses of the fine-tune: cross-entropy on the targets, and soft targets from a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cria_prune.batches import Batch, batch_target, describe, model_inputs
+from cria_prune.errors import DataError
+
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the logits in a model's output: a tensor, an object with `.logits`, or a tuple's first item.
+
+    Raises:
+        DataError: the output is of another kind.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(getattr(output, "logits", None), Tensor):
+        return output.logits
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        return output[0]
+    raise DataError(
+        "The logits of the model",
+        f"its output is {describe(output)}",
+        "Return a tensor, an object with `.logits`, or a tuple that starts with the logits",
+    )
+
+
+def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the mean cross-entropy (nats) of the logits (batch, classes) against targets (batch,).
+
+    Raises:
+        DataError: the batch holds no target.
+    """
+    target = batch_target(batch)
+    if target is None:
+        raise DataError(
+            "The cross-entropy of a batch",
+            f"found no target in {describe(batch)}",
+            "Pass (inputs, target) pairs or mappings with labels, or your own loss(model, batch)",
+        )
+    args, kwargs = model_inputs(batch)
+    return functional.cross_entropy(logits_of(model(*args, **kwargs)), target)
+
+
+def soft_targets(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return T^2 KL(teacher || student) at temperature T, in nats per prediction.
+
+    Both logits are (..., classes); Hinton, Vinyals and Dean 2015, section 2.
+
+    Raises:
+        DataError: the shapes differ.
+    """
+    if student.shape != teacher.shape:
+        raise DataError(
+            "Distillation",
+            f"the logits are {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}",
+            "Pass as teacher the dense model of the same task",
+        )
+    classes = student.shape[-1]
+    goal = functional.log_softmax(teacher.reshape(-1, classes) / temperature, dim=-1)
+    found = functional.log_softmax(student.reshape(-1, classes) / temperature, dim=-1)
+    return temperature**2 * functional.kl_div(found, goal, reduction="batchmean", log_target=True)
+
+
+class Distilled:
+    """(1 - weight) * loss + weight * soft targets, from one forward of the model.
+
+    The model's output is taken while `loss` runs it, by a hook that is released at once.
+
+    Args:
+        loss: the loss on the targets.
+        teacher: a model in eval mode on the batches' device; its outputs are not differentiated.
+        weight: share of the soft targets, from 0 to 1.
+        temperature: divides both logits.
+    """
+
+    def __init__(self, loss: Loss, teacher: nn.Module, weight: float, temperature: float) -> None:
+        self.loss, self.teacher, self.weight, self.temperature = loss, teacher, weight, temperature
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the combined loss of a batch, a scalar in nats."""
+        outputs: list[Any] = []
+        handle = model.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+        try:
+            hard = self.loss(model, batch)
+        finally:
+            handle.remove()
+        if not outputs:
+            raise DataError("Distillation", "the loss did not call the model", "Call model(...) in the loss")
+        args, kwargs = model_inputs(batch)
+        with torch.no_grad():
+            goal = logits_of(self.teacher(*args, **kwargs))
+        soft = soft_targets(logits_of(outputs[-1]), goal, self.temperature)
+        return (1 - self.weight) * hard + self.weight * soft

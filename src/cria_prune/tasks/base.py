@@ -1,0 +1,148 @@
+"""What a task is: data in three splits, a metric, and a dense model to start from."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cria_prune.batches import Batch, batch_target, describe, model_inputs, move
+from cria_prune.config import RecoverConfig
+from cria_prune.errors import DataError
+from cria_prune.progress import Progress, track
+from cria_prune.recover.guard import channels_last, modes_kept
+from cria_prune.recover.loss import logits_of
+
+EpochBatches = Callable[[int], Iterable[Batch]]
+
+
+class Task(ABC):
+    """Data, metric and dense model of a recipe.
+
+    Three splits that share no example: `train` for the fine-tune and the calibration, `validation` to choose
+    the best epoch, `test` for the final figures only.
+
+    Attributes:
+        name: the task's name in `TASKS`.
+        architecture: the dense model's name in `ARCHITECTURES`.
+        example: inputs for capturing the model, (2, ...).
+        metric: name of what `evaluate` returns.
+        recover_defaults: the fine-tune that suits the task.
+    """
+
+    name: str
+    architecture: str
+    example: Tensor
+    metric: str
+    recover_defaults: RecoverConfig
+
+    @abstractmethod
+    def dense(self, seed: int = 0, progress: Progress | None = None) -> nn.Module:
+        """Return the trained dense model in eval mode: loaded, or trained from the seed on the spot."""
+
+    @abstractmethod
+    def train_batches(
+        self, seed: int = 0, batch_size: int | None = None, augment: bool = True
+    ) -> EpochBatches:
+        """Return a function from the epoch to its shuffled batches; the same seed gives the same batches."""
+
+    @abstractmethod
+    def calibration(self, examples: int, seed: int = 0) -> list[Batch]:
+        """Return the first `examples` of a seeded permutation of the train split, as they are."""
+
+    @abstractmethod
+    def validation_batches(self, limit: int | None = None) -> Iterable[Batch]:
+        """Return the validation split, or its first `limit` examples, in order."""
+
+    @abstractmethod
+    def test_batches(self, limit: int | None = None) -> Iterable[Batch]:
+        """Return the test split, or its first `limit` examples, in order."""
+
+    @abstractmethod
+    def fingerprint(self, *splits: str) -> str:
+        """Return the SHA-256, in hex, of the splits' inputs and targets (of all three if none is named)."""
+
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch], progress: Progress | None = None) -> float:
+        """Return the metric of the model on the batches, higher is better."""
+        return evaluate(model, batches, progress=progress)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> float:
+    """Return the accuracy of a classifier as a share of one.
+
+    The model runs in eval mode without gradients; its modes are put back.
+
+    Args:
+        model: maps inputs to logits (batch, classes).
+        batches: (inputs, target) pairs or mappings with labels, targets (batch,).
+        device: where the batches go; where the model is if None. The model is not moved.
+        progress: where to show how far it is; silent if None.
+
+    Raises:
+        DataError: there is no batch, or a batch has no target.
+    """
+    first = next(model.parameters(), None)
+    place = torch.device(device or ("cpu" if first is None else first.device))
+    right = seen = 0
+    with modes_kept(model), channels_last(model) if place.type == "cpu" else nullcontext():
+        model.eval()
+        for batch in track(batches, label="evaluate", progress=progress):
+            target = batch_target(batch)
+            if target is None:
+                raise DataError(
+                    "An accuracy", f"found no target in {describe(batch)}", "Pass (inputs, target)"
+                )
+            args, kwargs = model_inputs(move(batch, place))
+            found = logits_of(model(*args, **kwargs)).argmax(dim=-1)
+            right += int((found == target.to(found.device)).sum())
+            seen += target.numel()
+    if not seen:
+        raise DataError("An accuracy", "found no examples", "Pass at least one batch; an iterator runs out")
+    return right / seen
+
+
+def fingerprint(*tensors: Tensor) -> str:
+    """Return the SHA-256, in hex, of the tensors' types, shapes and values."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        array = tensor.detach().cpu().contiguous()
+        digest.update(f"{array.dtype} {tuple(array.shape)}".encode())
+        digest.update(array.view(torch.uint8).numpy() if array.ndim else array.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def data_root() -> Path:
+    """Return the folder of data and models: the environment's CRIA_DATA, or ../shared."""
+    return Path(os.environ.get("CRIA_DATA") or "../shared")
+
+
+def data_file(relative: str, layout: str) -> Path:
+    """Return the path of a data file under `data_root`.
+
+    Args:
+        relative: path below the root.
+        layout: how to get the files, for the error.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    path = data_root() / relative
+    if not path.is_file():
+        raise DataError(
+            f"The file {relative}",
+            f"not found under {data_root()}",
+            f"Set CRIA_DATA to a folder that holds it. {layout}",
+        )
+    return path
