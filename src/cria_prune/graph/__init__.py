@@ -1,0 +1,18 @@
+"""Signals of neurons -> moments -> a graph of the neurons."""
+
+from cria_prune.graph.accumulator import MomentAccumulator
+from cria_prune.graph.graph import Graph
+from cria_prune.graph.learn import learn_graph, refine_graph
+from cria_prune.graph.moments import Moments, dead_units
+from cria_prune.graph.neighbors import edge_distances, nearest_neighbors
+
+__all__ = [
+    "Graph",
+    "MomentAccumulator",
+    "Moments",
+    "dead_units",
+    "edge_distances",
+    "learn_graph",
+    "nearest_neighbors",
+    "refine_graph",
+]

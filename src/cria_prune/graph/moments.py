@@ -5,12 +5,18 @@ Legend: d = units, M = samples, r = sketch columns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
+import torch
 from torch import Tensor
 
+from cria_prune.errors import SignalError
 
-@dataclass(frozen=True)
+DEAD_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
 class Moments:
     """Mean and centred second moments of signals (d, M); sums over samples, so they merge exactly.
 
@@ -21,6 +27,10 @@ class Moments:
         covariance: (d, d) float64, X_c X_c^T / M of the centred rows; None where a sketch stands in.
         sketch: (d, r) float32 centred countsketch S, S S^T / M ~ covariance, rows scaled to their
             exact variance; None where the covariance is kept.
+
+    Example:
+        >>> Moments.from_signals(torch.tensor([[1.0, 3.0], [2.0, 2.0]]))
+        Moments of 2 units over 2 samples, exact covariance
     """
 
     samples: int
@@ -33,3 +43,92 @@ class Moments:
     def units(self) -> int:
         """d."""
         return int(self.mean.shape[0])
+
+    @classmethod
+    def from_signals(cls, X: Tensor) -> Self:
+        """Return the exact moments of signals X (units, samples), computed in float64.
+
+        Raises:
+            SignalError: X is not a matrix, or has no sample.
+        """
+        if X.ndim != 2 or X.shape[1] == 0:
+            raise SignalError(
+                "Moments of signals", f"found shape {tuple(X.shape)}", "Pass (units, samples), samples >= 1"
+            )
+        mean, covariance = centred_gram(X)
+        covariance = covariance / X.shape[1]
+        return cls(X.shape[1], mean, covariance.diagonal().clone(), covariance)
+
+    def merge(self, other: Moments) -> Moments:
+        """Return the moments of both sets of samples together (Chan, Golub and LeVeque's formula).
+
+        Exact for mean, variance and covariance. Two sketches cannot be told from raw sums any more: use
+        `MomentAccumulator.merge`, which keeps them.
+
+        Raises:
+            SignalError: the numbers of units differ, or one side holds a sketch.
+        """
+        if self.units != other.units or self.covariance is None or other.covariance is None:
+            raise SignalError(
+                "Merging moments",
+                f"found {self} and {other}",
+                "Merge exact ones; accumulators merge sketches",
+            )
+        total = self.samples + other.samples
+        a, b = self.samples / total, other.samples / total
+        step = other.mean - self.mean
+        covariance = a * self.covariance + b * other.covariance + a * b * torch.outer(step, step)
+        return Moments(total, self.mean + b * step, covariance.diagonal().clone(), covariance)
+
+    def select(self, indices: Tensor) -> Moments:
+        """Return the moments of the units at `indices` (n,) int64, in that order."""
+        indices = indices.to(self.mean.device)
+        covariance = self.covariance
+        return replace(
+            self,
+            mean=self.mean[indices],
+            variance=self.variance[indices],
+            covariance=None if covariance is None else covariance[indices][:, indices],
+            sketch=None if self.sketch is None else self.sketch[indices],
+        )
+
+    def check_finite(self, name: str) -> None:
+        """Check that every moment is a finite number.
+
+        Raises:
+            SignalError: NaN or infinity; the text names `name` and counts the units.
+        """
+        bad = ~(torch.isfinite(self.mean) & torch.isfinite(self.variance))
+        for second in (self.covariance, self.sketch):
+            # A finite sum of absolute values needs no (d, d) mask.
+            if second is not None and not torch.isfinite(second.abs().sum(dtype=torch.float64)):
+                bad = bad | ~torch.isfinite(second).all(dim=1)
+        if bad.any():
+            first = int(bad.nonzero()[0])
+            raise SignalError(
+                f"The signals of {name}",
+                f"found NaN or infinity in {int(bad.sum())} of {self.units} units, the first is unit {first}",
+                "Check the model's weights and the calibration batches for overflow, or run it in float32",
+            )
+
+    def __repr__(self) -> str:
+        kind = "exact covariance"
+        if self.covariance is None:
+            kind = "no second moments" if self.sketch is None else f"sketch of {self.sketch.shape[1]} columns"
+        return f"Moments of {self.units} units over {self.samples} samples, {kind}"
+
+
+def centred_gram(X: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean (d,) and the Gram matrix of the centred rows (d, d) of X (d, M), in float64."""
+    X = X.detach().to(torch.float64)
+    mean = X.mean(dim=1)
+    centred = X - mean[:, None]
+    return mean, centred @ centred.T
+
+
+def dead_units(moments: Moments) -> Tensor:
+    """Return which units are constant over the samples: (d,) bool.
+
+    A unit is dead where sqrt(variance) <= 1e-6 |mean| (METHOD section 2, per sample).
+    """
+    return moments.variance.clamp(min=0).sqrt() <= DEAD_TOLERANCE * moments.mean.abs()

@@ -1,0 +1,26 @@
+"""Two graphs of the same neurons -> the pencil -> one score per neuron."""
+
+from cria_prune.spectrum.importance import (
+    Diagnosis,
+    Importance,
+    distortion,
+    grounded_distortion,
+    innovation,
+    rank_correlation,
+)
+from cria_prune.spectrum.pcg import distortion_embedding, pcg
+from cria_prune.spectrum.pencil import Eigenpairs, count_pairs, solve_pencil
+
+__all__ = [
+    "Diagnosis",
+    "Eigenpairs",
+    "Importance",
+    "count_pairs",
+    "distortion",
+    "distortion_embedding",
+    "grounded_distortion",
+    "innovation",
+    "pcg",
+    "rank_correlation",
+    "solve_pencil",
+]

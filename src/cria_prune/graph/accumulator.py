@@ -1,0 +1,176 @@
+"""Moments from batches, in bounded memory (METHOD section 2, "Signals in bounded memory").
+
+Legend: d = units, m = samples of a batch, M = all samples, r = sketch columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cria_prune.errors import SignalError
+from cria_prune.graph.moments import Moments, centred_gram
+
+
+class MomentAccumulator:
+    """Adds up batches of signals and gives their moments.
+
+    Exact: Gram matrix of the centred rows in float64, updated by Chan's formula; merging is exact.
+    Sketch: every sample goes, with a random sign, to one of r buckets. The buckets are dealt like cards,
+    without putting one back before all are used: up to r samples the sketch is exact. The sum of the
+    signs of a bucket is kept, so that the mean can be taken out at the end.
+
+    Args:
+        units: d.
+        exact: keep the covariance (d, d); otherwise a sketch (d, r).
+        columns: r.
+        seed: of buckets and signs.
+
+    Example:
+        >>> total = MomentAccumulator(2)
+        >>> total.add(torch.tensor([[1.0, 3.0], [2.0, 2.0]]))
+        >>> total.moments().variance.tolist()
+        [1.0, 0.0]
+    """
+
+    def __init__(self, units: int, exact: bool = True, columns: int = 2048, seed: int = 0) -> None:
+        if units < 1 or columns < 1:
+            raise SignalError(
+                "A MomentAccumulator", f"found units={units}, columns={columns}", "Both must be at least 1"
+            )
+        self.units, self.exact, self.columns, self.seed = units, exact, columns, seed
+        self.samples = 0
+        self._generator = torch.Generator().manual_seed(seed)
+        self._deck = torch.empty(0, dtype=torch.int64)
+        self._mean = torch.zeros(units, dtype=torch.float64)
+        self._square = torch.zeros(units, dtype=torch.float64)  # sum of squared centred values
+        self._gram: Tensor | None = None  # (d, d) float64
+        self._shift = self._mean  # what is subtracted before a sample enters its bucket
+        self._buckets: Tensor | None = None  # (r, d) float32
+        self._signs: Tensor | None = None  # (r,) float64, sum of the signs of a bucket
+
+    def add(self, X: Tensor) -> None:
+        """Add a batch of signals X (units, m), on any device, in any floating type.
+
+        Raises:
+            SignalError: X is not (units, m).
+        """
+        if X.ndim != 2 or X.shape[0] != self.units:
+            raise SignalError(
+                "A batch of signals", f"found shape {tuple(X.shape)}", f"Pass ({self.units}, samples)"
+            )
+        if X.shape[1] == 0:
+            return
+        if self.exact:
+            mean, gram = centred_gram(X)
+            self._pool(X.shape[1], mean, gram.diagonal(), gram)
+            return
+        X = X.detach()
+        mean = X.mean(dim=1, dtype=torch.float64)
+        if self._buckets is None:
+            self._shift = mean
+            self._buckets = torch.zeros(self.columns, self.units, dtype=torch.float32, device=X.device)
+            self._signs = torch.zeros(self.columns, dtype=torch.float64, device=X.device)
+        square = torch.zeros_like(mean)
+        for piece in X.split(4096, dim=1):
+            wide = piece.to(torch.float64)
+            square += (wide - mean[:, None]).square().sum(dim=1)
+            self._deal((wide - self._shift[:, None]).T.to(torch.float32))
+        self._pool(X.shape[1], mean, square, None)
+
+    def merge(self, other: MomentAccumulator) -> MomentAccumulator:
+        """Return a new accumulator over the samples of both; neither argument changes.
+
+        Exact for covariances. The buckets of `other` are shuffled and signed afresh, so that sketches
+        made with one seed stay independent.
+
+        Raises:
+            SignalError: units, kind or columns differ.
+        """
+        if (self.units, self.exact) != (other.units, other.exact) or (
+            not self.exact and self.columns != other.columns
+        ):
+            raise SignalError(
+                "Merging two accumulators",
+                f"found {self.units} and {other.units} units, exact={self.exact} and {other.exact}, "
+                f"{self.columns} and {other.columns} columns",
+                "Make both with the same arguments",
+            )
+        total = MomentAccumulator(self.units, self.exact, self.columns, self.seed)
+        total._generator.manual_seed(hash((self.seed, self.samples, other.samples)) % 2**63)
+        for part in (self, other):
+            if part.samples:
+                total._pool(part.samples, part._mean, part._square, part._gram)
+        if not self.exact:
+            total._merge_buckets(self, other)
+        return total
+
+    def moments(self) -> Moments:
+        """Return the moments of all samples so far, on the device of the batches.
+
+        Raises:
+            SignalError: nothing was added.
+        """
+        if not self.samples:
+            raise SignalError("The moments of signals", "found no sample", "Add at least one batch")
+        variance = self._square / self.samples
+        if self.exact:
+            assert self._gram is not None
+            covariance = self._gram / self.samples
+            return Moments(self.samples, self._mean.clone(), covariance.diagonal().clone(), covariance)
+        assert self._buckets is not None and self._signs is not None
+        step = (self._mean - self._shift).to(torch.float32)
+        sketch = self._buckets - torch.outer(self._signs.to(torch.float32), step)
+        norm = sketch.square().sum(dim=0, dtype=torch.float64).sqrt()
+        scale = torch.where(norm > 0, self._square.sqrt() / norm.clamp(min=1e-300), 0.0)
+        sketch = (sketch * scale.to(torch.float32)).T.contiguous()
+        return Moments(self.samples, self._mean.clone(), variance, sketch=sketch)
+
+    def _pool(self, samples: int, mean: Tensor, square: Tensor, gram: Tensor | None) -> None:
+        """Pool count, mean, squares and Gram of other samples into this accumulator."""
+        if not self.samples:
+            self.samples, self._mean, self._square = samples, mean.clone(), square.clone()
+            self._gram = None if gram is None else gram.clone()
+            return
+        total = self.samples + samples
+        step = mean - self._mean
+        weight = self.samples * samples / total
+        self._square = self._square + square + weight * step.square()
+        if gram is not None and self._gram is not None:
+            self._gram.add_(gram).addr_(step, step, alpha=weight)
+        self._mean = self._mean + step * (samples / total)
+        self.samples = total
+
+    def _deal(self, rows: Tensor) -> None:
+        """Add shifted samples (m, d) float32 to signed buckets, each bucket once per deal."""
+        assert self._buckets is not None and self._signs is not None
+        while len(rows):
+            if not len(self._deck):
+                self._deck = torch.randperm(self.columns, generator=self._generator)
+            taken = min(len(rows), len(self._deck))
+            signs = torch.randint(0, 2, (taken,), generator=self._generator) * 2 - 1
+            where = self._deck[:taken].to(rows.device)
+            # A bucket occurs once in `where`, so the order of additions, hence the result, is fixed.
+            signs = signs.to(rows.device)
+            self._buckets[where] += rows[:taken] * signs.to(torch.float32)[:, None]
+            self._signs[where] += signs.to(torch.float64)
+            rows, self._deck = rows[taken:], self._deck[taken:]
+
+    def _merge_buckets(self, first: MomentAccumulator, second: MomentAccumulator) -> None:
+        """Take the buckets of `first`, and those of `second` shuffled and signed, about one shift."""
+        for part, shuffled in ((first, False), (second, True)):
+            if part._buckets is None or part._signs is None:
+                continue
+            buckets, signs = part._buckets, part._signs
+            if shuffled:
+                order = torch.randperm(self.columns, generator=self._generator).to(buckets.device)
+                flips = torch.randint(0, 2, (self.columns,), generator=self._generator) * 2 - 1
+                flips = flips.to(buckets.device)
+                buckets = buckets[order] * flips.to(torch.float32)[:, None]
+                signs = signs[order] * flips
+            if self._buckets is None or self._signs is None:
+                self._buckets, self._signs, self._shift = buckets.clone(), signs.clone(), part._shift
+                continue
+            step = (part._shift - self._shift).to(torch.float32)
+            self._buckets = self._buckets + buckets + torch.outer(signs.to(torch.float32), step)
+            self._signs = self._signs + signs

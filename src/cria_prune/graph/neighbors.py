@@ -1,0 +1,94 @@
+"""Exact nearest neighbours between the signals of a group (METHOD section 2).
+
+Legend: d = units, M = samples, r = sketch columns, k = neighbours, m = edges.
+D²[p, q] = ‖x_p − x_q‖² / M, of the centred rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cria_prune.graph.moments import Moments
+
+BLOCK = 1024
+EDGE_BLOCK = 16384
+# Below this share of the two variances a difference of products is rounding: a duplicate, at distance 0.
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6}
+
+
+def nearest_neighbors(moments: Moments, k: int) -> tuple[Tensor, Tensor]:
+    """Return the edges rows < cols (m,), int64 on the CPU, of the symmetric k-nearest-neighbour graph.
+
+    p and q are joined where one is among the k nearest of the other. Ties go to the lower index; the
+    edges are sorted by row, then column. k >= d - 1 gives the complete graph.
+    """
+    d = moments.units
+    if k >= d - 1:
+        pairs = torch.triu_indices(d, d, offset=1)
+        return pairs[0], pairs[1]
+    products, norms = _products(moments)
+    chosen = []
+    for start in range(0, d, BLOCK):
+        stop = min(start + BLOCK, d)
+        squared = _squared(norms[start:stop, None], norms[None, :], products(start, stop))
+        own = torch.arange(start, stop, device=squared.device)
+        squared[own - start, own] = torch.inf
+        chosen.append(_lowest(squared, k).cpu())
+    columns = torch.cat(chosen).reshape(-1)
+    rows = torch.arange(d).repeat_interleave(k)
+    low, high = torch.minimum(rows, columns), torch.maximum(rows, columns)
+    keys = torch.unique(low * d + high)
+    return keys // d, keys % d
+
+
+def edge_distances(moments: Moments, rows: Tensor, cols: Tensor) -> Tensor:
+    """Return D² (m,) float64 on the CPU of the edges rows, cols (m,).
+
+    From a sketch by subtraction of the rows; from the covariance after the mean over units was taken
+    out of every sample, where rounding (1e-12 of the variances) counts as 0.
+    """
+    if moments.covariance is not None:
+        C = _without_common(moments.covariance)
+        norms = C.diagonal()
+        rows, cols = rows.to(C.device), cols.to(C.device)
+        return _squared(norms[rows], norms[cols], C[rows, cols]).cpu()
+    assert moments.sketch is not None
+    out = []
+    for p, q in zip(rows.split(EDGE_BLOCK), cols.split(EDGE_BLOCK), strict=True):
+        step = moments.sketch[p.to(moments.sketch.device)] - moments.sketch[q.to(moments.sketch.device)]
+        out.append(step.square_().sum(dim=1, dtype=torch.float64).cpu() / moments.samples)
+    return torch.cat(out) if out else torch.zeros(0, dtype=torch.float64)
+
+
+def _without_common(C: Tensor) -> Tensor:
+    """Return the covariance (d, d) of the signals less their mean over units: H C H."""
+    mean = C.mean(dim=0)
+    return C - mean[:, None] - mean[None, :] + mean.mean()
+
+
+def _products(moments: Moments):  # type: ignore[no-untyped-def]
+    """Return a function (start, stop) -> Gram rows (stop - start, d), and the squared norms (d,)."""
+    if moments.covariance is not None:
+        C = _without_common(moments.covariance)
+        return (lambda start, stop: C[start:stop]), C.diagonal()
+    assert moments.sketch is not None
+    S = moments.sketch - moments.sketch.mean(dim=0)
+    return (lambda start, stop: S[start:stop] @ S.T), S.square().sum(dim=1)
+
+
+def _squared(p: Tensor, q: Tensor, product: Tensor) -> Tensor:
+    """Return p + q − 2 product, where rounding counts as 0."""
+    both = p + q
+    squared = both - 2 * product
+    return torch.where(squared <= ROUNDING[product.dtype] * both, 0.0, squared)
+
+
+def _lowest(squared: Tensor, k: int) -> Tensor:
+    """Return the columns (b, k) of the k lowest entries of each row of (b, d), ties to the lower index."""
+    values, indices = squared.topk(k + 1, dim=1, largest=False, sorted=True)
+    tied = values[:, k - 1] == values[:, k]
+    indices = indices[:, :k]
+    if tied.any():
+        indices[tied] = squared[tied].sort(dim=1, stable=True).indices[:, :k]
+    return indices
