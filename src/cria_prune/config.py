@@ -81,6 +81,7 @@ class PlanConfig(StageConfig):
     of: Literal["parameters", "prunable", "macs"] = "parameters"
     rounds: int = Field(4, ge=1)
     ranking: Literal["uniform", "global"] = "uniform"
+    residual: bool = Field(False, description="prune the width of residual streams too")
     floor: float = Field(0.1, ge=0, le=1, description="share of each group's units that always stays")
 
 

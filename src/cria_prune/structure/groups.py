@@ -58,11 +58,13 @@ class UnitGroup:
 
     Attributes:
         name: the module that produces the first slice; stable over rounds.
-        kind: `channel` (convolution) or `neuron` (fully connected).
+        kind: `channel` (convolution), `neuron` (fully connected), or `residual` (the width of a
+            sum of branches, shared by all of them).
         size: units now; `original_size`: units in the dense model.
         slices: what leaves with a unit.
         inputs: taps of the input-side signal; outputs: taps of the output-side signal.
         frozen: why the group cannot be pruned, or None.
+        assumes: what a trial cut has to show before the group may be pruned.
     """
 
     name: str
@@ -73,6 +75,7 @@ class UnitGroup:
     inputs: tuple[Tap, ...] = ()
     outputs: tuple[Tap, ...] = ()
     frozen: str | None = None
+    assumes: tuple[str, ...] = ()
 
     @property
     def producers(self) -> tuple[ParameterSlice, ...]:
@@ -120,6 +123,18 @@ class UnitGroups:
         return tuple(group for group in self.groups if group.frozen is None and group.size > 1)
 
 
+def without_residual(groups: UnitGroups) -> UnitGroups:
+    """Return the groups with every residual width frozen: it is pruned only when asked for."""
+    reason = "residual width is pruned only when asked for (residual=True)"
+    return replace(
+        groups,
+        groups=tuple(
+            replace(group, frozen=group.frozen or (reason if group.kind == "residual" else None))
+            for group in groups
+        ),
+    )
+
+
 def removed_positions(
     groups: Sequence[UnitGroup], kept: Mapping[str, Sequence[int]]
 ) -> dict[tuple[str, int], np.ndarray]:
@@ -138,7 +153,9 @@ def shrink(groups: UnitGroups, kept: Mapping[str, Sequence[int]]) -> UnitGroups:
     removed = removed_positions(groups.groups, kept)
     taps: dict[tuple[str, Site], list[np.ndarray]] = {}
     for group in groups:
-        gone = np.setdiff1d(np.arange(group.size), np.asarray(kept.get(group.name, range(group.size)), dtype=np.int64))
+        gone = np.setdiff1d(
+            np.arange(group.size), np.asarray(kept.get(group.name, range(group.size)), dtype=np.int64)
+        )
         for tap in (*group.inputs, *group.outputs):
             taps.setdefault((tap.tensor, tap.site), []).append(tap.positions[gone].ravel())
     left = {key: np.unique(np.concatenate(parts)) for key, parts in taps.items()}

@@ -1,0 +1,8 @@
+"""Removing units for real, and proving that it was done right."""
+
+from cria_prune.surgery.apply import apply
+from cria_prune.surgery.slicing import slice_tensor
+from cria_prune.surgery.trial import settle
+from cria_prune.surgery.verify import Verification, mask, verify
+
+__all__ = ["Verification", "apply", "mask", "settle", "slice_tensor", "verify"]

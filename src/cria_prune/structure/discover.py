@@ -1,0 +1,241 @@
+"""From a model and one example batch to its unit groups.
+
+The rules follow the units through the captured operations; here the connected components are
+read back as groups: units that touch the same dimensions of the same tensors in the same way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import cast
+
+import numpy as np
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from cria_prune.batches import Batch, batch_size
+from cria_prune.structure import rules_layers, rules_shape  # noqa: F401  (they register their rules)
+from cria_prune.structure.axes import Resolved, Units
+from cria_prune.structure.capture import capture, operation_name
+from cria_prune.structure.groups import ParameterSlice, Role, Site, Tap, UnitGroup, UnitGroups
+from cria_prune.structure.rules import RULES, Context, WeightUse, freeze_all, no_rule
+
+
+@dataclass(frozen=True)
+class Place:
+    """A dimension where units lie: a slice of a tensor, or a tap. `atoms` is (n,)."""
+
+    tensor: str
+    dim: int
+    kind: Role | Site
+    atoms: np.ndarray
+
+
+def discover(model: nn.Module, example: Batch) -> UnitGroups:
+    """Find the unit groups of a model.
+
+    Args:
+        model: any module that torch.export can follow; it is left as it was.
+        example: one batch of inputs, as the model's forward takes it.
+
+    Raises:
+        CaptureError: the operations cannot be captured.
+        DataError: the forward does not accept the example.
+    """
+    program = capture(model, example)
+    tensors = canonical_tensors(model)
+    context = Context(Units())
+    labels = {name: [context.units.fresh(size) for size in tensor.shape] for name, tensor in tensors.items()}
+    follow(program, model, context, tensors, labels)
+    roles = {(use.weight, dim): kind for use in context.uses for dim, kind in _dims(use)}
+    slices = [
+        Place(name, dim, roles.get((name, dim), "follows"), atoms)
+        for name, dims in labels.items()
+        for dim, atoms in enumerate(dims)
+        if atoms is not None
+    ]
+    positions: dict[str, float] = {}
+    for use in context.uses:
+        positions[use.weight] = positions.get(use.weight, 0.0) + use.per_element / batch_size(example)
+    groups = _groups([*slices, *_taps(context).values()], context.units.resolve(), _kinds(context))
+    return UnitGroups(
+        groups=tuple(groups),
+        shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        parameters=tuple(name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)),
+        positions=positions,
+    )
+
+
+def canonical_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and buffer once, under the first of its names."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def follow(
+    program: ExportedProgram,
+    model: nn.Module,
+    context: Context,
+    tensors: dict[str, Tensor],
+    labels: dict[str, list[np.ndarray]],
+) -> None:
+    """Apply the rule of every operation in order; `context` holds the result."""
+    names = _parameter_names(program, model, tensors)
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            name = names.get(node.name)
+            if name is None:
+                context.axes[node] = [None] * len(getattr(node.meta.get("val"), "shape", ()))
+            else:
+                context.axes[node] = list(labels[name])
+                context.tensors[node] = name
+        elif node.op == "get_attr":
+            context.axes[node] = [None] * len(getattr(node.meta.get("val"), "shape", ()))
+        elif node.op == "call_function":
+            context.axes[node] = RULES.get(operation_name(node), no_rule)(node, context)
+        elif node.op == "output":
+            for item in node.all_input_nodes:
+                freeze_all(context.axes[item], context, "is part of the model's output")
+
+
+def _parameter_names(
+    program: ExportedProgram, model: nn.Module, tensors: dict[str, Tensor]
+) -> dict[str, str]:
+    first = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    everything: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    everything.update(model.named_buffers(remove_duplicate=False))
+    signature = program.graph_signature
+    inputs = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return {node: first[id(everything[name])] for node, name in inputs.items() if name in everything}
+
+
+def _dims(use: WeightUse) -> list[tuple[int, Role]]:
+    pairs: list[tuple[int | None, Role]] = [(use.out_dim, "produces"), (use.in_dim, "consumes")]
+    return [(dim, role) for dim, role in pairs if dim is not None]
+
+
+def _kinds(context: Context) -> dict[str, str]:
+    return {
+        use.weight: "neuron" if operation_name(use.node) == "linear" else "channel" for use in context.uses
+    }
+
+
+def _taps(context: Context) -> dict[tuple[str, Site], Place]:
+    """Input-side signals leave a producer (or its batch norm); output-side ones enter a consumer."""
+    taps: dict[tuple[str, Site], Place] = {}
+    for use in context.uses:
+        if use.out_dim is not None and use.leaving is not None:
+            norm = _own_batch_norm(use.node)
+            statistics = next((context.tensors[item] for item in norm if item in context.tensors), None)
+            name = statistics or use.weight
+            taps.setdefault((name, "output"), Place(name, use.channel, "output", use.leaving))
+        if use.in_dim is not None and use.entering is not None:
+            taps.setdefault((use.weight, "input"), Place(use.weight, use.channel, "input", use.entering))
+    return taps
+
+
+def _own_batch_norm(node: Node) -> tuple[Node, ...]:
+    """Return weight and running mean of the batch norm that alone reads this output."""
+    users = list(node.users)
+    if len(users) == 1 and operation_name(users[0]) == "batch_norm" and users[0].args[0] is node:
+        return tuple(item for item in (users[0].args[1], users[0].args[3]) if isinstance(item, Node))
+    return ()
+
+
+def _signatures(places: list[Place], classes: np.ndarray, units: int) -> np.ndarray:
+    """Return (units,) hashes: equal where units touch the same places with the same multiplicity."""
+    random = np.random.default_rng(0)
+    signature = np.zeros(units, dtype=np.uint64)
+    for place in places:
+        members, counts = np.unique(classes[place.atoms], return_counts=True)
+        salt = random.integers(1, 2**63, dtype=np.uint64)
+        signature[members] += salt * counts.astype(np.uint64)
+    return signature
+
+
+@dataclass(frozen=True)
+class Touched:
+    """Where one group's units lie at one place: `units` (k,) ascending, `positions` (k, width)."""
+
+    place: Place
+    units: np.ndarray
+    positions: np.ndarray
+
+
+def _groups(places: list[Place], resolved: Resolved, kinds: dict[str, str]) -> list[UnitGroup]:
+    """Collect units of equal signature into groups, in the order of the network."""
+    classes = resolved.classes
+    signature = _signatures(places, classes, int(classes.max(initial=-1)) + 1)
+    reasons = list(dict.fromkeys(resolved.frozen.values()))
+    salts = dict(
+        zip(
+            reasons,
+            np.random.default_rng(1).integers(1, 2**63, size=len(reasons), dtype=np.uint64),
+            strict=True,
+        )
+    )
+    for unit, reason in resolved.frozen.items():
+        signature[[unit]] += salts[reason]
+    touched: dict[int, list[Touched]] = {}
+    for place in places:
+        units = classes[place.atoms]
+        for key in np.unique(signature[units]).tolist():
+            positions = np.flatnonzero(signature[units] == key)
+            order = np.argsort(units[positions], kind="stable")
+            members = np.unique(units[positions])
+            rows = positions[order].reshape(len(members), -1).astype(np.int64)
+            touched.setdefault(key, []).append(Touched(place, members, rows))
+    rank = {weight: index for index, weight in enumerate(kinds)}
+    found = [_group(items, resolved, rank, kinds) for items in touched.values()]
+    ranked = [group for group in found if group is not None]
+    ranked.sort(key=lambda group: (rank[group.producers[0].tensor], group.frozen is not None))
+    return _unique_names(ranked)
+
+
+def _group(
+    items: list[Touched], resolved: Resolved, rank: dict[str, int], kinds: dict[str, str]
+) -> UnitGroup | None:
+    """Build a group; its units are ordered by their position in the first producer. None without one."""
+    made = [item for item in items if item.place.kind == "produces"]
+    if not made:
+        return None
+    made.sort(key=lambda item: rank[item.place.tensor])
+    order = np.argsort(made[0].positions[:, 0], kind="stable")
+    units = made[0].units[order].tolist()
+    slices = [
+        ParameterSlice(item.place.tensor, item.place.dim, item.positions[order], cast(Role, item.place.kind))
+        for item in [*made, *(item for item in items if item.place.kind in ("consumes", "follows"))]
+    ]
+    taps = {
+        site: tuple(
+            Tap(item.place.tensor, site, item.place.dim, item.positions[order])
+            for item in items
+            if item.place.kind == site
+        )
+        for site in ("output", "input")
+    }
+    reason = resolved.frozen.get(units[0])
+    if reason is None and not any(item.role == "consumes" for item in slices):
+        reason = "no layer with weights reads it"
+    first = made[0].place.tensor
+    return UnitGroup(
+        name=first.rsplit(".", 1)[0] if "." in first else first,
+        kind="residual" if not resolved.summed.isdisjoint(units) else kinds[first],
+        size=len(units),
+        original_size=len(units),
+        slices=tuple(slices),
+        inputs=taps["output"],
+        outputs=taps["input"],
+        frozen=reason,
+        assumes=tuple(dict.fromkeys(text for unit in units for text in resolved.assumed.get(unit, ()))),
+    )
+
+
+def _unique_names(groups: list[UnitGroup]) -> list[UnitGroup]:
+    seen: dict[str, int] = {}
+    result = []
+    for group in groups:
+        seen[group.name] = seen.get(group.name, 0) + 1
+        number = seen[group.name]
+        result.append(group if number == 1 else replace(group, name=f"{group.name}#{number}"))
+    return result

@@ -1,0 +1,110 @@
+"""model + Plan -> smaller model; every check first, every change after."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from cria_prune.errors import StructureError
+from cria_prune.plan.plan import Plan
+from cria_prune.surgery.slicing import slice_tensor
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def apply(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
+    """Remove the units that the plan does not keep.
+
+    Args:
+        model: the model that the plan was made for.
+        plan: what stays.
+        inplace: cut `model` itself; otherwise it is untouched and a copy is returned, made
+            without first copying what is cut away.
+
+    Returns:
+        The smaller model. Parameters that shared a tensor still share it, and modules say their
+        new sizes (`out_channels`, `in_features`, `groups`, `num_features`).
+
+    Raises:
+        StructureError: the plan names a tensor or size that the model does not have; nothing is changed.
+    """
+    tensors = named_tensors(model)
+    cuts = check(tensors, plan)
+    smaller = {name: slice_tensor(tensors[name], items) for name, items in cuts.items()}
+    replaced = {id(tensors[name]): tensor for name, tensor in smaller.items()}
+    before = {id(tensors[name]): tuple(tensors[name].shape) for name in cuts}
+    owners = _owners(model, before)
+    target = model
+    if not inplace:
+        target = copy.deepcopy(model, dict(replaced))
+        names = {path: shapes for path, (_, shapes) in owners.items()}
+        owners = {path: (target.get_submodule(path), shapes) for path, shapes in names.items()}
+    for module, shapes in owners.values():
+        for local, (key, _) in shapes.items():
+            setattr(module, local, replaced[key])
+        restate(module, {local: shape for local, (_, shape) in shapes.items()})
+    return target
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by every one of their names."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def check(tensors: Mapping[str, Tensor], plan: Plan) -> dict[str, list[tuple[int, tuple[int, ...]]]]:
+    """Return tensor name -> (dim, kept) cuts that remove something, all valid for these tensors."""
+    cuts: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
+    for cut in plan.cuts:
+        tensor = tensors.get(cut.tensor)
+        found = None if tensor is None else tuple(tensor.shape)
+        if found is None or cut.dim >= len(found) or found[cut.dim] != cut.size:
+            raise StructureError(
+                f"A plan that cuts {cut.tensor!r} along dimension {cut.dim} of size {cut.size}",
+                "the model has no such tensor" if found is None else f"the model's tensor has shape {found}",
+                "Apply a plan to the model that it was made for",
+            )
+        if len(cut.kept) < cut.size:
+            cuts.setdefault(cut.tensor, []).append((cut.dim, cut.kept))
+    return cuts
+
+
+def _owners(
+    model: nn.Module, cut: Mapping[int, tuple[int, ...]]
+) -> dict[str, tuple[nn.Module, dict[str, tuple[int, tuple[int, ...]]]]]:
+    """Return module path -> (module, local name -> (tensor id, shape before)) for each cut tensor."""
+    owners: dict[str, tuple[nn.Module, dict[str, tuple[int, tuple[int, ...]]]]] = {}
+    for path, module in model.named_modules():
+        local = {**module._parameters, **module._buffers}
+        shapes = {name: (id(item), cut[id(item)]) for name, item in local.items() if id(item) in cut}
+        if shapes:
+            owners[path] = (module, shapes)
+    return owners
+
+
+def restate(module: nn.Module, before: Mapping[str, tuple[int, ...]]) -> None:
+    """Make what a module says of its own size true again; `before` has the shapes of its cut tensors."""
+    if isinstance(module, NORMS):
+        statistics = module.weight if module.weight is not None else module.running_mean
+        assert statistics is not None
+        module.num_features = int(statistics.shape[0])
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = int(module.weight.shape[0])
+    elif "weight" not in before:
+        return
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = map(int, module.weight.shape)
+    elif isinstance(module, TRANSPOSED):
+        module.in_channels, module.out_channels = int(module.weight.shape[0]), int(module.weight.shape[1])
+    elif isinstance(module, CONVOLUTIONS):
+        if module.groups > 1 and before["weight"][1] == 1:  # depthwise: filters leave with their channel
+            multiplier = before["weight"][0] // module.groups
+            module.groups = int(module.weight.shape[0]) // multiplier
+        module.in_channels = int(module.weight.shape[1]) * module.groups
+        module.out_channels = int(module.weight.shape[0])

@@ -1,0 +1,120 @@
+"""Masked equals pruned: the proof, part of every run, that surgery did what the plan says.
+
+The masked twin is the dense model with the weights that read a removed unit set to zero: the same
+as zeroing the unit at the input of every consumer. It shares no code with slicing.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from cria_prune.batches import Batch, model_inputs
+from cria_prune.errors import VerificationError
+from cria_prune.plan.plan import Plan
+from cria_prune.structure.capture import evaluation_mode, first_line
+from cria_prune.surgery.apply import named_tensors
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far the pruned model is from the masked one.
+
+    Attributes:
+        difference: largest absolute difference over the outputs, divided by the largest output.
+        tolerance: what was allowed.
+        dtype: the arithmetic of both passes.
+    """
+
+    difference: float
+    tolerance: float
+    dtype: str
+
+
+def mask(model: nn.Module, plan: Plan) -> nn.Module:
+    """Return a copy of the dense model in which no consumer reads a removed unit."""
+    masked = copy.deepcopy(model)
+    tensors = named_tensors(masked)
+    with torch.no_grad():
+        for cut in plan.cuts:
+            if cut.role == "consumes":
+                gone = torch.ones(cut.size, dtype=torch.bool)
+                gone[list(cut.kept)] = False
+                index = torch.nonzero(gone).ravel().to(tensors[cut.tensor].device)
+                tensors[cut.tensor].index_fill_(cut.dim, index, 0)
+    return masked
+
+
+def verify(
+    model: nn.Module, plan: Plan, smaller: nn.Module, example: Batch, *, dtype: torch.dtype = torch.float64
+) -> Verification:
+    """Compare the masked and the pruned model on one batch, in evaluation mode, on copies.
+
+    Args:
+        model: the dense model; smaller: the model that `apply` made of it.
+        dtype: arithmetic of the comparison: float64 (relative tolerance 1e-10) or float32 (1e-4).
+
+    Raises:
+        VerificationError: they differ by more than the tolerance, or the smaller model does not run.
+    """
+    masked = mask(model, plan).to(dtype)
+    cut = copy.deepcopy(smaller).to(dtype)
+    args, kwargs = _cast(model_inputs(example), dtype)
+    expected = _run(masked, args, kwargs)
+    try:
+        found = _run(cut, args, kwargs)
+    except Exception as error:
+        raise VerificationError(
+            "A forward pass of the pruned model", f"{type(error).__name__}: {first_line(error)}", ADVICE
+        ) from error
+    difference = _difference(expected, found)
+    result = Verification(difference, TOLERANCE[dtype], str(dtype).removeprefix("torch."))
+    if not difference <= result.tolerance:
+        raise VerificationError(
+            f"Outputs of the pruned model equal to the masked model's within {result.tolerance:g}",
+            f"the relative difference is {difference:.3g}",
+            ADVICE,
+        )
+    return result
+
+
+ADVICE = (
+    "The model's forward depends on a size in a way that its operations do not show; "
+    "freeze the groups concerned, and please report the network"
+)
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    with evaluation_mode(model), torch.random.fork_rng(devices=[]), torch.no_grad():
+        return [item for item in tree_leaves(model(*args, **kwargs)) if isinstance(item, Tensor)]
+
+
+def _cast(inputs: Any, dtype: torch.dtype) -> Any:
+    args, kwargs = inputs
+
+    def cast(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            return item.to(dtype) if item.is_floating_point() else item.clone()
+        return item
+
+    return tuple(cast(item) for item in args), {key: cast(item) for key, item in kwargs.items()}
+
+
+def _difference(expected: list[Tensor], found: list[Tensor]) -> float:
+    """Return the largest difference relative to the largest expected value; infinity where shapes differ."""
+    if [item.shape for item in expected] != [item.shape for item in found]:
+        return float("inf")
+    worst = 0.0
+    for one, other in zip(expected, found, strict=True):
+        if one.numel():
+            scale = float(one.abs().max()) or 1.0
+            distance = float((one - other).abs().max()) / scale
+            worst = max(worst, distance if distance == distance else float("inf"))
+    return worst
