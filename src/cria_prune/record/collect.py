@@ -1,0 +1,142 @@
+"""One pass over the calibration batches: the moments of every group's signals, in bounded memory.
+
+Legend: B = examples of a batch, n = features of an activation, S = samples.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cria_prune.batches import Batch, batch_size, describe, model_inputs, move
+from cria_prune.config import RecordConfig
+from cria_prune.errors import CriaError, DataError
+from cria_prune.record.keep import unchanged
+from cria_prune.record.signals import Collector
+from cria_prune.record.states import States
+from cria_prune.record.taps import Taps
+from cria_prune.record.taylor import Loss, TaylorSums, cross_entropy
+from cria_prune.structure.groups import UnitGroups
+
+
+def record(
+    model: nn.Module,
+    groups: UnitGroups,
+    batches: Iterable[Batch],
+    config: RecordConfig | None = None,
+    *,
+    loss: Loss | None = None,
+    gradients: bool = False,
+    device: torch.device | str = "cpu",
+) -> States:
+    """Run the model over calibration batches and return what its prunable units do.
+
+    The model runs in evaluation mode; afterwards, also after an exception, its modes, gradients and
+    the global random generators are as before.
+
+    Args:
+        model: the live model, already on `device`.
+        groups: its unit groups; frozen ones are passed over.
+        batches: tensors, (inputs, target) pairs or mappings; at most `config.examples` examples are
+            used, the last batch is cut. Positions where a mapping's `attention_mask` is 0 are left out.
+        config: examples, positions, sketches and the seed.
+        loss: (model, batch) to a scalar, for `gradients`; cross-entropy by default.
+        gradients: also take first-order Taylor importances, by one backward pass per batch.
+        device: where the batches go.
+
+    Returns:
+        The states of every prunable group: per side its moments, and those of the even and the odd
+        examples apart. The draw of positions depends only on the seed and the example's index.
+
+    Raises:
+        DataError: no batches, batches of a wrong kind, or the model fails on one.
+        SignalError: a signal holds NaN or infinity, or a group was never reached.
+        CriterionError: `gradients` without a target or a usable loss.
+        StructureError: the groups are those of another model.
+    """
+    config = config or RecordConfig()
+    start = time.perf_counter()
+    examples = count = 0
+    with unchanged(model), torch.set_grad_enabled(gradients):
+        model.eval()
+        collector = Collector(groups.prunable, config)
+        taylor = TaylorSums(model, groups.prunable, loss or cross_entropy) if gradients else None
+        with_taps = Taps(model, collector.wanted, collector.receive)
+        for batch in limited(batches, config.examples):
+            size = batch_size(batch)
+            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            collector.begin(examples, size, mask)
+            batch = move(batch, device)
+            with with_taps:
+                run(model, batch, taylor)
+            examples, count = examples + size, count + 1
+    if not count:
+        raise DataError("Recording the model's signals", "the batches are empty", "Pass two examples or more")
+    return States(
+        groups=collector.states(taylor.sums if taylor else {}),
+        examples=examples,
+        batches=count,
+        positions=config.positions,
+        seed=config.seed,
+        seconds=time.perf_counter() - start,
+        device=str(device),
+        gradients=gradients,
+    )
+
+
+def run(model: nn.Module, batch: Batch, taylor: TaylorSums | None) -> None:
+    """Run the model on a batch, forwards or (with `taylor`) backwards too.
+
+    Raises:
+        DataError: the model raised; its own text is kept.
+    """
+    args, kwargs = model_inputs(batch)
+    try:
+        if taylor:
+            taylor.add(batch)
+        else:
+            model(*args, **kwargs)
+    except (CriaError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        shapes = [describe(value) for value in (*args, *kwargs.values())]
+        raise DataError(
+            f"Running {type(model).__name__} on a calibration batch ({', '.join(shapes)})",
+            f"{type(error).__name__}: {error}",
+            "Pass batches that the model's forward accepts",
+        ) from error
+
+
+def limited(batches: Iterable[Batch], examples: int) -> Iterator[Batch]:
+    """Yield batches until `examples` examples have come; the last batch is cut.
+
+    Raises:
+        DataError: the batches are not an iterable of batches.
+    """
+    if isinstance(batches, (Tensor, str, Mapping)) or not isinstance(batches, Iterable):
+        raise DataError(
+            "Calibration batches",
+            f"found {describe(batches)}",
+            "Pass an iterable of batches, such as a DataLoader",
+        )
+    for batch in batches:
+        size = batch_size(batch)
+        yield batch if size <= examples else cut(batch, size, examples)
+        examples -= size
+        if examples <= 0:
+            return
+
+
+def cut(batch: Any, size: int, examples: int) -> Any:
+    """Return the first examples of a batch: every tensor of leading length `size` is cut."""
+    if isinstance(batch, Tensor):
+        return batch[:examples] if batch.ndim and len(batch) == size else batch
+    if isinstance(batch, Mapping):
+        return {key: cut(value, size, examples) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(cut(value, size, examples) for value in batch)
+    return batch

@@ -1,0 +1,78 @@
+"""Which positions of an activation are looked at, and how it becomes samples.
+
+Legend: B = examples, C = n = features along a tap's dimension, P = positions per example, S = samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+_MIX = ((np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)), (np.uint64(27), np.uint64(0x94D049BB133111EB)))
+
+
+def _mix(state: np.ndarray) -> np.ndarray:
+    """Scramble uint64 (SplitMix64; Steele, Lea and Flood 2014): a generator that can start anywhere."""
+    state = state + _STEP
+    for shift, factor in _MIX:
+        state = (state ^ (state >> shift)) * factor
+    return state ^ (state >> np.uint64(31))
+
+
+def draw_positions(seed: int, first: int, examples: int, shape: Sequence[int], count: int) -> np.ndarray:
+    """Draw distinct spatial positions, the same for an example however the examples are batched.
+
+    The flattened positions are cut into `count` pieces of equal length (up to one), and one is drawn
+    from each. The draw depends only on the seed, the example's index and the spatial shape, so an
+    input side and an output side of equal shape are read at the same places.
+
+    Args:
+        seed: the recording's seed.
+        first: index of the first example in the whole stream.
+        examples: B.
+        shape: the spatial shape, (H, W) for an image.
+        count: positions per example; all of them are returned where there are no more.
+
+    Returns:
+        (B, min(count, H·W)) int64, flat positions in ascending order.
+
+    >>> draw_positions(0, first=0, examples=3, shape=(2, 2), count=8)[0].tolist()
+    [0, 1, 2, 3]
+    >>> both = draw_positions(0, first=0, examples=3, shape=(8, 8), count=4)
+    >>> bool((draw_positions(0, first=2, examples=1, shape=(8, 8), count=4) == both[2]).all())
+    True
+    """
+    total = int(np.prod(shape))
+    if total <= count:
+        return np.tile(np.arange(total), (examples, 1))
+    key = np.array([seed % 2**64], dtype=np.uint64)
+    for length in shape:
+        key = _mix(key ^ np.uint64(length))
+    rows = _mix(key + np.arange(first, first + examples, dtype=np.uint64))[:, None]
+    noise = _mix(rows + np.arange(count, dtype=np.uint64))
+    bounds = np.arange(count + 1) * total // count
+    return bounds[:-1] + (noise % np.diff(bounds).astype(np.uint64)).astype(np.int64)
+
+
+def gather_positions(activation: Tensor, positions: Tensor) -> Tensor:
+    """Pick spatial positions: activation (B, C, ...) and positions (B, P) to (B, P, C), a copy."""
+    rows = torch.arange(len(positions), device=positions.device)[:, None]
+    return activation.flatten(2)[rows, :, positions]
+
+
+def unit_signals(samples: Tensor, positions: Tensor | None, units: int) -> Tensor:
+    """Turn samples (S, n) into signals (units, width·S); the features of a unit follow one another.
+
+    Args:
+        samples: (S, n).
+        positions: (units·width,) int64, the feature of each unit and place; None where all n features
+            are the units in their order.
+        units: units of the group.
+    """
+    if positions is not None:
+        samples = samples.index_select(1, positions)
+    return samples.reshape(len(samples), units, -1).permute(1, 2, 0).reshape(units, -1)

@@ -1,0 +1,175 @@
+"""From activations to the moments of each group, side and half, while the model runs.
+
+Legend: B = examples of a batch, n = features of an activation, S = samples, d = units of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cria_prune.config import RecordConfig
+from cria_prune.errors import SignalError, StructureError
+from cria_prune.graph import MomentAccumulator, Moments
+from cria_prune.record.sampling import draw_positions, gather_positions, unit_signals
+from cria_prune.record.states import GroupStates
+from cria_prune.structure.groups import Site, Tap, UnitGroup
+
+Halves = tuple[MomentAccumulator, MomentAccumulator]
+
+
+@dataclass
+class Reader:
+    """One tap of one side of a group, and the accumulators of that side's two halves."""
+
+    group: str
+    tap: Tap
+    halves: Halves
+
+    def __post_init__(self) -> None:
+        flat = np.ascontiguousarray(self.tap.positions, dtype=np.int64).reshape(-1)
+        self.positions = torch.from_numpy(flat)
+        self.features = int(flat.max()) + 1
+        self.in_order = bool((flat == np.arange(len(flat))).all())
+
+    def add(self, half: int, samples: Tensor) -> None:
+        """Add samples (S, n) to a half.
+
+        Raises:
+            StructureError: the activation has fewer features than the tap names.
+        """
+        features = samples.shape[1]
+        if features < self.features:
+            raise StructureError(
+                f"Reading group {self.group!r} at {self.tap.tensor!r}",
+                f"the activation has {features} features, the group needs {self.features}",
+                "Discover the unit groups of this model again",
+            )
+        whole = self.in_order and features == len(self.positions)
+        if self.positions.device != samples.device:
+            self.positions = self.positions.to(samples.device)
+        self.halves[half].add(
+            unit_signals(samples, None if whole else self.positions, len(self.tap.positions))
+        )
+
+
+class Collector:
+    """Receives activations from `Taps` and keeps the moments of every group.
+
+    Args:
+        groups: the groups to record.
+        config: positions, sketches and the seed.
+
+    Attributes:
+        wanted: the (tensor, site) pairs to read.
+    """
+
+    def __init__(self, groups: Sequence[UnitGroup], config: RecordConfig) -> None:
+        self._config = config
+        self._sides: dict[str, tuple[Halves, Halves]] = {}
+        self._readers: dict[tuple[str, Site], dict[int, list[Reader]]] = {}
+        for group in groups:
+            sides = (self._accumulators(group.size), self._accumulators(group.size))
+            self._sides[group.name] = sides
+            for taps, halves in zip((group.inputs, group.outputs), sides, strict=True):
+                for tap in taps:
+                    by_dim = self._readers.setdefault((tap.tensor, tap.site), {})
+                    by_dim.setdefault(tap.dim, []).append(Reader(group.name, tap, halves))
+        self.wanted = tuple(self._readers)
+        self.begin(0, 1, None)
+
+    def _accumulators(self, units: int) -> Halves:
+        """Return a side's two halves; their sketches must not share signs, for they are merged."""
+        config = self._config
+        exact = units <= config.exact_units
+        even, odd = (
+            MomentAccumulator(units, exact=exact, columns=config.sketch_columns, seed=2 * config.seed + half)
+            for half in (0, 1)
+        )
+        return even, odd
+
+    def begin(self, first: int, examples: int, mask: Tensor | None) -> None:
+        """Say what comes next: the first example's index, how many, their attention mask (B, tokens)."""
+        self._first, self._examples = first, examples
+        self._mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self._drawn: dict[tuple[int, ...], Tensor] = {}
+
+    def receive(self, name: str, site: Site, activation: Tensor) -> None:
+        """Add the samples of an activation to every group that reads it. Nothing of it is kept."""
+        with torch.no_grad():
+            for dim, readers in self._readers[name, site].items():
+                for half, samples in self._halves(activation, dim, name):
+                    for reader in readers:
+                        reader.add(half, samples)
+
+    def _halves(self, activation: Tensor, dim: int, name: str) -> Iterator[tuple[int, Tensor]]:
+        """Yield (half, samples (S, n)) of an activation whose features lie along `dim`.
+
+        Rows beyond one per example (windows, folded tokens) go with their example; where the rows are
+        no multiple of the examples, each is dealt with as an example of its own.
+        """
+        if activation.ndim < 2:
+            raise SignalError(
+                f"Reading the signal at {name!r}",
+                f"the activation has the shape {tuple(activation.shape)}",
+                "Give the model batches with a leading batch dimension",
+            )
+        rows, dim = len(activation), dim % activation.ndim
+        each = rows // self._examples if rows % self._examples == 0 else 1
+        if activation.ndim > 2 and dim == 1:
+            samples = gather_positions(activation, self._positions(rows, each, activation))
+        else:
+            samples = activation.movedim(dim, -1).reshape(rows, -1, activation.shape[dim])
+        if samples.dtype not in (torch.float32, torch.float64):
+            samples = samples.float()
+        samples = samples.reshape(rows // each, -1, samples.shape[2])
+        mask = self._mask
+        for half in (0, 1):
+            start = (half - self._first) % 2
+            part = samples[start::2]
+            if mask is not None and mask.shape == samples.shape[:2]:
+                yield half, part[mask[start::2].to(part.device)]
+            elif len(part):
+                yield half, part.reshape(-1, part.shape[2])
+
+    def _positions(self, rows: int, each: int, activation: Tensor) -> Tensor:
+        """Return the spatial positions (rows, P) of this batch for the shape of an activation."""
+        shape = (rows, *activation.shape[2:])
+        if shape not in self._drawn:
+            config = self._config
+            drawn = draw_positions(config.seed, self._first * each, rows, shape[1:], config.positions)
+            self._drawn[shape] = torch.from_numpy(drawn).to(activation.device)
+        return self._drawn[shape]
+
+    def states(self, taylor: Mapping[str, Tensor]) -> dict[str, GroupStates]:
+        """Return the states of every group.
+
+        Raises:
+            SignalError: a side was never reached, has an empty half, or holds NaN or infinity.
+        """
+        states = {}
+        for name, (before, after) in self._sides.items():
+            inputs, whole_input = _moments(name, "input", before)
+            outputs, whole_output = _moments(name, "output", after)
+            states[name] = GroupStates(name, inputs, outputs, whole_input, whole_output, taylor.get(name))
+        return states
+
+
+def _moments(group: str, side: str, halves: Halves) -> tuple[tuple[Moments, Moments], Moments]:
+    """Return the moments of a side's halves, and of both together, once checked."""
+    if not all(half.samples for half in halves):
+        found = [half.samples for half in halves]
+        reached = "it was never reached: no layer call used the tensors of its taps"
+        raise SignalError(
+            f"Recording the {side} side of group {group!r}",
+            f"{found[0]} and {found[1]} samples in the two halves of the examples" if any(found) else reached,
+            "Pass two examples at least, and batches that run this layer; or freeze the group",
+        )
+    even, odd = (half.moments() for half in halves)
+    both = halves[0].merge(halves[1]).moments()
+    both.check_finite(f"group {group!r}, {side} side")
+    return (even, odd), both

@@ -1,0 +1,81 @@
+"""What was recorded: the signals' moments of every group, with where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cria_prune.graph.moments import Moments
+
+
+@dataclass(frozen=True)
+class GroupStates:
+    """The signals of one group. A half holds every second example: the even ones, then the odd ones.
+
+    Attributes:
+        name: the group.
+        inputs: moments of the input side (before the activation), per half.
+        outputs: moments of the output side (what the consumers see), per half.
+        input: moments of the input side, all examples.
+        output: moments of the output side, all examples.
+        taylor: (units,) float64, first-order Taylor importance, or None where no gradients were taken.
+    """
+
+    name: str
+    inputs: tuple[Moments, Moments]
+    outputs: tuple[Moments, Moments]
+    input: Moments
+    output: Moments
+    taylor: Tensor | None = None
+
+    @property
+    def units(self) -> int:
+        """Units of the group when it was recorded."""
+        return self.output.units
+
+
+@dataclass(frozen=True)
+class States:
+    """The recorded groups of a model; prints as a table.
+
+    Attributes:
+        groups: group name -> its states, in the order of the network.
+        examples: calibration examples that were used.
+        batches: batches that they came in.
+        positions: spatial positions drawn per image and layer, at most.
+        seed: seed of the positions and the sketches.
+        seconds: wall time of the pass.
+        device: where the pass ran.
+        gradients: whether Taylor importances were taken.
+    """
+
+    groups: Mapping[str, GroupStates]
+    examples: int
+    batches: int
+    positions: int
+    seed: int
+    seconds: float
+    device: str
+    gradients: bool
+
+    def __getitem__(self, name: str) -> GroupStates:
+        return self.groups[name]
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __str__(self) -> str:
+        width = max([len("group"), *map(len, self.groups)])
+        lines = [
+            f"{self.examples} examples in {self.batches} batches, {self.seconds:.2f} s on {self.device}, "
+            f"at most {self.positions} positions per image, seed {self.seed}"
+            + (", with gradients" if self.gradients else ""),
+            f"{'group':{width}}  units  samples in  samples out  second moments",
+        ]
+        for name, group in self.groups.items():
+            kept = "exact" if group.output.covariance is not None else "sketch"
+            counts = f"{group.units:5}  {group.input.samples:10}  {group.output.samples:11}"
+            lines.append(f"{name:{width}}  {counts}  {kept}")
+        return "\n".join(lines)
