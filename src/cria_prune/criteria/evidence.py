@@ -1,0 +1,96 @@
+"""What a criterion may look at: a group's weights, its signals, its gradients.
+
+Legend: d = units of a group, n = positions along a tensor's dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from cria_prune.errors import SignalError, StructureError
+from cria_prune.graph import Moments
+from cria_prune.structure.groups import ParameterSlice, UnitGroup
+
+
+class UnitWeights:
+    """The norms of a group's weights, per unit; computed when asked for, and once.
+
+    Args:
+        group: d units and their slices.
+        tensors: name -> tensor of the live model; they are only read.
+    """
+
+    def __init__(self, group: UnitGroup, tensors: Mapping[str, Tensor]) -> None:
+        self.group, self._tensors = group, tensors
+
+    @cached_property
+    def consumer_norm2(self) -> Tensor:
+        """(d,) float64, ‖W_out[:, p]‖²: the squared weights of all consumers at each unit's positions."""
+        return self._sum_powers(self.group.consumers, 2)
+
+    @cached_property
+    def producer_l1(self) -> Tensor:
+        """(d,) float64, the sum of the absolute weights of each unit's producers."""
+        return self._sum_powers(self.group.producers, 1)
+
+    @cached_property
+    def producer_l2(self) -> Tensor:
+        """(d,) float64, the Euclidean norm of the weights of each unit's producers."""
+        return self._sum_powers(self.group.producers, 2).sqrt()
+
+    def _sum_powers(self, slices: Iterable[ParameterSlice], order: int) -> Tensor:
+        """Sum |w|^order of each unit over slices: (d,) float64 on the CPU.
+
+        Raises:
+            StructureError: a slice does not fit the model.
+            SignalError: a weight holds NaN or infinity.
+        """
+        total = torch.zeros(self.group.size, dtype=torch.float64)
+        for item in slices:
+            tensor = self._tensors.get(item.tensor)
+            if tensor is None or item.dim >= tensor.ndim or item.positions.max() >= tensor.shape[item.dim]:
+                raise StructureError(
+                    f"The weights of group {self.group.name!r}",
+                    f"{item.tensor!r} is {None if tensor is None else tuple(tensor.shape)}, "
+                    f"and the group reaches position {item.positions.max()} of dimension {item.dim}",
+                    "Discover the unit groups of this model again",
+                )
+            rows = tensor.detach().movedim(item.dim, 0).reshape(tensor.shape[item.dim], -1)
+            line = torch.linalg.vector_norm(rows, order, dim=1, dtype=torch.float64) ** order
+            if not torch.isfinite(line).all():
+                raise SignalError(
+                    f"The weights of group {self.group.name!r}",
+                    f"{item.tensor!r} holds NaN or infinity",
+                    "Repair the checkpoint, or train it again",
+                )
+            total += line.cpu()[torch.from_numpy(item.positions)].sum(dim=1)
+        return total
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What is known of one group, from all examples or from a half of them.
+
+    Attributes:
+        name: the group.
+        weights: norms of its weights, lazily.
+        input: moments of the signals before the activation; None without recorded states.
+        output: moments of the signals that the consumers see; None without recorded states.
+        taylor: (d,) float64, first-order Taylor importances; None where no gradients were recorded.
+    """
+
+    name: str
+    weights: UnitWeights
+    input: Moments | None = None
+    output: Moments | None = None
+    taylor: Tensor | None = None
+
+    @property
+    def units(self) -> int:
+        """d."""
+        return self.weights.group.size

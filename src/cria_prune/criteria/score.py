@@ -1,0 +1,110 @@
+"""The stage: unit groups and recorded states to one importance per unit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from cria_prune.config import ScoreConfig
+from cria_prune.criteria.evidence import Evidence, UnitWeights
+from cria_prune.criteria.table import CRITERIA, Criterion
+from cria_prune.errors import CriterionError, StructureError
+from cria_prune.record.states import GroupStates, States
+from cria_prune.record.taps import named_tensors
+from cria_prune.spectrum import Importance, rank_correlation
+from cria_prune.structure.groups import UnitGroup, UnitGroups
+
+
+def score(
+    model: nn.Module,
+    groups: UnitGroups,
+    states: States | None = None,
+    config: ScoreConfig | None = None,
+) -> dict[str, Importance]:
+    """Score the units of every prunable group: high is kept, low is a candidate for removal.
+
+    Args:
+        model: the live model; only its weights are read.
+        groups: its unit groups.
+        states: what `record` returned for these groups; None for criteria that read weights only.
+        config: the criterion and its numbers. With `split_half`, criteria that read signals also score
+            the even and the odd examples apart, and their rank correlation is in the diagnosis.
+
+    Returns:
+        group name -> importance, scores (units,) float64, in the order of the network.
+
+    Raises:
+        CriterionError: the criterion is unknown, or needs states or gradients that were not recorded.
+        StructureError: states, groups and model do not fit together.
+        SignalError: a weight or a signal holds NaN or infinity.
+    """
+    config = config or ScoreConfig()
+    criterion = find_criterion(config.criterion)
+    _check_needs(criterion, states)
+    tensors = named_tensors(model)
+    importances = {}
+    for group in groups.prunable:
+        weights = UnitWeights(group, tensors)
+        found = _states_of(group, states) if states and criterion.needs else None
+        importances[group.name] = _score_group(criterion, weights, found, config)
+    return importances
+
+
+def find_criterion(name: str) -> Criterion:
+    """Return a criterion by its name.
+
+    Raises:
+        CriterionError: there is none of that name; the text lists those that there are.
+    """
+    if name not in CRITERIA:
+        raise CriterionError("A criterion", f"found {name!r}", f"Known criteria: {', '.join(CRITERIA)}")
+    return CRITERIA[name]
+
+
+def _check_needs(criterion: Criterion, states: States | None) -> None:
+    """Check that what a criterion needs was recorded."""
+    if criterion.needs and states is None:
+        how = "record(model, groups, batches" + (
+            ", gradients=True)" if "gradients" in criterion.needs else ")"
+        )
+        raise CriterionError(
+            f"The criterion {criterion.name!r}", "no recorded states were given", f"Pass states={how}"
+        )
+    if "gradients" in criterion.needs and states is not None and not states.gradients:
+        raise CriterionError(
+            f"The criterion {criterion.name!r}",
+            "the states were recorded without gradients",
+            "Record again with record(model, groups, batches, gradients=True)",
+        )
+
+
+def _states_of(group: UnitGroup, states: States) -> GroupStates:
+    """Return a group's states once they fit it."""
+    found = states.groups.get(group.name)
+    if found is None or found.units != group.size:
+        raise StructureError(
+            f"Scoring group {group.name!r} of {group.size} units",
+            "the states do not hold it" if found is None else f"the states hold {found.units} units",
+            "Record the states of these groups again, after every structural change",
+        )
+    return found
+
+
+def _score_group(
+    criterion: Criterion, weights: UnitWeights, states: GroupStates | None, config: ScoreConfig
+) -> Importance:
+    """Score a group, and its two halves where the criterion reads signals."""
+    name = weights.group.name
+    if states is None:
+        return criterion.function(Evidence(name, weights), config)
+    whole = Evidence(name, weights, states.input, states.output, states.taylor)
+    importance = criterion.function(whole, config)
+    if not config.split_half or "gradients" in criterion.needs:
+        return importance
+    even, odd = (
+        criterion.function(replace(whole, input=states.inputs[half], output=states.outputs[half]), config)
+        for half in (0, 1)
+    )
+    agreement = rank_correlation(even.scores, odd.scores)
+    return replace(importance, diagnosis=replace(importance.diagnosis, split_half=agreement))
