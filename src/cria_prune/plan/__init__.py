@@ -1,0 +1,21 @@
+"""Scores, groups and a budget -> what stays. Pure: no model, no files."""
+
+from cria_prune.plan.budget import Budget, count_macs, count_parameters, largest_reachable
+from cria_prune.plan.make import compose, identity_plan, make_plan, plan
+from cria_prune.plan.plan import Plan, TensorCut
+from cria_prune.plan.select import check_reachable, select
+
+__all__ = [
+    "Budget",
+    "Plan",
+    "TensorCut",
+    "check_reachable",
+    "compose",
+    "count_macs",
+    "count_parameters",
+    "identity_plan",
+    "largest_reachable",
+    "make_plan",
+    "plan",
+    "select",
+]

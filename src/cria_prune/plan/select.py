@@ -57,19 +57,11 @@ def select(
         SignalError: a score is NaN or infinite, or negative under `global`.
     """
     dense = groups if dense is None else dense
-    check_target(target)
     if ranking not in RANKINGS:
         raise TargetError(f"A {ranking!r} ranking", "no such ranking", f"Known: {', '.join(RANKINGS)}")
-    _check_prunable(groups)
+    check_reachable(groups, target, dense=dense, of=of, floor=floor)
     arrays = {group.name: _checked_scores(group, scores, ranking) for group in groups.prunable}
     budget = Budget(dense, of)
-    reachable = largest_reachable(groups, floor, of, dense=dense)
-    if target > reachable + SLACK:
-        raise TargetError(
-            f"Removing {target:.2%} of the {of}",
-            f"at most {reachable:.2%} can be removed with a floor of {floor:g} of each group",
-            f"Ask for {np.floor(reachable * 1e4) / 1e4:g} or less, or lower the floor",
-        )
     ledger = budget.ledger(groups)
     owner, unit = _order(groups, arrays, ranking, floor, ledger)
     left = _shortest_prefix(groups, owner, ledger, budget, target)
@@ -78,6 +70,27 @@ def select(
         gone = unit[:left][owner[:left] == number]
         kept[group.name] = np.setdiff1d(np.arange(group.size, dtype=np.int64), gone)
     return kept
+
+
+def check_reachable(
+    groups: UnitGroups, target: float, *, dense: UnitGroups | None = None, of: str, floor: float
+) -> float:
+    """Return the largest share that can be removed, at least the target; see `select` for the arguments.
+
+    Raises:
+        TargetError: the target is not in (0, 1) or beyond that share.
+        StructureError: nothing is prunable.
+    """
+    check_target(target)
+    _check_prunable(groups)
+    reachable = largest_reachable(groups, floor, of, dense=dense)
+    if target > reachable + SLACK:
+        raise TargetError(
+            f"Removing {target:.2%} of the {of}",
+            f"at most {reachable:.2%} can be removed with a floor of {floor:g} of each group",
+            f"Ask for {np.floor(reachable * 1e4) / 1e4:g} or less, or lower the floor",
+        )
+    return reachable
 
 
 def check_target(target: float) -> None:
