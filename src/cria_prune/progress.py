@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from types import TracebackType
 from typing import Self, TextIO, TypeVar
 
@@ -138,7 +138,7 @@ def track(
     iterable: Iterable[Item], total: int | None = None, label: str = "", progress: Progress | None = None
 ) -> Iterator[Item]:
     """Yield the items of `iterable` and show how many of `total` are done (silent without `progress`)."""
-    if total is None and hasattr(iterable, "__len__"):
+    if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     with (progress or QUIET).bar(label, total) as bar:
         for item in iterable:

@@ -7,14 +7,14 @@ from functools import partial
 
 from cria_prune.errors import ConfigError
 from cria_prune.tasks.base import Task, evaluate, fingerprint
-from cria_prune.tasks.cifar10 import cifar10
-from cria_prune.tasks.digits import digits
+from cria_prune.tasks.cifar10 import cifar10_task
+from cria_prune.tasks.digits import digits_task
 from cria_prune.tasks.models import ARCHITECTURES, build
 
 TASKS: dict[str, Callable[[], Task]] = {
-    "digits": digits,
-    "cifar10-resnet20": partial(cifar10, 20),
-    "cifar10-resnet56": partial(cifar10, 56),
+    "digits": digits_task,
+    "cifar10-resnet20": partial(cifar10_task, 20),
+    "cifar10-resnet56": partial(cifar10_task, 56),
 }
 
 

@@ -119,7 +119,7 @@ def fingerprint(*tensors: Tensor) -> str:
     for tensor in tensors:
         array = tensor.detach().cpu().contiguous()
         digest.update(f"{array.dtype} {tuple(array.shape)}".encode())
-        digest.update(array.view(torch.uint8).numpy() if array.ndim else array.numpy().tobytes())
+        digest.update(array.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

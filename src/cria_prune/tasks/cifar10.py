@@ -32,7 +32,7 @@ WEIGHTS_LAYOUT = (
 )
 
 
-def cifar10(depth: int) -> ImageTask:
+def cifar10_task(depth: int) -> ImageTask:
     """Return the CIFAR-10 task with a ResNet of depth 20 or 56.
 
     48,000 train images, 2,000 validation images (a fixed random part of the published train split), 10,000

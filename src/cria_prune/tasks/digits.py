@@ -16,7 +16,7 @@ SPLIT_SEED = 0
 DENSE = RecoverConfig(epochs=16, lr=0.05, warmup=0.1)
 
 
-def digits() -> ImageTask:
+def digits_task() -> ImageTask:
     """Return the digits task: 1,097 train, 200 validation and 500 test images (1, 8, 8), classes balanced."""
     return ImageTask(
         name="digits",
@@ -33,7 +33,7 @@ def digits() -> ImageTask:
 
 def train_dense(seed: int = 0, progress: Progress | None = None) -> nn.Module:
     """Return a `DigitsNet` trained from the seed; about 99 % on the test split, in seconds on two cores."""
-    return digits().dense(seed, progress)
+    return digits_task().dense(seed, progress)
 
 
 def _load(_name: str) -> dict[str, Images]:

@@ -1,0 +1,232 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from cria_prune.config import RecoverConfig
+from cria_prune.errors import ConfigError, DataError, SignalError
+from cria_prune.recover import cross_entropy, recover, soft_targets
+from cria_prune.recover.schedule import decay_groups, rate
+
+
+def network(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Dropout(0.2),
+            nn.Flatten(),
+            nn.Linear(64, 3),
+        )
+
+
+def data(batches=6, size=16):
+    generator = torch.Generator().manual_seed(1)
+    out = []
+    for _ in range(batches):
+        y = torch.randint(3, (size,), generator=generator)
+        x = torch.randn(size, 1, 4, 4, generator=generator)
+        x[torch.arange(size), 0, 0, y] += 3
+        out.append((x, y))
+    return out
+
+
+def accuracy(model, batches=None):
+    return sum((model(x).argmax(1) == y).float().mean().item() for x, y in batches or data(2)) / 2
+
+
+def state(model):
+    return copy.deepcopy(model.state_dict())
+
+
+def same(left, right):
+    return all(torch.equal(left[name], right[name]) for name in left)
+
+
+CONFIG = RecoverConfig(epochs=4, lr=0.05)
+
+
+@pytest.fixture
+def kept():
+    """A model whose modes, gradients, layout and RNG must be as before in the end."""
+    model = network().train()
+    model[1].eval()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    modes = [module.training for module in model.modules()]
+    rng = torch.get_rng_state()
+    yield model
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight)) and model[5].bias.grad is None
+    assert model[0].weight.stride() == network()[0].weight.stride()
+    assert not model._forward_hooks
+
+
+def test_it_learns_keeps_the_best_epoch_and_leaves_the_rest_alone(kept):
+    result = recover(kept, data(), CONFIG, evaluate=accuracy)
+    assert result.model is kept and len(result.history) == 5
+    assert result.history[0].loss is None and result.history[0].metric < 0.7 < result.best
+    assert result.best == max(row.metric for row in result.history)
+    assert "<- kept" in str(result)
+
+
+def test_the_best_epoch_is_loaded_not_the_last():
+    model, metrics = network(), iter([0.1, 0.9, 0.9, 0.2, 0.3])
+    seen = []
+
+    def metric(network):
+        seen.append(state(network))
+        return next(metrics)
+
+    result = recover(model, data(), CONFIG, evaluate=metric)
+    assert (result.best_epoch, result.best, result.last) == (2, 0.9, 0.3)  # of equal epochs the later
+    assert same(state(model), seen[2]) and not same(seen[2], seen[4])
+
+
+def test_a_fine_tune_that_only_hurts_gives_the_model_back():
+    model, metrics = network(), iter([0.9, 0.1, 0.1, 0.1, 0.1])
+    before = state(model)
+    assert recover(model, data(), CONFIG, evaluate=lambda _: next(metrics)).best_epoch == 0
+    assert same(state(model), before)
+
+
+def test_without_evaluate_the_last_epoch_is_kept():
+    result = recover(network(), data(), CONFIG)
+    assert result.best_epoch == 4 and result.best is None
+
+
+def test_no_epochs_measures_and_changes_nothing(kept):
+    before = state(kept)
+    result = recover(kept, data(), RecoverConfig(epochs=0), evaluate=lambda _: 0.5)
+    assert same(state(kept), before) and (result.best, result.best_epoch) == (0.5, 0)
+
+
+def test_the_same_seed_gives_the_same_bits_whatever_the_global_generator():
+    states = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        states.append(state(recover(network(), data(), CONFIG).model))
+    assert same(*states)
+    other = recover(network(), data(), CONFIG.model_copy(update={"seed": 1})).model
+    assert not same(states[0], state(other))  # dropout
+
+
+def test_batches_may_be_a_function_of_the_epoch_an_iterator_or_mappings():
+    epochs = []
+    by_epoch = recover(network(), lambda epoch: epochs.append(epoch) or iter(data()), CONFIG)
+    one_shot = recover(network(), iter(data()), CONFIG)
+    assert epochs == [0, 1, 2, 3] and same(state(by_epoch.model), state(one_shot.model))
+    wrapped = [{"input": x, "labels": y} for x, y in data()]
+    assert same(state(recover(network(), wrapped, CONFIG).model), state(one_shot.model))
+
+
+def test_a_nan_loss_puts_the_model_back_and_says_what_to_do(kept):
+    before = state(kept)
+    poisoned = [*data(), (torch.full((4, 1, 4, 4), torch.nan), torch.zeros(4, dtype=torch.long))]
+    with pytest.raises(SignalError, match=r"loss is nan at step 7 of 28.*lower learning rate"):
+        recover(kept, poisoned, CONFIG, evaluate=accuracy)
+    assert same(state(kept), before)
+
+
+def test_nan_weights_and_a_nan_metric_are_errors(kept):
+    def zero_root(model, batch):
+        return cross_entropy(model, batch) + model[5].bias.mul(0).sqrt().sum()  # finite, with a NaN gradient
+
+    with pytest.raises(SignalError, match="holds NaN or infinity after step 1"):
+        recover(kept, data(1), CONFIG, loss=zero_root)
+    with pytest.raises(SignalError, match="the metric is nan"):
+        recover(kept, data(), CONFIG, evaluate=lambda _: float("nan"))
+
+
+@pytest.mark.parametrize("failing_epoch", [0, 2])
+def test_any_error_puts_the_model_back(kept, failing_epoch):
+    before = state(kept)
+
+    def batches(epoch):
+        if epoch == failing_epoch:
+            raise OSError("disk")
+        return data()
+
+    with pytest.raises(OSError, match="disk"):
+        recover(kept, batches, CONFIG, evaluate=accuracy)
+    assert same(state(kept), before)
+
+
+def test_an_interrupt_keeps_the_best_so_far_and_goes_on_up(kept):
+    seen = []
+
+    def metric(network):
+        seen.append(state(network))
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return [0.1, 0.8, 0.5][len(seen) - 1]
+
+    with pytest.raises(KeyboardInterrupt):
+        recover(kept, data(), CONFIG, evaluate=metric)
+    assert same(state(kept), seen[1])
+
+
+def test_distillation_pulls_towards_the_teacher_and_leaves_it_alone(kept):
+    teacher = recover(network(5), data(), CONFIG).model.train()
+    before = state(teacher)
+    x = data()[0][0]
+    full = CONFIG.model_copy(update={"distill": 1.0, "epochs": 10})
+    gap = (teacher.eval()(x) - network().eval()(x)).abs().mean()
+    teacher.train()
+    student = recover(kept, data(), full, teacher=teacher).model
+    assert same(state(teacher), before) and teacher.training
+    after = (copy.deepcopy(teacher).eval()(x) - copy.deepcopy(student).eval()(x)).abs().mean()
+    assert after < 0.5 * gap
+
+
+def test_soft_targets_by_hand():
+    student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]])
+    p = torch.softmax(teacher[0] / 2, 0)
+    expected = 4 * (p * (p / 0.5).log()).sum()
+    assert torch.allclose(soft_targets(student, teacher, 2.0), expected)
+    assert soft_targets(teacher, teacher, 2.0) == 0
+    with pytest.raises(DataError, match="the teacher's"):
+        soft_targets(student, torch.zeros(1, 3), 1.0)
+
+
+def test_bad_arguments_are_told_apart():
+    with pytest.raises(ConfigError, match="no teacher was passed"):
+        recover(network(), data(), RecoverConfig(distill=0.5))
+    model = network()
+    with pytest.raises(ConfigError, match="teacher is the model itself"):
+        recover(model, data(), RecoverConfig(distill=0.5), teacher=model)
+    with pytest.raises(ConfigError, match="no parameter of the model requires a gradient"):
+        recover(network().requires_grad_(False), data())
+    with pytest.raises(DataError, match="epoch 0 has no batches"):
+        recover(network(), [])
+    with pytest.raises(DataError, match="no target in Tensor"):
+        recover(network(), [x for x, _ in data()])
+    with pytest.raises(DataError, match="did not call the model"):
+        recover(
+            network(),
+            data(),
+            RecoverConfig(distill=0.5),
+            teacher=network(1),
+            loss=lambda model, batch: model[5].bias.sum(),
+        )
+
+
+def test_schedule_and_decay():
+    rates = [rate(step, 100, 0.1, 0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(0.01) and max(rates) == rates[9] == rates[10] and rates[-1] < 1e-4
+    assert rate(0, 1, 0.1, 0.05) == 0.1 and rate(150, 100, 0.1, 0.1) == 0
+    decayed, free = decay_groups(network(), 0.1)
+    assert [p.ndim for p in decayed["params"]] == [4, 2] and decayed["weight_decay"] == 0.1
+    assert all(p.ndim == 1 for p in free["params"]) and free["weight_decay"] == 0
+
+
+def test_frozen_parameters_stay():
+    model = network()
+    model[0].requires_grad_(False)
+    before = state(model)
+    recover(model, data(), CONFIG)
+    assert torch.equal(model[0].weight, before["0.weight"])
+    assert not torch.equal(model[5].weight, before["5.weight"])
