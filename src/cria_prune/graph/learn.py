@@ -19,6 +19,7 @@ from cria_prune.graph.neighbors import edge_distances, nearest_neighbors
 COMPLETE_UNITS = 64
 REFINE_UNITS = 2048
 SOFTENING = 1e-3
+SAME = 1e-10  # distances under this share of the mean variance are between duplicates
 
 
 def learn_graph(
@@ -31,8 +32,9 @@ def learn_graph(
     """Return the graph of the units' signals.
 
     Edges: all pairs up to `complete` units, above that the `neighbors` nearest, made symmetric. Weight
-    1 / (D²/med + 1e-3), without unit; duplicates get 1,000. Where the median is 0 (half of the
-    distances are between duplicates) the mean of the positive distances replaces it.
+    1 / (D²/med + 1e-3), without unit; duplicates get 1,000. Where half of the distances are between
+    duplicates (median under 1e-10 of the mean variance), the mean of the other distances stands in for
+    the median, and where there is no other, the mean variance.
 
     Args:
         moments: of the signals (d, M), with covariance or sketch, all finite.
@@ -54,7 +56,7 @@ def learn_graph(
     rows, cols = nearest_neighbors(moments, d if d <= complete else neighbors)
     squared = edge_distances(moments, rows, cols)
     variance = moments.variance.cpu()
-    med = _typical(squared if len(squared) else variance)
+    med = _typical(squared, float(variance.mean()))
     weights = 1 / (squared / med + SOFTENING)
     ground = 1 / (variance / med + SOFTENING) if grounded else None
     mean_degree = float(2 * weights.sum() / d) if len(rows) else 1.0
@@ -87,10 +89,11 @@ def refine_graph(graph: Graph, iterations: int = 10) -> Graph:
     return current
 
 
-def _typical(squared: Tensor) -> float:
-    """Return the median of D² (m,), the mean of its positive entries where that is 0, or 1."""
+def _typical(squared: Tensor, variance: float) -> float:
+    """Return the scale of D² (m,): median, or mean of what is not 0, or the mean variance, or 1."""
+    least = SAME * variance
     med = float(np.median(squared.numpy())) if len(squared) else 0.0
-    if med > 0:
+    if med > least:
         return med
-    positive = squared[squared > 0]
-    return float(positive.mean()) if len(positive) else 1.0
+    apart = squared[squared > least]
+    return float(apart.mean()) if len(apart) else variance or 1.0

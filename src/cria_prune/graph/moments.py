@@ -100,9 +100,9 @@ class Moments:
         """
         bad = ~(torch.isfinite(self.mean) & torch.isfinite(self.variance))
         for second in (self.covariance, self.sketch):
-            # A finite sum of absolute values needs no (d, d) mask.
-            if second is not None and not torch.isfinite(second.abs().sum(dtype=torch.float64)):
-                bad = bad | ~torch.isfinite(second).all(dim=1)
+            # One bad unit spoils its column of the covariance, so the rows count only where the means do not.
+            if second is not None and not bad.any():
+                bad = ~torch.isfinite(second).all(dim=1)
         if bad.any():
             first = int(bad.nonzero()[0])
             raise SignalError(

@@ -6,15 +6,18 @@ D²[p, q] = ‖x_p − x_q‖² / M, of the centred rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from cria_prune.graph.moments import Moments
 
 BLOCK = 1024
-EDGE_BLOCK = 16384
+EDGE_BLOCK = 2048
 # Below this share of the two variances a difference of products is rounding: a duplicate, at distance 0.
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6}
+COMMON_ROUNDING = 1e-13  # the same, of the variances before the common signal was taken out
 
 
 def nearest_neighbors(moments: Moments, k: int) -> tuple[Tensor, Tensor]:
@@ -46,13 +49,15 @@ def edge_distances(moments: Moments, rows: Tensor, cols: Tensor) -> Tensor:
     """Return D² (m,) float64 on the CPU of the edges rows, cols (m,).
 
     From a sketch by subtraction of the rows; from the covariance after the mean over units was taken
-    out of every sample, where rounding (1e-12 of the variances) counts as 0.
+    out of every sample, where rounding (1e-12 of the remaining variances) counts as 0.
     """
     if moments.covariance is not None:
         C = _without_common(moments.covariance)
-        norms = C.diagonal()
+        norms, variance = C.diagonal(), moments.variance
         rows, cols = rows.to(C.device), cols.to(C.device)
-        return _squared(norms[rows], norms[cols], C[rows, cols]).cpu()
+        squared = _squared(norms[rows], norms[cols], C[rows, cols])
+        rounding = COMMON_ROUNDING * (variance[rows] + variance[cols])
+        return torch.where(squared <= rounding, 0.0, squared).cpu()
     assert moments.sketch is not None
     out = []
     for p, q in zip(rows.split(EDGE_BLOCK), cols.split(EDGE_BLOCK), strict=True):
@@ -67,7 +72,7 @@ def _without_common(C: Tensor) -> Tensor:
     return C - mean[:, None] - mean[None, :] + mean.mean()
 
 
-def _products(moments: Moments):  # type: ignore[no-untyped-def]
+def _products(moments: Moments) -> tuple[Callable[[int, int], Tensor], Tensor]:
     """Return a function (start, stop) -> Gram rows (stop - start, d), and the squared norms (d,)."""
     if moments.covariance is not None:
         C = _without_common(moments.covariance)

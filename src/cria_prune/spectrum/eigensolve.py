@@ -70,7 +70,7 @@ def solve_lanczos(
         nonlocal calls
         calls += 1
         X, _, _ = pcg(
-            L_out, torch.from_numpy(np.ascontiguousarray(v, dtype=np.float64).reshape(d, 1)), 1e-12, 2000
+            L_out, torch.from_numpy(np.ascontiguousarray(v, dtype=np.float64).reshape(d, 1)), 1e-10, 2000
         )
         return X.numpy().reshape(v.shape)
 
@@ -78,7 +78,14 @@ def solve_lanczos(
     inverse = spl.LinearOperator((d, d), matvec=solve, dtype=np.float64)
     try:
         values, vectors = spl.eigsh(
-            L_in, k=min(pairs, d - 1), M=L_out, Minv=inverse, which="LA", v0=start, tol=tolerance * 1e-2
+            L_in,
+            k=min(pairs, d - 1),
+            M=L_out,
+            Minv=inverse,
+            which="LA",
+            v0=start,
+            ncv=min(d, 4 * pairs + 20),
+            tol=tolerance * 1e-1,
         )
     except spl.ArpackNoConvergence as stopped:
         values, vectors = stopped.eigenvalues, stopped.eigenvectors

@@ -64,7 +64,14 @@ class Importance:
     diagnosis: Diagnosis
 
     def __repr__(self) -> str:
-        return f"Importance of {len(self.scores)} units ({len(self.diagnosis.dead)} dead), {self.diagnosis}"
+        d = self.diagnosis
+        pieces = "" if d.pieces_in is None else f", {d.pieces_in} and {d.pieces_out} pieces"
+        residual = "" if d.residual is None else f", residual {d.residual:.1e}"
+        split = "" if d.split_half is None else f", split-half {d.split_half:.2f}"
+        return (
+            f"Importance of {len(self.scores)} units, {len(d.dead)} dead{pieces}; "
+            f"{d.solver}: {d.status}{residual}{split}"
+        )
 
 
 def distortion(
@@ -229,7 +236,7 @@ def _embed(
     d = graph_in.units
     if d > DENSE_UNITS and count_pairs(pairs, d) == d:
         F, residual, _ = distortion_embedding(graph_in, graph_out, sketch, seed)
-        status = "converged" if residual <= RESIDUAL * 10 else "unconverged"
+        status = "converged" if residual <= RESIDUAL else "unconverged"
         return F, {"solver": "pcg", "residual": residual, "status": status}
     solved = solve_pencil(graph_in, graph_out, pairs, seed)
     return solved.embedding(), {

@@ -59,7 +59,7 @@ def distortion_embedding(
     graph_out: Graph,
     sketch: int | None = 256,
     seed: int = 0,
-    tolerance: float = 1e-5,
+    tolerance: float = 1e-6,
     iterations: int = 1000,
 ) -> tuple[Tensor, float, int]:
     """Return F (d, r) float64 with ‖F_p − F_q‖² ~ Σᵢ zᵢ (v_i[p] − v_i[q])² over all pairs.
