@@ -83,7 +83,7 @@ class Units:
                 if reason not in assumed.get(item, ()):
                     assumed[item] = (*assumed.get(item, ()), reason)
         summed = np.unique(classes[np.concatenate(self._summed)]) if self._summed else np.zeros(0)
-        return Resolved(classes.astype(np.int64), frozen, assumed, set(summed.tolist()))
+        return Resolved(classes.astype(np.int64), frozen, assumed, {int(unit) for unit in summed})
 
 
 @dataclass(frozen=True)

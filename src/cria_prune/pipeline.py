@@ -1,0 +1,281 @@
+"""prune(): the only file that knows the order of the stages, and the rounds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from cria_prune.batches import Batch, batch_size, move
+from cria_prune.config import PruneConfig
+from cria_prune.criteria import score
+from cria_prune.criteria.score import find_criterion
+from cria_prune.errors import DataError, SignalError
+from cria_prune.plan import Plan, check_reachable, compose, identity_plan
+from cria_prune.plan import plan as make_round
+from cria_prune.progress import QUIET, Progress
+from cria_prune.record import States, record
+from cria_prune.record.collect import cut
+from cria_prune.spectrum import Importance
+from cria_prune.structure import UnitGroups, shrink, without_residual
+from cria_prune.structure import discover as follow
+from cria_prune.surgery import Verification, apply, settle, verify
+
+EXAMPLES = 2
+"""Examples in the batch that captures and verifies a model."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round did.
+
+    Attributes:
+        number: from 1.
+        report: shares asked, reached and reachable; parameters and MACs per example, dense and now.
+        seconds: wall time per stage: record, score, plan, surgery, verify.
+        scores: group name -> one score per unit that was there.
+        kept: group name -> the units, of those, that stayed.
+        diagnosis: group name -> how far the scores can be trusted.
+        verification: masked against pruned, from the dense model to this one (None if not asked for).
+        metric: of the pruned model, if `evaluate` was given.
+    """
+
+    number: int
+    report: Mapping[str, float | str]
+    seconds: Mapping[str, float]
+    scores: Mapping[str, tuple[float, ...]]
+    kept: Mapping[str, tuple[int, ...]]
+    diagnosis: Mapping[str, dict[str, Any]]
+    verification: Verification | None
+    metric: float | None
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What `prune` gives back; prints as a table of the rounds.
+
+    Attributes:
+        model: the smaller model.
+        plan: what stays, relative to the dense model.
+        dense: structure of the dense model; groups: structure of the smaller one.
+        rounds: what each round did.
+        config: what was asked.
+        seconds: wall time of capture and discovery.
+    """
+
+    model: nn.Module = field(repr=False)
+    plan: Plan
+    dense: UnitGroups = field(repr=False)
+    groups: UnitGroups = field(repr=False)
+    rounds: tuple[Round, ...]
+    config: PruneConfig
+    seconds: float
+
+    @property
+    def report(self) -> Mapping[str, float | str]:
+        """Shares and counts after the last round."""
+        return self.rounds[-1].report
+
+    def __str__(self) -> str:
+        of = self.config.plan.of
+        lines = [
+            f"{'round':>5} {'parameters':>12} {'MACs':>14} {'reduction':>10} "
+            f"{'masked=pruned':>14} {'metric':>8}"
+        ]
+        for item in self.rounds:
+            check = "" if item.verification is None else f"{item.verification.difference:.1e}"
+            metric = "" if item.metric is None else f"{item.metric:.4f}"
+            lines.append(
+                f"{item.number:>5} {item.report['parameters']:>12,.0f} {item.report['macs']:>14,.0f} "
+                f"{item.report['reached']:>10.1%} {check:>14} {metric:>8}"
+            )
+        last = self.report
+        lines.append(
+            f"{self.config.score.criterion}: asked {last['asked']:.1%} of {of}, "
+            f"reached {last['reached']:.1%}, reachable {last['reachable']:.1%}; "
+            f"dense {last['parameters_dense']:,.0f} parameters, "
+            f"{last['macs_dense']:,.0f} MACs"
+        )
+        return "\n".join(lines)
+
+
+def discover(model: nn.Module, example: Batch) -> UnitGroups:
+    """Find what can be removed from a model: its unit groups, and why the frozen ones are frozen.
+
+    Args:
+        model: any module that torch.export can follow; it is left as it was.
+        example: one batch, as its forward takes it; two examples are enough.
+
+    Raises:
+        CaptureError: the operations cannot be captured.
+        DataError: the forward does not accept the example.
+    """
+    batch = move(cut(example, batch_size(example), EXAMPLES), device_of(model))
+    return settle(model, follow(model, batch), batch)
+
+
+def prune(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: PruneConfig | None = None,
+    *,
+    loss: Callable[[nn.Module, Batch], torch.Tensor] | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    on_round: Callable[[PruneResult], None] | None = None,
+    progress: Progress | None = None,
+) -> PruneResult:
+    """Make a trained model smaller: record, score, plan and cut, round by round; no weight is trained.
+
+    The model is left untouched. In every round masked equals pruned is verified against it.
+
+    Args:
+        model: the trained model, on the device where the work is to be done.
+        batches: calibration batches: tensors, (inputs, target) pairs or mappings.
+        config: what to remove and how; half of the parameters in four rounds by default.
+        loss: (model, batch) to a scalar, for criteria that take gradients.
+        evaluate: model -> metric, shown for every round.
+        on_round: called with the result so far after every round.
+        progress: where to show the rounds; silent if None.
+
+    Raises:
+        CriaError: each stage's own; the model is then as it was.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+        >>> batches = [torch.randn(32, 4) for _ in range(4)]
+        >>> result = prune(net, batches, PruneConfig(plan={"reduction": 0.5, "rounds": 2}))
+        >>> result.model[0].out_features < 16
+        True
+    """
+    config = config or PruneConfig()
+    needs = find_criterion(config.score.criterion).needs
+    batches = again(batches)
+    check_finite(model)
+    start = time.perf_counter()
+    example = first_examples(batches, device_of(model))
+    dense = discover(model, example)
+    if not config.plan.residual:
+        dense = without_residual(dense)
+    check_reachable(dense, config.plan.reduction, of=config.plan.of, floor=config.plan.floor)
+    result = PruneResult(model, identity_plan(dense), dense, dense, (), config, time.perf_counter() - start)
+    rounds = config.plan.rounds
+    with (progress or QUIET).bar("prune", rounds) as bar:
+        for number in range(1, rounds + 1):
+            result = _round(model, result, number, batches, example, needs, loss, evaluate)
+            report = result.report
+            bar.update(
+                parameters=f"{report['parameters']:,.0f}",
+                reduction=report["reached"],
+                metric=result.rounds[-1].metric,
+            )
+            if on_round is not None:
+                on_round(result)
+    return result
+
+
+def _round(
+    model: nn.Module,
+    before: PruneResult,
+    number: int,
+    batches: Iterable[Batch],
+    example: Batch,
+    needs: frozenset[str],
+    loss: Callable[[nn.Module, Batch], torch.Tensor] | None,
+    evaluate: Callable[[nn.Module], float] | None,
+) -> PruneResult:
+    config, groups, seconds = before.config, before.groups, dict[str, float]()
+    with clock(seconds, "record"):
+        states: States | None = None
+        if needs:
+            states = record(
+                before.model, groups, batches, config.record,
+                loss=loss, gradients="gradients" in needs, device=device_of(model),
+            )  # fmt: skip
+    with clock(seconds, "score"):
+        scores: dict[str, Importance] = score(before.model, groups, states, config.score)
+    values = {name: item.scores.numpy() for name, item in scores.items()}
+    with clock(seconds, "plan"):
+        target = config.plan.reduction * number / config.plan.rounds
+        step = make_round(groups, values, config.plan, dense=before.dense, target=target)
+        total = compose(before.plan, step)
+    with clock(seconds, "surgery"):
+        smaller = apply(before.model, step)
+    verification = None
+    if config.verify:
+        with clock(seconds, "verify"):
+            verification = verify(model, total, smaller, example)
+    done = Round(
+        number=number,
+        report=step.report,
+        seconds=seconds,
+        scores={name: tuple(item.tolist()) for name, item in values.items()},
+        kept=dict(step.kept),
+        diagnosis={name: item.diagnosis.to_dict() for name, item in scores.items()},
+        verification=verification,
+        metric=None if evaluate is None else evaluate(smaller),
+    )
+    return PruneResult(
+        smaller,
+        total,
+        before.dense,
+        shrink(groups, step.kept),
+        (*before.rounds, done),
+        config,
+        before.seconds,
+    )
+
+
+@contextmanager
+def clock(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the wall time of a block to `seconds[stage]`."""
+    start = time.perf_counter()
+    yield
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def again(batches: Iterable[Batch]) -> Iterable[Batch]:
+    """Return batches that can be gone through once per round; an iterator is read into a list."""
+    if not isinstance(batches, Iterable):
+        raise DataError(
+            "Calibration batches", f"found {type(batches).__name__}", "Pass a list or loader of batches"
+        )
+    return list(batches) if iter(batches) is batches else batches
+
+
+def first_examples(batches: Iterable[Batch], device: torch.device) -> Batch:
+    """Return the first examples of the first batch, on the device.
+
+    Raises:
+        DataError: there is no batch.
+    """
+    with torch.random.fork_rng(devices=[]):  # a shuffling loader draws from the global generator
+        for batch in batches:
+            return move(cut(batch, batch_size(batch), EXAMPLES), device)
+    raise DataError(
+        "Calibration batches", "found none", "Pass at least one batch; a used-up iterator has none"
+    )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter."""
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise SignalError, naming the tensor, if a parameter or buffer holds NaN or infinity."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise SignalError(
+                f"The weights of {name!r}", "found NaN or infinity", "Prune a model whose weights are finite"
+            )
+
+
+__all__ = ["PruneResult", "Round", "discover", "prune"]
