@@ -1,0 +1,23 @@
+"""What a run leaves behind: a checkpoint, its provenance, a report and its pictures."""
+
+from cria_prune.artifact.checkpoint import LoadedCheckpoint, load, save
+from cria_prune.artifact.files import atomic, new_folder, sha256, write_text
+from cria_prune.artifact.plots import plot_rounds, plot_scores, plot_widths
+from cria_prune.artifact.provenance import provenance
+from cria_prune.artifact.report import render, write_report
+
+__all__ = [
+    "LoadedCheckpoint",
+    "atomic",
+    "load",
+    "new_folder",
+    "plot_rounds",
+    "plot_scores",
+    "plot_widths",
+    "provenance",
+    "render",
+    "save",
+    "sha256",
+    "write_report",
+    "write_text",
+]
