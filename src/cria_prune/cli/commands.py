@@ -1,0 +1,240 @@
+"""What the commands do, on the options as typer parsed them; heavy imports begin here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cria_prune import pipeline
+from cria_prune.artifact.files import write_text
+from cria_prune.artifact.report import write_report
+from cria_prune.cli import show, target
+from cria_prune.cli.flow import Job, prune_stage, recover_stage, rounded, save_and_reload
+from cria_prune.cli.folder import REPORT, check_file, claimed
+from cria_prune.cli.settings import pick_device, prune_config, recover_config
+from cria_prune.cli.talk import Kept, Talk, percent
+from cria_prune.cli.target import Target
+from cria_prune.config import PruneConfig
+from cria_prune.pipeline import PruneResult, clock
+from cria_prune.plan import count_macs, count_parameters, largest_reachable
+from cria_prune.plan.budget import DENOMINATORS
+from cria_prune.structure import UnitGroups, without_residual
+
+Params = Mapping[str, Any]
+
+
+def run(params: Params, command: list[str], kept: Kept) -> None:
+    """Dense model, pruning, one recovery, checkpoint and report."""
+    found = target.recipe(params["recipe"])
+    config = prune_config(params)
+    tuning = recover_config(params, found.task.recover_defaults)
+    with job_of(found, "", params, command, kept) as job:
+        dense = dense_model(job)
+        result, plan = prune_stage(job, dense, config, params["watch"])
+        show.rounds(job.talk, result, found.task.metric)
+        job.accuracy(result.model, "pruned")
+        described = {"prune": config.model_dump(mode="json"), "recover": tuning.model_dump(mode="json")}
+        recovered = recover_stage(job, result.model, plan, tuning, dense, described)
+        job.results["best_epoch"] = recovered.best_epoch
+        job.talk.say(
+            f"recovery: epoch {recovered.best_epoch} of {tuning.epochs} kept, best on the validation split"
+        )
+        job.accuracy(recovered.model, "recovered")
+        show.outcome(job.talk, job.results, found.task.metric)
+        save_and_reload(job, recovered.model, plan, described, "the recovered model")
+        finish(job, result)
+
+
+def prune(params: Params, command: list[str], kept: Kept) -> None:
+    """Pruning without recovery, of a recipe's dense model or of a checkpoint once more."""
+    found = target.find(params["target"])
+    config = prune_config(params)
+    with job_of(found, "-pruned", params, command, kept) as job:
+        model = dense_model(job)
+        result, plan = prune_stage(job, model, config, params["watch"])
+        show.rounds(job.talk, result, found.task.metric)
+        job.accuracy(result.model, "pruned")
+        show.outcome(job.talk, job.results, found.task.metric)
+        described = {"prune": config.model_dump(mode="json")}
+        save_and_reload(job, result.model, plan, described, "the pruned model")
+        finish(job, result)
+
+
+def recover(params: Params, command: list[str], kept: Kept) -> None:
+    """One fine-tune of a checkpoint."""
+    found = target.checkpoint(params["checkpoint"])
+    assert found.plan is not None
+    tuning = recover_config(params, found.task.recover_defaults)
+    inherited = ("dense", "parameters_dense", "parameters", "macs_dense", "macs", "reduction", "asked", "of",
+                 "criterion", "scoring_over_forward")  # fmt: skip
+    with job_of(found, "-recovered", params, command, kept) as job:
+        job.results |= {name: found.results[name] for name in inherited if name in found.results}
+        counts = ("parameters_dense", "parameters", "macs_dense", "macs")
+        job.results |= {name: found.plan.report[name] for name in counts if name in found.plan.report}
+        model = found.model(job.device, job.seed, job.talk.progress)
+        dense = found.teacher(job.device, job.talk.progress) if tuning.distill else None
+        job.accuracy(model, "pruned")
+        described = {"recover": tuning.model_dump(mode="json")}
+        recovered = recover_stage(job, model, found.plan, tuning, dense, described)
+        job.results["best_epoch"] = recovered.best_epoch
+        job.talk.say(str(recovered))
+        job.accuracy(recovered.model, "recovered")
+        show.outcome(job.talk, job.results, found.task.metric)
+        save_and_reload(job, recovered.model, found.plan, described, "the recovered model")
+        finish(job)
+
+
+def evaluate(params: Params) -> None:
+    """Accuracy on the test split."""
+    found, talk = target.find(params["target"]), Talk(params["quiet"])
+    seconds: dict[str, float] = {}
+    device, seed = pick_device(params["device"]), params["seed"] or 0
+    with clock(seconds, "model"):
+        model = found.model(device, seed, talk.progress)
+    with clock(seconds, "evaluate"):
+        value = found.task.evaluate(model, found.task.test_batches(), talk.progress)
+    parameters = sum(item.numel() for item in model.parameters())
+    talk.table(
+        ["target", found.task.metric, "parameters"], [[params["target"], percent(value), f"{parameters:,}"]]
+    )
+    talk.answer(
+        {
+            "target": params["target"],
+            "recipe": found.task.name,
+            found.task.metric: value,
+            "parameters": parameters,
+            "seed": seed,
+            "device": str(device),
+            "seconds": rounded(seconds),
+        }
+    )
+
+
+def inspect(params: Params) -> None:
+    """The unit groups of a recipe's network or of a checkpoint."""
+    found, talk = target.find(params["target"]), Talk(params["quiet"] or params["json"])
+    model = found.untrained()
+    groups = structure_of(model, found, params["residual"])
+    floor = PruneConfig().plan.floor if params["floor"] is None else params["floor"]
+    rows = [describe(groups, group.name) for group in groups]
+    removable = {of: largest_reachable(groups, floor, of) for of in DENOMINATORS}
+    show.structure(talk, rows, removable)
+    answer: dict[str, Any] = {
+        "target": params["target"],
+        "recipe": found.task.name,
+        "parameters": count_parameters(groups),
+        "macs": count_macs(groups),
+        "groups": rows if params["json"] else len(rows),
+        "prunable_groups": len(groups.prunable),
+        "floor": floor,
+        "removable": removable,
+    }
+    talk.answer(answer)
+
+
+def score(params: Params, command: list[str]) -> None:
+    """Scores and diagnosis of every group, without cutting."""
+    found, talk = target.find(params["target"]), Talk(params["quiet"])
+    config, output = prune_config(params), params["output"]
+    check_file(output, params["overwrite"])
+    device, seed = pick_device(params["device"]), params["seed"] or 0
+    seconds: dict[str, float] = {}
+    with clock(seconds, "model"):
+        model = found.model(device, seed, talk.progress)
+    batches = found.task.calibration(config.record.examples, config.record.seed)
+    with clock(seconds, "structure"):
+        groups = structure_of(model, found, config.plan.residual)
+    needs, states = pipeline.find_criterion(config.score.criterion).needs, None
+    if needs:
+        with clock(seconds, "record"):
+            states = pipeline.record(
+                model, groups, batches, config.record, gradients="gradients" in needs, device=device
+            )
+    with clock(seconds, "score"):
+        scores = pipeline.score(model, groups, states, config.score)
+    rows = {
+        name: {"scores": item.scores.tolist(), "diagnosis": item.diagnosis.to_dict()}
+        for name, item in scores.items()
+    }
+    show.diagnosis(talk, rows)
+    head = {"target": params["target"], "recipe": found.task.name, "criterion": config.score.criterion}
+    if output is not None:
+        write_text(output, json.dumps({**head, "command": command, "groups": rows}, indent=1) + "\n")
+        talk.say(f"scores written to {output}")
+    units = sum(len(item["scores"]) for item in rows.values())
+    talk.answer(
+        {
+            **head,
+            "groups": len(rows),
+            "units": units,
+            "seed": seed,
+            "output": None if output is None else str(output),
+            "seconds": rounded(seconds),
+        }
+    )
+
+
+@contextmanager
+def job_of(found: Target, suffix: str, params: Params, command: list[str], kept: Kept) -> Iterator[Job]:
+    """Claim the output folder and begin a job; see `claimed`."""
+    device = pick_device(params["device"])
+    with claimed(params["output"], found.task.name + suffix, params["overwrite"]) as folder:
+        seed = params["seed"] or 0
+        job = Job(found, folder, device, seed, Talk(params["quiet"]), kept, command)
+        job.begin()
+        yield job
+
+
+def dense_model(job: Job) -> nn.Module:
+    """Return the model to prune and print its accuracy: the recipe's dense one, or the checkpoint's."""
+    with clock(job.seconds, "model"):
+        model = job.target.model(job.device, job.seed, job.talk.progress)
+    if job.target.checkpoint is None:
+        job.accuracy(model, "dense")
+    else:
+        job.accuracy(model, "before")
+        if "dense" in job.target.results:
+            job.results["dense"] = job.target.results["dense"]
+    return model
+
+
+def finish(job: Job, result: PruneResult | None = None) -> None:
+    """Write the report, if there is a pruning to report on, and print the last line."""
+    job.results["seconds"] = rounded(job.seconds)
+    if result is not None:
+        page = show.report(result, job.results, job.target.task.metric, job.origin)
+        path = write_report(Path(job.output) / REPORT, page)
+        job.talk.say(f"report {path}")
+    job.talk.answer(job.results)
+
+
+def structure_of(model: nn.Module, found: Target, residual: bool | None) -> UnitGroups:
+    """Return the unit groups of a model; residual widths are frozen unless asked for."""
+    device = next(model.parameters()).device
+    groups = pipeline.discover(model, found.task.example.to(device))
+    return groups if residual else without_residual(groups)
+
+
+def describe(groups: UnitGroups, name: str) -> dict[str, Any]:
+    """Return a group as JSON: its units, what one of them costs, the weights around it."""
+    group = groups[name]
+    parameters = macs = None
+    if group in groups.prunable:
+        one_less = {name: group.size - 1}
+        parameters = count_parameters(groups) - count_parameters(groups, one_less)
+        macs = count_macs(groups) - count_macs(groups, one_less)
+    return {
+        "name": name,
+        "kind": group.kind,
+        "units": group.size,
+        "parameters_per_unit": parameters,
+        "macs_per_unit": macs,
+        "producers": sorted({item.tensor for item in group.producers}),
+        "consumers": sorted({item.tensor for item in group.consumers}),
+        "frozen": group.frozen,
+    }

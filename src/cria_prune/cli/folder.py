@@ -1,0 +1,145 @@
+"""The output folder: claimed before the long work, filled without a moment in which it is broken."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from cria_prune.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cria_prune.plan import Plan
+
+REPORT = "report.html"
+
+
+@contextmanager
+def claimed(output: Path | None, name: str, overwrite: bool) -> Iterator[Path]:
+    """Give a folder that may be written to; one that stays empty is removed on leaving.
+
+    Args:
+        output: the folder asked for; None takes the first free of runs/NAME, runs/NAME-2, ...
+        name: NAME.
+        overwrite: accept a folder that holds files.
+
+    Raises:
+        ArtifactError: the folder holds files and may not be overwritten, or the system refuses.
+    """
+    folder = _first_free(name) if output is None else _asked_for(output, overwrite)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _refused(folder, error) from error
+    try:
+        yield folder
+    finally:
+        with suppress(OSError):  # it holds something
+            folder.rmdir()
+
+
+def check_file(path: Path | None, overwrite: bool) -> None:
+    """Check that a file may be written, before the work for it begins.
+
+    Raises:
+        ArtifactError: it exists and may not be overwritten, or its folder does not take files.
+    """
+    if path is None:
+        return
+    if path.exists() and not (overwrite and path.is_file()):
+        raise ArtifactError(f"Writing {path}", "it exists", "Choose another name, or pass --overwrite")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise _refused(path.parent, error) from error
+
+
+def keep(folder: Path, model: nn.Module, plan: Plan, **described: Any) -> None:
+    """Save a checkpoint into the folder in place of the one there; `described` goes to `artifact.save`.
+
+    Both files are written aside first and then renamed while Ctrl-C waits, so that an
+    interrupted run leaves a whole checkpoint. A report of an earlier checkpoint is removed.
+
+    Raises:
+        ArtifactError: the system refuses, or something is no JSON.
+    """
+    from cria_prune.artifact.checkpoint import MANIFEST, WEIGHTS, save
+
+    try:
+        with (
+            interrupts_wait(),
+            tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as aside,
+        ):
+            save(aside, model, plan, **described)
+            (folder / REPORT).unlink(missing_ok=True)
+            for name in (WEIGHTS, MANIFEST):
+                os.replace(Path(aside) / name, folder / name)
+    except OSError as error:
+        raise _refused(folder, error) from error
+
+
+@contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Let Ctrl-C take effect only when the block is done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+
+    def remember(number: int, _frame: FrameType | None) -> None:
+        arrived.append(number)
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+    if arrived:
+        raise KeyboardInterrupt
+
+
+def _first_free(name: str) -> Path:
+    for number in count(1):
+        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise _refused(folder, error) from error
+        return folder
+    raise AssertionError("count() does not end")
+
+
+def _asked_for(folder: Path, overwrite: bool) -> Path:
+    from cria_prune.artifact.files import new_folder
+
+    if folder.is_dir() and not overwrite:
+        with suppress(OSError):  # new_folder says why
+            found = sorted(entry.name for entry in folder.iterdir())
+            if found:
+                names = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+                raise ArtifactError(
+                    f"Writing to the folder {folder}",
+                    f"it is not empty ({names})",
+                    "Choose another folder, or pass --overwrite",
+                )
+    return new_folder(folder, overwrite=True)
+
+
+def _refused(folder: Path, error: OSError) -> ArtifactError:
+    from cria_prune.artifact.files import refused
+
+    return refused(f"Writing to the folder {folder}", error)

@@ -1,0 +1,157 @@
+"""The command `cria`: what can be typed. Every command's work is in `commands`."""
+
+from __future__ import annotations
+
+import typer
+
+from cria_prune.cli import options as o
+from cria_prune.cli.talk import answering, command_line
+
+app = typer.Typer(
+    name="cria",
+    help="Make a trained neural network smaller: score its neurons, cut the least important, restore the task.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """Run the command line of this process; ends in SystemExit: 0, 2 after an error, 130 after Ctrl-C."""
+    app()
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    recipe: o.Recipe,
+    reduction: o.Reduction = None,
+    of: o.Of = None,
+    criterion: o.Criterion = None,
+    preset: o.Preset = None,
+    rounds: o.Rounds = None,
+    ranking: o.Ranking = None,
+    residual: o.Residual = None,
+    floor: o.Floor = None,
+    examples: o.Examples = None,
+    positions: o.Positions = None,
+    watch: o.Watch = False,
+    epochs: o.Epochs = None,
+    lr: o.Lr = None,
+    distill: o.Distill = None,
+    seed: o.Seed = None,
+    device: o.Device = "auto",
+    output: o.Output = None,
+    overwrite: o.Overwrite = False,
+    config: o.Config = None,
+    quiet: o.Quiet = False,
+) -> None:
+    """Do a whole recipe: dense model, pruning, one recovery, checkpoint and report."""
+    with answering() as kept:
+        from cria_prune.cli import commands
+
+        commands.run(context.params, command_line(context), kept)
+
+
+@app.command()
+def inspect(
+    target: o.Target,
+    context: typer.Context,
+    residual: o.Residual = None,
+    floor: o.Floor = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Show what can be removed from a network, what a unit costs, and why the rest cannot."""
+    with answering():
+        from cria_prune.cli import commands
+
+        commands.inspect(context.params)
+
+
+@app.command()
+def score(
+    context: typer.Context,
+    target: o.Target,
+    criterion: o.Criterion = None,
+    preset: o.Preset = None,
+    residual: o.Residual = None,
+    examples: o.Examples = None,
+    positions: o.Positions = None,
+    seed: o.Seed = None,
+    device: o.Device = "auto",
+    output: o.ScoreFile = None,
+    overwrite: o.Overwrite = False,
+    config: o.Config = None,
+    quiet: o.Quiet = False,
+) -> None:
+    """Score the units of every group and show how far the scores can be trusted; cut nothing."""
+    with answering():
+        from cria_prune.cli import commands
+
+        commands.score(context.params, command_line(context))
+
+
+@app.command()
+def prune(
+    context: typer.Context,
+    target: o.Target,
+    reduction: o.Reduction = None,
+    of: o.Of = None,
+    criterion: o.Criterion = None,
+    preset: o.Preset = None,
+    rounds: o.Rounds = None,
+    ranking: o.Ranking = None,
+    residual: o.Residual = None,
+    floor: o.Floor = None,
+    examples: o.Examples = None,
+    positions: o.Positions = None,
+    watch: o.Watch = False,
+    seed: o.Seed = None,
+    device: o.Device = "auto",
+    output: o.Output = None,
+    overwrite: o.Overwrite = False,
+    config: o.Config = None,
+    quiet: o.Quiet = False,
+) -> None:
+    """Cut a share out of a network and save it, without recovery; a checkpoint can be cut again."""
+    with answering() as kept:
+        from cria_prune.cli import commands
+
+        commands.prune(context.params, command_line(context), kept)
+
+
+@app.command()
+def recover(
+    context: typer.Context,
+    checkpoint: o.Checkpoint,
+    epochs: o.Epochs = None,
+    lr: o.Lr = None,
+    distill: o.Distill = None,
+    seed: o.Seed = None,
+    device: o.Device = "auto",
+    output: o.Output = None,
+    overwrite: o.Overwrite = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Fine-tune a checkpoint once and save the result."""
+    with answering() as kept:
+        from cria_prune.cli import commands
+
+        commands.recover(context.params, command_line(context), kept)
+
+
+@app.command(name="eval")
+def evaluate(
+    context: typer.Context,
+    target: o.Target,
+    seed: o.Seed = None,
+    device: o.Device = "auto",
+    quiet: o.Quiet = False,
+) -> None:
+    """Evaluate a recipe's dense model or a checkpoint on the test split."""
+    with answering():
+        from cria_prune.cli import commands
+
+        commands.evaluate(context.params)

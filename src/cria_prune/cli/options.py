@@ -1,0 +1,54 @@
+"""The options of the command line: one annotated type each, so that every command spells them alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+Recipe = Annotated[str, Argument(help="digits, cifar10-resnet20 or cifar10-resnet56.", show_default=False)]
+Target = Annotated[str, Argument(help="A recipe, or the folder of a checkpoint.", show_default=False)]
+Checkpoint = Annotated[str, Argument(help="The folder of a checkpoint.", show_default=False)]
+
+Reduction = Annotated[
+    float | None, Option(help="Share to remove, between 0 and 1 [default: 0.5].", show_default=False)
+]
+Of = Annotated[str | None, Option(help="What it is a share of: parameters (default), prunable or macs.")]
+Criterion = Annotated[str | None, Option(help="How units are scored [default: distortion-weighted].")]
+Preset = Annotated[str | None, Option(help="A named configuration to start from: paper.")]
+Rounds = Annotated[int | None, Option(help="Rounds of scoring and cutting [default: 4].")]
+Ranking = Annotated[
+    str | None, Option(help="uniform (default): the same share of every group; global: groups compete.")
+]
+Residual = Annotated[
+    bool | None,
+    Option("--residual/--no-residual", help="Prune the width of residual streams too [default: no]."),
+]
+Floor = Annotated[float | None, Option(help="Share of each group's units that always stays [default: 0.1].")]
+Examples = Annotated[int | None, Option(help="Calibration examples [default: 1024].")]
+Positions = Annotated[int | None, Option(help="Spatial positions drawn per image and layer [default: 8].")]
+Watch = Annotated[bool, Option("--watch", help="Evaluate after every round, on the validation split.")]
+
+Epochs = Annotated[int | None, Option(help="Epochs of the recovery, 0 for none [default: the recipe's].")]
+Lr = Annotated[float | None, Option(help="Learning rate of the recovery [default: the recipe's].")]
+Distill = Annotated[
+    float | None, Option(help="Weight of the dense model's soft targets, 0 to 1 [default: 0].")
+]
+
+Seed = Annotated[
+    int | None, Option(help="Of every random choice, the training of digits included [default: 0].")
+]
+Device = Annotated[str, Option(help="cpu, cuda, cuda:1, ..., or auto: cuda where there is one.")]
+Output = Annotated[
+    Path | None, Option(help="Folder for the results [default: the first free runs/NAME, runs/NAME-2, ...].")
+]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace results that are there already.")]
+Config = Annotated[
+    Path | None, Option(help="YAML or JSON file of a PruneConfig; options given here win over it.")
+]
+Quiet = Annotated[
+    bool, Option("--quiet", "-q", help="Print the last line, the JSON object, and nothing else.")
+]
+Json = Annotated[bool, Option("--json", help="Print everything as one JSON object, and no table.")]
+ScoreFile = Annotated[Path | None, Option(help="JSON file for all scores and the whole diagnosis.")]

@@ -1,0 +1,95 @@
+"""From the options of a command to the configurations of its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cria_prune.config import (
+    PlanConfig,
+    PruneConfig,
+    RecordConfig,
+    RecoverConfig,
+    ScoreConfig,
+    StageConfig,
+    preset,
+)
+from cria_prune.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+SECTIONS: dict[str, type[StageConfig]] = {"record": RecordConfig, "score": ScoreConfig, "plan": PlanConfig}
+OPTIONS = {
+    "record": ("examples", "positions", "seed"),
+    "score": ("criterion", "seed"),
+    "plan": ("reduction", "of", "rounds", "ranking", "residual", "floor"),
+    "recover": ("epochs", "lr", "distill", "seed"),
+}
+
+
+def prune_config(params: Mapping[str, Any]) -> PruneConfig:
+    """Return the configuration of a command: preset, then file, then the options that were given.
+
+    Raises:
+        ConfigError: a preset, a key or a value is not valid, or the file cannot be read.
+        CriterionError: no such criterion.
+        TargetError: the reduction is not between 0 and 1.
+    """
+    from cria_prune.pipeline import find_criterion
+    from cria_prune.plan.select import check_target
+
+    layers: list[dict[str, Any]] = []
+    if params.get("preset") is not None:
+        layers.append(preset(params["preset"]).model_dump(exclude_unset=True))
+    if params.get("config") is not None:
+        layers.append(_read(params["config"]).model_dump(exclude_unset=True))
+    layers.append({section: given(params, section) for section in SECTIONS})
+    values: dict[str, Any] = {key: layer[key] for layer in layers for key in layer if key not in SECTIONS}
+    for section, kind in SECTIONS.items():
+        merged: dict[str, Any] = {}
+        for layer in layers:
+            merged |= layer.get(section, {})
+        values[section] = kind(**merged)
+    config = PruneConfig(**values)
+    find_criterion(config.score.criterion)
+    check_target(config.plan.reduction)
+    return config
+
+
+def recover_config(params: Mapping[str, Any], defaults: RecoverConfig) -> RecoverConfig:
+    """Return the configuration of the fine-tune: the task's, then the options that were given."""
+    return RecoverConfig(**{**defaults.model_dump(), **given(params, "recover")})
+
+
+def given(params: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """Return the options of a section that were given on the command line."""
+    return {name: params[name] for name in OPTIONS[section] if params.get(name) is not None}
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of that name.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        found = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"The device {name!r}", found, "Give cpu, or a device that torch sees") from error
+    return device
+
+
+def _read(path: Path) -> PruneConfig:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The configuration {path}", str(error), "Give a YAML or JSON file") from error
+    return PruneConfig.from_text(text)

@@ -1,0 +1,146 @@
+"""Tables and the report: results as a person reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cria_prune.cli.talk import Talk, percent
+from cria_prune.pipeline import PruneResult
+
+SHOWN_TENSORS = 2
+
+
+def rounds(talk: Talk, result: PruneResult, metric: str) -> None:
+    """Print one row per round."""
+    watched = any(item.metric is not None for item in result.rounds)
+    columns = ["round", "parameters", "MACs", "removed", "masked = pruned", "seconds"]
+    rows = []
+    for item in result.rounds:
+        report, check = item.report, item.verification
+        row = [
+            str(item.number),
+            f"{report['parameters']:,.0f}",
+            f"{report['macs']:,.0f}",
+            percent(float(report["reached"])),
+            "not checked" if check is None else f"{check.difference:.0e}",
+            f"{sum(item.seconds.values()):.1f}",
+        ]
+        rows.append([*row, percent(item.metric)] if watched else row)
+    talk.table([*columns, f"validation {metric}"] if watched else columns, rows)
+
+
+def outcome(talk: Talk, results: Mapping[str, Any], metric: str) -> None:
+    """Print dense, pruned and recovered side by side, and what was asked and reached."""
+    dense = [f"{results['parameters_dense']:,.0f}", f"{results['macs_dense']:,.0f}"]
+    now = [f"{results['parameters']:,.0f}", f"{results['macs']:,.0f}"]
+    rows = [
+        [name, percent(results.get(name)) or "-", *counts]
+        for name, counts in (("dense", dense), ("pruned", now), ("recovered", now))
+        if results.get(name) is not None or name == "dense"
+    ]
+    last = results.get("recovered", results.get("pruned"))
+    first = results.get("dense")
+    change = f"{(last - first) * 100:+.2f} points" if last is not None and first is not None else ""
+    shares = (results[key] / results[f"{key}_dense"] for key in ("parameters", "macs"))
+    rows.append(["left", change, *(percent(share) for share in shares)])
+    talk.table(["model", metric, "parameters", "MACs per example"], rows)
+    if "asked" in results:
+        talk.say(
+            f"asked {percent(results['asked'])} of the {results['of']}, removed {percent(results['reduction'])}; "
+            f"criterion {results['criterion']}, scoring cost {results['scoring_over_forward']:g} forward passes"
+        )
+
+
+def structure(talk: Talk, groups: Sequence[Mapping[str, Any]], removable: Mapping[str, float]) -> None:
+    """Print one row per unit group, and the share that can be removed."""
+    rows = [
+        [
+            item["name"],
+            item["kind"],
+            _few(item["producers"]),
+            _few(item["consumers"]),
+            item["frozen"] or "",
+            str(item["units"]),
+            _count(item["parameters_per_unit"]),
+            _count(item["macs_per_unit"]),
+        ]
+        for item in groups
+    ]
+    columns = [
+        "group",
+        "kind",
+        "producers",
+        "consumers",
+        "why frozen",
+        "units",
+        "parameters/unit",
+        "MACs/unit",
+    ]
+    talk.table(columns, rows, left=5)
+    shares = ", ".join(f"{percent(share)} of the {of}" for of, share in removable.items())
+    talk.say(f"can be removed at most: {shares}")
+
+
+def diagnosis(talk: Talk, groups: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print one row per group: how its units were scored and how far the scores can be trusted."""
+    rows = []
+    for name, item in groups.items():
+        said, scores = item["diagnosis"], sorted(item["scores"])
+        half = "-" if said["split_half"] is None else f"{said['split_half']:.3f}"
+        spread = (scores[0], scores[len(scores) // 2], scores[-1])
+        dead = str(len(said["dead"]))
+        rows.append(
+            [
+                name,
+                said["solver"],
+                said["status"],
+                str(len(scores)),
+                dead,
+                half,
+                *(f"{v:.3g}" for v in spread),
+            ]
+        )
+    columns = ["group", "solver", "status", "units", "dead", "split-half", "min", "median", "max"]
+    talk.table(columns, rows, left=3)
+
+
+def report(
+    result: PruneResult, results: Mapping[str, Any], metric: str, origin: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what `artifact.write_report` takes."""
+    last = result.rounds[-1]
+    return {
+        **results,
+        "title": f"{results['recipe']}, {percent(float(results['reduction']))} of the {results['of']} removed",
+        "metric": metric,
+        "rounds": [
+            {
+                "round": item.number,
+                "parameters": item.report["parameters"],
+                "reduction": item.report["reached"],
+                "metric": item.metric,
+                "seconds": dict(item.seconds),
+            }
+            for item in result.rounds
+        ],
+        "widths": {
+            group.name: [group.size, result.groups[group.name].size] for group in result.dense.prunable
+        },
+        "scores": {
+            name: {"scores": list(scores), "kept": list(last.kept[name])}
+            for name, scores in last.scores.items()
+        },
+        "frozen": {group.name: group.frozen for group in result.dense if group.frozen is not None},
+        "provenance": dict(origin),
+        "config": result.config.model_dump(mode="json"),
+    }
+
+
+def _few(tensors: Sequence[str]) -> str:
+    more = len(tensors) - SHOWN_TENSORS
+    return ", ".join(tensors[:SHOWN_TENSORS]) + (f" and {more} more" if more > 0 else "")
+
+
+def _count(number: float | None) -> str:
+    return "-" if number is None else f"{number:,.0f}"
