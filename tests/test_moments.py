@@ -129,5 +129,7 @@ def test_errors_tell_the_mend():
         a.merge(a)
     X = signals(4, 9)
     X[2, 5] = torch.nan
-    with pytest.raises(SignalError, match=r"layer3: found NaN or infinity in 1 of 4 units, the first is unit 2"):
+    with pytest.raises(
+        SignalError, match=r"layer3: found NaN or infinity in 1 of 4 units, the first is unit 2"
+    ):
         MomentAccumulator.moments(gather(X, exact=False, columns=8)).check_finite("layer3")

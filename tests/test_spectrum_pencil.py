@@ -143,7 +143,7 @@ def test_an_unconverged_pair_says_so(monkeypatch):
 
 def test_a_cluster_wider_than_the_guards_is_found_whole():
     a, _ = pair(d=200)
-    found = solve_pencil(a, a, 3, dense_units=100)
+    found = solve_pencil(a, a, 3, dense_units=100)  # every z is 1
     assert len(found.values) == 200 and found.status == "converged"
 
 
@@ -177,5 +177,7 @@ def test_exact_incidence_gives_the_dense_scores(grounded):
 def test_errors_tell_the_mend():
     with pytest.raises(SignalError, match="found 3 and 4 units"):
         solve_pencil(path(3), path(4))
+    with pytest.raises(CriterionError, match="a dense one ends at 16384 units"):
+        solve_pencil(replace(path(17000), ridge=1.0), replace(path(17000), ridge=1.0), 0.5)
     with pytest.raises(SignalError, match=r"Use a ridge > 0"):
         solve_pencil(path(3), known([(0, 1), (1, 2)]))
