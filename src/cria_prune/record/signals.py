@@ -19,7 +19,44 @@ from cria_prune.record.sampling import draw_positions, gather_positions, unit_si
 from cria_prune.record.states import GroupStates
 from cria_prune.structure.groups import Site, Tap, UnitGroup
 
-Halves = tuple[MomentAccumulator, MomentAccumulator]
+BUFFERED = 2**18  # numbers held back per side and half; small batches cost more calls than arithmetic
+
+
+class Buffer:
+    """Gathers small batches of signals into large ones for an accumulator.
+
+    Args:
+        total: where the signals go; complete only after `flush`.
+    """
+
+    def __init__(self, total: MomentAccumulator) -> None:
+        self.total = total
+        self._columns = max(1, BUFFERED // total.units)
+        self._held: Tensor | None = None  # (columns, units), the first `_used` rows are signals
+        self._used = 0
+
+    def add(self, X: Tensor) -> None:
+        """Add signals X (units, S); they are copied or used at once."""
+        if self._used + X.shape[1] > self._columns:
+            self.flush()
+        if 2 * X.shape[1] > self._columns:
+            self.total.add(X)
+            return
+        if self._held is None or self._held.dtype != X.dtype or self._held.device != X.device:
+            self.flush()
+            self._held = torch.empty(self._columns, len(X), dtype=X.dtype, device=X.device)
+        self._held[self._used : self._used + X.shape[1]] = X.T
+        self._used += X.shape[1]
+
+    def flush(self) -> MomentAccumulator:
+        """Hand over what is held back, and return the accumulator."""
+        if self._held is not None and self._used:
+            self.total.add(self._held[: self._used].T)
+            self._used = 0
+        return self.total
+
+
+Halves = tuple[Buffer, Buffer]
 
 
 @dataclass
@@ -87,7 +124,7 @@ class Collector:
         config = self._config
         exact = units <= config.exact_units
         even, odd = (
-            MomentAccumulator(units, exact=exact, columns=config.sketch_columns, seed=2 * config.seed + half)
+            Buffer(MomentAccumulator(units, exact, config.sketch_columns, seed=2 * config.seed + half))
             for half in (0, 1)
         )
         return even, odd
@@ -161,15 +198,16 @@ class Collector:
 
 def _moments(group: str, side: str, halves: Halves) -> tuple[tuple[Moments, Moments], Moments]:
     """Return the moments of a side's halves, and of both together, once checked."""
-    if not all(half.samples for half in halves):
-        found = [half.samples for half in halves]
+    totals = [half.flush() for half in halves]
+    found = [total.samples for total in totals]
+    if not all(found):
         reached = "it was never reached: no layer call used the tensors of its taps"
         raise SignalError(
             f"Recording the {side} side of group {group!r}",
             f"{found[0]} and {found[1]} samples in the two halves of the examples" if any(found) else reached,
             "Pass two examples at least, and batches that run this layer; or freeze the group",
         )
-    even, odd = (half.moments() for half in halves)
-    both = halves[0].merge(halves[1]).moments()
+    even, odd = (total.moments() for total in totals)
+    both = totals[0].merge(totals[1]).moments()
     both.check_finite(f"group {group!r}, {side} side")
     return (even, odd), both
