@@ -109,7 +109,7 @@ def solve_pencil(
         )
     L_in, L_out = graph_in.laplacian(), graph_out.laplacian()
     wanted = count_pairs(pairs, d)
-    # LOBPCG pays for few pairs only; measured at d = 1,500 on 2 cores it loses to dense from about d/20.
+    # LOBPCG pays for few pairs only; measured at d = 1,500 on one thread it loses to dense from about d/20.
     share = 20 if d <= FALLBACK_UNITS else 5
     while d > dense_units and share * wanted < d and 5 * (wanted + GUARDS) < d:
         found = _iterative(L_in, L_out, wanted, seed)
