@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from cria_prune.errors import SignalError, StructureError, TargetError
-from cria_prune.plan.budget import Budget, largest_reachable
-from cria_prune.plan.select import select
+from cria_prune.plan.budget import Budget, largest_reachable, least_kept
+from cria_prune.plan.select import check_reachable, select
 from cria_prune.structure.groups import UnitGroup, UnitGroups, shrink
 from test_plan_budget import convnet, counts, piece, random_groups, slow_shapes
 
@@ -178,3 +178,55 @@ def test_nothing_to_prune_says_why():
     only = UnitGroups(groups.groups[2:], groups.shapes, groups.parameters, groups.positions)
     with pytest.raises(StructureError, match="fc: it is the model's output"):
         select(only, {}, 0.5)
+
+
+def test_groups_that_lost_more_before_lose_less_now():
+    """Priorities count what is gone: rounds that began unevenly end evenly."""
+    dense = two_layers(20, 20)
+    groups = shrink(dense, {"a": list(range(10)), "b": list(range(18))})
+    kept = select(groups, {"a": np.ones(10), "b": np.ones(18)}, 0.5, dense=dense)
+    assert counts(kept) == {"a": 10, "b": 10}
+
+
+def test_the_floor_is_a_share_of_the_dense_group():
+    dense = two_layers(10, 10)
+    groups = shrink(dense, {"a": [0, 1, 2, 3], "b": range(10)})
+    # Both end at 3 of their 10 original units, although `a` has 4 now.
+    assert largest_reachable(groups, 0.3, "parameters", dense=dense) == 0.7
+    kept = select(groups, {"a": np.zeros(4), "b": np.ones(10)}, 0.7, dense=dense, floor=0.3)
+    assert counts(kept) == {"a": 3, "b": 3}
+
+
+@pytest.mark.parametrize("ranking", ["uniform", "global"])
+def test_ties_in_a_wide_group_leave_by_index(ranking):
+    groups = two_layers(500, 500)
+    values = np.random.default_rng(0).integers(0, 2, 500).astype(float)
+    kept = select(groups, {"a": values, "b": values}, 0.2, ranking=ranking)
+    zeros = np.flatnonzero(values == 0)
+    for stays in kept.values():
+        gone = np.setdiff1d(np.arange(500), stays)
+        assert gone.tolist() == zeros[: len(gone)].tolist()
+
+
+def test_targets_that_are_a_whole_number_of_units_take_just_these():
+    """k / n of n units is k units, whatever the rounding of the shares."""
+    for size in range(2, 40):
+        groups = two_layers(size, 2)
+        one = UnitGroups(groups.groups[:1], groups.shapes, ("wa",), {})
+        for gone in range(1, size):
+            for target in (gone / size, gone * (1 / size)):
+                kept = select(one, {"a": np.arange(size, dtype=float)}, target, floor=0.0)
+                assert len(kept["a"]) == size - gone
+
+
+def test_reach_is_known_without_scores():
+    assert check_reachable(two_layers(), 0.5, of="parameters", floor=0.1) == pytest.approx(0.9)
+    with pytest.raises(TargetError, match=r"at most 90\.00%"):
+        check_reachable(two_layers(), 0.95, of="parameters", floor=0.1)
+
+
+def test_a_floor_of_whole_units_is_not_rounded_up():
+    """0.07 * 100 is 7.000000000000001 in floating point; 7 units stay, not 8."""
+    group = two_layers(100, 1).groups[0]
+    assert least_kept(group, 0.07) == 7
+    assert [least_kept(group, floor) for floor in (0.0, 0.071, 1.0)] == [1, 8, 100]

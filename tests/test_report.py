@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cria_prune.artifact import report
-from cria_prune.artifact.plots import plot_rounds, plot_scores, plot_widths
+from cria_prune.artifact.plots import GONE, KEPT, plot_rounds, plot_scores, plot_widths
 from cria_prune.artifact.report import render, write_report
 from cria_prune.errors import ArtifactError
 from cria_prune.plan import Plan
@@ -209,11 +209,15 @@ def test_widths_draw_the_numbers():
 
 
 def test_scores_draw_every_unit_and_the_cut():
+    from matplotlib.colors import to_rgba
+
     scores = np.random.default_rng(0).random(100)
     kept = np.sort(np.argsort(scores)[40:])
     ax = plot_scores(scores, kept)
     gone, stay = ([bar.get_height() for bar in container] for container in ax.containers)
     assert (sum(gone), sum(stay)) == (40, 60)
+    colours = [container[0].get_facecolor() for container in ax.containers]
+    assert colours == [to_rgba(GONE), to_rgba(KEPT)]
     assert ax.lines[0].get_xdata()[0] == scores[kept].min()
 
 
