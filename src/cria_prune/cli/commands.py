@@ -192,6 +192,8 @@ def job_of(found: Target, suffix: str, params: Params, command: list[str], kept:
 
 def dense_model(job: Job) -> nn.Module:
     """Return the model to prune and print its accuracy: the recipe's dense one, or the checkpoint's."""
+    if job.target.checkpoint is None:
+        job.talk.note(f"dense model of {job.target.task.name}: loaded, or trained here")
     with clock(job.seconds, "model"):
         model = job.target.model(job.device, job.seed, job.talk.progress)
     if job.target.checkpoint is None:

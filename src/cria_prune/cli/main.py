@@ -9,7 +9,7 @@ from cria_prune.cli.talk import answering, command_line
 
 app = typer.Typer(
     name="cria",
-    help="Make a trained neural network smaller: score its neurons, cut the least important, restore the task.",
+    help="Make a trained neural network smaller: score its neurons, cut the least, restore the task.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -56,8 +56,8 @@ def run(
 
 @app.command()
 def inspect(
-    target: o.Target,
     context: typer.Context,
+    target: o.Target,
     residual: o.Residual = None,
     floor: o.Floor = None,
     json: o.Json = False,

@@ -9,6 +9,7 @@ from cria_prune.cli.talk import Talk, percent
 from cria_prune.pipeline import PruneResult
 
 SHOWN_TENSORS = 2
+COSTS = {"parameters": "parameters", "prunable": "prunable parameters", "macs": "MACs"}
 
 
 def rounds(talk: Talk, result: PruneResult, metric: str) -> None:
@@ -47,8 +48,9 @@ def outcome(talk: Talk, results: Mapping[str, Any], metric: str) -> None:
     talk.table(["model", metric, "parameters", "MACs per example"], rows)
     if "asked" in results:
         talk.say(
-            f"asked {percent(results['asked'])} of the {results['of']}, removed {percent(results['reduction'])}; "
-            f"criterion {results['criterion']}, scoring cost {results['scoring_over_forward']:g} forward passes"
+            f"asked {percent(results['asked'])} of the {COSTS[results['of']]}, "
+            f"removed {percent(results['reduction'])}; criterion {results['criterion']}, "
+            f"scoring took {results['scoring_over_forward']:g} times a forward pass"
         )
 
 
@@ -74,11 +76,11 @@ def structure(talk: Talk, groups: Sequence[Mapping[str, Any]], removable: Mappin
         "consumers",
         "why frozen",
         "units",
-        "parameters/unit",
+        "params/unit",
         "MACs/unit",
     ]
     talk.table(columns, rows, left=5)
-    shares = ", ".join(f"{percent(share)} of the {of}" for of, share in removable.items())
+    shares = ", ".join(f"{percent(share)} of the {COSTS[of]}" for of, share in removable.items())
     talk.say(f"can be removed at most: {shares}")
 
 
@@ -109,10 +111,10 @@ def report(
     result: PruneResult, results: Mapping[str, Any], metric: str, origin: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return what `artifact.write_report` takes."""
-    last = result.rounds[-1]
+    last, cost = result.rounds[-1], COSTS[results["of"]]
     return {
         **results,
-        "title": f"{results['recipe']}, {percent(float(results['reduction']))} of the {results['of']} removed",
+        "title": f"{results['recipe']}: {percent(results['reduction'])} of the {cost} removed",
         "metric": metric,
         "rounds": [
             {

@@ -41,6 +41,11 @@ class Talk:
         if not self.quiet:
             print(text, flush=True)
 
+    def note(self, text: str) -> None:
+        """Print a line about the progress, on stderr."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
         """Print a table; the first `left` columns are flush left, the others flush right."""
         if self.quiet:
@@ -49,13 +54,17 @@ class Talk:
         from rich.console import Console
         from rich.table import Table
 
-        drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="")
+        drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="")
         for number, name in enumerate(columns):
             drawn.add_column(name, justify="left" if number < left else "right", overflow="fold")
         for row in rows:
             drawn.add_row(*row)
         width = shutil.get_terminal_size((WIDTH, 24)).columns
-        Console(file=sys.stdout, width=width, highlight=False, markup=False).print(drawn)
+        console = Console(file=sys.stdout, width=width, highlight=False, markup=False)
+        with console.capture() as drawing:
+            console.print(drawn)
+        lines = (line.rstrip() for line in drawing.get().strip("\n").splitlines())
+        print("\n" + "\n".join(line for line in lines if line) + "\n", flush=True)
 
     def answer(self, values: Mapping[str, Any]) -> None:
         """Print the last line: one JSON object."""

@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from cria_prune import pipeline
+from cria_prune.artifact.checkpoint import load
+from cria_prune.cli.main import app
+from cria_prune.config import RecoverConfig
+from cria_prune.recover import recover
+from cria_prune.tasks import build, task
+from cria_prune.tasks.images import ImageTask
+
+SMALL = ["--examples", "64", "--rounds", "2", "--criterion", "l1", "--device", "cpu"]
+PRUNING = {
+    "--reduction", "--of", "--criterion", "--preset", "--rounds", "--ranking", "--residual", "--no-residual",
+    "--floor", "--examples", "--positions", "--watch", "--config",
+}  # fmt: skip
+TUNING = {"--epochs", "--lr", "--distill"}
+COMMON = {"--seed", "--device", "--quiet", "-q"}
+SAVING = {"--output", "--overwrite"}
+SURFACE = {
+    "run": PRUNING | TUNING | COMMON | SAVING,
+    "inspect": {"--residual", "--no-residual", "--floor", "--json", "--quiet", "-q"},
+    "score": {
+        "--criterion",
+        "--preset",
+        "--residual",
+        "--no-residual",
+        "--examples",
+        "--positions",
+        "--config",
+    }
+    | COMMON
+    | SAVING,
+    "prune": PRUNING | COMMON | SAVING,
+    "recover": TUNING | COMMON | SAVING,
+    "eval": COMMON,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def dense() -> Iterator[None]:
+    """One short training for all tests of this file."""
+    digits = task("digits")
+    model = build("digits")
+    recover(model, digits.train_batches(0), RecoverConfig(epochs=2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImageTask, "dense", lambda self, seed=0, progress=None: copy.deepcopy(model).eval())
+        yield
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def cria(*words: str) -> Result:
+    return CliRunner().invoke(app, list(words))
+
+
+def answer(result: Result) -> dict:
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def error(*words: str) -> str:
+    result = cria(*words)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_the_command_line_is_frozen() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    found = {
+        name: {
+            word for item in command.params for word in (*item.opts, *item.secondary_opts) if word[0] == "-"
+        }
+        for name, command in commands.items()
+    }
+    assert found == SURFACE
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys, cria_prune.cli.main; print(sorted({'torch', 'numpy', 'pydantic'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_run_says_keeps_and_reports_everything() -> None:
+    result = cria("run", "digits", *SMALL, "--epochs", "1", "--watch", "--seed", "3")
+    said = answer(result)
+    assert list(Path("runs").iterdir()) == [Path("runs/digits")]
+    assert said.keys() >= {
+        "dense", "pruned", "recovered", "parameters_dense", "parameters", "reduction", "macs_dense", "macs",
+        "output", "asked", "of", "criterion", "seed", "seconds", "scoring_over_forward", "recipe",
+    }  # fmt: skip
+    stages = {"record", "score", "plan", "surgery", "verify", "recover", "forward"}
+    assert said["seconds"].keys() >= stages
+    assert said["output"] == "runs/digits" and said["seed"] == 3 and said["criterion"] == "l1"
+    assert 0 <= said["pruned"] <= said["recovered"] <= 1
+    assert said["asked"] == 0.5 <= said["reduction"] == 1 - said["parameters"] / said["parameters_dense"]
+    assert result.stdout.startswith("dense accuracy")
+    for words in ("validation accuracy", "equal bit for bit", "removed", "report runs/digits/report.html"):
+        assert words in result.stdout
+    saved = load("runs/digits")
+    assert sum(item.numel() for item in saved.model.parameters()) == said["parameters"]
+    assert saved.manifest["results"]["recovered"] == said["recovered"]
+    assert saved.manifest["results"]["recipe"] == "digits"
+    assert saved.manifest["config"]["recover"]["epochs"] == 1
+    command = saved.manifest["provenance"]["command"]
+    assert command[:3] == ["cria", "run", "digits"] and command[command.index("--seed") + 1] == "3"
+    assert "--watch" in command and "--quiet" not in command
+    assert saved.manifest["provenance"]["data"] == task("digits").fingerprint()
+    assert "Provenance" in Path("runs/digits/report.html").read_text()
+
+
+def test_stages_alone_and_a_second_cut() -> None:
+    once = answer(cria("prune", "digits", *SMALL, "--reduction", "0.3", "--output", "a", "--quiet"))
+    result = cria("prune", "a", *SMALL, "--reduction", "0.3", "--output", "b", "--quiet")
+    twice = answer(result)
+    assert len(result.stdout.splitlines()) == 1 and result.stderr == ""
+    assert twice["parameters_dense"] == once["parameters_dense"] == 127082
+    assert twice["parameters_before"] == once["parameters"] > twice["parameters"]
+    assert twice["dense"] == once["dense"] and twice["before"] == once["pruned"]
+    assert load("b").plan.sizes["conv1"] == 32
+    tuned = answer(cria("recover", "b", "--epochs", "1", "--output", "c", "--distill", "0.5"))
+    assert tuned["recovered"] >= tuned["pruned"] == twice["pruned"] and tuned["dense"] == once["dense"]
+    found = answer(cria("eval", "c"))
+    assert found["accuracy"] == tuned["recovered"] and found["parameters"] == twice["parameters"]
+
+
+def test_recovery_of_no_epochs_and_a_config_file() -> None:
+    Path("c.yaml").write_text(
+        "record: {examples: 64}\nscore: {criterion: l2}\nplan: {reduction: 0.4, rounds: 1, of: macs}\n"
+    )
+    said = answer(cria("run", "digits", "--config", "c.yaml", "--criterion", "random", "--epochs", "0", "-q"))
+    assert (said["criterion"], said["asked"], said["of"], said["rounds"]) == ("random", 0.4, "macs", 1)
+    assert said["recovered"] == said["pruned"]
+    assert said["reduction"] == 1 - said["macs"] / said["macs_dense"] >= 0.4
+
+
+def test_score_writes_scores_and_inspect_groups() -> None:
+    result = cria("score", "digits", "--examples", "64", "--output", "s.json")
+    assert answer(result)["groups"] == 3 and "split-half" in result.stdout
+    groups = json.loads(Path("s.json").read_text())["groups"]
+    assert {name: len(item["scores"]) for name, item in groups.items()} == {
+        "conv1": 32, "conv3": 64, "hidden": 128,
+    }  # fmt: skip
+    assert groups["conv1"]["diagnosis"]["status"] == "converged"
+    assert "it exists" in error("score", "digits", "--output", "s.json")
+    said = answer(cria("inspect", "digits", "--json"))
+    rows = {item["name"]: item for item in said["groups"]}
+    assert rows["conv1"]["parameters_per_unit"] == 9 + 2 + 64 * 9
+    assert rows["conv1"]["consumers"] == ["conv2.weight"]
+    assert "residual" in rows["conv2"]["frozen"] and rows["conv2"]["parameters_per_unit"] is None
+    assert 0.5 < said["removable"]["parameters"] < 1
+    assert "why frozen" in cria("inspect", "digits").stdout
+
+
+def test_errors_say_what_is_known() -> None:
+    assert "Known recipes: digits, cifar10-resnet20, cifar10-resnet56" in error("run", "nope")
+    assert "neither a recipe nor a folder" in error("eval", "nope")
+    assert "Known criteria: random, l1," in error("run", "digits", "--criterion", "nope")
+    assert "Known presets: paper" in error("run", "digits", "--preset", "nope")
+    assert "'parameters', 'prunable' or 'macs'" in error("run", "digits", "--of", "nope")
+    assert "it is not between 0 and 1" in error("run", "digits", "--reduction", "1.5")
+    assert "No such file" in error("run", "digits", "--config", "nope.yaml")
+    assert "The device 'nope'" in error("run", "digits", "--device", "nope")
+    assert not Path("runs").exists()
+
+
+def test_a_target_beyond_reach_says_the_largest_and_leaves_no_folder() -> None:
+    result = cria("run", "digits", *SMALL, "--reduction", "0.95", "--output", "out")
+    assert result.exit_code == 2
+    assert "at most 88.86% can be removed" in result.stderr
+    assert not Path("out").exists()
+
+
+def test_existing_results_stay() -> None:
+    Path("full").mkdir()
+    Path("full/mine.txt").write_text("mine")
+    assert "it is not empty (mine.txt)" in error("run", "digits", "--output", "full")
+    Path("file").write_text("mine")
+    assert "found a file of that name" in error("run", "digits", "--output", "file")
+    assert "Not a directory" in error("run", "digits", "--output", "file/below")
+    Path("runs/digits-pruned").mkdir(parents=True)
+    assert answer(cria("prune", "digits", *SMALL, "-q"))["output"] == "runs/digits-pruned-2"
+    answer(cria("prune", "digits", *SMALL, "-q", "--output", "full", "--overwrite"))
+    assert Path("full/mine.txt").read_text() == "mine" and load("full").plan
+
+
+def test_a_damaged_checkpoint_is_refused() -> None:
+    Path("empty").mkdir()
+    assert "manifest.json" in error("eval", "empty")
+
+
+def test_ctrl_c_in_round_two_keeps_round_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    honest = pipeline.score
+
+    def stopped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return honest(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "score", stopped)
+    result = cria("run", "digits", *SMALL, "--output", "out", "--quiet")
+    assert result.exit_code == 130 and result.stdout == ""
+    assert result.stderr == ("interrupted: round 1 of 2 is kept in out (go on with: cria recover out)\n")
+    saved = load("out")
+    assert saved.manifest["results"]["stage"] == "round 1 of 2"
+    assert 0 < len(saved.plan.kept["conv1"]) < 32
+
+
+def test_ctrl_c_in_the_recovery_keeps_the_best_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cria_prune.recover.loss.functional.cross_entropy", interrupt)
+    result = cria("run", "digits", *SMALL, "--output", "out", "--quiet")
+    assert result.exit_code == 130
+    assert result.stderr.startswith(
+        "interrupted: the best epoch so far of the interrupted recovery is kept in out"
+    )
+    assert load("out").manifest["results"]["pruned"] >= 0
+
+
+def test_ctrl_c_before_anything_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "score", interrupt)
+    result = cria("prune", "digits", *SMALL, "--output", "out")
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "interrupted: nothing was saved"
+    assert not Path("out").exists()
+
+
+def interrupt(*_args, **_kwargs):
+    raise KeyboardInterrupt
