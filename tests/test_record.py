@@ -245,6 +245,14 @@ def test_both_sides_use_the_same_positions_and_another_seed_uses_others():
     moments_equal(one, record(model, groups, last, RecordConfig(positions=3)))
 
 
+def test_gathering_small_batches_changes_nothing(monkeypatch):
+    model, groups = conv_net(dtype=torch.float64)
+    whole = record(model, groups, images(30, batch=7, dtype=torch.float64), ALL)
+    for held in (1, 700, 2000, 5000):
+        monkeypatch.setattr("cria_prune.record.signals.BUFFERED", held)
+        moments_equal(whole, record(model, groups, images(30, batch=7, dtype=torch.float64), ALL))
+
+
 def test_wide_groups_are_sketched():
     model, groups = conv_net()
     states = record(model, groups, images(16), RecordConfig(exact_units=5, sketch_columns=32))
