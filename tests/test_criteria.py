@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from cria_prune.config import ScoreConfig
+from cria_prune.config import RecordConfig, ScoreConfig
 from cria_prune.criteria import CRITERIA, score
 from cria_prune.errors import CriterionError, SignalError, StructureError
 from cria_prune.record import record
@@ -97,12 +97,12 @@ def test_spectral_criteria_are_those_of_spectrum():
 
 def test_split_half_is_the_correlation_of_the_halves():
     model, groups = conv_net()
-    states = record(model, groups, images(64))
+    states = record(model, groups, images(2), RecordConfig(positions=4))
     group = states["0"]
     found = scores(model, groups, states, "innovation")["0"].diagnosis.split_half
     norm2 = model[3].weight.detach().double().square().sum((0, 2, 3))
     even, odd = (innovation(half, norm2).scores for half in group.outputs)
-    assert found == rank_correlation(even, odd)
+    assert found == rank_correlation(even, odd) < 1
     assert scores(model, groups, states, "innovation", split_half=False)["0"].diagnosis.split_half is None
     assert scores(model, groups, states, "l2")["0"].diagnosis.split_half is None
 

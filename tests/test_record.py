@@ -11,7 +11,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from cria_prune.config import RecordConfig
 from cria_prune.errors import CriterionError, DataError, SignalError, StructureError
-from cria_prune.record import Taps, record
+from cria_prune.record import Taps, record, signals
 from cria_prune.structure.groups import Tap, UnitGroup
 from test_record_nets import conv_net, each, gather, images, mlp, slices
 
@@ -249,7 +249,7 @@ def test_gathering_small_batches_changes_nothing(monkeypatch):
     model, groups = conv_net(dtype=torch.float64)
     whole = record(model, groups, images(30, batch=7, dtype=torch.float64), ALL)
     for held in (1, 700, 2000, 5000):
-        monkeypatch.setattr("cria_prune.record.signals.BUFFERED", held)
+        monkeypatch.setattr(signals, "BUFFERED", held)
         moments_equal(whole, record(model, groups, images(30, batch=7, dtype=torch.float64), ALL))
 
 
