@@ -1,1 +1,54 @@
-"""Cria: makes trained neural networks smaller."""
+"""Cria: makes trained neural networks smaller.
+
+One function per step, in the order of the data: `discover` what may be removed, `record` what the
+neurons do, `score` them, `plan` what stays, `apply` the plan, `verify` that masked equals pruned,
+`recover` the task, `save` and `load` the result. `prune` runs discover to verify, round by round.
+"""
+
+from importlib.metadata import version
+
+from cria_prune.artifact import LoadedCheckpoint, load, save
+from cria_prune.config import (
+    PlanConfig,
+    PruneConfig,
+    RecordConfig,
+    RecoverConfig,
+    ScoreConfig,
+    preset,
+)
+from cria_prune.criteria import CRITERIA, score
+from cria_prune.errors import CriaError
+from cria_prune.pipeline import PruneResult, discover, prune
+from cria_prune.plan import Plan, plan
+from cria_prune.record import record
+from cria_prune.recover import recover
+from cria_prune.structure import UnitGroup, UnitGroups
+from cria_prune.surgery import apply, verify
+
+__version__ = version("cria-prune")
+
+__all__ = [
+    "CRITERIA",
+    "CriaError",
+    "LoadedCheckpoint",
+    "Plan",
+    "PlanConfig",
+    "PruneConfig",
+    "PruneResult",
+    "RecordConfig",
+    "RecoverConfig",
+    "ScoreConfig",
+    "UnitGroup",
+    "UnitGroups",
+    "apply",
+    "discover",
+    "load",
+    "plan",
+    "preset",
+    "prune",
+    "record",
+    "recover",
+    "save",
+    "score",
+    "verify",
+]

@@ -43,12 +43,13 @@ class StageConfig(BaseModel):
         Raises:
             ConfigError: the text is not a mapping, or a key or value is not valid.
         """
+        asked = f"A {cls.__name__} from text"
         try:
             values = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ConfigError(f"A {cls.__name__} from text", str(error), "Write valid YAML or JSON") from error
+            raise ConfigError(asked, str(error), "Write valid YAML or JSON") from error
         if not isinstance(values, dict):
-            raise ConfigError(f"A {cls.__name__} from text", f"found {type(values).__name__}", "Write a mapping")
+            raise ConfigError(asked, f"found {type(values).__name__}", "Write a mapping")
         return cls(**values)
 
 
@@ -93,7 +94,7 @@ class RecoverConfig(StageConfig):
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(5e-4, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1, description="share of all steps with a rising learning rate")
-    distill: float = Field(0.0, ge=0, le=1, description="weight of the dense model's soft targets in the loss")
+    distill: float = Field(0.0, ge=0, le=1, description="weight of the dense model's soft targets")
     temperature: float = Field(2.0, gt=0)
     seed: int = 0
 

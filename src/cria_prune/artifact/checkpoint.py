@@ -48,7 +48,7 @@ def save(
     model: nn.Module,
     plan: Plan,
     *,
-    architecture: str | None,
+    architecture: str | None = None,
     config: BaseModel | Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
     results: Mapping[str, Any] | None = None,

@@ -1,0 +1,129 @@
+"""prune(): rounds, budgets, untouched models and clear errors."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from cria_prune import CRITERIA, PruneConfig, PruneResult, discover, plan, prune, record, score, verify
+from cria_prune.errors import CriterionError, DataError, SignalError, StructureError, TargetError
+from cria_prune.structure import shrink
+from networks import OptionA, Plain, randomize
+
+GENERATOR = torch.Generator().manual_seed(3)
+BATCHES = [
+    (torch.randn(16, 3, 8, 8, generator=GENERATOR), torch.randint(4, (16,), generator=GENERATOR))
+    for _ in range(3)
+]
+
+
+def config(**values: object) -> PruneConfig:
+    plan = {"reduction": 0.5, "rounds": 2, **values}
+    return PruneConfig(plan=plan, record={"examples": 48})
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_every_criterion_prunes_and_leaves_the_model(criterion: str) -> None:
+    torch.manual_seed(0)
+    model = randomize(Plain()).train()
+    before, state = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
+    result = prune(
+        model, BATCHES, PruneConfig(**{**config().model_dump(), "score": {"criterion": criterion}})
+    )
+    assert result.report["reached"] >= 0.5
+    assert sum(item.numel() for item in result.model.parameters()) == result.report["parameters"]
+    assert verify(model, result.plan, result.model, BATCHES[0]).difference <= 1e-10
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert model.training and torch.equal(torch.random.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_stages_alone_give_what_one_round_gives() -> None:
+    model = randomize(Plain())
+    result = prune(model, BATCHES, config(rounds=1))
+    groups = discover(model, BATCHES[0])
+    states = record(model, groups, BATCHES, result.config.record)
+    scores = {name: item.scores.numpy() for name, item in score(model, groups, states).items()}
+    step = plan(groups, scores, result.config.plan)
+    assert step.kept == result.plan.kept and step.cuts == result.plan.cuts
+    assert shrink(groups, step.kept).shapes == result.groups.shapes
+
+
+def test_the_same_seed_gives_the_same_plan_and_rounds_only_remove() -> None:
+    model = randomize(Plain())
+    one, two = prune(model, BATCHES, config()), prune(model, iter(BATCHES), config())
+    assert one.plan == two.plan
+    first, second = (item.report["parameters"] for item in one.rounds)
+    assert float(one.report["parameters_dense"]) > float(first) > float(second)
+    assert "reached" in str(one) and f"{int(second):,}" in str(one)
+
+
+def test_budgets_of_macs_and_of_the_prunable_part() -> None:
+    model = randomize(Plain())
+    by_macs = prune(model, BATCHES, config(of="macs")).report
+    assert (
+        0.5 <= 1 - float(by_macs["macs"]) / float(by_macs["macs_dense"]) == pytest.approx(by_macs["reached"])
+    )
+    assert prune(model, BATCHES, config(of="prunable", ranking="global")).report["reached"] >= 0.5
+
+
+def test_residual_width_is_pruned_only_on_request() -> None:
+    model = randomize(OptionA())
+    inner = prune(model, BATCHES, config(reduction=0.2))
+    assert len(inner.plan.kept["stem"]) == 8 and len(inner.plan.kept["a1"]) < 8
+    everything = prune(model, BATCHES, config(reduction=0.2, residual=True))
+    assert len(everything.plan.kept["stem"]) < 8
+
+
+def test_on_round_sees_every_round_and_evaluate_is_shown() -> None:
+    seen: list[PruneResult] = []
+    result = prune(randomize(Plain()), BATCHES, config(), evaluate=lambda model: 0.25, on_round=seen.append)
+    assert [len(item.rounds) for item in seen] == [1, 2] and seen[-1] is result
+    assert [item.metric for item in result.rounds] == [0.25, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"reduction": 1.5}, TargetError, r"A reduction of 1.5: it is not between 0 and 1"),
+        ({"reduction": 0.99}, TargetError, r"at most \d+\.\d+% can be removed with a floor"),
+    ],
+)
+def test_targets_out_of_range(change: dict[str, float], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        prune(randomize(Plain()), BATCHES, config(**change))
+
+
+def test_bad_batches() -> None:
+    model = randomize(Plain())
+    with pytest.raises(DataError, match="found none"):
+        prune(model, [], config())
+    with pytest.raises(DataError, match="A batch for the model: found str"):
+        prune(model, ["text"], config())  # type: ignore[list-item]
+    with pytest.raises(DataError, match="found int"):
+        prune(model, 3, config())  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"forward pass of Plain on the example inputs of shape"):
+        prune(model, [torch.randn(4, 5, 8, 8)], config())
+
+
+def test_not_finite_weights_and_activations_and_unknown_criterion() -> None:
+    model = randomize(Plain())
+    with pytest.raises(CriterionError, match=r"found 'magic'.*Known criteria: random, l1"):
+        prune(model, BATCHES, PruneConfig(score={"criterion": "magic"}))
+    with torch.no_grad():
+        model.fc1.bias[2] = float("nan")
+    with pytest.raises(SignalError, match=r"weights of 'fc1.bias': found NaN"):
+        prune(model, BATCHES, config())
+    model = randomize(Plain())
+    broken = [(images * float("inf"), target) for images, target in BATCHES]
+    with pytest.raises(SignalError, match="'conv1'"):
+        prune(model, broken, config())
+
+
+def test_a_network_with_nothing_to_prune() -> None:
+    with pytest.raises(StructureError, match=r"no group can be pruned \(0: is part of the model's output\)"):
+        prune(nn.Sequential(nn.Linear(3, 2)), [torch.randn(8, 3)], config())

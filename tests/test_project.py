@@ -1,0 +1,87 @@
+"""The house rules: who imports whom, the public surface, the README's code, no pickle."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import cria_prune
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "cria_prune"
+BASE = {"errors", "config", "batches", "progress"}
+MAY_IMPORT = {
+    "structure": BASE,
+    "graph": {"errors"},
+    "spectrum": {"errors", "graph"},
+    "record": BASE | {"structure", "graph"},
+    "criteria": BASE | {"structure", "graph", "spectrum", "record"},
+    "plan": BASE | {"structure"},
+    "surgery": BASE | {"structure", "plan"},
+    "recover": BASE,
+    "artifact": BASE | {"plan", "surgery", "tasks", "structure"},
+    "tasks": BASE | {"recover"},
+    "cli": BASE | {"pipeline", "artifact", "tasks", "recover", "plan", "structure", "criteria", "record"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            found.add(node.module or "")
+        elif isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+    return found
+
+
+def modules(folder: str) -> list[Path]:
+    return sorted((SOURCE / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("stage", MAY_IMPORT)
+def test_a_stage_imports_only_what_it_may(stage: str) -> None:
+    assert modules(stage)
+    for path in modules(stage):
+        stages = {name.split(".")[1] for name in imports(path) if name.startswith("cria_prune.")}
+        assert stages <= MAY_IMPORT[stage] | {stage}, path
+
+
+def test_the_number_side_knows_no_network() -> None:
+    for path in (*modules("graph"), *modules("spectrum")):
+        assert "torch.nn" not in path.read_text() and "import nn" not in path.read_text(), path
+
+
+def test_nothing_pickles_or_asserts_for_users() -> None:
+    for path in modules("."):
+        names = imports(path)
+        assert not names & {"pickle", "shelve", "marshal", "dill", "joblib"}, path
+        assert not re.search(r"torch\.(save|load)\(|trust_remote_code\s*=\s*True", path.read_text()), path
+
+
+def test_public_names_are_frozen_and_documented() -> None:
+    assert cria_prune.__all__ == sorted(cria_prune.__all__) == PUBLIC
+    for name in cria_prune.__all__:
+        item = getattr(cria_prune, name)
+        assert not inspect.ismodule(item), f"{name} is a module"
+        assert name == "CRITERIA" or inspect.getdoc(item), f"{name} has no docstring"
+
+
+PUBLIC = [
+    *["CRITERIA", "CriaError", "LoadedCheckpoint", "Plan", "PlanConfig", "PruneConfig", "PruneResult"],
+    *["RecordConfig", "RecoverConfig", "ScoreConfig", "UnitGroup", "UnitGroups", "apply", "discover", "load"],
+    *["plan", "preset", "prune", "record", "recover", "save", "score", "verify"],
+]
+
+
+def test_the_first_python_block_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert blocks and len(blocks[0].strip().splitlines()) <= 12
+    monkeypatch.chdir(tmp_path)
+    exec(compile(blocks[0], "README.md", "exec"), {})
+    assert (tmp_path / "small" / "model.safetensors").exists()
