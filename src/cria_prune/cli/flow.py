@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -142,7 +143,7 @@ def note_costs(job: Job, result: PruneResult, plan: Plan) -> None:
 
 
 def forward_seconds(model: nn.Module, batches: list[Batch], device: torch.device) -> float:
-    """Return the wall time of a plain forward pass over the batches, after one batch to warm up."""
+    """Return the wall time of a plain forward pass over the batches: the median of three."""
 
     def passed(items: list[Batch]) -> float:
         start = time.perf_counter()
@@ -155,8 +156,7 @@ def forward_seconds(model: nn.Module, batches: list[Batch], device: torch.device
 
     model.eval()
     with torch.no_grad():
-        passed(batches[:1])
-        return passed(batches)
+        return statistics.median(passed(batches) for _ in range(3))
 
 
 def recover_stage(
