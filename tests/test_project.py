@@ -13,7 +13,7 @@ import cria_prune
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "cria_prune"
-BASE = {"errors", "config", "batches", "progress"}
+BASE = {"errors", "config", "batches", "progress", "modules", "loss"}
 MAY_IMPORT = {
     "structure": BASE,
     "graph": {"errors"},

@@ -6,7 +6,8 @@ from torch import nn
 
 from cria_prune.config import RecoverConfig
 from cria_prune.errors import ConfigError, DataError, SignalError
-from cria_prune.recover import cross_entropy, recover, soft_targets
+from cria_prune.loss import cross_entropy
+from cria_prune.recover import recover, soft_targets
 from cria_prune.recover.schedule import decay_groups, rate
 
 

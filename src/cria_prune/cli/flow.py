@@ -20,9 +20,10 @@ from cria_prune.cli.talk import Kept, Talk, percent
 from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig, RecoverConfig
 from cria_prune.errors import ArtifactError
+from cria_prune.loss import logits_of
 from cria_prune.pipeline import PruneResult, clock, compose, prune
 from cria_prune.plan import Plan
-from cria_prune.recover import RecoverResult, logits_of, recover
+from cria_prune.recover import RecoverResult, recover
 
 
 @dataclass

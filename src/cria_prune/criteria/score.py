@@ -10,8 +10,8 @@ from cria_prune.config import ScoreConfig
 from cria_prune.criteria.evidence import Evidence, UnitWeights
 from cria_prune.criteria.table import CRITERIA, Criterion
 from cria_prune.errors import CriterionError, StructureError
+from cria_prune.modules import named_tensors
 from cria_prune.record.states import GroupStates, States
-from cria_prune.record.taps import named_tensors
 from cria_prune.spectrum import Importance, rank_correlation
 from cria_prune.structure.groups import UnitGroup, UnitGroups
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from cria_prune.batches import Batch, batch_size, describe, model_inputs, move
 from cria_prune.config import RecordConfig
 from cria_prune.errors import CriaError, DataError
+from cria_prune.loss import Loss, cross_entropy
 from cria_prune.record.keep import unchanged
 from cria_prune.record.signals import Collector
 from cria_prune.record.states import States
 from cria_prune.record.taps import Taps
-from cria_prune.record.taylor import Loss, TaylorSums, cross_entropy
+from cria_prune.record.taylor import TaylorSums
 from cria_prune.structure.groups import UnitGroups
 
 

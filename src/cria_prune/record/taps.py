@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from cria_prune.errors import StructureError
+from cria_prune.modules import named_tensors
 from cria_prune.structure.groups import Site
 
 
@@ -70,14 +71,6 @@ def _signatures() -> dict[Any, Signature]:
 
 
 SIGNATURES = _signatures()
-
-
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return every parameter and buffer of a model under all of its names."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
 
 
 class Taps(TorchFunctionMode):

@@ -5,48 +5,25 @@ Legend: d = units of a group, w = its parameters, g = their gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Container, Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from cria_prune.batches import Batch, batch_target, model_inputs
+from cria_prune.batches import Batch
 from cria_prune.errors import CriterionError
-from cria_prune.structure.groups import UnitGroup
-
-Loss = Callable[[nn.Module, Any], Tensor]
-
-
-def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the mean cross-entropy of the model's logits and the batch's target, the default loss.
-
-    The logits are the model's output, its `logits`, or the first item of a tuple.
-
-    Raises:
-        CriterionError: the batch has no target.
-    """
-    target = batch_target(batch)
-    if target is None:
-        raise CriterionError(
-            "Recording with gradients",
-            "a batch has no target for the default loss, cross-entropy",
-            "Pass (inputs, target) batches, or your own loss=f(model, batch)",
-        )
-    args, kwargs = model_inputs(batch)
-    output = model(*args, **kwargs)
-    logits: Any = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
-    return functional.cross_entropy(logits, target)
+from cria_prune.loss import Loss
+from cria_prune.structure.groups import ParameterSlice, UnitGroup
 
 
 class TaylorSums:
-    """Adds up (Σ g·w)² per unit over batches: the loss that zeroing all its parameters would change, squared.
+    """Adds up (Σ g·w)² per unit over batches: the change of the loss if its signal were zero, squared.
 
     This is the first-order importance of Molchanov et al., "Importance Estimation for Neural Network
-    Pruning", CVPR 2019 (arXiv 1906.10771, section 3.1), in its group form: the parameters of a unit
-    are summed before the square, and the squares over batches. A unit's parameters are those that
-    produce it or follow it (filters, biases, batch norm scale and shift), not its consumers'.
+    Pruning", CVPR 2019 (arXiv 1906.10771, sections 3.1 and 3.2), summed over a unit's parameters before the
+    square, and the squares over batches. The parameters are those of the operation that gives the unit's
+    input-side signal: scale and shift of its batch norm where it has one, else weight and bias of its
+    layer. Their Σ g·w is Σ (∂loss/∂x) x over that signal x; with both layers' it would count twice.
 
     Args:
         model: the live model; `requires_grad` of the parameters is switched on, the caller puts it back.
@@ -57,12 +34,7 @@ class TaylorSums:
     def __init__(self, model: nn.Module, groups: Iterable[UnitGroup], loss: Loss) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         self._model, self._loss = model, loss
-        self._slices = {
-            group.name: [
-                item for item in group.slices if item.role != "consumes" and item.tensor in parameters
-            ]
-            for group in groups
-        }
+        self._slices = {group.name: _signal_slices(group, parameters) for group in groups}
         names = dict.fromkeys(item.tensor for slices in self._slices.values() for item in slices)
         self._parameters = {name: parameters[name].requires_grad_(True) for name in names}
         self.sums = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
@@ -94,3 +66,13 @@ class TaylorSums:
                     line = product.reshape(len(product), -1).sum(1).cpu()
                     total += line[torch.from_numpy(item.positions)].sum(1)
             self.sums[name] += total.square()
+
+
+def _signal_slices(group: UnitGroup, parameters: Container[str]) -> list[ParameterSlice]:
+    """Return the slices of the parameters that last make the group's input-side signals."""
+    makers = {tap.tensor.rpartition(".")[0] for tap in group.inputs}
+    return [
+        item
+        for item in group.slices
+        if item.role != "consumes" and item.tensor in parameters and item.tensor.rpartition(".")[0] in makers
+    ]

@@ -12,9 +12,11 @@ from torch import nn
 from cria_prune.batches import Batch, move
 from cria_prune.config import RecoverConfig
 from cria_prune.errors import ConfigError, DataError, SignalError
+from cria_prune.loss import Loss, cross_entropy
+from cria_prune.modules import modes_kept
 from cria_prune.progress import QUIET, Bar, Progress
-from cria_prune.recover.guard import State, channels_last, gradients_kept, modes_kept, on_device, snapshot
-from cria_prune.recover.loss import Distilled, Loss, cross_entropy
+from cria_prune.recover.guard import State, channels_last, gradients_kept, on_device, snapshot
+from cria_prune.recover.loss import Distilled
 from cria_prune.recover.result import Epoch, RecoverResult
 from cria_prune.recover.schedule import decay_groups, rate
 

@@ -18,17 +18,6 @@ def snapshot(model: nn.Module) -> State:
 
 
 @contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Put the train/eval mode of every single module back on leaving."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
 def gradients_kept(model: nn.Module) -> Iterator[None]:
     """Start without gradients; put the caller's own gradients back on leaving."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]

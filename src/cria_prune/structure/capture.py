@@ -6,8 +6,6 @@ The model's mode and random state are as before; nothing is left on it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,18 +15,7 @@ from torch.fx import Node
 
 from cria_prune.batches import Batch, model_inputs
 from cria_prune.errors import CaptureError, DataError
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode, and each back into its own mode after."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+from cria_prune.modules import modes_kept
 
 
 def capture(model: nn.Module, example: Batch) -> ExportedProgram:
@@ -40,7 +27,8 @@ def capture(model: nn.Module, example: Batch) -> ExportedProgram:
             the operation and the line of the model's code.
     """
     args, kwargs = model_inputs(example)
-    with evaluation_mode(model), torch.random.fork_rng(devices=[]), torch.no_grad():
+    with modes_kept(model), torch.random.fork_rng(devices=[]), torch.no_grad():
+        model.eval()
         try:
             return torch.export.export(model, args, kwargs, strict=False)
         except Exception as error:

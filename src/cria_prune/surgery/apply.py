@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from cria_prune.errors import StructureError
+from cria_prune.modules import named_tensors
 from cria_prune.plan.plan import Plan
 from cria_prune.surgery.slicing import slice_tensor
 
@@ -48,14 +49,6 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
             setattr(module, local, replaced[key])
         restate(module, {local: shape for local, (_, shape) in shapes.items()})
     return target
-
-
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by every one of their names."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
 
 
 def check(tensors: Mapping[str, Tensor], plan: Plan) -> dict[str, list[tuple[int, tuple[int, ...]]]]:

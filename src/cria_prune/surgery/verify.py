@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from cria_prune.batches import Batch, model_inputs
 from cria_prune.errors import VerificationError
+from cria_prune.modules import modes_kept, named_tensors
 from cria_prune.plan.plan import Plan
-from cria_prune.structure.capture import evaluation_mode, first_line
-from cria_prune.surgery.apply import named_tensors
+from cria_prune.structure.capture import first_line
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
@@ -92,7 +92,8 @@ ADVICE = (
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    with evaluation_mode(model), torch.random.fork_rng(devices=[]), torch.no_grad():
+    with modes_kept(model), torch.random.fork_rng(devices=[]), torch.no_grad():
+        model.eval()
         return [item for item in tree_leaves(model(*args, **kwargs)) if isinstance(item, Tensor)]
 
 

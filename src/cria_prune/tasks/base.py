@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from cria_prune.batches import Batch, batch_target, describe, model_inputs, move
 from cria_prune.config import RecoverConfig
 from cria_prune.errors import DataError
+from cria_prune.loss import logits_of
+from cria_prune.modules import modes_kept
 from cria_prune.progress import Progress, track
-from cria_prune.recover.guard import channels_last, modes_kept
-from cria_prune.recover.loss import logits_of
+from cria_prune.recover.guard import channels_last
 
 EpochBatches = Callable[[int], Iterable[Batch]]
 
