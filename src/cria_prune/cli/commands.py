@@ -21,7 +21,7 @@ from cria_prune.cli.talk import Kept, Talk, percent
 from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig
 from cria_prune.pipeline import PruneResult, clock
-from cria_prune.plan import count_macs, count_parameters, largest_reachable
+from cria_prune.plan import check_reachable, count_macs, count_parameters, largest_reachable
 from cria_prune.plan.budget import DENOMINATORS
 from cria_prune.structure import UnitGroups, without_residual
 
@@ -33,6 +33,7 @@ def run(params: Params, command: list[str], kept: Kept) -> None:
     found = target.recipe(params["recipe"])
     config = prune_config(params)
     tuning = recover_config(params, found.task.recover_defaults)
+    check_target(found, config)
     with job_of(found, "", params, command, kept) as job:
         dense = dense_model(job)
         result, plan = prune_stage(job, dense, config, params["watch"])
@@ -54,6 +55,7 @@ def prune(params: Params, command: list[str], kept: Kept) -> None:
     """Pruning without recovery, of a recipe's dense model or of a checkpoint once more."""
     found = target.find(params["target"])
     config = prune_config(params)
+    check_target(found, config)
     with job_of(found, "-pruned", params, command, kept) as job:
         model = dense_model(job)
         result, plan = prune_stage(job, model, config, params["watch"])
@@ -213,6 +215,12 @@ def finish(job: Job, result: PruneResult | None = None) -> None:
         path = write_report(Path(job.output) / REPORT, page)
         job.talk.say(f"report {path}")
     job.talk.answer(job.results)
+
+
+def check_target(found: Target, config: PruneConfig) -> None:
+    """Refuse a target beyond reach before a dense model is trained or anything is written."""
+    groups = structure_of(found.untrained(), found, config.plan.residual)
+    check_reachable(groups, config.plan.reduction, of=config.plan.of, floor=config.plan.floor)
 
 
 def structure_of(model: nn.Module, found: Target, residual: bool | None) -> UnitGroups:

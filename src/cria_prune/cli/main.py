@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import typer
 
 from cria_prune.cli import options as o
@@ -21,9 +19,6 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line of this process; ends in SystemExit: 0, 2 after an error, 130 after Ctrl-C."""
-    # Threads that spin while they wait make small networks up to 18 times slower on a busy machine.
-    # It takes effect only if torch is not loaded yet; a value of the user's own stays.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     app()
 
 
