@@ -13,7 +13,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-START, END = "<!-- results: written by benchmarks/tables.py -->", "<!-- end of results -->"
+MARKS = ("<!-- {}: written by benchmarks/tables.py -->", "<!-- end of {} -->")
+DEMO = RESULTS / "digits" / "demo.txt"
 NETWORKS = ("digits", "cifar10-resnet20", "cifar10-resnet56")
 ORDER = (
     *("random", "l1", "l2", "activation-norm", "taylor", "distortion", "distortion-weighted"),
@@ -128,14 +129,19 @@ def render() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def readme_block() -> str:
-    lines = [*recovered_table("cifar10-resnet20"), *recovered_table("digits")]
-    return "\n".join([START, "", *lines, END])
+def demo() -> list[str]:
+    """What `cria run digits` printed, without its last line (the JSON object)."""
+    return ["```", *DEMO.read_text().strip().splitlines()[:-1], "```"]
 
 
 def readme(text: str) -> str:
-    before, rest = text.split(START)
-    return before + readme_block() + rest.split(END)[1]
+    """Return the README with its blocks written again from the result files."""
+    results = [*recovered_table("cifar10-resnet20"), *recovered_table("digits")]
+    for name, lines in (("demo", demo()), ("results", results)):
+        start, end = (mark.format(name) for mark in MARKS)
+        before, rest = text.split(start)
+        text = "\n".join([before + start, "", *lines, "", end + rest.split(end)[1]])
+    return text
 
 
 def main() -> None:

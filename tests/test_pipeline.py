@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from pathlib import Path
 
+import own_network
 import pytest
 import torch
 from torch import nn
@@ -15,7 +15,6 @@ from cria_prune.errors import CriterionError, DataError, SignalError, StructureE
 from cria_prune.structure import shrink
 from networks import OptionA, Plain, randomize
 
-ROOT = Path(__file__).parents[1]
 GENERATOR = torch.Generator().manual_seed(3)
 BATCHES = [
     (torch.randn(16, 3, 8, 8, generator=GENERATOR), torch.randint(4, (16,), generator=GENERATOR))
@@ -133,9 +132,5 @@ def test_a_network_with_nothing_to_prune() -> None:
 
 
 def test_the_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    spec = importlib.util.spec_from_file_location("own_network", ROOT / "examples" / "own_network.py")
-    assert spec is not None and spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    example.main(str(tmp_path / "checkpoint"))
+    own_network.main(str(tmp_path / "checkpoint"))
     assert "reloaded: equal" in capsys.readouterr().out

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 import cria_prune
+import tables
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "cria_prune"
@@ -85,3 +87,17 @@ def test_the_first_python_block_of_the_readme_runs(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     exec(compile(blocks[0], "README.md", "exec"), {})
     assert (tmp_path / "small" / "model.safetensors").exists()
+
+
+def test_every_table_is_what_the_result_files_say() -> None:
+    assert (ROOT / "docs" / "results.md").read_text() == tables.render()
+    text = (ROOT / "README.md").read_text()
+    assert text == tables.readme(text)
+
+
+def test_result_files_name_their_origin() -> None:
+    paths = sorted((ROOT / "benchmarks" / "results").rglob("*.json"))
+    assert paths
+    for path in paths:
+        origin = json.loads(path.read_text())["provenance"]
+        assert origin["commit"] and origin["dirty"] is False and origin["seed"] is not None, path

@@ -165,7 +165,7 @@ class _Run:
         )
         batches, count = source.sized(0)
         self.steps = self.config.epochs * count
-        with progress.bar("recover", self.steps) as bar:
+        with progress.bar("train", self.steps) as bar:
             for epoch in range(self.config.epochs):
                 if epoch:
                     batches, count = source.sized(epoch)
