@@ -243,3 +243,12 @@ def test_matplotlib_is_imported_inside(module):
     top = ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body
     names = [ast.unparse(node) for node in top if isinstance(node, (ast.Import, ast.ImportFrom))]
     assert names and not any("matplotlib" in name for name in names)
+
+
+def test_rounds_that_were_not_measured_are_bridged_by_a_dotted_line() -> None:
+    history = [
+        {"round": name, "metric": value} for name, value in (("dense", 0.9), (1, None), (2, 0.3), (3, 0.8))
+    ]
+    right = plot_rounds(history, metric="accuracy").figure.axes[1]
+    assert [line.get_linestyle() for line in right.lines] == [":", "-", "None"]
+    assert [text.get_text() for text in right.texts] == ["90", "30", "80"]

@@ -76,7 +76,11 @@ def plot_rounds(history: Sequence[Mapping[str, Any]], ax: Axes | None = None, me
         right = ax.twinx()
         factor = 100 if metric == "accuracy" else 1
         values = [value * factor for _, value in known]
-        right.plot([place for place, _ in known], values, "o-", color=LINE, markersize=4)
+        for left in range(len(known) - 1):
+            (start, _), (stop, _) = known[left : left + 2]
+            style = "-" if stop == start + 1 else ":"  # dotted across rounds that were not measured
+            right.plot([start, stop], values[left : left + 2], style, color=LINE)
+        right.plot([place for place, _ in known], values, "o", color=LINE, markersize=4)
         for number, (place, _) in enumerate(known):
             beside = values[max(number - 1, 0) : number] + values[number + 1 : number + 2]
             below = bool(beside) and values[number] < min(beside)

@@ -117,6 +117,8 @@ def _rounds(result: Result) -> str:
     if _number(result.get("parameters_dense")) is not None:
         dense = {"round": "dense", "parameters": result["parameters_dense"], "metric": result.get("dense")}
         history.insert(0, dense)
+    if _number(result.get("pruned")) is not None:
+        history[-1] = {**history[-1], "metric": result["pruned"]}
     if _number(result.get("recovered")) is not None:
         last = {
             "round": "recovered",
