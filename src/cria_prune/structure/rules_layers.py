@@ -40,6 +40,8 @@ def convolution(node: Node, context: Context) -> Axes:
     data, weight = node.args[0], node.args[1]
     groups = int(argument(node, 6, "groups", 1))
     axes, weights = context.of(data), context.of(weight)
+    if weights[0] is None or weights[1] is None:  # a constant, or computed by an operation without a rule
+        return no_rule(node, context)
     spatial = len(weights) - 2
     channel = len(axes) - spatial - 1
     entering, leaving = axes[channel], weights[0]
@@ -48,7 +50,6 @@ def convolution(node: Node, context: Context) -> Axes:
     in_dim: int | None = 1
     out_dim: int | None = 0
     fixed = "is part of the model's input"
-    assert leaving is not None
     if groups > 1 and argument_shape(node, 1)[1] == 1:
         # Depthwise: each input channel makes its own outputs, so both leave together.
         multiplier = len(leaving) // groups
@@ -57,9 +58,7 @@ def convolution(node: Node, context: Context) -> Axes:
         context.units.freeze(weights[1], "is the single input of a depthwise filter")
         in_dim = out_dim = None
     elif groups > 1:
-        inner = weights[1]
-        assert inner is not None
-        context.units.tie(entering, np.tile(inner, groups), fixed)
+        context.units.tie(entering, np.tile(weights[1], groups), fixed)
         rows = leaving.reshape(groups, -1)
         context.units.tie(np.tile(rows[0], groups), leaving, fixed)
     else:
@@ -129,12 +128,13 @@ def prelu(node: Node, context: Context) -> Axes:
 
 
 @rule(*[f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)])
-def pooling(node: Node, context: Context) -> Axes:
-    """Spatial dimensions are reduced; channels pass."""
+def pooling(node: Node, context: Context) -> Any:
+    """Spatial dimensions are reduced; channels pass. Adaptive maxima give values and indices."""
     axes = context.of(node.args[0])
     spatial = int(operation_name(node)[-2])
     freeze_all(axes[-spatial:], context, f"is a spatial dimension of {context.where(node)}")
-    return [*axes[:-spatial], *[None] * spatial]
+    result = [*axes[:-spatial], *[None] * spatial]
+    return [result, list(result)] if isinstance(node.meta["val"], tuple) else result
 
 
 @rule("upsample_nearest2d", "upsample_bilinear2d")
@@ -150,6 +150,8 @@ def reduction(node: Node, context: Context) -> Axes:
     """A reduced dimension of units is frozen: its value depends on how many there are."""
     axes = context.of(node.args[0])
     dims = argument(node, 1, "dim")
+    if isinstance(dims, bool):  # std(x, unbiased): the second argument is no dimension
+        dims = None
     dims = range(len(axes)) if dims is None else [dims] if isinstance(dims, int) else list(dims)
     reduced = {int(dim) % len(axes) for dim in dims} or set(range(len(axes)))
     freeze_all([axes[dim] for dim in reduced], context, f"is reduced over by {context.where(node)}")
