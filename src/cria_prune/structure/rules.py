@@ -157,7 +157,10 @@ def elementwise(node: Node, context: Context) -> Axes:
     out = shape(node)
     result: Axes = [None] * len(out)
     met = [False] * len(out)
-    for item in tensor_arguments(node):
+    items = tensor_arguments(node)
+    if operation_name(node) in {"to", "type_as"}:
+        items = items[:1]  # the other tensor gives its type only
+    for item in items:
         axes, sizes = context.of(item), shape(item)
         for back in range(1, len(sizes) + 1):
             if out[-back] == 1:

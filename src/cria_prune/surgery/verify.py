@@ -59,17 +59,26 @@ def verify(
 
     Args:
         model: the dense model; smaller: the model that `apply` made of it.
-        dtype: arithmetic of the comparison: float64 (relative tolerance 1e-10) or float32 (1e-4).
+        dtype: arithmetic of the comparison: float64 (relative tolerance 1e-10) or float32 (1e-4);
+            float32 is taken too where the dense model does not run in float64.
 
     Raises:
         VerificationError: they differ by more than the tolerance, or the smaller model does not run.
     """
     masked = mask(model, plan).to(dtype)
     cut = copy.deepcopy(smaller).to(dtype)
-    args, kwargs = _cast(model_inputs(example), dtype)
-    expected = _run(masked, args, kwargs)
     try:
-        found = _run(cut, args, kwargs)
+        expected = _run(masked, *_cast(model_inputs(example), dtype))
+    except Exception as error:
+        if dtype is torch.float64:  # the forward makes tensors of its own type
+            return verify(model, plan, smaller, example, dtype=torch.float32)
+        raise VerificationError(
+            f"A forward pass of the dense model in {str(dtype).removeprefix('torch.')}",
+            f"{type(error).__name__}: {first_line(error)}",
+            "Write its forward so that new tensors take the type of its input",
+        ) from error
+    try:
+        found = _run(cut, *_cast(model_inputs(example), dtype))
     except Exception as error:
         raise VerificationError(
             "A forward pass of the pruned model", f"{type(error).__name__}: {first_line(error)}", ADVICE
@@ -102,7 +111,8 @@ def _cast(inputs: Any, dtype: torch.dtype) -> Any:
 
     def cast(item: Any) -> Any:
         if isinstance(item, Tensor):
-            return item.to(dtype) if item.is_floating_point() else item.clone()
+            # Always a copy: a forward may write into its input.
+            return item.to(dtype if item.is_floating_point() else item.dtype, copy=True)
         return item
 
     return tuple(cast(item) for item in args), {key: cast(item) for key, item in kwargs.items()}
@@ -115,7 +125,11 @@ def _difference(expected: list[Tensor], found: list[Tensor]) -> float:
     worst = 0.0
     for one, other in zip(expected, found, strict=True):
         if one.numel():
-            scale = float(one.abs().max()) or 1.0
-            distance = float((one - other).abs().max()) / scale
+            if not one.is_complex():  # truth values and whole numbers too
+                one, other = one.double(), other.double()
+            sizes = one.abs()
+            scale = float(sizes[sizes.isfinite()].max()) if sizes.isfinite().any() else 0.0
+            apart = (one - other).abs().masked_fill(one == other, 0.0)  # equal infinities are equal
+            distance = float(apart.max()) / (scale or 1.0)
             worst = max(worst, distance if distance == distance else float("inf"))
     return worst
