@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cria_prune.batches import Batch, batch_size, move
+from cria_prune.batches import Batch, batch_size, describe, move
 from cria_prune.config import PruneConfig
 from cria_prune.criteria import score
 from cria_prune.criteria.score import find_criterion
@@ -242,9 +242,9 @@ def clock(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 def again(batches: Iterable[Batch]) -> Iterable[Batch]:
     """Return batches that can be gone through once per round; an iterator is read into a list."""
-    if not isinstance(batches, Iterable):
+    if isinstance(batches, (torch.Tensor, str, Mapping)) or not isinstance(batches, Iterable):
         raise DataError(
-            "Calibration batches", f"found {type(batches).__name__}", "Pass a list or loader of batches"
+            "Calibration batches", f"found {describe(batches)}", "Pass a list or loader of batches"
         )
     return list(batches) if iter(batches) is batches else batches
 
