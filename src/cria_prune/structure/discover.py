@@ -48,7 +48,12 @@ def discover(model: nn.Module, example: Batch) -> UnitGroups:
     context = Context(Units())
     labels = {name: [context.units.fresh(size) for size in tensor.shape] for name, tensor in tensors.items()}
     follow(program, model, context, tensors, labels)
-    roles = {(use.weight, dim): kind for use in context.uses for dim, kind in _dims(use)}
+    roles: dict[tuple[str, int], Role] = {}
+    for use in context.uses:
+        for dim, kind in _dims(use):
+            if roles.setdefault((use.weight, dim), kind) != kind:
+                reason = f"{use.weight!r} is used forwards and transposed"
+                freeze_all(labels[use.weight], context, reason)
     slices = [
         Place(name, dim, roles.get((name, dim), "follows"), atoms)
         for name, dims in labels.items()
