@@ -24,7 +24,9 @@ from cria_prune.surgery.verify import verify
 def settle(model: nn.Module, groups: UnitGroups, example: Batch) -> UnitGroups:
     """Return the groups with every assumption tried: true ones are dropped, false ones freeze their group.
 
-    All suspects are cut together first; only if that fails is each tried alone.
+    All suspects are cut together first; only if that fails is each tried alone. In the end all prunable
+    groups are cut together, for a forward can depend on a size without a trace (a division by a width);
+    if that fails, halves are tried until the groups that fail are found.
     """
     suspects = [group for group in groups.prunable if group.assumes]
     frozen: dict[str, str] = {}
@@ -39,12 +41,36 @@ def settle(model: nn.Module, groups: UnitGroups, example: Batch) -> UnitGroups:
             frozen.update(
                 (group.name, f"a trial cut failed together with other groups: {failure}") for group in left
             )
+    left = [group for group in groups.prunable if group.name not in frozen]
+    # A model that differs from itself (NaN, chance) says nothing about its groups; later stages name it.
+    if left and _failure(model, groups, left, example) and not _failure(model, groups, (), example):
+        frozen.update(
+            (name, f"a trial cut failed, its forward depends on how many units there are: {failure}")
+            for name, failure in _failures(model, groups, left, example).items()
+        )
     return replace(
         groups,
         groups=tuple(
             replace(group, frozen=group.frozen or frozen.get(group.name), assumes=()) for group in groups
         ),
     )
+
+
+def _failures(
+    model: nn.Module, groups: UnitGroups, chosen: Sequence[UnitGroup], example: Batch
+) -> dict[str, str]:
+    """Return group name -> failure, of the groups whose removal fails, found by halving."""
+    failure = _failure(model, groups, chosen, example) if chosen else None
+    if failure is None:
+        return {}
+    if len(chosen) == 1:
+        return {chosen[0].name: failure}
+    middle = len(chosen) // 2
+    halves = (chosen[:middle], chosen[middle:])
+    found = {name: text for half in halves for name, text in _failures(model, groups, half, example).items()}
+    left = [group for group in chosen if group.name not in found]
+    together = _failure(model, groups, left, example) if left else None
+    return found if together is None else {**found, **{group.name: together for group in left}}
 
 
 def _failure(model: nn.Module, groups: UnitGroups, chosen: Sequence[UnitGroup], example: Batch) -> str | None:
