@@ -141,7 +141,9 @@ def report(
 
 def _few(tensors: Sequence[str]) -> str:
     more = len(tensors) - SHOWN_TENSORS
-    return ", ".join(tensor.removesuffix(".weight") for tensor in tensors[:SHOWN_TENSORS]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(tensor.removesuffix(".weight") for tensor in tensors[:SHOWN_TENSORS]) + (
+        f" and {more} more" if more > 0 else ""
+    )
 
 
 def _count(number: float | None) -> str:
