@@ -131,3 +131,7 @@ def test_a_forward_that_depends_on_a_width_freezes_its_group_alone(kind: str) ->
     assert reasons["c1"] is None
     assert reasons["c3"] is None
     pruned(Net(WIDTHS[kind]))
+
+
+def test_a_change_of_type_freezes_nothing() -> None:
+    assert frozen(Net(lambda x: F.relu(x.float()).to(x.dtype)))["c2"] is None
