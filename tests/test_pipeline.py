@@ -131,6 +131,23 @@ def test_a_network_with_nothing_to_prune() -> None:
         prune(nn.Sequential(nn.Linear(3, 2)), [torch.randn(8, 3)], config())
 
 
+def test_a_forward_that_writes_into_its_input_leaves_the_calibration_data() -> None:
+    class Scaling(Plain):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.mul_(3))
+
+    batches = [(images.clone(), target) for images, target in BATCHES]
+    prune(randomize(Scaling()), batches, config())
+    assert all(torch.equal(left[0], right[0]) for left, right in zip(batches, BATCHES, strict=True))
+
+
+def test_a_model_that_cannot_be_copied_is_an_error_that_says_why() -> None:
+    model = randomize(Plain())
+    model.computed = model.fc1.weight * 2
+    with pytest.raises(StructureError, match=r"A copy of Plain: Only Tensors created.*detach computed"):
+        prune(model, BATCHES, config())
+
+
 def test_the_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own_network.main(str(tmp_path / "checkpoint"))
     assert "reloaded: equal" in capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -34,7 +34,8 @@ def model_inputs(batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     raise DataError(
         "A batch for the model",
         f"found {describe(batch)}",
-        "Pass a tensor, an (inputs, target) pair of tensors, or a mapping of keyword arguments",
+        "Pass a tensor, an (inputs, target) pair of tensors, or a mapping of keyword arguments "
+        "(for several inputs)",
     )
 
 
@@ -60,15 +61,20 @@ def batch_size(batch: Batch) -> int:
     return int(tensors[0].shape[0])
 
 
-def move(batch: Any, device: torch.device | str) -> Any:
-    """Return the batch with every tensor on `device`; its container keeps its kind."""
+def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Return the batch with `function` applied to every tensor; a tuple or list keeps its kind."""
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        return function(batch)
     if isinstance(batch, Mapping):
-        return {key: move(value, device) for key, value in batch.items()}
+        return {key: map_tensors(value, function) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return type(batch)(move(value, device) for value in batch)
+        return type(batch)(map_tensors(value, function) for value in batch)
     return batch
+
+
+def move(batch: Any, device: torch.device | str) -> Any:
+    """Return the batch with every tensor on `device`."""
+    return map_tensors(batch, lambda tensor: tensor.to(device))
 
 
 def describe(value: Any) -> str:

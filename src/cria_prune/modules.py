@@ -1,11 +1,15 @@
-"""What several stages ask of a module: its tensors by every name, and its modes put back."""
+"""What several stages ask of a module: its tensors by every name, a copy, its modes put back."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
+
+from cria_prune.errors import StructureError
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -14,6 +18,22 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
+
+
+def copy_of(model: nn.Module, replaced: dict[int, Any] | None = None) -> nn.Module:
+    """Return a deep copy of a model; tensors whose id is in `replaced` come from there instead.
+
+    Raises:
+        StructureError: the model holds a tensor that cannot be copied, the result of a computation.
+    """
+    try:
+        return copy.deepcopy(model, dict(replaced or {}))
+    except RuntimeError as error:
+        raise StructureError(
+            f"A copy of {type(model).__name__}",
+            str(error).strip().splitlines()[0],
+            "Undo the old weight_norm with torch.nn.utils.remove_weight_norm, or detach computed tensors",
+        ) from error
 
 
 @contextmanager

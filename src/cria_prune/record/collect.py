@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cria_prune.batches import Batch, batch_size, describe, model_inputs, move
+from cria_prune.batches import Batch, batch_size, describe, map_tensors, model_inputs
 from cria_prune.config import RecordConfig
 from cria_prune.errors import CriaError, DataError
 from cria_prune.loss import Loss, cross_entropy
@@ -71,7 +71,8 @@ def record(
             size = batch_size(batch)
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
             collector.begin(examples, size, mask)
-            batch = move(batch, device)
+            # A copy: a forward may write into its input, and the next round needs it as it was.
+            batch = map_tensors(batch, lambda item: item.to(device, copy=True))
             with with_taps:
                 run(model, batch, taylor)
             examples, count = examples + size, count + 1
@@ -134,10 +135,4 @@ def limited(batches: Iterable[Batch], examples: int) -> Iterator[Batch]:
 
 def cut(batch: Any, size: int, examples: int) -> Any:
     """Return the first examples of a batch: every tensor of leading length `size` is cut."""
-    if isinstance(batch, Tensor):
-        return batch[:examples] if batch.ndim and len(batch) == size else batch
-    if isinstance(batch, Mapping):
-        return {key: cut(value, size, examples) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(cut(value, size, examples) for value in batch)
-    return batch
+    return map_tensors(batch, lambda item: item[:examples] if item.ndim and len(item) == size else item)

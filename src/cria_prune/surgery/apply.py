@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from cria_prune.errors import StructureError
-from cria_prune.modules import named_tensors
+from cria_prune.modules import copy_of, named_tensors
 from cria_prune.plan.plan import Plan
 from cria_prune.surgery.slicing import slice_tensor
 
@@ -41,7 +40,7 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
     owners = _owners(model, before)
     target = model
     if not inplace:
-        target = copy.deepcopy(model, dict(replaced))
+        target = copy_of(model, replaced)
         names = {path: shapes for path, (_, shapes) in owners.items()}
         owners = {path: (target.get_submodule(path), shapes) for path, shapes in names.items()}
     for module, shapes in owners.values():

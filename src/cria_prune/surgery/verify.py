@@ -6,7 +6,6 @@ as zeroing the unit at the input of every consumer. It shares no code with slici
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from cria_prune.batches import Batch, model_inputs
 from cria_prune.errors import VerificationError
-from cria_prune.modules import modes_kept, named_tensors
+from cria_prune.modules import copy_of, modes_kept, named_tensors
 from cria_prune.plan.plan import Plan
 from cria_prune.structure.capture import first_line
 
@@ -40,7 +39,7 @@ class Verification:
 
 def mask(model: nn.Module, plan: Plan) -> nn.Module:
     """Return a copy of the dense model in which no consumer reads a removed unit."""
-    masked = copy.deepcopy(model)
+    masked = copy_of(model)
     tensors = named_tensors(masked)
     with torch.no_grad():
         for cut in plan.cuts:
@@ -66,7 +65,7 @@ def verify(
         VerificationError: they differ by more than the tolerance, or the smaller model does not run.
     """
     masked = mask(model, plan).to(dtype)
-    cut = copy.deepcopy(smaller).to(dtype)
+    cut = copy_of(smaller).to(dtype)
     try:
         expected = _run(masked, *_cast(model_inputs(example), dtype))
     except Exception as error:
