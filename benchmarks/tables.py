@@ -40,6 +40,10 @@ def percent(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ({100 * min(values):.1f} to {100 * max(values):.1f})"
 
 
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     head = list(head)
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
@@ -55,7 +59,7 @@ def dense_line(network: str) -> str:
 def seeds_line(cells: Cells) -> str:
     seeds = sorted({item["cell"]["seed"] for item in cells})
     commits = sorted({str(item["provenance"].get("commit"))[:9] for item in cells})
-    return f"Seeds {', '.join(map(str, seeds))}; {len(cells)} cells; code of commit {', '.join(commits)}."
+    return f"Seeds {', '.join(map(str, seeds))}; {plural(len(cells), 'cell')}; code of commit {', '.join(commits)}."
 
 
 def pruned_table(network: str, scope: str) -> list[str]:
@@ -72,7 +76,7 @@ def pruned_table(network: str, scope: str) -> list[str]:
         ]
         for name in names
     ]
-    head = ["criterion", *(f"{share:.0%}, {rounds} round{'s'[: rounds > 1]}" for share, rounds in columns)]
+    head = ["criterion", *(f"{share:.0%}, {plural(rounds, 'round')}" for share, rounds in columns)]
     width = "inner channels" if scope == "inner" else "inner channels and residual width"
     title = f"### {network}, {width}: accuracy in % right after pruning, no training"
     return [title, "", dense_line(network) + " " + seeds_line(cells), "", *table(head, rows), ""]
@@ -84,7 +88,7 @@ def recovered_table(network: str) -> list[str]:
     settings = sorted({(item["cell"]["epochs"], item["cell"]["rounds"]) for item in cells})
     for epochs, rounds in settings:
         chosen = pick(cells, epochs=epochs, rounds=rounds)
-        title = f"### {network}: recovered, {rounds} rounds, {epochs} epochs, accuracy of the last epoch in %"
+        title = f"### {network}: recovered, {plural(rounds, 'round')}, {plural(epochs, 'epoch')}, accuracy of the last epoch in %"
         rows = [
             [name, f"{share:.0%}", percent([item["pruned"] for item in found]),
              percent([item["recovered"] for item in found]), f"{found[0]['report']['parameters']:,}"]
