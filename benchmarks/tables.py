@@ -59,7 +59,8 @@ def dense_line(network: str) -> str:
 def seeds_line(cells: Cells) -> str:
     seeds = sorted({item["cell"]["seed"] for item in cells})
     commits = sorted({str(item["provenance"].get("commit"))[:9] for item in cells})
-    return f"Seeds {', '.join(map(str, seeds))}; {plural(len(cells), 'cell')}; code of commit {', '.join(commits)}."
+    count = plural(len(cells), "cell")
+    return f"Seeds {', '.join(map(str, seeds))}; {count}; code of commit {', '.join(commits)}."
 
 
 def pruned_table(network: str, scope: str) -> list[str]:
@@ -88,7 +89,8 @@ def recovered_table(network: str) -> list[str]:
     settings = sorted({(item["cell"]["epochs"], item["cell"]["rounds"]) for item in cells})
     for epochs, rounds in settings:
         chosen = pick(cells, epochs=epochs, rounds=rounds)
-        title = f"### {network}: recovered, {plural(rounds, 'round')}, {plural(epochs, 'epoch')}, accuracy of the last epoch in %"
+        how = f"{plural(rounds, 'round')}, {plural(epochs, 'epoch')}"
+        title = f"### {network}: recovered, {how}, accuracy of the last epoch in %"
         rows = [
             [name, f"{share:.0%}", percent([item["pruned"] for item in found]),
              percent([item["recovered"] for item in found]), f"{found[0]['report']['parameters']:,}"]
