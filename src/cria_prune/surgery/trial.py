@@ -24,30 +24,16 @@ from cria_prune.surgery.verify import verify
 def settle(model: nn.Module, groups: UnitGroups, example: Batch) -> UnitGroups:
     """Return the groups with every assumption tried: true ones are dropped, false ones freeze their group.
 
-    All suspects are cut together first; only if that fails is each tried alone. In the end all prunable
-    groups are cut together, for a forward can depend on a size without a trace (a division by a width);
-    if that fails, halves are tried until the groups that fail are found.
+    All prunable groups are cut together, those without an assumption too, for a forward can depend on a
+    size without a trace (a division by a width). If that fails, halves are tried until the groups that
+    fail are found.
     """
-    suspects = [group for group in groups.prunable if group.assumes]
-    frozen: dict[str, str] = {}
-    if suspects and _failure(model, groups, suspects, example):
-        for group in suspects:
-            failure = _failure(model, groups, [group], example)
-            if failure:
-                frozen[group.name] = f"a trial cut failed although {group.assumes[0]}: {failure}"
-        left = [group for group in suspects if group.name not in frozen]
-        failure = _failure(model, groups, left, example) if left and frozen else None
-        if failure or not frozen:
-            frozen.update(
-                (group.name, f"a trial cut failed together with other groups: {failure}") for group in left
-            )
-    left = [group for group in groups.prunable if group.name not in frozen]
+    chosen, frozen = groups.prunable, dict[str, str]()
+    failure = _failure(model, groups, chosen, example) if chosen else None
     # A model that differs from itself (NaN, chance) says nothing about its groups; later stages name it.
-    if left and _failure(model, groups, left, example) and not _failure(model, groups, (), example):
-        frozen.update(
-            (name, f"a trial cut failed, its forward depends on how many units there are: {failure}")
-            for name, failure in _failures(model, groups, left, example).items()
-        )
+    if failure and not _failure(model, groups, (), example):
+        failures = _failures(model, groups, chosen, failure, example)
+        frozen = {name: _reason(groups[name], text) for name, text in failures.items()}
     return replace(
         groups,
         groups=tuple(
@@ -56,20 +42,26 @@ def settle(model: nn.Module, groups: UnitGroups, example: Batch) -> UnitGroups:
     )
 
 
+def _reason(group: UnitGroup, failure: str) -> str:
+    if group.assumes:
+        return f"a trial cut failed although {group.assumes[0]}: {failure}"
+    return f"a trial cut failed, its forward depends on how many units there are: {failure}"
+
+
 def _failures(
-    model: nn.Module, groups: UnitGroups, chosen: Sequence[UnitGroup], example: Batch
+    model: nn.Module, groups: UnitGroups, chosen: Sequence[UnitGroup], failure: str, example: Batch
 ) -> dict[str, str]:
-    """Return group name -> failure, of the groups whose removal fails, found by halving."""
-    failure = _failure(model, groups, chosen, example) if chosen else None
-    if failure is None:
-        return {}
+    """Return group name -> failure of the groups to blame; `failure` is what all the chosen ones gave."""
     if len(chosen) == 1:
         return {chosen[0].name: failure}
     middle = len(chosen) // 2
-    halves = (chosen[:middle], chosen[middle:])
-    found = {name: text for half in halves for name, text in _failures(model, groups, half, example).items()}
+    found: dict[str, str] = {}
+    for half in (chosen[:middle], chosen[middle:]):
+        text = _failure(model, groups, half, example)
+        if text is not None:
+            found |= _failures(model, groups, half, text, example)
     left = [group for group in chosen if group.name not in found]
-    together = _failure(model, groups, left, example) if left else None
+    together = (_failure(model, groups, left, example) if found else failure) if left else None
     return found if together is None else {**found, **{group.name: together for group in left}}
 
 
