@@ -1,4 +1,4 @@
-"""What several stages ask of a module: its tensors by every name, a copy, its modes put back."""
+"""What several stages ask of a module: its tensors by every name, its device, a copy, its modes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cria_prune.errors import StructureError
@@ -18,6 +19,12 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter; the CPU where it has none."""
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def copy_of(model: nn.Module, replaced: dict[int, Any] | None = None) -> nn.Module:

@@ -16,6 +16,7 @@ from cria_prune.config import PruneConfig
 from cria_prune.criteria import score
 from cria_prune.criteria.score import find_criterion
 from cria_prune.errors import DataError, SignalError
+from cria_prune.modules import device_of
 from cria_prune.plan import Plan, check_reachable, compose, identity_plan
 from cria_prune.plan import plan as make_round
 from cria_prune.progress import QUIET, Progress
@@ -261,12 +262,6 @@ def first_examples(batches: Iterable[Batch], device: torch.device) -> Batch:
     raise DataError(
         "Calibration batches", "found none", "Pass at least one batch; a used-up iterator has none"
     )
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return the device of the model's first parameter."""
-    first = next(model.parameters(), None)
-    return torch.device("cpu") if first is None else first.device
 
 
 def check_finite(model: nn.Module) -> None:

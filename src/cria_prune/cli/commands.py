@@ -225,8 +225,7 @@ def check_target(found: Target, config: PruneConfig) -> None:
 
 def structure_of(model: nn.Module, found: Target, residual: bool | None) -> UnitGroups:
     """Return the unit groups of a model; residual widths are frozen unless asked for."""
-    device = next(model.parameters()).device
-    groups = pipeline.discover(model, found.task.example.to(device))
+    groups = pipeline.discover(model, found.task.example)
     return groups if residual else without_residual(groups)
 
 

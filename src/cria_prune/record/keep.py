@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from cria_prune.modules import modes_kept
+
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
@@ -18,18 +20,15 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     That is: train or eval mode of every submodule, `requires_grad` and `.grad` of every parameter,
     and the global generators of torch (CPU, and CUDA once in use), NumPy and Python.
     """
-    modes = [(module, module.training) for module in model.modules()]
     grads = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     python, numpy = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices):
+    with modes_kept(model), torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
-            for module, training in modes:
-                module.training = training
             for parameter, requires_grad, grad in grads:
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = grad

@@ -16,7 +16,7 @@ from cria_prune.batches import Batch, batch_target, describe, model_inputs, move
 from cria_prune.config import RecoverConfig
 from cria_prune.errors import DataError
 from cria_prune.loss import logits_of
-from cria_prune.modules import modes_kept
+from cria_prune.modules import device_of, modes_kept
 from cria_prune.progress import Progress, track
 from cria_prune.recover.guard import channels_last
 
@@ -94,8 +94,7 @@ def evaluate(
     Raises:
         DataError: there is no batch, or a batch has no target.
     """
-    first = next(model.parameters(), None)
-    place = torch.device(device or ("cpu" if first is None else first.device))
+    place = torch.device(device or device_of(model))
     right = seen = 0
     with modes_kept(model), channels_last(model) if place.type == "cpu" else nullcontext():
         model.eval()
