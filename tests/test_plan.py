@@ -166,7 +166,7 @@ def damage(path, value):
     ("change", "text"),
     [
         (damage(["format"], "other"), "format 'other'"),
-        (damage(["version"], 2), "version 2"),
+        (damage(["version"], 3), "version 3"),
         (damage(["cuts"], ...), r"without \['cuts'\]"),
         (damage(["more"], 1), r"unknown \['more'\]"),
         (damage(["sizes"], []), "sizes is a list"),

@@ -52,3 +52,22 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def cache_off(model: nn.Module) -> Iterator[None]:
+    """Switch off the key-value cache of every configuration that has one, and put it back on leaving.
+
+    A decoder's cache objects are in its output, and torch.export cannot follow them.
+    """
+    configs = {
+        id(config): config for module in model.modules() if (config := getattr(module, "config", None))
+    }
+    cached = [config for config in configs.values() if vars(config).get("use_cache")]
+    try:
+        for config in cached:
+            config.use_cache = False
+        yield
+    finally:
+        for config in cached:
+            config.use_cache = True

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from cria_prune.config import PlanConfig
 from cria_prune.errors import StructureError
 from cria_prune.plan.budget import Budget, count_macs, count_parameters, largest_reachable
-from cria_prune.plan.plan import Plan, TensorCut
+from cria_prune.plan.plan import AttributeEdit, Plan, TensorCut
 from cria_prune.plan.select import select
-from cria_prune.structure.groups import UnitGroups, removed_positions
+from cria_prune.structure.groups import UnitGroups, counted_values, removed_positions
 
 Kept = Mapping[str, Sequence[int] | np.ndarray]
 
@@ -71,7 +72,10 @@ def make_plan(groups: UnitGroups, kept: Kept, report: Mapping[str, float | str] 
         StructureError: a group is unknown or frozen, or its indices are empty, repeated or out of range.
     """
     chosen = {name: _checked_indices(groups, name, stays) for name, stays in kept.items()}
-    roles = {(item.tensor, item.dim): item.role for group in reversed(groups.groups) for item in group.slices}
+    slices = [item for group in groups for item in group.slices]
+    # A tied weight produces and consumes along one dimension: consuming is what a mask has to know.
+    slices.sort(key=lambda item: item.role == "consumes")
+    roles = {(item.tensor, item.dim): item.role for item in slices}
     cuts = []
     for (tensor, dim), gone in removed_positions(groups.groups, chosen).items():
         if len(gone):
@@ -83,6 +87,23 @@ def make_plan(groups: UnitGroups, kept: Kept, report: Mapping[str, float | str] 
         kept={group.name: chosen.get(group.name, tuple(range(group.size))) for group in groups},
         cuts=tuple(cuts),
         report=dict(report or {}),
+        attributes=_attribute_edits(groups, chosen),
+        normed=any(
+            group.normed and len(chosen.get(group.name, ())) not in (0, group.size) for group in groups
+        ),
+    )
+
+
+def _attribute_edits(groups: UnitGroups, kept: Mapping[str, tuple[int, ...]]) -> tuple[AttributeEdit, ...]:
+    """Return what attributes say afterwards; one whose counts disagree (layers of one config) is left."""
+    before = {(item.module, item.name): item.value for group in groups for item in group.counts}
+    after: dict[tuple[str, str], set[int]] = {}
+    for (module, name, _), value in counted_values(groups.groups, kept).items():
+        after.setdefault((module, name), set()).add(value)
+    return tuple(
+        AttributeEdit(*key, before[key], values.copy().pop())
+        for key, values in after.items()
+        if len(values) == 1 and values != {before[key]}
     )
 
 
@@ -121,7 +142,14 @@ def compose(first: Plan, second: Plan) -> Plan:
             stays = tuple(cut.kept[index] for index in after.kept)
             cut = TensorCut(cut.tensor, cut.dim, cut.size, stays, cut.role)
         cuts.append(cut)
-    return Plan(dict(first.sizes), kept, (*cuts, *later.values()), _composed_report(first, second))
+    edits = {(edit.module, edit.name): edit for edit in first.attributes}
+    for edit in second.attributes:
+        start = edits.get((edit.module, edit.name), edit)
+        edits[edit.module, edit.name] = replace(start, after=edit.after)
+    return Plan(
+        dict(first.sizes), kept, (*cuts, *later.values()), _composed_report(first, second),
+        tuple(edits.values()), first.normed or second.normed,
+    )  # fmt: skip
 
 
 def _composed_report(first: Plan, second: Plan) -> dict[str, float | str]:

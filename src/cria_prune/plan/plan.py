@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Self, get_args
 
 from cria_prune.errors import ArtifactError
 from cria_prune.structure.groups import Role
 
-FORMAT, VERSION = "cria-plan", 1
+FORMAT, VERSION = "cria-plan", 2
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,22 @@ class TensorCut:
 
 
 @dataclass(frozen=True)
+class AttributeEdit:
+    """An attribute that counts units, and what it says before and after.
+
+    Attributes:
+        module: qualified name of the module; `` for the model itself.
+        name: the attribute; `config.<field>` is a field of the module's configuration.
+        before, after: its values.
+    """
+
+    module: str
+    name: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """Kept units per group and kept positions per tensor, relative to the model it applies to.
 
@@ -44,12 +60,16 @@ class Plan:
         cuts: the same as positions in tensors: all that surgery needs. A tensor
             dimension that stays whole has no cut.
         report: asked, reached and reachable shares and their denominators.
+        attributes: what modules say of their sizes, beyond the shapes of their own parameters.
+        normed: a normalisation takes statistics over removed units, see `surgery/twin.py`.
     """
 
     sizes: Mapping[str, int]
     kept: Mapping[str, tuple[int, ...]]
     cuts: tuple[TensorCut, ...]
     report: Mapping[str, float | str]
+    attributes: tuple[AttributeEdit, ...] = ()
+    normed: bool = False
 
     def __str__(self) -> str:
         width = max([5, *(len(name) for name in self.sizes)])
@@ -80,6 +100,8 @@ class Plan:
                 {"tensor": c.tensor, "dim": c.dim, "size": c.size, "kept": list(c.kept), "role": c.role}
                 for c in self.cuts
             ],
+            "attributes": [asdict(item) for item in self.attributes],
+            "normed": self.normed,
             "report": dict(self.report),
         }
 
@@ -94,7 +116,11 @@ class Plan:
         Raises:
             ArtifactError: a key, type, range, order or size is wrong; the text says which.
         """
-        fields = _mapping(values, "the plan", ("format", "version", "sizes", "kept", "cuts", "report"))
+        fields = _mapping(values, "the plan")
+        if (fields.get("format"), fields.get("version")) == (FORMAT, 1):  # before attributes were restated
+            fields = {"attributes": [], "normed": False, **fields, "version": VERSION}
+        keys = ("format", "version", "sizes", "kept", "cuts", "attributes", "normed", "report")
+        fields = _mapping(fields, "the plan", keys)
         if fields["format"] != FORMAT or fields["version"] != VERSION:
             raise _wrong(
                 f"format {fields['format']!r} version {fields['version']!r}, not {FORMAT!r} {VERSION}"
@@ -115,6 +141,8 @@ class Plan:
             sizes=sizes,
             kept={name: _ascending(kept[name], f"kept[{name!r}]", size) for name, size in sizes.items()},
             cuts=cuts,
+            attributes=_attributes(fields["attributes"]),
+            normed=bool(fields["normed"]),
             report={key: _said(value, key) for key, value in _mapping(fields["report"], "report").items()},
         )
 
@@ -171,6 +199,22 @@ def _cut(value: Any, number: int) -> TensorCut:
     size = _integer(fields["size"], f"{what}.size", 1)
     kept = _ascending(fields["kept"], f"{what}.kept", size)
     return TensorCut(fields["tensor"], _integer(fields["dim"], f"{what}.dim", 0), size, kept, fields["role"])
+
+
+def _attributes(values: Any) -> tuple[AttributeEdit, ...]:
+    if not isinstance(values, list):
+        raise _wrong(f"attributes is a {type(values).__name__}, not a list")
+    edits = []
+    for number, value in enumerate(values):
+        what = f"attributes[{number}]"
+        fields = _mapping(value, what, ("module", "name", "before", "after"))
+        if not isinstance(fields["module"], str) or not isinstance(fields["name"], str):
+            raise _wrong(f"{what} of module {fields['module']!r} with name {fields['name']!r}")
+        before, after = (_integer(fields[key], f"{what}.{key}", 1) for key in ("before", "after"))
+        edits.append(AttributeEdit(fields["module"], fields["name"], before, after))
+    if len({(edit.module, edit.name) for edit in edits}) != len(edits):
+        raise _wrong("two edits of one attribute")
+    return tuple(edits)
 
 
 def _said(value: Any, key: str) -> float | str:

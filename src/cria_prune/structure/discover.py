@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
-from torch import Tensor, nn
-from torch.export import ExportedProgram
+from torch import nn
 from torch.fx import Node
 
 from cria_prune.batches import Batch, batch_size
-from cria_prune.structure import rules_layers, rules_shape  # noqa: F401  (they register their rules)
-from cria_prune.structure.axes import Resolved, Units
-from cria_prune.structure.capture import capture, operation_name
+from cria_prune.structure.attributes import with_counts
+from cria_prune.structure.axes import Resolved
+from cria_prune.structure.capture import operation_name
 from cria_prune.structure.groups import ParameterSlice, Role, Site, Tap, UnitGroup, UnitGroups
-from cria_prune.structure.rules import RULES, Context, WeightUse, freeze_all, no_rule
+from cria_prune.structure.rules import Context, WeightUse
+from cria_prune.structure.trace import Trace, trace
 
 
 @dataclass(frozen=True)
@@ -32,86 +32,41 @@ class Place:
     atoms: np.ndarray
 
 
-def discover(model: nn.Module, example: Batch) -> UnitGroups:
+def discover(model: nn.Module, example: Batch, traced: Trace | None = None) -> UnitGroups:
     """Find the unit groups of a model.
 
     Args:
         model: any module that torch.export can follow; it is left as it was.
         example: one batch of inputs, as the model's forward takes it.
+        traced: its trace, if there is one already.
 
     Raises:
         CaptureError: the operations cannot be captured.
         DataError: the forward does not accept the example.
     """
-    program = capture(model, example)
-    tensors = canonical_tensors(model)
-    context = Context(Units())
-    labels = {name: [context.units.fresh(size) for size in tensor.shape] for name, tensor in tensors.items()}
-    follow(program, model, context, tensors, labels)
-    roles: dict[tuple[str, int], Role] = {}
+    traced = traced or trace(model, example)
+    context, tensors = traced.context, traced.tensors
+    roles: dict[tuple[str, int], set[Role]] = {}
     for use in context.uses:
         for dim, kind in _dims(use):
-            if roles.setdefault((use.weight, dim), kind) != kind:
-                reason = f"{use.weight!r} is used forwards and transposed"
-                freeze_all(labels[use.weight], context, reason)
+            roles.setdefault((use.weight, dim), set()).add(kind)
     slices = [
-        Place(name, dim, roles.get((name, dim), "follows"), atoms)
-        for name, dims in labels.items()
+        Place(name, dim, kind, atoms)
+        for name, dims in context.labels.items()
         for dim, atoms in enumerate(dims)
-        if atoms is not None
+        for kind in sorted(roles.get((name, dim), {"follows"}), reverse=True)
     ]
     positions: dict[str, float] = {}
     for use in context.uses:
         positions[use.weight] = positions.get(use.weight, 0.0) + use.per_element / batch_size(example)
-    groups = _groups([*slices, *_taps(context).values()], context.units.resolve(), _kinds(context))
+    resolved = traced.resolved
+    groups, atoms = _groups([*slices, *_taps(context).values()], resolved, _kinds(context))
     return UnitGroups(
-        groups=tuple(groups),
+        groups=tuple(with_counts(model, groups, atoms, context.counted, resolved.classes)),
         shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
         parameters=tuple(name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)),
         positions=positions,
     )
-
-
-def canonical_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return every parameter and buffer once, under the first of its names."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def follow(
-    program: ExportedProgram,
-    model: nn.Module,
-    context: Context,
-    tensors: dict[str, Tensor],
-    labels: dict[str, list[np.ndarray]],
-) -> None:
-    """Apply the rule of every operation in order; `context` holds the result."""
-    names = _parameter_names(program, model, tensors)
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            name = names.get(node.name)
-            if name is None:
-                context.axes[node] = [None] * len(getattr(node.meta.get("val"), "shape", ()))
-            else:
-                context.axes[node] = list(labels[name])
-                context.tensors[node] = name
-        elif node.op == "get_attr":
-            context.axes[node] = [None] * len(getattr(node.meta.get("val"), "shape", ()))
-        elif node.op == "call_function":
-            context.axes[node] = RULES.get(operation_name(node), no_rule)(node, context)
-        elif node.op == "output":
-            for item in node.all_input_nodes:
-                freeze_all(context.axes[item], context, "is part of the model's output")
-
-
-def _parameter_names(
-    program: ExportedProgram, model: nn.Module, tensors: dict[str, Tensor]
-) -> dict[str, str]:
-    first = {id(tensor): name for name, tensor in reversed(tensors.items())}
-    everything: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    everything.update(model.named_buffers(remove_duplicate=False))
-    signature = program.graph_signature
-    inputs = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    return {node: first[id(everything[name])] for node, name in inputs.items() if name in everything}
 
 
 def _dims(use: WeightUse) -> list[tuple[int, Role]]:
@@ -121,7 +76,8 @@ def _dims(use: WeightUse) -> list[tuple[int, Role]]:
 
 def _kinds(context: Context) -> dict[str, str]:
     return {
-        use.weight: "neuron" if operation_name(use.node) == "linear" else "channel" for use in context.uses
+        use.weight: "channel" if operation_name(use.node).startswith("conv") else "neuron"
+        for use in context.uses
     }
 
 
@@ -167,8 +123,10 @@ class Touched:
     positions: np.ndarray
 
 
-def _groups(places: list[Place], resolved: Resolved, kinds: dict[str, str]) -> list[UnitGroup]:
-    """Collect units of equal signature into groups, in the order of the network."""
+def _groups(
+    places: list[Place], resolved: Resolved, kinds: dict[str, str]
+) -> tuple[list[UnitGroup], dict[str, np.ndarray]]:
+    """Collect units of equal signature into groups, in the order of the network; and their classes."""
     classes = resolved.classes
     signature = _signatures(places, classes, int(classes.max(initial=-1)) + 1)
     reasons = list(dict.fromkeys(resolved.frozen.values()))
@@ -192,14 +150,15 @@ def _groups(places: list[Place], resolved: Resolved, kinds: dict[str, str]) -> l
             touched.setdefault(key, []).append(Touched(place, members, rows))
     rank = {weight: index for index, weight in enumerate(kinds)}
     found = [_group(items, resolved, rank, kinds) for items in touched.values()]
-    ranked = [group for group in found if group is not None]
-    ranked.sort(key=lambda group: (rank[group.producers[0].tensor], group.frozen is not None))
-    return _unique_names(ranked)
+    ranked = [item for item in found if item is not None]
+    ranked.sort(key=lambda item: (rank[item[0].producers[0].tensor], item[0].frozen is not None))
+    groups = _unique_names([group for group, _ in ranked])
+    return groups, {group.name: units for group, (_, units) in zip(groups, ranked, strict=True)}
 
 
 def _group(
     items: list[Touched], resolved: Resolved, rank: dict[str, int], kinds: dict[str, str]
-) -> UnitGroup | None:
+) -> tuple[UnitGroup, np.ndarray] | None:
     """Build a group; its units are ordered by their position in the first producer. None without one."""
     made = [item for item in items if item.place.kind == "produces"]
     if not made:
@@ -223,9 +182,9 @@ def _group(
     if reason is None and not any(item.role == "consumes" for item in slices):
         reason = "no layer with weights reads it"
     first = made[0].place.tensor
-    return UnitGroup(
+    group = UnitGroup(
         name=first.rsplit(".", 1)[0] if "." in first else first,
-        kind="residual" if not resolved.summed.isdisjoint(units) else kinds[first],
+        kind=_kind(kinds[first], units, made, resolved),
         size=len(units),
         original_size=len(units),
         slices=tuple(slices),
@@ -233,7 +192,19 @@ def _group(
         outputs=taps["input"],
         frozen=reason,
         assumes=tuple(dict.fromkeys(text for unit in units for text in resolved.assumed.get(unit, ()))),
+        normed=resolved.marked(units, "normed"),
     )
+    return group, np.asarray(units)
+
+
+def _kind(kind: str, units: list[int], made: list[Touched], resolved: Resolved) -> str:
+    """Say what a group's units are, from the kind of its first producer and the marks of the rules."""
+    if resolved.marked(units, "head"):
+        return "head" if len({item.positions.shape[1] for item in made}) == 1 else "kv group"
+    if resolved.marked(units, "residual"):
+        return "residual"
+    gated = resolved.marked(units, "gated") and kind == "neuron"
+    return "gated" if gated and (len(made) > 1 or made[0].positions.shape[1] > 1) else kind
 
 
 def _unique_names(groups: list[UnitGroup]) -> list[UnitGroup]:

@@ -53,18 +53,44 @@ class Tap:
 
 
 @dataclass(frozen=True)
+class Count:
+    """An attribute of a module that counts units, to be restated when some of them leave.
+
+    Attributes:
+        module: qualified name of the module; `` for the model itself.
+        name: the attribute; `config.<field>` is a field of the module's configuration.
+        place: which count it is; the contributions of several groups to one place add up.
+        width: what the attribute loses with each unit.
+        value: what it says now.
+        sure: its name says what it counts; otherwise it is restated only where a trial cut fails
+            without that.
+    """
+
+    module: str
+    name: str
+    place: str
+    width: int
+    value: int
+    sure: bool
+
+
+@dataclass(frozen=True)
 class UnitGroup:
     """Units that can be removed one by one, each with all its parameter slices.
 
     Attributes:
         name: the module that produces the first slice; stable over rounds.
-        kind: `channel` (convolution), `neuron` (fully connected), or `residual` (the width of a
-            sum of branches, shared by all of them).
+        kind: `channel` (convolution), `neuron` (fully connected), `gated` (a neuron that is the
+            product of two), `head` (attention), `kv group` (a key-value head with its query heads),
+            or `residual` (the width of a sum of branches, shared by all of them).
         size: units now; `original_size`: units in the dense model.
         slices: what leaves with a unit.
         inputs: taps of the input-side signal; outputs: taps of the output-side signal.
         frozen: why the group cannot be pruned, or None.
         assumes: what a trial cut has to show before the group may be pruned.
+        counts: attributes of modules that say how many units there are.
+        normed: a normalisation takes its statistics over the units, so that the others change
+            when some leave: verified by the twin of operations, see `surgery/twin.py`.
     """
 
     name: str
@@ -76,6 +102,8 @@ class UnitGroup:
     outputs: tuple[Tap, ...] = ()
     frozen: str | None = None
     assumes: tuple[str, ...] = ()
+    counts: tuple[Count, ...] = ()
+    normed: bool = False
 
     @property
     def producers(self) -> tuple[ParameterSlice, ...]:
@@ -148,6 +176,19 @@ def removed_positions(
     return {key: np.unique(np.concatenate(parts)) for key, parts in removed.items()}
 
 
+def counted_values(
+    groups: Sequence[UnitGroup], kept: Mapping[str, Sequence[int]]
+) -> dict[tuple[str, str, str], int]:
+    """Return (module, attribute, place) -> what it counts when only the `kept` units stay."""
+    values: dict[tuple[str, str, str], int] = {}
+    for group in groups:
+        gone = group.size - len(kept.get(group.name, range(group.size)))
+        for item in group.counts:
+            key = (item.module, item.name, item.place)
+            values[key] = values.get(key, item.value) - gone * item.width
+    return values
+
+
 def shrink(groups: UnitGroups, kept: Mapping[str, Sequence[int]]) -> UnitGroups:
     """Return the groups of the model after only the `kept` units (indices now) of the named groups stay."""
     removed = removed_positions(groups.groups, kept)
@@ -163,6 +204,8 @@ def shrink(groups: UnitGroups, kept: Mapping[str, Sequence[int]]) -> UnitGroups:
     def renumber(positions: np.ndarray, stays: np.ndarray, gone: np.ndarray | None) -> np.ndarray:
         rows = positions[stays]
         return rows if gone is None else rows - np.searchsorted(gone, rows)
+
+    values = counted_values(groups.groups, kept)
 
     def smaller(group: UnitGroup) -> UnitGroup:
         stays = np.asarray(kept.get(group.name, range(group.size)), dtype=np.int64)
@@ -180,6 +223,9 @@ def shrink(groups: UnitGroups, kept: Mapping[str, Sequence[int]]) -> UnitGroups:
             outputs=tuple(
                 replace(tap, positions=renumber(tap.positions, stays, left[tap.tensor, tap.site]))
                 for tap in group.outputs
+            ),
+            counts=tuple(
+                replace(item, value=values[item.module, item.name, item.place]) for item in group.counts
             ),
         )
 

@@ -34,14 +34,38 @@ class WeightUse:
     per_element: float
 
 
+@dataclass(frozen=True)
+class Counted:
+    """A number in the captured operations that counts atoms: a module may hold it as an attribute."""
+
+    node: Node
+    module: str
+    value: int
+    atoms: np.ndarray
+    names: tuple[str, ...] = ()
+
+
 @dataclass
 class Context:
-    """What the rules know: the atoms, the axes of each node so far, and the uses of weights."""
+    """What the rules know.
+
+    Attributes:
+        units: the atoms.
+        labels: parameter or buffer -> the atoms of its dimensions.
+        axes: the axes of each node so far.
+        tensors: nodes that are a parameter or buffer, or a view of it with the same elements.
+        data: nodes that depend on the model's inputs.
+        uses: the uses of weights.
+        counted: numbers that count atoms.
+    """
 
     units: Units
+    labels: dict[str, list[np.ndarray]] = field(default_factory=dict)
     axes: dict[Node, Any] = field(default_factory=dict)
     tensors: dict[Node, str] = field(default_factory=dict)
+    data: set[Node] = field(default_factory=set)
     uses: list[WeightUse] = field(default_factory=list)
+    counted: list[Counted] = field(default_factory=list)
 
     def of(self, node: Any) -> Axes:
         """Return the axes of a tensor argument."""
@@ -50,6 +74,32 @@ class Context:
     def where(self, node: Node) -> str:
         """Say where a node is, for a reason."""
         return f"{operation_name(node)} in {module_path(node) or 'the model'}"
+
+    def count(self, node: Node, value: int, atoms: Dim, *names: str) -> None:
+        """Note that the number `value` in this operation counts these atoms."""
+        if atoms is not None and value > 0:
+            self.counted.append(Counted(node, module_path(node), int(value), atoms, names))
+
+    def parameter_dim(self, node: Node, axis: int) -> int | None:
+        """Return which dimension of its parameter an axis of this view is."""
+        atoms, labels = self.axes[node][axis], self.labels[self.tensors[node]]
+        return next((dim for dim, item in enumerate(labels) if item is atoms), None)
+
+    def use(
+        self, node: Node, weight: Node, dims: tuple[int | None, int | None],
+        channel: int, entering: Dim, leaving: Dim, positions: float,
+    ) -> None:  # fmt: skip
+        """Note a use of a weight whose axes `dims` (of this view of it) are summed over and produced.
+
+        A weight that is computed, and no parameter, freezes its units.
+        """
+        if weight not in self.tensors:
+            reason = f"the weight of {self.where(node)} is computed, not a parameter"
+            freeze_all([entering, leaving], self, reason)
+            return
+        in_dim, out_dim = (None if dim is None else self.parameter_dim(weight, dim) for dim in dims)
+        name = self.tensors[weight]
+        self.uses.append(WeightUse(node, name, in_dim, out_dim, channel, entering, leaving, positions))
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -97,91 +147,57 @@ def freeze_all(axes: Iterable[Any], context: Context, reason: str) -> None:
             context.units.freeze(item, reason)
 
 
-@rule(
-    *[
-        "abs",
-        "add",
-        "alias",
-        "alpha_dropout",
-        "celu",
-        "clamp",
-        "clamp_max",
-        "clamp_min",
-        "clone",
-        "contiguous",
-    ],
-    *["cos", "detach", "div", "dropout", "elu", "eq", "erf", "exp", "feature_dropout", "floor", "ge", "gelu"],
-    *[
-        "gt",
-        "hardsigmoid",
-        "hardswish",
-        "hardtanh",
-        "le",
-        "leaky_relu",
-        "lift_fresh_copy",
-        "log",
-        "logical_not",
-    ],
-    *[
-        "logit",
-        "lt",
-        "maximum",
-        "minimum",
-        "mish",
-        "mul",
-        "ne",
-        "neg",
-        "positive",
-        "pow",
-        "reciprocal",
-        "relu",
-    ],
-    *[
-        "relu6",
-        "round",
-        "rsqrt",
-        "rsub",
-        "selu",
-        "sigmoid",
-        "silu",
-        "sin",
-        "softplus",
-        "sqrt",
-        "square",
-        "sub",
-    ],
-    *["_to_copy", "tanh", "threshold", "to", "type_as", "where"],
-)
+ELEMENTWISE = """
+    __and__ __invert__ __or__ __xor__ _to_copy abs add addcdiv addcmul alias alpha_dropout bernoulli
+    bitwise_and bitwise_not bitwise_or celu clamp clamp_max clamp_min clone contiguous cos cosh
+    detach div dropout elu empty_like eq erf exp expm1 feature_dropout floor floor_divide fmod
+    full_like ge gelu gt hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan isneginf le
+    leaky_relu lerp lift_fresh_copy log log10 log1p log2 log_sigmoid logical_and logical_not
+    logical_or logit lt masked_fill maximum minimum mish mul nan_to_num ne neg ones_like positive
+    pow rand_like randn_like reciprocal relu relu6 remainder round rsqrt rsub selu sigmoid sign silu
+    sin sinh softplus softshrink softsign sqrt square sub tan tanh tanhshrink threshold to trunc
+    type_as where xlogy zeros_like
+"""
+ADDITIONS = {"add", "sub", "rsub"}
+ONE_TENSOR = {"to", "type_as"}  # the other tensor gives its type only
+
+
+@rule(*ELEMENTWISE.split())
 def elementwise(node: Node, context: Context) -> Axes:
     """Broadcast the arguments and tie what meets."""
-    out = shape(node)
-    result: Axes = [None] * len(out)
-    met = [False] * len(out)
     items = tensor_arguments(node)
-    if operation_name(node) in {"to", "type_as"}:
-        items = items[:1]  # the other tensor gives its type only
-    for item in items:
-        axes, sizes = context.of(item), shape(item)
-        for back in range(1, len(sizes) + 1):
-            if out[-back] == 1:
-                continue
-            if sizes[-back] == 1:
-                continue
-            dim = axes[-back]
-            if met[-back]:
-                if operation_name(node) in {"add", "sub"} and item not in context.tensors and dim is not None:
-                    context.units.sum(result[-back])
-                result[-back] = context.units.tie(
-                    result[-back], dim, f"meets a tensor of fixed size in {context.where(node)}"
-                )
-            else:
-                result[-back], met[-back] = dim, True
+    if operation_name(node) in ONE_TENSOR:
+        items = items[:1]
+    result = broadcast([(context.of(item), shape(item)) for item in items], len(shape(node)), node, context)
+    branches = [item for item in items if item in context.data]
+    if len(branches) > 1:
+        name = operation_name(node)
+        mark = "residual" if name in ADDITIONS else "gated" if name == "mul" else None
+        for dim, atoms in enumerate(result):
+            along = [
+                context.axes[item][dim - len(result)]
+                for item in branches
+                if dim + len(shape(item)) >= len(result)
+            ]
+            if mark and sum(item is not None for item in along) > 1:
+                context.units.mark(atoms, mark)
     return result
 
 
-@rule("_assert_tensor_metadata")
+def broadcast(items: list[tuple[Axes, list[int]]], rank: int, node: Node, context: Context) -> Axes:
+    """Tie (axes, shape) pairs as broadcasting does; return `rank` axes."""
+    result: Axes = [None] * rank
+    for back in range(1, rank + 1):
+        meeting = [axes[-back] for axes, sizes in items if back <= len(sizes) and sizes[-back] != 1]
+        for number, dim in enumerate(meeting):
+            fixed = f"meets a tensor of fixed size in {context.where(node)}"
+            result[-back] = dim if number == 0 else context.units.tie(result[-back], dim, fixed)
+    return result
+
+
+@rule("_assert_tensor_metadata", "_assert_async", "sym_constrain_range_for_size")
 def nothing(node: Node, context: Context) -> Axes:
-    """A check that export writes beside a change of type; it gives nothing."""
+    """A check that export writes; it gives nothing."""
     return []
 
 

@@ -1,8 +1,8 @@
-"""Rules of the layers: what sums over weights, normalises, pools or reduces."""
+"""Rules of the layers: what sums over weights, pools or resizes."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch.fx import Node
@@ -11,33 +11,56 @@ from cria_prune.structure.axes import Axes, Dim
 from cria_prune.structure.capture import operation_name
 from cria_prune.structure.rules import (
     Context,
-    WeightUse,
     argument,
     argument_shape,
-    dim_argument,
     freeze_all,
     no_rule,
     rule,
     shape,
 )
 
+MODEL_INPUT = "is part of the model's input"
+
 
 @rule("linear")
 def linear(node: Node, context: Context) -> Axes:
     """y = x W^T + b over the last dimension."""
-    data, weight = node.args[0], node.args[1]
+    data, weight = cast(tuple[Node, Node], node.args[:2])
     axes, weights = context.of(data), context.of(weight)
-    context.units.tie(axes[-1], weights[1], "is part of the model's input")
-    _follow(context, node, weights[0], argument(node, 2, "bias"))
-    positions = int(np.prod(shape(node)[:-1]))
-    _use(context, node, weight, (1, 0), -1, axes[-1], weights[0], positions)
+    context.units.tie(axes[-1], weights[1], MODEL_INPUT)
+    follow_units(context, node, weights[0], argument(node, 2, "bias"))
+    context.use(node, weight, (1, 0), -1, axes[-1], weights[0], float(np.prod(shape(node)[:-1])))
     return [*axes[:-1], weights[0]]
+
+
+@rule("addmm")
+def addmm(node: Node, context: Context) -> Any:
+    """y = b + x W, as in GPT-2's Conv1D."""
+    bias, data, weight = cast(tuple[Node, Node, Node], node.args[:3])
+    if weight not in context.tensors:
+        return no_rule(node, context)
+    axes, weights = context.of(data), context.of(weight)
+    context.units.tie(axes[1], weights[0], MODEL_INPUT)
+    follow_units(context, node, weights[1], bias)
+    context.use(node, weight, (0, 1), -1, axes[1], weights[1], float(shape(node)[0]))
+    return [axes[0], weights[1]]
+
+
+@rule("embedding")
+def embedding(node: Node, context: Context) -> Axes:
+    """Rows of a table, picked by the data: its columns are produced."""
+    weight, indices = cast(tuple[Node, Node], node.args[:2])
+    rows, columns = context.of(weight)
+    context.units.freeze(rows, "are the rows of an embedding, picked by the data")
+    context.use(node, weight, (None, 1), -1, None, columns, 0.0)
+    freeze_all(context.of(indices), context, f"picks rows in {context.where(node)}")
+    return [*[None] * len(shape(indices)), columns]
 
 
 @rule("conv1d", "conv2d", "conv3d")
 def convolution(node: Node, context: Context) -> Axes:
     """Sum over input channels and window; grouped: the same positions leave every group."""
-    data, weight = node.args[0], node.args[1]
+    data, weight = cast(tuple[Node, Node], node.args[:2])
     groups = int(argument(node, 6, "groups", 1))
     axes, weights = context.of(data), context.of(weight)
     if weights[0] is None or weights[1] is None:  # a constant, or computed by an operation without a rule
@@ -47,28 +70,22 @@ def convolution(node: Node, context: Context) -> Axes:
     entering, leaving = axes[channel], weights[0]
     freeze_all(axes[channel + 1 :], context, f"is a spatial dimension of {context.where(node)}")
     freeze_all(weights[2:], context, "is a window of a convolution")
-    in_dim: int | None = 1
-    out_dim: int | None = 0
-    fixed = "is part of the model's input"
+    dims: tuple[int | None, int | None] = (1, 0)
     if groups > 1 and argument_shape(node, 1)[1] == 1:
         # Depthwise: each input channel makes its own outputs, so both leave together.
         multiplier = len(leaving) // groups
         repeated = None if entering is None else np.repeat(entering, multiplier)
-        context.units.tie(repeated, leaving, fixed)
+        context.units.tie(repeated, leaving, MODEL_INPUT)
         context.units.freeze(weights[1], "is the single input of a depthwise filter")
-        in_dim = out_dim = None
+        dims = (None, None)
     elif groups > 1:
-        context.units.tie(entering, np.tile(weights[1], groups), fixed)
+        context.units.tie(entering, np.tile(weights[1], groups), MODEL_INPUT)
         rows = leaving.reshape(groups, -1)
-        context.units.tie(np.tile(rows[0], groups), leaving, fixed)
+        context.units.tie(np.tile(rows[0], groups), leaving, MODEL_INPUT)
     else:
-        context.units.tie(entering, weights[1], fixed)
-    _follow(context, node, leaving, argument(node, 2, "bias"))
-    sizes = shape(node)
-    _use(
-        context, node, weight, (in_dim, out_dim), channel, entering, leaving,
-        int(np.prod(sizes[:channel] + sizes[channel + 1 :])),
-    )  # fmt: skip
+        context.units.tie(entering, weights[1], MODEL_INPUT)
+    follow_units(context, node, leaving, argument(node, 2, "bias"))
+    context.use(node, weight, dims, channel, entering, leaving, _positions(shape(node), channel))
     return [*axes[:channel], leaving, *[None] * spatial]
 
 
@@ -77,45 +94,31 @@ def transposed_convolution(node: Node, context: Context) -> Any:
     """Like a convolution with the weight's first two dimensions exchanged."""
     if int(argument(node, 6, "groups", 1)) > 1:
         return no_rule(node, context)
-    data, weight = node.args[0], node.args[1]
+    data, weight = cast(tuple[Node, Node], node.args[:2])
     axes, weights = context.of(data), context.of(weight)
+    if weights[0] is None or weights[1] is None:
+        return no_rule(node, context)
     spatial = len(weights) - 2
     channel = len(axes) - spatial - 1
-    freeze_all(
-        [*axes[channel + 1 :], *weights[2:]], context, f"is a spatial dimension of {context.where(node)}"
-    )
-    context.units.tie(axes[channel], weights[0], "is part of the model's input")
-    _follow(context, node, weights[1], argument(node, 2, "bias"))
-    sizes = argument_shape(node)
-    positions = int(np.prod(sizes[:channel] + sizes[channel + 1 :]))
-    _use(context, node, weight, (0, 1), channel, axes[channel], weights[1], positions)
+    reason = f"is a spatial dimension of {context.where(node)}"
+    freeze_all([*axes[channel + 1 :], *weights[2:]], context, reason)
+    context.units.tie(axes[channel], weights[0], MODEL_INPUT)
+    follow_units(context, node, weights[1], argument(node, 2, "bias"))
+    positions = _positions(argument_shape(node), channel)
+    context.use(node, weight, (0, 1), channel, axes[channel], weights[1], positions)
     return [*axes[:channel], weights[1], *[None] * spatial]
 
 
-def _follow(context: Context, node: Node, units: Dim, *parameters: Any) -> None:
+def _positions(sizes: list[int], channel: int) -> float:
+    return float(np.prod(sizes[:channel] + sizes[channel + 1 :]))
+
+
+def follow_units(context: Context, node: Node, units: Dim, *parameters: Any) -> None:
+    """Tie one-dimensional parameters (biases, statistics, slopes) to the units they belong to."""
     for item in parameters:
         if isinstance(item, Node):
-            context.units.tie(units, context.of(item)[0], f"meets a fixed tensor in {context.where(node)}")
-
-
-def _use(
-    context: Context, node: Node, weight: Any, dims: tuple[int | None, int | None],
-    channel: int, entering: Dim, leaving: Dim, positions: int,
-) -> None:  # fmt: skip
-    if weight not in context.tensors:
-        reason = f"the weight of {context.where(node)} is computed, not a parameter"
-        freeze_all([entering, leaving], context, reason)
-        return
-    name = context.tensors[weight]
-    context.uses.append(WeightUse(node, name, *dims, channel, entering, leaving, float(positions)))
-
-
-@rule("batch_norm")
-def batch_norm(node: Node, context: Context) -> Axes:
-    """Per channel: weight, bias and running statistics follow the channels."""
-    axes = context.of(node.args[0])
-    _follow(context, node, axes[1], *node.args[1:5])
-    return axes
+            reason = f"meets a fixed tensor in {context.where(node)}"
+            context.units.tie(units, context.of(item)[-1], reason)
 
 
 @rule("prelu")
@@ -123,48 +126,57 @@ def prelu(node: Node, context: Context) -> Axes:
     """A slope per channel follows the channels; a single slope is free."""
     axes = context.of(node.args[0])
     if argument_shape(node, 1) != [1]:
-        _follow(context, node, axes[1], node.args[1])
+        follow_units(context, node, axes[1], node.args[1])
     return axes
 
 
-@rule(*[f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)])
+@rule(
+    *[f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp") for n in (1, 2, 3)],
+    *[f"max_pool{n}d_with_indices" for n in (1, 2, 3)],
+)
 def pooling(node: Node, context: Context) -> Any:
-    """Spatial dimensions are reduced; channels pass. Adaptive maxima give values and indices."""
+    """Spatial dimensions are reduced; channels pass. Some maxima give values and indices."""
     axes = context.of(node.args[0])
-    spatial = int(operation_name(node)[-2])
+    spatial = int(operation_name(node).split("pool")[1][0])
     freeze_all(axes[-spatial:], context, f"is a spatial dimension of {context.where(node)}")
     result = [*axes[:-spatial], *[None] * spatial]
     return [result, list(result)] if isinstance(node.meta["val"], tuple) else result
 
 
-@rule("upsample_nearest2d", "upsample_bilinear2d")
+@rule(
+    *["upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact2d"],
+    *["upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d"],
+    *["_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"],
+)
 def resize(node: Node, context: Context) -> Axes:
     """Spatial dimensions are resized; channels pass."""
     axes = context.of(node.args[0])
+    freeze_all(axes[2:], context, f"is a spatial dimension of {context.where(node)}")
+    return [*axes[:2], *[None] * (len(axes) - 2)]
+
+
+@rule("pixel_shuffle", "pixel_unshuffle")
+def pixel_shuffle(node: Node, context: Context) -> Axes:
+    """Channels × r² become space, or back: the r² positions of a channel leave together."""
+    axes, before, after = context.of(node.args[0]), argument_shape(node), shape(node)
     freeze_all(axes[-2:], context, f"is a spatial dimension of {context.where(node)}")
-    return [*axes[:-2], None, None]
+    ratio = max(before[-3], after[-3]) // min(before[-3], after[-3])
+    units = axes[-3]
+    if units is not None:
+        if before[-3] > after[-3]:
+            rows = units.reshape(-1, ratio)
+            context.units.tie(np.repeat(rows[:, 0], ratio), units, "")
+            units = rows[:, 0]
+        else:
+            units = np.repeat(units, ratio)
+    return [*axes[:-3], units, None, None]
 
 
-@rule("mean", "sum", "amax", "amin", "var", "std")
-def reduction(node: Node, context: Context) -> Axes:
-    """A reduced dimension of units is frozen: its value depends on how many there are."""
+@rule("im2col")
+def windows(node: Node, context: Context) -> Axes:
+    """Each channel appears once per position of the window."""
     axes = context.of(node.args[0])
-    dims = argument(node, 1, "dim")
-    if isinstance(dims, bool):  # std(x, unbiased): the second argument is no dimension
-        dims = None
-    dims = range(len(axes)) if dims is None else [dims] if isinstance(dims, int) else list(dims)
-    reduced = {int(dim) % len(axes) for dim in dims} or set(range(len(axes)))
-    freeze_all([axes[dim] for dim in reduced], context, f"is reduced over by {context.where(node)}")
-    if len(shape(node)) == len(axes):
-        return [None if dim in reduced else item for dim, item in enumerate(axes)]
-    return [item for dim, item in enumerate(axes) if dim not in reduced]
-
-
-@rule("softmax", "log_softmax")
-def softmax(node: Node, context: Context) -> Axes:
-    """The normalised dimension is reduced over; the others pass."""
-    axes = context.of(node.args[0])
-    dim = dim_argument(node, 1, "dim", len(axes))
-    context.units.freeze(axes[dim], f"is reduced over by {context.where(node)}")
-    axes[dim] = None
-    return axes
+    freeze_all(axes[-2:], context, f"is a spatial dimension of {context.where(node)}")
+    units = axes[-3]
+    repeated = None if units is None else np.repeat(units, shape(node)[-2] // len(units))
+    return [*axes[:-3], repeated, None]

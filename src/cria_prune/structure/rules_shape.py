@@ -1,4 +1,4 @@
-"""Rules of the operations that only move positions: reshape, permute, concatenate, slice, pad."""
+"""Rules of the operations that rearrange whole dimensions: reshape, permute, concatenate, split."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, cast
 import numpy as np
 from torch.fx import Node
 
-from cria_prune.structure.axes import Axes, reshape_segments
+from cria_prune.structure.axes import Axes, common_factors, reshape_segments
 from cria_prune.structure.capture import operation_name
 from cria_prune.structure.rules import (
     Context,
@@ -23,46 +23,69 @@ from cria_prune.structure.rules import (
 )
 
 
-@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as")
+@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as", "ravel")
 def reshape(node: Node, context: Context) -> Axes:
-    """Flatten repeats the units; a split keeps the outer dimension as units, its inner positions tied."""
+    """Each run of dimensions with equal products is split to its common factors, which are then merged."""
     axes, before, after = context.of(node.args[0]), argument_shape(node), shape(node)
-    literal = sizes_argument(node) if operation_name(node) in {"view", "reshape", "_unsafe_view"} else None
     result: Axes = [None] * len(after)
     if 0 in before:
         return no_rule(node, context)
     for ins, outs in reshape_segments(before, after):
-        labelled = [dim for dim in ins if axes[dim] is not None]
-        if not labelled:
+        if all(axes[dim] is None for dim in ins):
             continue
-        if len(labelled) > 1 or (len(ins) > 1 and len(outs) > 1):
-            freeze_all([axes[dim] for dim in labelled], context, f"is mixed by {context.where(node)}")
+        factors = common_factors([before[dim] for dim in ins], [after[dim] for dim in outs])
+        if factors is None:
+            freeze_all([axes[dim] for dim in ins], context, f"is mixed by {context.where(node)}")
             continue
-        source = axes[labelled[0]]
-        assert source is not None
-        sizes = [before[dim] if dim == labelled[0] else 1 for dim in ins]
-        full = np.broadcast_to(source.reshape(sizes), [before[dim] for dim in ins]).ravel()
-        if len(outs) > 1:
-            rows = full.reshape(after[outs[0]], -1)
-            context.units.tie(np.repeat(rows[:, 0], rows.shape[1]), rows.ravel(), "")
-            full = rows[:, 0]
-        result[outs[0]] = full
-        if (literal and literal[outs[0]] != -1) or operation_name(node) == "unflatten":
-            context.units.assume(full, f"{context.where(node)} takes its sizes from its input")
+        parts: Axes = []
+        for index, dim in enumerate(ins):
+            parts += context.units.split(axes[dim], [size for size, source, _ in factors if source == index])
+        for index, dim in enumerate(outs):
+            inside = [place for place, factor in enumerate(factors) if factor[2] == index]
+            result[dim] = context.units.merge(
+                [parts[place] for place in inside], [factors[place][0] for place in inside]
+            )
+        if len(ins) > 1 or len(outs) > 1:
+            for sizes, held, places in ((before, axes, ins), (after, result, outs)):
+                for dim in places:
+                    context.count(node, sizes[dim], held[dim])
+    _note_literals(node, context, result)
     return result
 
 
-@rule("transpose", "permute", "t", "swapaxes", "numpy_T")
+def _note_literals(node: Node, context: Context, result: Axes) -> None:
+    """A size that is a number may be written down in the code: a trial cut has to show that it is not."""
+    name = operation_name(node)
+    literal = sizes_argument(node) if name in {"view", "reshape", "_unsafe_view"} else None
+    for dim, atoms in enumerate(result):
+        if (literal and literal[dim] != -1) or name == "unflatten":
+            context.units.assume(atoms, f"{context.where(node)} takes its sizes from its input")
+
+
+@rule("transpose", "permute", "t", "swapaxes", "numpy_T", "mT", "adjoint", "movedim", "moveaxis")
 def permute(node: Node, context: Context) -> Axes:
     """Reorder the dimensions."""
-    axes = context.of(node.args[0])
-    if operation_name(node) == "permute":
+    axes, name = context.of(node.args[0]), operation_name(node)
+    if name == "permute":
         return [axes[dim] for dim in sizes_argument(node)]
-    if operation_name(node) in {"t", "numpy_T"}:
+    if name in {"t", "numpy_T"}:
         return axes[::-1]
+    if name in {"mT", "adjoint"}:
+        return [*axes[:-2], axes[-1], axes[-2]]
+    if name in {"movedim", "moveaxis"}:
+        return _moved(node, axes)
     first, second = dim_argument(node, 1, "dim0", len(axes)), dim_argument(node, 2, "dim1", len(axes))
     axes[first], axes[second] = axes[second], axes[first]
     return axes
+
+
+def _moved(node: Node, axes: Axes) -> Axes:
+    ends = [[item] if isinstance(item, int) else list(cast(list[int], item)) for item in node.args[1:3]]
+    source, target = ([int(dim) % len(axes) for dim in end] for end in ends)
+    order = [dim for dim in range(len(axes)) if dim not in source]
+    for place, dim in sorted(zip(target, source, strict=True)):
+        order.insert(place, dim)
+    return [axes[dim] for dim in order]
 
 
 @rule("unsqueeze")
@@ -83,13 +106,13 @@ def squeeze(node: Node, context: Context) -> Axes:
     return [item for dim, item in enumerate(axes) if dim not in gone]
 
 
-@rule("expand", "expand_as")
+@rule("expand", "expand_as", "broadcast_to")
 def expand(node: Node, context: Context) -> Axes:
     """Dimensions of one are repeated and stay fixed; the others pass."""
     axes, before, after = context.of(node.args[0]), argument_shape(node), shape(node)
     new = len(after) - len(before)
     kept: Axes = [item if before[dim] == after[dim + new] else None for dim, item in enumerate(axes)]
-    sizes = sizes_argument(node) if operation_name(node) == "expand" else [-1] * len(after)
+    sizes = [-1] * len(after) if operation_name(node) == "expand_as" else sizes_argument(node)
     for dim, item in enumerate(kept):
         if sizes[dim + new] != -1:
             context.units.assume(item, f"{context.where(node)} takes its sizes from its input")
@@ -106,6 +129,18 @@ def repeat(node: Node, context: Context) -> Axes:
     return [None if item is None else np.tile(item, count) for item, count in zip(axes, times, strict=True)]
 
 
+@rule("repeat_interleave")
+def repeat_interleave(node: Node, context: Context) -> Any:
+    """Each unit along a dimension appears several times in a row."""
+    times, dim = argument(node, 1, "repeats"), argument(node, 2, "dim")
+    if not isinstance(times, int) or dim is None:
+        return no_rule(node, context)
+    axes = context.of(node.args[0])
+    units = axes[int(dim)]
+    axes[int(dim)] = None if units is None else np.repeat(units, times)
+    return axes
+
+
 @rule("cat", "concat", "concatenate")
 def concatenate(node: Node, context: Context) -> Axes:
     """Units of the parts, one after the other; a fixed part stays."""
@@ -115,7 +150,7 @@ def concatenate(node: Node, context: Context) -> Axes:
     meets = f"meets a tensor of fixed size in {context.where(node)}"
     for item in parts[1:]:
         for index, other in enumerate(context.of(item)):
-            if index != dim:
+            if index != dim and shape(node)[index] != 1:
                 result[index] = context.units.tie(result[index], other, meets)
     along = [context.of(item)[dim] for item in parts]
     if all(item is None for item in along):
@@ -143,9 +178,9 @@ def stack(node: Node, context: Context) -> Axes:
     return result
 
 
-@rule("chunk", "split", "split_with_sizes", "unsafe_chunk", "unsafe_split")
+@rule("chunk", "split", "split_with_sizes", "unsafe_chunk", "unsafe_split", "tensor_split")
 def split(node: Node, context: Context) -> list[Axes]:
-    """Equal parts: the same position leaves every part. Unequal parts have fixed sizes."""
+    """Equal parts: the same position leaves every part. Unequal parts need sizes that adapt."""
     axes = context.of(node.args[0])
     dim = dim_argument(node, 2, "dim", len(axes))
     sizes = [int(item.shape[dim]) for item in node.meta["val"]]
@@ -156,10 +191,9 @@ def split(node: Node, context: Context) -> list[Axes]:
     if len(set(sizes)) == 1:
         for part in parts[1:]:
             context.units.tie(parts[0], part, "")
-        if "chunk" not in operation_name(node):
-            context.units.assume(units, f"{context.where(node)} takes its sizes from its input")
-    else:
-        context.units.freeze(units, f"is split at fixed positions by {context.where(node)}")
+        context.count(node, sizes[0], parts[0])
+    if len(set(sizes)) > 1 or "chunk" not in operation_name(node):
+        context.units.assume(units, f"{context.where(node)} takes its sizes from its input")
     return [[*axes[:dim], part, *axes[dim + 1 :]] for part in parts]
 
 
@@ -168,7 +202,7 @@ def unbind(node: Node, context: Context) -> list[Axes]:
     """One output per position of a dimension, which is fixed."""
     axes = context.of(node.args[0])
     dim = dim_argument(node, 1, "dim", len(axes))
-    context.units.freeze(axes[dim], f"is taken apart by {context.where(node)}")
+    context.units.fix(axes[dim], f"is taken apart by {context.where(node)}")
     return [axes[:dim] + axes[dim + 1 :] for _ in node.meta["val"]]
 
 
@@ -177,49 +211,3 @@ def getitem(node: Node, context: Context) -> Any:
     """One output of several."""
     source, index = cast(tuple[Node, int], node.args)
     return context.axes[source][index]
-
-
-@rule("slice")
-def slice_dimension(node: Node, context: Context) -> Axes:
-    """A slice that takes all passes; a part of the units at fixed positions freezes them."""
-    axes = context.of(node.args[0])
-    dim = dim_argument(node, 1, "dim", len(axes))
-    start, stop, step = argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)
-    units = axes[dim]
-    if units is not None:
-        part = units[slice(start, stop, step)]
-        axes[dim] = part
-        if len(part) != len(units) or stop not in (None, 2**63 - 1):
-            context.units.freeze(units, f"is sliced at fixed positions by {context.where(node)}")
-    return axes
-
-
-@rule("select")
-def select(node: Node, context: Context) -> Axes:
-    """One position of a dimension, which is fixed."""
-    axes = context.of(node.args[0])
-    dim = dim_argument(node, 1, "dim", len(axes))
-    context.units.freeze(axes[dim], f"is picked from at a fixed position by {context.where(node)}")
-    return axes[:dim] + axes[dim + 1 :]
-
-
-@rule("pad", "constant_pad_nd")
-def pad(node: Node, context: Context) -> Axes:
-    """Padded positions are fixed, and so is what is added to them; the others pass."""
-    axes, before = context.of(node.args[0]), argument_shape(node)
-    widths = sizes_argument(node)
-    mode = str(argument(node, 2, "mode", "constant")) if operation_name(node) == "pad" else "constant"
-    for back in range(len(widths) // 2):
-        left, right = widths[2 * back : 2 * back + 2]
-        dim = len(before) - 1 - back
-        units = axes[dim]
-        if units is None or (left == 0 and right == 0):
-            continue
-        if left < 0 or right < 0 or mode != "constant":
-            context.units.freeze(units, f"is padded or cropped at fixed positions by {context.where(node)}")
-            axes[dim] = None
-            continue
-        reason = f"is padded with a fixed number of channels by {context.where(node)}"
-        ends = [fixed_atoms(context, left, reason), units, fixed_atoms(context, right, reason)]
-        axes[dim] = np.concatenate(ends)
-    return axes

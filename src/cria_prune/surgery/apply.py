@@ -9,11 +9,8 @@ from torch import Tensor, nn
 from cria_prune.errors import StructureError
 from cria_prune.modules import copy_of, named_tensors
 from cria_prune.plan.plan import Plan
+from cria_prune.surgery.restate import check_attributes, restate, restate_attributes
 from cria_prune.surgery.slicing import slice_tensor
-
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def apply(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
@@ -34,6 +31,7 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
     """
     tensors = named_tensors(model)
     cuts = check(tensors, plan)
+    check_attributes(model, plan)
     smaller = {name: slice_tensor(tensors[name], items) for name, items in cuts.items()}
     replaced = {id(tensors[name]): tensor for name, tensor in smaller.items()}
     before = {id(tensors[name]): tuple(tensors[name].shape) for name in cuts}
@@ -47,6 +45,7 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
         for local, (key, _) in shapes.items():
             setattr(module, local, replaced[key])
         restate(module, {local: shape for local, (_, shape) in shapes.items()})
+    restate_attributes(target, plan)
     return target
 
 
@@ -78,25 +77,3 @@ def _owners(
         if shapes:
             owners[path] = (module, shapes)
     return owners
-
-
-def restate(module: nn.Module, before: Mapping[str, tuple[int, ...]]) -> None:
-    """Make what a module says of its own size true again; `before` has the shapes of its cut tensors."""
-    if isinstance(module, NORMS):
-        statistics = module.weight if module.weight is not None else module.running_mean
-        assert statistics is not None
-        module.num_features = int(statistics.shape[0])
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = int(module.weight.shape[0])
-    elif "weight" not in before:
-        return
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = map(int, module.weight.shape)
-    elif isinstance(module, TRANSPOSED):
-        module.in_channels, module.out_channels = int(module.weight.shape[0]), int(module.weight.shape[1])
-    elif isinstance(module, CONVOLUTIONS):
-        if module.groups > 1 and before["weight"][1] == 1:  # depthwise: filters leave with their channel
-            multiplier = before["weight"][0] // module.groups
-            module.groups = int(module.weight.shape[0]) // multiplier
-        module.in_channels = int(module.weight.shape[1]) * module.groups
-        module.out_channels = int(module.weight.shape[0])

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from cria_prune.batches import Batch, model_inputs
 from cria_prune.errors import VerificationError
-from cria_prune.modules import copy_of, modes_kept, named_tensors
+from cria_prune.modules import cache_off, copy_of, modes_kept, named_tensors
 from cria_prune.plan.plan import Plan
 from cria_prune.structure.capture import first_line
 
@@ -100,7 +100,7 @@ ADVICE = (
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    with modes_kept(model), torch.random.fork_rng(devices=[]), torch.no_grad():
+    with modes_kept(model), cache_off(model), torch.random.fork_rng(devices=[]), torch.no_grad():
         model.eval()
         return [item for item in tree_leaves(model(*args, **kwargs)) if isinstance(item, Tensor)]
 

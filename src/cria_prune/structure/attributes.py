@@ -1,0 +1,111 @@
+"""Which attributes of modules count units: `num_heads`, `all_head_size`, `config.intermediate_size`.
+
+A captured reshape or split holds a number; the module that runs it may hold the same number as an
+attribute, and read it the next time. After surgery it has to say the new number. Attributes whose
+name tells what they count are restated always; others of the same value only where the trial cut
+fails without them (`sure` is False).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from cria_prune.structure.groups import Count, UnitGroup
+from cria_prune.structure.rules import Counted
+
+HEADS = re.compile(r"^(n|num|total_num)_?\w*heads?$|^n?heads?$|^\w*_heads$")
+WIDTHS = {"all_head_size", "inner_dim", "attn_dim", "split_size", "attention_dim", "proj_size", "qkv_dim"}
+CONFIG_WIDTHS = {
+    "neuron": (
+        "intermediate_size",
+        "n_inner",
+        "d_ff",
+        "ffn_dim",
+        "encoder_ffn_dim",
+        "decoder_ffn_dim",
+        "hidden_dim",
+    ),
+    "residual": ("hidden_size", "n_embd", "d_model", "dim", "embed_dim", "word_embed_proj_dim"),
+}
+
+
+def held_numbers(module: nn.Module) -> dict[str, int]:
+    """Return the whole numbers that a module holds, those of its configuration as `config.<field>`."""
+    found = {name: value for name, value in vars(module).items() if _is_number(value)}
+    config = getattr(module, "config", None)
+    if hasattr(config, "to_dict") and hasattr(config, "model_type"):
+        found.update({f"config.{name}": value for name, value in vars(config).items() if _is_number(value)})
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def with_counts(
+    model: nn.Module, groups: Iterable[UnitGroup], atoms: Mapping[str, np.ndarray],
+    counted: Iterable[Counted], classes: np.ndarray,
+) -> list[UnitGroup]:  # fmt: skip
+    """Return the groups with the attributes that count their units.
+
+    Args:
+        model: the live model; it is only looked at.
+        groups: the groups; `atoms`: group name -> (units,) the class of each of its units.
+        counted: numbers of the captured operations; `classes`: (atoms,) the class of each atom.
+    """
+    groups = list(groups)
+    owner = {int(unit): group.name for group in groups for unit in atoms[group.name]}
+    found: dict[str, dict[tuple[str, str, str], Count]] = {group.name: {} for group in groups}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for place, item in enumerate(counted):
+        module = modules.get(item.module)
+        names = {} if module is None else _names(module, item)
+        if not names:
+            continue
+        units, times = np.unique(classes[item.atoms], return_counts=True)
+        widths: dict[str, set[int]] = {}
+        for unit, count in zip(units.tolist(), times.tolist(), strict=True):
+            widths.setdefault(owner.get(unit, ""), set()).add(count)
+        for group, width in widths.items():
+            if group and len(width) == 1:
+                for name, sure in names.items():
+                    entry = Count(item.module, name, str(place), width.copy().pop(), item.value, sure)
+                    found[group][item.module, name, entry.place] = entry
+    for group in groups:
+        for entry in _config_widths(model, modules, group):
+            found[group.name][entry.module, entry.name, entry.place] = entry
+    return [replace(group, counts=tuple(found[group.name].values())) for group in groups]
+
+
+def _names(module: nn.Module, item: Counted) -> dict[str, bool]:
+    """Return attribute name -> whether its name says that it counts this."""
+    held = {name for name, value in held_numbers(module).items() if value == item.value}
+    if item.names:
+        return {name: True for name in item.names if name in held}
+    names = {}
+    for name in held:
+        said = bool(HEADS.match(name.removeprefix("config."))) or name in WIDTHS
+        if said or not name.startswith("config."):
+            names[name] = said
+    return names
+
+
+def _config_widths(model: nn.Module, modules: Mapping[str, nn.Module], group: UnitGroup) -> Iterable[Count]:
+    """Yield the configuration's fields that hold a group's width: feed-forward or residual."""
+    kind = "neuron" if group.kind in ("neuron", "gated") else group.kind
+    if kind not in CONFIG_WIDTHS or not group.producers:
+        return
+    width = group.slices[0].positions.shape[1]
+    path = group.producers[0].tensor.rpartition(".")[0]
+    while path and not any(name.startswith("config.") for name in held_numbers(modules[path])):
+        path = path.rpartition(".")[0]
+    held = held_numbers(modules[path])
+    for field in CONFIG_WIDTHS[kind]:
+        if held.get(f"config.{field}") == group.size * width:
+            yield Count(path, f"config.{field}", group.name, width, group.size * width, True)

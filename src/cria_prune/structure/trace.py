@@ -1,0 +1,163 @@
+"""The captured operations with the axes of each of them: rules applied in order, wrappers opened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import Graph, GraphModule, Node
+
+from cria_prune.batches import Batch
+from cria_prune.structure import (  # noqa: F401  (they register their rules)
+    rules_attention,
+    rules_layers,
+    rules_norms,
+    rules_select,
+    rules_shape,
+)
+from cria_prune.structure.axes import Resolved, Units
+from cria_prune.structure.capture import capture, operation_name
+from cria_prune.structure.rules import RULES, Context, freeze_all, no_rule
+
+VIEWS = {
+    "t",
+    "transpose",
+    "permute",
+    "numpy_T",
+    "mT",
+    "to",
+    "_to_copy",
+    "detach",
+    "alias",
+    "contiguous",
+    "clone",
+}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a model does to its units.
+
+    Attributes:
+        program: the captured operations.
+        context: axes of every node, uses of weights.
+        tensors: canonical name -> parameter or buffer.
+        names: placeholder -> canonical name of its parameter or buffer.
+        resolved: the units of all atoms.
+    """
+
+    program: ExportedProgram
+    context: Context
+    tensors: Mapping[str, Tensor]
+    names: Mapping[str, str]
+    resolved: Resolved
+
+
+def trace(model: nn.Module, example: Batch) -> Trace:
+    """Capture a model and follow its units through every operation.
+
+    Raises:
+        CaptureError: the operations cannot be captured.
+        DataError: the forward does not accept the example.
+    """
+    program = capture(model, example)
+    tensors = canonical_tensors(model)
+    context = Context(Units())
+    for name, tensor in tensors.items():
+        context.labels[name] = [context.units.fresh(size) for size in tensor.shape]
+    names = _parameter_names(program, model, tensors)
+    _start(program.graph, context, names)
+    for item in _outputs(follow(program.graph, context)):
+        freeze_all(context.axes[item], context, "is part of the model's output")
+    return Trace(program, context, tensors, names, context.units.resolve())
+
+
+def canonical_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and buffer once, under the first of its names."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _start(graph: Graph, context: Context, names: Mapping[str, str]) -> None:
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            name = names.get(node.name)
+            if name is None:
+                context.axes[node] = [None] * len(getattr(node.meta.get("val"), "shape", ()))
+                context.data.add(node)
+            else:
+                labels: list[np.ndarray | None] = [*context.labels[name]]
+                context.axes[node] = labels
+                context.tensors[node] = name
+
+
+def follow(graph: Graph, context: Context) -> Any:
+    """Apply the rule of every operation of a graph in order; return the arguments of its output."""
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            context.axes[node] = [None] * len(getattr(node.meta.get("val"), "shape", ()))
+        elif node.op == "call_function":
+            if not context.data.isdisjoint(node.all_input_nodes):
+                context.data.add(node)
+            wrapped = wrapped_graph(node)
+            if wrapped is None:
+                context.axes[node] = RULES.get(operation_name(node), no_rule)(node, context)
+                source = node.args[0] if node.args else None
+                if operation_name(node) in VIEWS and source in context.tensors:
+                    context.tensors[node] = context.tensors[source]
+            else:
+                context.axes[node] = _wrapper(wrapped, context)
+        elif node.op == "output":
+            return node.args[0]
+    return ()
+
+
+def wrapped_graph(node: Node) -> tuple[Graph, list[Any]] | None:
+    """Return the graph that a wrapper runs, such as a block without gradients, and its arguments."""
+    if not operation_name(node).startswith("wrap_with_"):
+        return None
+    for place, item in enumerate(node.args):
+        if isinstance(item, Node) and item.op == "get_attr" and node.graph.owning_module is not None:
+            module = getattr(node.graph.owning_module, str(item.target), None)
+            if isinstance(module, GraphModule):
+                return module.graph, list(node.args[place + 1 :])
+    return None
+
+
+def _wrapper(wrapped: tuple[Graph, list[Any]], context: Context) -> Any:
+    """Follow the units through the graph of a wrapper."""
+    graph, arguments = wrapped
+    places = [node for node in graph.nodes if node.op == "placeholder"]
+    for inner, outer in zip(places, arguments, strict=True):
+        if isinstance(outer, Node):
+            context.axes[inner] = context.axes[outer]
+            if outer in context.tensors:
+                context.tensors[inner] = context.tensors[outer]
+            if outer in context.data:
+                context.data.add(inner)
+        else:
+            context.axes[inner] = []
+    result = follow(graph, context)
+    if isinstance(result, Node):
+        return context.axes[result]
+    return [context.axes[item] if isinstance(item, Node) else [] for item in result]
+
+
+def _outputs(result: Any) -> list[Node]:
+    return (
+        [item for item in result if isinstance(item, Node)] if isinstance(result, (tuple, list)) else [result]
+    )
+
+
+def _parameter_names(
+    program: ExportedProgram, model: nn.Module, tensors: Mapping[str, Tensor]
+) -> dict[str, str]:
+    first = {id(tensor): name for name, tensor in reversed(list(tensors.items()))}
+    everything: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    everything.update(model.named_buffers(remove_duplicate=False))
+    signature = program.graph_signature
+    inputs = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return {node: first[id(everything[name])] for node, name in inputs.items() if name in everything}

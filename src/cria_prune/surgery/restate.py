@@ -1,0 +1,91 @@
+"""After surgery, what a module says of itself is true: sizes, head counts, fields of a configuration."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from cria_prune.errors import StructureError
+from cria_prune.plan.plan import AttributeEdit, Plan
+
+# Instance norms derive from the same class and have no weight unless asked for.
+CHANNEL_NORMS = (nn.modules.batchnorm._NormBase,)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def restate(module: nn.Module, before: Mapping[str, tuple[int, ...]]) -> None:
+    """Make what a module says of its own tensors true again; `before` has the shapes of the cut ones."""
+    if isinstance(module, CHANNEL_NORMS):
+        statistics = module.weight if module.weight is not None else module.running_mean
+        assert statistics is not None
+        module.num_features = int(statistics.shape[0])
+    elif "weight" not in before:
+        return
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = int(module.weight.shape[0])
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        module.normalized_shape = tuple(module.weight.shape)
+    elif isinstance(module, nn.GroupNorm):
+        module.num_channels = int(module.weight.shape[0])
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = map(int, module.weight.shape)
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = map(int, module.weight.shape)
+    elif isinstance(module, TRANSPOSED):
+        module.in_channels, module.out_channels = int(module.weight.shape[0]), int(module.weight.shape[1])
+    elif isinstance(module, CONVOLUTIONS):
+        if module.groups > 1 and before["weight"][1] == 1:  # depthwise: filters leave with their channel
+            multiplier = before["weight"][0] // module.groups
+            module.groups = int(module.weight.shape[0]) // multiplier
+        module.in_channels = int(module.weight.shape[1]) * module.groups
+        module.out_channels = int(module.weight.shape[0])
+    elif {"nf", "nx"} <= vars(module).keys():  # the transposed linear of GPT-2
+        module.nx, module.nf = map(int, module.weight.shape)
+
+
+def check_attributes(model: nn.Module, plan: Plan) -> None:
+    """Check that the model says what the plan's edits start from.
+
+    Raises:
+        StructureError: a module or attribute is missing or says something else.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for edit in plan.attributes:
+        found: Any = modules.get(edit.module)
+        for name in edit.name.split("."):
+            found = vars(found).get(name) if hasattr(found, "__dict__") else None
+        if found != edit.before or not isinstance(found, int):
+            raise StructureError(
+                f"A plan that restates {edit.name!r} of {edit.module!r} from {edit.before} to {edit.after}",
+                f"the model says {found!r}",
+                "Apply a plan to the model that it was made for",
+            )
+
+
+def restate_attributes(model: nn.Module, plan: Plan) -> None:
+    """Set every attribute that the plan edits.
+
+    A configuration that several modules share is set once if all its edits agree. Where they do not,
+    each module that reads it gets a copy of its own with its own numbers, and the shared one stays.
+    """
+    shared: dict[tuple[int, str], set[int]] = {}
+    edits: list[tuple[nn.Module, AttributeEdit]] = []
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for edit in plan.attributes:
+        module = modules[edit.module]
+        edits.append((module, edit))
+        if edit.name.startswith("config."):
+            shared.setdefault((id(module.config), edit.name), set()).add(edit.after)
+    own: set[int] = set()
+    for module, edit in edits:
+        if not edit.name.startswith("config."):
+            setattr(module, edit.name, edit.after)
+            continue
+        if len(shared.get((id(module.config), edit.name), ())) > 1 and id(module) not in own:
+            module.config = copy.copy(module.config)  # type: ignore[assignment]
+            own.add(id(module))
+        setattr(module.config, edit.name.removeprefix("config."), edit.after)
