@@ -95,15 +95,22 @@ def make_plan(groups: UnitGroups, kept: Kept, report: Mapping[str, float | str] 
 
 
 def _attribute_edits(groups: UnitGroups, kept: Mapping[str, tuple[int, ...]]) -> tuple[AttributeEdit, ...]:
-    """Return what attributes say afterwards; one whose counts disagree (layers of one config) is left."""
+    """Return what attributes say afterwards; one whose counts disagree (layers of one config) is left.
+
+    A field of a configuration that changes for one module is listed for all that count by it, for
+    they may share the configuration.
+    """
     before = {(item.module, item.name): item.value for group in groups for item in group.counts}
     after: dict[tuple[str, str], set[int]] = {}
     for (module, name, _), value in counted_values(groups.groups, kept).items():
         after.setdefault((module, name), set()).add(value)
+    certain = {key: min(values) for key, values in after.items() if len(values) == 1}
+    changed = {key for key, value in certain.items() if value != before[key]}
+    fields = {name for _, name in changed if name.startswith("config.")}
     return tuple(
-        AttributeEdit(*key, before[key], values.copy().pop())
-        for key, values in after.items()
-        if len(values) == 1 and values != {before[key]}
+        AttributeEdit(*key, before[key], value)
+        for key, value in certain.items()
+        if key in changed or key[1] in fields
     )
 
 

@@ -200,7 +200,7 @@ def _group(
 def _kind(kind: str, units: list[int], made: list[Touched], resolved: Resolved) -> str:
     """Say what a group's units are, from the kind of its first producer and the marks of the rules."""
     if resolved.marked(units, "head"):
-        return "head" if len({item.positions.shape[1] for item in made}) == 1 else "kv group"
+        return "kv group" if resolved.marked(units, "grouped") else "head"
     if resolved.marked(units, "residual"):
         return "residual"
     gated = resolved.marked(units, "gated") and kind == "neuron"

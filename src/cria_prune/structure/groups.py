@@ -179,11 +179,13 @@ def removed_positions(
 def counted_values(
     groups: Sequence[UnitGroup], kept: Mapping[str, Sequence[int]]
 ) -> dict[tuple[str, str, str], int]:
-    """Return (module, attribute, place) -> what it counts when only the `kept` units stay."""
+    """Return (module, attribute, place) -> what it counts when only the `kept` units stay; sure ones only."""
     values: dict[tuple[str, str, str], int] = {}
     for group in groups:
         gone = group.size - len(kept.get(group.name, range(group.size)))
         for item in group.counts:
+            if not item.sure:
+                continue
             key = (item.module, item.name, item.place)
             values[key] = values.get(key, item.value) - gone * item.width
     return values
@@ -225,7 +227,9 @@ def shrink(groups: UnitGroups, kept: Mapping[str, Sequence[int]]) -> UnitGroups:
                 for tap in group.outputs
             ),
             counts=tuple(
-                replace(item, value=values[item.module, item.name, item.place]) for item in group.counts
+                replace(item, value=values[item.module, item.name, item.place])
+                for item in group.counts
+                if item.sure
             ),
         )
 

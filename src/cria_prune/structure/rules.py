@@ -169,19 +169,19 @@ def elementwise(node: Node, context: Context) -> Axes:
     if operation_name(node) in ONE_TENSOR:
         items = items[:1]
     result = broadcast([(context.of(item), shape(item)) for item in items], len(shape(node)), node, context)
-    branches = [item for item in items if item in context.data]
-    if len(branches) > 1:
-        name = operation_name(node)
-        mark = "residual" if name in ADDITIONS else "gated" if name == "mul" else None
-        for dim, atoms in enumerate(result):
-            along = [
-                context.axes[item][dim - len(result)]
-                for item in branches
-                if dim + len(shape(item)) >= len(result)
-            ]
-            if mark and sum(item is not None for item in along) > 1:
-                context.units.mark(atoms, mark)
+    _mark_branches(node, result, [item for item in items if item in context.data], context)
     return result
+
+
+def _mark_branches(node: Node, result: Axes, branches: list[Node], context: Context) -> None:
+    """Mark what meets from different producers: a residual stream where they are added, a gated unit."""
+    name = operation_name(node)
+    mark = "residual" if name in ADDITIONS else "gated" if name == "mul" else None
+    for back in range(1, len(result) + 1) if mark else ():
+        held = [context.axes[item][-back] for item in branches if back <= len(shape(item))]
+        labelled = [item for item in held if item is not None]
+        if mark and any(not np.array_equal(labelled[0], other) for other in labelled[1:]):
+            context.units.mark(result[-back], mark)
 
 
 def broadcast(items: list[tuple[Axes, list[int]]], rank: int, node: Node, context: Context) -> Axes:
@@ -199,6 +199,18 @@ def broadcast(items: list[tuple[Axes, list[int]]], rank: int, node: Node, contex
 def nothing(node: Node, context: Context) -> Axes:
     """A check that export writes; it gives nothing."""
     return []
+
+
+@rule(*[f"{prefix}{kind}" for prefix in ("", "new_") for kind in ("zeros", "ones", "full", "empty")])
+def factory(node: Node, context: Context) -> Axes:
+    """A new tensor: its sizes may be numbers that the code reads from somewhere, which a trial cut shows."""
+    axes: Axes = [None] * len(shape(node))
+    for dim, size in enumerate(shape(node)):
+        if size > 1:
+            axes[dim] = context.units.fresh(size)
+            context.count(node, size, axes[dim])
+            context.units.assume(axes[dim], f"{context.where(node)} takes its sizes from its input")
+    return axes
 
 
 def argument_shape(node: Node, index: int = 0) -> list[int]:

@@ -65,6 +65,8 @@ def meet_batches(node: Node, context: Context, *items: tuple[Axes, list[int]]) -
         held = [axes[-back] for axes, sizes in items if back <= len(sizes) and axes[-back] is not None]
         if len(held) > 1:
             context.units.mark(held[0], "head")
+            if len({len(np.unique(item)) for item in held}) > 1:
+                context.units.mark(held[0], "grouped")
     return batch
 
 

@@ -1,79 +1,151 @@
 """Trial cuts: does the forward adapt where the captured operations cannot tell?
 
 A reshape or split in a captured graph holds numbers. Whether the model's code reads them from its
-input or has them written down decides whether its units can leave. So half of them are removed on
+input or has them written down decides whether its units can leave. So some of them are removed on
 a copy, and masked must equal pruned; groups for which it does not are frozen with the reason.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from cria_prune.batches import Batch
+from cria_prune.batches import Batch, model_inputs
 from cria_prune.errors import CriaError
+from cria_prune.modules import cache_off, device_of, modes_kept
 from cria_prune.plan.make import make_plan
-from cria_prune.structure.groups import UnitGroup, UnitGroups
+from cria_prune.structure.capture import first_line
+from cria_prune.structure.groups import UnitGroups
 from cria_prune.surgery.apply import apply
-from cria_prune.surgery.verify import verify
+from cria_prune.surgery.twin import Twin
+from cria_prune.surgery.verify import operations_twin, verify
 
 
 def settle(model: nn.Module, groups: UnitGroups, example: Batch) -> UnitGroups:
     """Return the groups with every assumption tried: true ones are dropped, false ones freeze their group.
 
     All prunable groups are cut together, those without an assumption too, for a forward can depend on a
-    size without a trace (a division by a width). If that fails, halves are tried until the groups that
-    fail are found.
+    size without a trace (a division by a width). If that fails, the groups that fail are looked for:
+    alike ones (the same layer of another block) together, then by halves. A model on the meta device has
+    no values: there only the shapes of its outputs are compared.
     """
-    chosen, frozen = groups.prunable, dict[str, str]()
-    failure = _failure(model, groups, chosen, example) if chosen else None
-    # A model that differs from itself (NaN, chance) says nothing about its groups; later stages name it.
-    if failure and not _failure(model, groups, (), example):
-        failures = _failures(model, groups, chosen, failure, example)
-        frozen = {name: _reason(groups[name], text) for name, text in failures.items()}
-    return replace(
-        groups,
-        groups=tuple(
-            replace(group, frozen=group.frozen or frozen.get(group.name), assumes=()) for group in groups
-        ),
-    )
+    return _Trials(model, groups, example).settled()
 
 
-def _reason(group: UnitGroup, failure: str) -> str:
-    if group.assumes:
-        return f"a trial cut failed although {group.assumes[0]}: {failure}"
-    return f"a trial cut failed, its forward depends on how many units there are: {failure}"
+class _Trials:
+    """Trial cuts of one model."""
+
+    def __init__(self, model: nn.Module, groups: UnitGroups, example: Batch) -> None:
+        self.model, self.example = model, example
+        self.groups = {group.name: group for group in groups}
+        self.all = groups
+        self.twin: Twin | None = None
+        self.frozen: dict[str, str] = {}
+
+    def settled(self) -> UnitGroups:
+        """Return the groups, those that failed frozen."""
+        chosen = [group.name for group in self.all.prunable]
+        failure = self.failure(chosen) if chosen else None
+        # A model that differs from itself (NaN, chance) says nothing about its groups; later stages name it.
+        if failure and not self.failure([]):
+            self.find(chosen, failure)
+        return replace(
+            self.all,
+            groups=tuple(
+                replace(group, frozen=group.frozen or self.frozen.get(group.name), assumes=())
+                for group in self.groups.values()
+            ),
+        )
+
+    def find(self, chosen: list[str], failure: str) -> None:
+        """Freeze the groups that fail alone, then all that is left if it fails together."""
+        alike: dict[tuple[str, str], list[str]] = {}
+        for name in chosen:
+            alike.setdefault((self.groups[name].kind, re.sub(r"\d+", "*", name)), []).append(name)
+        for names in alike.values():
+            text = self.failure(names)
+            if text is not None and not self.restated(names):
+                self.halve(names, text)
+        left = [name for name in chosen if name not in self.frozen]
+        together = self.failure(left) if self.frozen or len(alike) > 1 else failure
+        if left and together is not None:
+            self.frozen |= {name: self.reason(name, together) for name in left}
+
+    def restated(self, names: list[str]) -> bool:
+        """Take the attributes that hold the same numbers too, if the trial passes with them."""
+        before = {name: self.groups[name] for name in names}
+        if not any(not item.sure for group in before.values() for item in group.counts):
+            return False
+        for name, group in before.items():
+            self.groups[name] = replace(
+                group, counts=tuple(replace(item, sure=True) for item in group.counts)
+            )
+        if self.failure(names) is None:
+            return True
+        self.groups.update(before)
+        return False
+
+    def halve(self, names: list[str], failure: str) -> None:
+        """Freeze those of the groups that fail; `failure` is what all of them gave."""
+        ends = [self.failure([name]) for name in {names[0], names[-1]}] if len(names) > 1 else [failure]
+        if all(ends):  # alike groups: what fails for the first and the last is not tried for each between
+            self.frozen |= {name: self.reason(name, str(ends[0])) for name in names}
+            return
+        middle = len(names) // 2
+        for half in (names[:middle], names[middle:]):
+            text = self.failure(half)
+            if text is not None and not self.restated(half):
+                self.halve(half, text)
+
+    def reason(self, name: str, failure: str) -> str:
+        """Say why a group is frozen."""
+        assumes = self.groups[name].assumes
+        if assumes:
+            return f"a trial cut failed although {assumes[0]}: {failure}"
+        return f"a trial cut failed, its forward depends on how many units there are: {failure}"
+
+    def failure(self, names: Sequence[str]) -> str | None:
+        """Remove a seeded share of the units of the named groups on a copy; None if masked equals pruned.
+
+        The shares differ between groups, so that sizes which agree by chance do not pass.
+        """
+        generator = np.random.default_rng(0)
+        kept = {}
+        for name in names:
+            size = self.groups[name].size
+            stays = max(1, min(size - 1, round(size * generator.uniform(0.35, 0.65))))
+            kept[name] = np.sort(generator.permutation(size)[:stays])
+        groups = replace(self.all, groups=tuple(self.groups.values()))
+        try:
+            plan = make_plan(groups, kept)
+            smaller = apply(self.model, plan)
+            if device_of(self.model).type == "meta":
+                return self.shape_failure(smaller)
+            if plan.normed and self.twin is None:
+                self.twin = operations_twin(self.model, self.example)
+            verify(self.model, plan, smaller, self.example, twin=self.twin)
+        except CriaError as error:
+            return error.found
+        return None
+
+    def shape_failure(self, smaller: nn.Module) -> str | None:
+        """Compare the shapes of the outputs."""
+        try:
+            found, expected = (_shapes(item, self.example) for item in (smaller, self.model))
+        except Exception as error:
+            return f"{type(error).__name__}: {first_line(error)}"
+        return None if found == expected else f"outputs of shape {found}, dense {expected}"
 
 
-def _failures(
-    model: nn.Module, groups: UnitGroups, chosen: Sequence[UnitGroup], failure: str, example: Batch
-) -> dict[str, str]:
-    """Return group name -> failure of the groups to blame; `failure` is what all the chosen ones gave."""
-    if len(chosen) == 1:
-        return {chosen[0].name: failure}
-    middle = len(chosen) // 2
-    found: dict[str, str] = {}
-    for half in (chosen[:middle], chosen[middle:]):
-        text = _failure(model, groups, half, example)
-        if text is not None:
-            found |= _failures(model, groups, half, text, example)
-    left = [group for group in chosen if group.name not in found]
-    together = (_failure(model, groups, left, example) if found else failure) if left else None
-    return found if together is None else {**found, **{group.name: together for group in left}}
-
-
-def _failure(model: nn.Module, groups: UnitGroups, chosen: Sequence[UnitGroup], example: Batch) -> str | None:
-    """Remove a seeded half of the units of the chosen groups on a copy; None if masked equals pruned."""
-    generator = np.random.default_rng(0)
-    kept = {
-        group.name: np.sort(generator.permutation(group.size)[: (group.size + 1) // 2]) for group in chosen
-    }
-    try:
-        plan = make_plan(groups, kept)
-        verify(model, plan, apply(model, plan), example)
-    except CriaError as error:
-        return error.found
-    return None
+def _shapes(model: nn.Module, example: Batch) -> list[tuple[int, ...]]:
+    args, kwargs = model_inputs(example)
+    with modes_kept(model), cache_off(model), torch.no_grad():
+        model.eval()
+        leaves = tree_leaves(model(*args, **kwargs))
+    return [tuple(item.shape) for item in leaves if isinstance(item, Tensor)]

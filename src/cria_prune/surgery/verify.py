@@ -1,7 +1,8 @@
 """Masked equals pruned: the proof, part of every run, that surgery did what the plan says.
 
 The masked twin is the dense model with the weights that read a removed unit set to zero: the same
-as zeroing the unit at the input of every consumer. It shares no code with slicing.
+as zeroing the unit at the input of every consumer. It shares no code with slicing. Where a
+normalisation takes statistics over removed units, it is the twin of operations (`twin.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from cria_prune.errors import VerificationError
 from cria_prune.modules import cache_off, copy_of, modes_kept, named_tensors
 from cria_prune.plan.plan import Plan
 from cria_prune.structure.capture import first_line
+from cria_prune.surgery.twin import Twin
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
@@ -30,11 +32,14 @@ class Verification:
         difference: largest absolute difference over the outputs, divided by the largest output.
         tolerance: what was allowed.
         dtype: the arithmetic of both passes.
+        twin: the masked model: `weights` (weights that read a removed unit are zero) or `operations`
+            (normalisations leave the removed units out).
     """
 
     difference: float
     tolerance: float
     dtype: str
+    twin: str = "weights"
 
 
 def mask(model: nn.Module, plan: Plan) -> nn.Module:
@@ -52,22 +57,29 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def verify(
-    model: nn.Module, plan: Plan, smaller: nn.Module, example: Batch, *, dtype: torch.dtype = torch.float64
-) -> Verification:
+    model: nn.Module, plan: Plan, smaller: nn.Module, example: Batch, *,
+    dtype: torch.dtype = torch.float64, twin: Twin | None = None,
+) -> Verification:  # fmt: skip
     """Compare the masked and the pruned model on one batch, in evaluation mode, on copies.
 
     Args:
         model: the dense model; smaller: the model that `apply` made of it.
         dtype: arithmetic of the comparison: float64 (relative tolerance 1e-10) or float32 (1e-4);
             float32 is taken too where the dense model does not run in float64.
+        twin: the twin of operations of this model, example and type, if there is one already.
 
     Raises:
         VerificationError: they differ by more than the tolerance, or the smaller model does not run.
     """
-    masked = mask(model, plan).to(dtype)
     cut = copy_of(smaller).to(dtype)
     try:
-        expected = _run(masked, *_cast(model_inputs(example), dtype))
+        if plan.normed:
+            twin = (
+                twin if twin is not None and twin.dtype == dtype else operations_twin(model, example, dtype)
+            )
+            expected = twin.outputs(plan)
+        else:
+            expected = _run(mask(model, plan).to(dtype), *_cast(model_inputs(example), dtype))
     except Exception as error:
         if dtype is torch.float64:  # the forward makes tensors of its own type
             return verify(model, plan, smaller, example, dtype=torch.float32)
@@ -83,7 +95,8 @@ def verify(
             "A forward pass of the pruned model", f"{type(error).__name__}: {first_line(error)}", ADVICE
         ) from error
     difference = _difference(expected, found)
-    result = Verification(difference, TOLERANCE[dtype], str(dtype).removeprefix("torch."))
+    kind = "operations" if plan.normed else "weights"
+    result = Verification(difference, TOLERANCE[dtype], str(dtype).removeprefix("torch."), kind)
     if not difference <= result.tolerance:
         raise VerificationError(
             f"Outputs of the pruned model equal to the masked model's within {result.tolerance:g}",
@@ -91,6 +104,12 @@ def verify(
             ADVICE,
         )
     return result
+
+
+def operations_twin(model: nn.Module, example: Batch, dtype: torch.dtype = torch.float64) -> Twin:
+    """Return the twin of operations of a model, to be used for several plans."""
+    args, kwargs = _cast(model_inputs(example), dtype)
+    return Twin(model, kwargs if kwargs else args[0], dtype)
 
 
 ADVICE = (
