@@ -13,7 +13,7 @@ from cria_prune.surgery.restate import check_attributes, restate, restate_attrib
 from cria_prune.surgery.slicing import slice_tensor
 
 
-def apply(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
+def apply(model: nn.Module, plan: Plan, *, inplace: bool = False, share: bool = False) -> nn.Module:
     """Remove the units that the plan does not keep.
 
     Args:
@@ -21,6 +21,7 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
         plan: what stays.
         inplace: cut `model` itself; otherwise it is untouched and a copy is returned, made
             without first copying what is cut away.
+        share: the copy shares the tensors that are not cut with `model`.
 
     Returns:
         The smaller model. Parameters that shared a tensor still share it, and modules say their
@@ -38,7 +39,8 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
     owners = _owners(model, before)
     target = model
     if not inplace:
-        target = copy_of(model, replaced)
+        whole = {id(tensor): tensor for tensor in tensors.values()} if share else {}
+        target = copy_of(model, {**whole, **replaced})
         names = {path: shapes for path, (_, shapes) in owners.items()}
         owners = {path: (target.get_submodule(path), shapes) for path, shapes in names.items()}
     for module, shapes in owners.values():

@@ -23,8 +23,7 @@ from cria_prune.plan.make import make_plan
 from cria_prune.structure.capture import first_line
 from cria_prune.structure.groups import UnitGroups
 from cria_prune.surgery.apply import apply
-from cria_prune.surgery.twin import Twin
-from cria_prune.surgery.verify import operations_twin, verify
+from cria_prune.surgery.verify import Reference
 
 
 def settle(model: nn.Module, groups: UnitGroups, example: Batch) -> UnitGroups:
@@ -45,7 +44,7 @@ class _Trials:
         self.model, self.example = model, example
         self.groups = {group.name: group for group in groups}
         self.all = groups
-        self.twin: Twin | None = None
+        self.reference = None if device_of(model).type == "meta" else Reference(model, example)
         self.frozen: dict[str, str] = {}
 
     def settled(self) -> UnitGroups:
@@ -124,12 +123,9 @@ class _Trials:
         groups = replace(self.all, groups=tuple(self.groups.values()))
         try:
             plan = make_plan(groups, kept)
-            smaller = apply(self.model, plan)
-            if device_of(self.model).type == "meta":
-                return self.shape_failure(smaller)
-            if plan.normed and self.twin is None:
-                self.twin = operations_twin(self.model, self.example)
-            verify(self.model, plan, smaller, self.example, twin=self.twin)
+            if self.reference is None:
+                return self.shape_failure(apply(self.model, plan, share=True))
+            self.reference.compare(plan, apply(self.reference.model, plan, share=True))
         except CriaError as error:
             return error.found
         return None

@@ -20,7 +20,6 @@ from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
 from cria_prune.batches import Batch, model_inputs
-from cria_prune.modules import copy_of
 from cria_prune.plan.plan import Plan
 from cria_prune.structure.capture import operation_name
 from cria_prune.structure.rules import argument
@@ -31,17 +30,15 @@ class Twin:
     """Runs the captured operations of a dense model without the units that a plan removes.
 
     Args:
-        model: the dense model; a copy of it is captured in `dtype`.
-        example: one batch, its floating-point tensors of the type `dtype`.
+        model: the dense model, of the type that the comparison is made in.
+        example: one batch of that type.
 
     Raises:
         CaptureError, DataError: see `capture`.
     """
 
-    def __init__(self, model: nn.Module, example: Batch, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self._model = copy_of(model).to(dtype).eval()
-        self._trace = trace(self._model, example)
+    def __init__(self, model: nn.Module, example: Batch) -> None:
+        self._trace = trace(model, example)
         self._inputs = [item for item in tree_leaves(model_inputs(example)) if isinstance(item, Tensor)]
 
     def outputs(self, plan: Plan) -> list[Tensor]:

@@ -7,6 +7,7 @@ normalisation takes statistics over removed units, it is the twin of operations 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,11 @@ class Verification:
 def mask(model: nn.Module, plan: Plan) -> nn.Module:
     """Return a copy of the dense model in which no consumer reads a removed unit."""
     masked = copy_of(model)
-    tensors = named_tensors(masked)
+    _zero_consumers(named_tensors(masked), plan)
+    return masked
+
+
+def _zero_consumers(tensors: Mapping[str, Tensor], plan: Plan) -> None:
     with torch.no_grad():
         for cut in plan.cuts:
             if cut.role == "consumes":
@@ -53,75 +58,113 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
                 gone[list(cut.kept)] = False
                 index = torch.nonzero(gone).ravel().to(tensors[cut.tensor].device)
                 tensors[cut.tensor].index_fill_(cut.dim, index, 0)
-    return masked
 
 
 def verify(
-    model: nn.Module, plan: Plan, smaller: nn.Module, example: Batch, *,
-    dtype: torch.dtype = torch.float64, twin: Twin | None = None,
-) -> Verification:  # fmt: skip
+    model: nn.Module, plan: Plan, smaller: nn.Module, example: Batch, *, dtype: torch.dtype = torch.float64
+) -> Verification:
     """Compare the masked and the pruned model on one batch, in evaluation mode, on copies.
 
     Args:
         model: the dense model; smaller: the model that `apply` made of it.
         dtype: arithmetic of the comparison: float64 (relative tolerance 1e-10) or float32 (1e-4);
             float32 is taken too where the dense model does not run in float64.
-        twin: the twin of operations of this model, example and type, if there is one already.
 
     Raises:
         VerificationError: they differ by more than the tolerance, or the smaller model does not run.
     """
-    cut = copy_of(smaller).to(dtype)
-    try:
-        if plan.normed:
-            twin = (
-                twin if twin is not None and twin.dtype == dtype else operations_twin(model, example, dtype)
-            )
-            expected = twin.outputs(plan)
-        else:
-            expected = _run(mask(model, plan).to(dtype), *_cast(model_inputs(example), dtype))
-    except Exception as error:
-        if dtype is torch.float64:  # the forward makes tensors of its own type
-            return verify(model, plan, smaller, example, dtype=torch.float32)
-        raise VerificationError(
-            f"A forward pass of the dense model in {str(dtype).removeprefix('torch.')}",
-            f"{type(error).__name__}: {first_line(error)}",
-            "Write its forward so that new tensors take the type of its input",
-        ) from error
-    try:
-        found = _run(cut, *_cast(model_inputs(example), dtype))
-    except Exception as error:
-        raise VerificationError(
-            "A forward pass of the pruned model", f"{type(error).__name__}: {first_line(error)}", ADVICE
-        ) from error
-    difference = _difference(expected, found)
-    kind = "operations" if plan.normed else "weights"
-    result = Verification(difference, TOLERANCE[dtype], str(dtype).removeprefix("torch."), kind)
-    if not difference <= result.tolerance:
-        raise VerificationError(
-            f"Outputs of the pruned model equal to the masked model's within {result.tolerance:g}",
-            f"the relative difference is {difference:.3g}",
-            ADVICE,
+    reference = Reference(model, example, dtype=dtype)
+    return reference.compare(plan, copy_of(smaller).to(reference.dtype))
+
+
+class Reference:
+    """A copy of the dense model in one type, to be masked by several plans.
+
+    Args:
+        model: the dense model; it is left as it was.
+        example: one batch.
+        dtype: see `verify`.
+
+    Attributes:
+        model: the copy, dense between two calls.
+        dtype: its type: `dtype`, or float32 where the model does not run in float64.
+
+    Raises:
+        VerificationError: the dense model does not run.
+    """
+
+    def __init__(self, model: nn.Module, example: Batch, *, dtype: torch.dtype = torch.float64) -> None:
+        self.dtype, self._example = dtype, example
+        self.model = copy_of(model).to(dtype)
+        self._twin: Twin | None = None
+        try:
+            self._run(self.model)
+        except Exception as error:
+            if dtype is not torch.float64:
+                raise VerificationError(
+                    f"A forward pass of the dense model in {str(dtype).removeprefix('torch.')}",
+                    f"{type(error).__name__}: {first_line(error)}",
+                    "Write its forward so that new tensors take the type of its input",
+                ) from error
+            self.dtype = torch.float32  # the forward makes tensors of its own type
+            self.model = copy_of(model).to(self.dtype)
+
+    def compare(self, plan: Plan, smaller: nn.Module) -> Verification:
+        """Compare a pruned model, already of this type, with the masked twin.
+
+        Raises:
+            VerificationError: they differ by more than the tolerance, or the smaller model does not run.
+        """
+        expected = self.masked_outputs(plan)
+        try:
+            found = self._run(smaller)
+        except Exception as error:
+            raise VerificationError(
+                "A forward pass of the pruned model", f"{type(error).__name__}: {first_line(error)}", ADVICE
+            ) from error
+        result = Verification(
+            _difference(expected, found),
+            TOLERANCE[self.dtype],
+            str(self.dtype).removeprefix("torch."),
+            "operations" if plan.normed else "weights",
         )
-    return result
+        if not result.difference <= result.tolerance:
+            raise VerificationError(
+                f"Outputs of the pruned model equal to the masked model's within {result.tolerance:g}",
+                f"the relative difference is {result.difference:.3g}",
+                ADVICE,
+            )
+        return result
 
+    def masked_outputs(self, plan: Plan) -> list[Tensor]:
+        """Return the outputs of the masked twin."""
+        if plan.normed:
+            if self._twin is None:
+                args, kwargs = _cast(model_inputs(self._example), self.dtype)
+                self._twin = Twin(self.model, kwargs if kwargs else args[0])
+            return self._twin.outputs(plan)
+        tensors = named_tensors(self.model)
+        names = {cut.tensor for cut in plan.cuts if cut.role == "consumes"}
+        before = {name: tensors[name].detach().clone() for name in names}
+        _zero_consumers(tensors, plan)
+        try:
+            return self._run(self.model)
+        finally:
+            with torch.no_grad():
+                for name, values in before.items():
+                    tensors[name].copy_(values)
 
-def operations_twin(model: nn.Module, example: Batch, dtype: torch.dtype = torch.float64) -> Twin:
-    """Return the twin of operations of a model, to be used for several plans."""
-    args, kwargs = _cast(model_inputs(example), dtype)
-    return Twin(model, kwargs if kwargs else args[0], dtype)
+    def _run(self, model: nn.Module) -> list[Tensor]:
+        args, kwargs = _cast(model_inputs(self._example), self.dtype)
+        with modes_kept(model), cache_off(model), torch.random.fork_rng(devices=[]), torch.no_grad():
+            model.eval()
+            return [item for item in tree_leaves(model(*args, **kwargs)) if isinstance(item, Tensor)]
 
 
 ADVICE = (
     "The model's forward depends on a size in a way that its operations do not show; "
     "freeze the groups concerned, and please report the network"
 )
-
-
-def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    with modes_kept(model), cache_off(model), torch.random.fork_rng(devices=[]), torch.no_grad():
-        model.eval()
-        return [item for item in tree_leaves(model(*args, **kwargs)) if isinstance(item, Tensor)]
 
 
 def _cast(inputs: Any, dtype: torch.dtype) -> Any:
