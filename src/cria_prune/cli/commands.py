@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ from cria_prune.artifact.report import write_report
 from cria_prune.cli import show, target
 from cria_prune.cli.flow import Job, prune_stage, recover_stage, rounded, save_and_reload
 from cria_prune.cli.folder import REPORT, check_file, claimed
+from cria_prune.cli.inventory import inventory
+from cria_prune.cli.outline import folded, frozen, outline, shares
 from cria_prune.cli.settings import pick_device, prune_config, recover_config
+from cria_prune.cli.sources import load_source, parse_shape
 from cria_prune.cli.talk import Kept, Talk, percent
 from cria_prune.cli.target import Target
+from cria_prune.cli.tree import drawn, module_tree
 from cria_prune.config import PruneConfig
 from cria_prune.pipeline import PruneResult, clock
-from cria_prune.plan import check_reachable, count_macs, count_parameters, largest_reachable
-from cria_prune.plan.budget import DENOMINATORS
+from cria_prune.plan import check_reachable
 from cria_prune.structure import UnitGroups, without_residual
 
 Params = Mapping[str, Any]
@@ -118,25 +122,31 @@ def evaluate(params: Params) -> None:
 
 
 def inspect(params: Params) -> None:
-    """The unit groups of a recipe's network or of a checkpoint."""
-    found, talk = target.find(params["target"]), Talk(params["quiet"] or params["json"])
-    model = found.untrained()
-    groups = structure_of(model, found, params["residual"])
+    """The unit groups of a model from anywhere, what they cost and why some are frozen."""
+    talk = Talk(params["quiet"] or params["json"])
+    with redirect_stdout(sys.stderr):  # what the user's code prints is no part of the answer
+        source = load_source(params["model"], parse_shape(params["example"]), params["meta"])
+        groups = pipeline.discover(source.model, source.example)
     floor = PruneConfig().plan.floor if params["floor"] is None else params["floor"]
-    rows = [describe(groups, group.name) for group in groups]
-    removable = {of: largest_reachable(groups, floor, of) for of in DENOMINATORS}
-    show.structure(talk, rows, removable)
-    answer: dict[str, Any] = {
-        "target": params["target"],
-        "recipe": found.task.name,
-        "parameters": count_parameters(groups),
-        "macs": count_macs(groups),
-        "groups": rows if params["json"] else len(rows),
-        "prunable_groups": len(groups.prunable),
-        "floor": floor,
-        "removable": removable,
+    found = inventory(groups, floor)
+    show.model(talk, source, found)
+    if params["tree"]:
+        talk.tree(drawn(module_tree(source.model, found.rows, params["everything"])))
+        frozen(talk, folded(found.rows, params["everything"]))
+        shares(talk, found)
+    else:
+        outline(talk, found, params["everything"])
+    answer = {
+        "target": source.name,
+        "source": source.kind,
+        "model": type(source.model).__name__,
+        "recipe": None if source.target is None else source.target.task.name,
+        **found.to_dict(),
+        "prunable_groups": sum(row.status == "prunable" for row in found.rows),
+        "residual_groups": sum(row.status == "residual" for row in found.rows),
+        "frozen_groups": sum(row.status == "frozen" for row in found.rows),
     }
-    talk.answer(answer)
+    talk.answer(answer if params["json"] else {**answer, "groups": len(found.rows)})
 
 
 def score(params: Params, command: list[str]) -> None:
@@ -227,23 +237,3 @@ def structure_of(model: nn.Module, found: Target, residual: bool | None) -> Unit
     """Return the unit groups of a model; residual widths are frozen unless asked for."""
     groups = pipeline.discover(model, found.task.example)
     return groups if residual else without_residual(groups)
-
-
-def describe(groups: UnitGroups, name: str) -> dict[str, Any]:
-    """Return a group as JSON: its units, what one of them costs, the weights around it."""
-    group = groups[name]
-    parameters = macs = None
-    if group in groups.prunable:
-        one_less = {name: group.size - 1}
-        parameters = count_parameters(groups) - count_parameters(groups, one_less)
-        macs = count_macs(groups) - count_macs(groups, one_less)
-    return {
-        "name": name,
-        "kind": group.kind,
-        "units": group.size,
-        "parameters_per_unit": parameters,
-        "macs_per_unit": macs,
-        "producers": sorted({item.tensor for item in group.producers}),
-        "consumers": sorted({item.tensor for item in group.consumers}),
-        "frozen": group.frozen,
-    }

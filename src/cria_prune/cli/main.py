@@ -57,9 +57,12 @@ def run(
 @app.command()
 def inspect(
     context: typer.Context,
-    target: o.Target,
-    residual: o.Residual = None,
+    model: o.Model,
+    example: o.Example = None,
+    meta: o.Meta = False,
     floor: o.Floor = None,
+    tree: o.Tree = False,
+    everything: o.All = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:

@@ -9,6 +9,14 @@ from typer import Argument, Option
 
 Recipe = Annotated[str, Argument(help="digits, cifar10-resnet20 or cifar10-resnet56.", show_default=False)]
 Target = Annotated[str, Argument(help="A recipe, or the folder of a checkpoint.", show_default=False)]
+Model = Annotated[
+    str,
+    Argument(
+        help="A recipe, the folder of a checkpoint or of a Hugging Face model, or package.module:function "
+        "(without arguments, gives a module or (module, example)).",
+        show_default=False,
+    ),
+]
 Checkpoint = Annotated[str, Argument(help="The folder of a checkpoint.", show_default=False)]
 
 Reduction = Annotated[
@@ -50,5 +58,11 @@ Config = Annotated[
 Quiet = Annotated[
     bool, Option("--quiet", "-q", help="Print the last line, the JSON object, and nothing else.")
 ]
+Example = Annotated[
+    str | None, Option(help="Shape of the (main) input, like 1,3,32,32 [default: what suits the model].")
+]
+Meta = Annotated[bool, Option("--meta", help="Shapes alone: leave the weights, take no memory for them.")]
+Tree = Annotated[bool, Option("--tree", help="Along the modules in place of a table.")]
+All = Annotated[bool, Option("--all", help="Every group by itself, repeated layers too, names in full.")]
 Json = Annotated[bool, Option("--json", help="Print everything as one JSON object, and no table.")]
 ScoreFile = Annotated[Path | None, Option(help="JSON file for all scores and the whole diagnosis.")]

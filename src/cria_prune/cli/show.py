@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+from cria_prune.batches import Batch, model_inputs
+from cria_prune.cli.outline import COSTS
 from cria_prune.cli.talk import Talk, percent
 from cria_prune.pipeline import PruneResult
 
-SHOWN_TENSORS = 2
-COSTS = {"parameters": "parameters", "prunable": "prunable parameters", "macs": "MACs"}
+if TYPE_CHECKING:
+    from cria_prune.cli.inventory import Inventory
+    from cria_prune.cli.sources import Source
 
 
 def rounds(talk: Talk, result: PruneResult, metric: str) -> None:
@@ -54,34 +57,21 @@ def outcome(talk: Talk, results: Mapping[str, Any], metric: str) -> None:
         )
 
 
-def structure(talk: Talk, groups: Sequence[Mapping[str, Any]], removable: Mapping[str, float]) -> None:
-    """Print one row per unit group, and the share that can be removed."""
-    rows = [
-        [
-            item["name"],
-            item["kind"],
-            _few(item["producers"]),
-            _few(item["consumers"]),
-            item["frozen"] or "",
-            str(item["units"]),
-            _count(item["parameters_per_unit"]),
-            _count(item["macs_per_unit"]),
-        ]
-        for item in groups
-    ]
-    columns = [
-        "group",
-        "kind",
-        "producers",
-        "consumers",
-        "why frozen",
-        "units",
-        "params/unit",
-        "MACs/unit",
-    ]
-    talk.table(columns, rows, left=5)
-    shares = ", ".join(f"{percent(share)} of the {COSTS[of]}" for of, share in removable.items())
-    talk.say(f"can be removed at most: {shares}")
+def model(talk: Talk, source: Source, found: Inventory) -> None:
+    """Print which model it is, what it costs and on which inputs that was counted."""
+    talk.say(
+        f"{source.name}: {type(source.model).__name__}, {found.parameters:,} parameters, "
+        f"{found.macs:,.0f} MACs per example"
+    )
+    talk.say(f"example: {inputs(source.example)}")
+
+
+def inputs(example: Batch) -> str:
+    """Return the shapes of a batch: `(2, 3, 32, 32)` or `input_ids (2, 16), attention_mask (2, 16)`."""
+    args, named = model_inputs(example)
+    shapes = [str(tuple(item.shape)) for item in args]
+    shapes += [f"{name} {tuple(item.shape)}" for name, item in named.items() if hasattr(item, "shape")]
+    return ", ".join(shapes)
 
 
 def diagnosis(talk: Talk, groups: Mapping[str, Mapping[str, Any]]) -> None:
@@ -137,14 +127,3 @@ def report(
         "provenance": dict(origin),
         "config": result.config.model_dump(mode="json"),
     }
-
-
-def _few(tensors: Sequence[str]) -> str:
-    more = len(tensors) - SHOWN_TENSORS
-    return ", ".join(tensor.removesuffix(".weight") for tensor in tensors[:SHOWN_TENSORS]) + (
-        f" and {more} more" if more > 0 else ""
-    )
-
-
-def _count(number: float | None) -> str:
-    return "-" if number is None else f"{number:,.0f}"

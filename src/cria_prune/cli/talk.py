@@ -14,9 +14,12 @@ import typer
 from cria_prune.errors import CriaError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.tree import Tree
+
     from cria_prune.progress import Progress
 
-WIDTH = 120
+WIDTH, GAP, INDENT, MARK = 120, 3, "    ", "\ue000"
 
 
 class Talk:
@@ -28,6 +31,7 @@ class Talk:
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
+        self._spaced = False
 
     @property
     def progress(self) -> Progress:
@@ -40,31 +44,72 @@ class Talk:
         """Print a line for a person."""
         if not self.quiet:
             print(text, flush=True)
+            self._spaced = False
 
     def note(self, text: str) -> None:
         """Print a line about the progress, on stderr."""
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
-        """Print a table; the first `left` columns are flush left, the others flush right."""
+    def table(
+        self,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        left: int = 1,
+        remarks: Sequence[str] | None = None,
+    ) -> None:
+        """Print a table.
+
+        Args:
+            columns: their names.
+            rows: cells in the order of the columns.
+            left: so many columns are flush left, the others flush right.
+            remarks: a title and one text per row, in a last column if it fits, else below each row.
+        """
         if self.quiet:
             return
         from rich import box
-        from rich.console import Console
         from rich.table import Table
 
+        from cria_prune.cli.wrap import Breakable
+
         drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="")
-        for number, name in enumerate(columns):
-            drawn.add_column(name, justify="left" if number < left else "right", overflow="fold")
-        for row in rows:
-            drawn.add_row(*row)
-        width = shutil.get_terminal_size((WIDTH, 24)).columns
-        console = Console(file=sys.stdout, width=width, highlight=False, markup=False)
+        beside, below = _placed(columns, rows, remarks or [], self._width)
+        for number, name in enumerate([*columns, *beside[:1]]):
+            flush = number < left or number == len(columns)
+            title = f"{name}\n{INDENT}{below[0]}" if below and number == 0 else name
+            drawn.add_column(title, justify="left" if flush else "right", overflow="fold", no_wrap=not flush)
+        for number, row in enumerate(rows, start=1):
+            drawn.add_row(*map(Breakable, row[:left]), *row[left:], *beside[number : number + 1])
+            if below and below[number]:
+                drawn.add_row(f"{MARK}{number}")
+        lines: list[str] = []
+        for line in self._drawn(drawn):
+            remark = INDENT + below[int(line[1:])] if line.startswith(MARK) else None
+            lines += [line] if remark is None else Breakable(remark).lines(self._width)
+        self._block(lines)
+
+    def tree(self, tree: Tree) -> None:
+        """Print a tree."""
+        if not self.quiet:
+            self._block(self._drawn(tree))
+
+    @property
+    def _width(self) -> int:
+        return shutil.get_terminal_size((WIDTH, 24)).columns
+
+    def _drawn(self, item: RenderableType) -> list[str]:
+        from rich.console import Console
+
+        console = Console(file=sys.stdout, width=self._width, highlight=False, markup=False)
         with console.capture() as drawing:
-            console.print(drawn)
-        lines = (line.rstrip() for line in drawing.get().strip("\n").splitlines())
-        print("\n" + "\n".join(line for line in lines if line) + "\n", flush=True)
+            console.print(item)
+        return [line.rstrip() for line in drawing.get().splitlines() if line.strip()]
+
+    def _block(self, lines: Sequence[str]) -> None:
+        """Print lines between blank ones, one blank line between two blocks."""
+        print(("" if self._spaced else "\n") + "\n".join(lines) + "\n", flush=True)
+        self._spaced = True
 
     def answer(self, values: Mapping[str, Any]) -> None:
         """Print the last line: one JSON object."""
@@ -90,6 +135,15 @@ def answering() -> Iterator[Kept]:
     except KeyboardInterrupt:
         print(f"interrupted: {kept.text}", file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+def _placed(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], remarks: Sequence[str], width: int
+) -> tuple[Sequence[str], Sequence[str]]:
+    """Return the remarks as (beside the rows, below them): one of the two is empty."""
+    widths = [max(map(len, cells)) + GAP for cells in zip(columns, *rows, strict=True)]
+    fits = sum(widths) + max(map(len, remarks), default=0) <= width
+    return (remarks, []) if fits else ([], remarks)
 
 
 def percent(share: float | None) -> str:
