@@ -29,7 +29,7 @@ COMMON = {"--seed", "--device", "--quiet", "-q"}
 SAVING = {"--output", "--overwrite"}
 SURFACE = {
     "run": PRUNING | TUNING | COMMON | SAVING,
-    "inspect": {"--residual", "--no-residual", "--floor", "--json", "--quiet", "-q"},
+    "inspect": {"--example", "--meta", "--floor", "--tree", "--all", "--json", "--quiet", "-q"},
     "score": {
         "--criterion",
         "--preset",
@@ -172,9 +172,10 @@ def test_score_writes_scores_and_inspect_groups() -> None:
     rows = {item["name"]: item for item in said["groups"]}
     assert rows["conv1"]["parameters_per_unit"] == 9 + 2 + 64 * 9
     assert rows["conv1"]["consumers"] == ["conv2.weight"]
-    assert "residual" in rows["conv2"]["frozen"] and rows["conv2"]["parameters_per_unit"] is None
+    assert (rows["conv2"]["status"], rows["conv2"]["frozen"]) == ("residual", None)
+    assert rows["linear"]["parameters_per_unit"] is None
     assert 0.5 < said["removable"]["parameters"] < 1
-    assert "why frozen" in cria("inspect", "digits").stdout
+    assert "is part of the model's output" in cria("inspect", "digits").stdout
 
 
 def test_errors_say_what_is_known() -> None:

@@ -24,7 +24,7 @@ from cria_prune.cli.sources import load_source, parse_shape
 from cria_prune.cli.talk import Kept, Talk, percent
 from cria_prune.cli.target import Target
 from cria_prune.cli.tree import drawn, module_tree
-from cria_prune.config import PruneConfig
+from cria_prune.config import PlanConfig, PruneConfig
 from cria_prune.pipeline import PruneResult, clock
 from cria_prune.plan import check_reachable
 from cria_prune.structure import UnitGroups, without_residual
@@ -124,10 +124,10 @@ def evaluate(params: Params) -> None:
 def inspect(params: Params) -> None:
     """The unit groups of a model from anywhere, what they cost and why some are frozen."""
     talk = Talk(params["quiet"] or params["json"])
+    floor = PlanConfig(**({} if params["floor"] is None else {"floor": params["floor"]})).floor
     with redirect_stdout(sys.stderr):  # what the user's code prints is no part of the answer
         source = load_source(params["model"], parse_shape(params["example"]), params["meta"])
         groups = pipeline.discover(source.model, source.example)
-    floor = PruneConfig().plan.floor if params["floor"] is None else params["floor"]
     found = inventory(groups, floor)
     show.model(talk, source, found)
     if params["tree"]:

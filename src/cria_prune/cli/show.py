@@ -60,8 +60,7 @@ def outcome(talk: Talk, results: Mapping[str, Any], metric: str) -> None:
 def model(talk: Talk, source: Source, found: Inventory) -> None:
     """Print which model it is, what it costs and on which inputs that was counted."""
     talk.say(
-        f"{source.name}: {type(source.model).__name__}, {found.parameters:,} parameters, "
-        f"{found.macs:,.0f} MACs per example"
+        f"{type(source.model).__name__}: {found.parameters:,} parameters, {found.macs:,.0f} MACs per example"
     )
     talk.say(f"example: {inputs(source.example)}")
 

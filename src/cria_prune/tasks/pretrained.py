@@ -1,0 +1,154 @@
+"""A Hugging Face folder -> its model: from config.json and safetensors, never from code or pickles."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from cria_prune.errors import ArtifactError
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def load_pretrained(folder: Path, meta: bool = False) -> nn.Module:
+    """Return the model of a Hugging Face folder in eval mode, on the CPU or without values.
+
+    The class is the first of `architectures` in config.json that transformers has, else the base model of
+    the configuration (`AutoModel`). Code in the folder is not run and nothing is asked of a server.
+
+    Args:
+        folder: holds config.json, and the weights as safetensors if there are any.
+        meta: leave the weights and make every tensor on the meta device: shapes without memory. A
+            folder without weights is read like this too.
+
+    Raises:
+        ArtifactError: transformers is missing or does not know the model, the weights are pickles, are
+            quantized or are not those of the model, or a file is damaged.
+    """
+    asked = f"Reading the Hugging Face model in {folder}"
+    library = _library(asked)
+    weights = not meta and _has_weights(folder, asked)
+    with _quiet(library):
+        try:
+            config = library.AutoConfig.from_pretrained(
+                str(folder.resolve()), local_files_only=True, trust_remote_code=False
+            )
+            config._attn_implementation = None  # the file may name a kernel on a server
+            known = _known_class(library, config)
+            if weights:
+                return _with_values(known or library.AutoModel, folder, config, asked).eval()
+            with torch.device("meta"):
+                model = known(config) if known else library.AutoModel.from_config(config)
+            return model.eval()
+        except ArtifactError:
+            raise
+        except Exception as error:  # whatever a file can make another library raise
+            text = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".")
+            raise ArtifactError(
+                asked,
+                f"transformers {library.__version__} stops with {type(error).__name__}: {text}",
+                "Check config.json and the weights; models whose code lies in their folder are not run",
+            ) from error
+
+
+def _library(asked: str) -> ModuleType:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ArtifactError(
+            asked, "transformers is not installed", "Install it with pip install 'cria-prune[hf]'"
+        ) from error
+    return transformers
+
+
+def _has_weights(folder: Path, asked: str) -> bool:
+    """Say whether there are safetensors. Raises an ArtifactError where there are pickles instead."""
+    if (folder / "adapter_config.json").exists():
+        raise ArtifactError(
+            asked, "it holds an adapter beside or in place of the model", "Merge it into the model and save"
+        )
+    if (folder / WEIGHTS).exists():
+        return True
+    if (folder / INDEX).exists():
+        _check_index(folder / INDEX, asked)
+        return True
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise ArtifactError(
+            asked,
+            f"the weights are pickles ({pickles[0]}), which can run code when they are read",
+            "Save the model again as safetensors, or pass --meta to see its shapes only",
+        )
+    return False
+
+
+def _check_index(path: Path, asked: str) -> None:
+    """An index may only name safetensors that lie beside it."""
+    try:
+        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        wrong = sorted(
+            str(name) for name in names if Path(name).name != name or Path(name).suffix != ".safetensors"
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(asked, f"{path.name} cannot be read, {error}", "Copy the folder again") from error
+    if wrong:
+        raise ArtifactError(
+            asked, f"{path.name} names {wrong[0]!r}", "Only safetensors in the folder itself are read"
+        )
+
+
+def _known_class(library: ModuleType, config: Any) -> Any:
+    for name in config.architectures or ():
+        found = getattr(library, str(name), None)
+        if isinstance(found, type) and issubclass(found, library.PreTrainedModel):
+            return found
+    return None
+
+
+def _with_values(kind: Any, folder: Path, config: Any, asked: str) -> nn.Module:
+    if getattr(config, "quantization_config", None) is not None:
+        raise ArtifactError(
+            asked,
+            "its weights are quantized",
+            "Give the weights as floats, or pass --meta to see shapes only",
+        )
+    model, info = kind.from_pretrained(
+        str(folder.resolve()),
+        config=config,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 2} more" if len(missing) > 2 else ""
+        raise ArtifactError(
+            asked,
+            f"the weights lack {', '.join(missing[:2])}{more}, which {type(model).__name__} needs",
+            "Complete the weights, or pass --meta to see shapes only",
+        )
+    return model
+
+
+@contextmanager
+def _quiet(library: ModuleType) -> Iterator[None]:
+    """Keep the progress bars and warnings of transformers away; its settings are put back."""
+    logging = library.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
