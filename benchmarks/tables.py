@@ -1,4 +1,4 @@
-"""Turn the result files into docs/results.md and the results block of the README.
+"""Turn the result files into docs/results.md, docs/coverage.md and the results block of the README.
 
 python benchmarks/tables.py
 """
@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import coverage_table
+from coverage_table import table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -42,12 +45,6 @@ def percent(values: Sequence[float]) -> str:
 
 def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "s")
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    head = list(head)
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def dense_line(network: str) -> str:
@@ -152,6 +149,7 @@ def readme(text: str) -> str:
 
 def main() -> None:
     (ROOT / "docs" / "results.md").write_text(render())
+    (ROOT / "docs" / "coverage.md").write_text(coverage_table.render())
     page = ROOT / "README.md"
     page.write_text(readme(page.read_text()))
 
