@@ -16,7 +16,7 @@ import tables
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "cria_prune"
-BASE = {"errors", "config", "batches", "progress", "modules", "loss"}
+BASE = {"attention", "errors", "config", "batches", "progress", "modules", "loss"}
 MAY_IMPORT = {
     "structure": BASE,
     "graph": {"errors"},

@@ -12,7 +12,7 @@ from cria_prune.errors import StructureError
 from cria_prune.plan.budget import Budget, count_macs, count_parameters, largest_reachable
 from cria_prune.plan.plan import AttributeEdit, Plan, TensorCut
 from cria_prune.plan.select import select
-from cria_prune.structure.groups import UnitGroups, counted_values, removed_positions
+from cria_prune.structure.groups import UnitGroups, removed_positions, said_values
 
 Kept = Mapping[str, Sequence[int] | np.ndarray]
 
@@ -95,21 +95,17 @@ def make_plan(groups: UnitGroups, kept: Kept, report: Mapping[str, float | str] 
 
 
 def _attribute_edits(groups: UnitGroups, kept: Mapping[str, tuple[int, ...]]) -> tuple[AttributeEdit, ...]:
-    """Return what attributes say afterwards; one whose counts disagree (layers of one config) is left.
+    """Return what attributes say afterwards.
 
     A field of a configuration that changes for one module is listed for all that count by it, for
     they may share the configuration.
     """
-    before = {(item.module, item.name): item.value for group in groups for item in group.counts}
-    after: dict[tuple[str, str], set[int]] = {}
-    for (module, name, _), value in counted_values(groups.groups, kept).items():
-        after.setdefault((module, name), set()).add(value)
-    certain = {key: min(values) for key, values in after.items() if len(values) == 1}
-    changed = {key for key, value in certain.items() if value != before[key]}
+    said = said_values(groups.groups, kept)
+    changed = {key for key, (now, after) in said.items() if now != after}
     fields = {name for _, name in changed if name.startswith("config.")}
     return tuple(
-        AttributeEdit(*key, before[key], value)
-        for key, value in certain.items()
+        AttributeEdit(*key, now, after)
+        for key, (now, after) in said.items()
         if key in changed or key[1] in fields
     )
 

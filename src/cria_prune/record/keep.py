@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from cria_prune.modules import modes_kept
+from cria_prune.attention import plain_attention
+from cria_prune.modules import cache_off, modes_kept
 
 
 @contextmanager
@@ -23,7 +24,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     grads = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     python, numpy = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with modes_kept(model), torch.random.fork_rng(devices=devices):
+    with modes_kept(model), cache_off(model), plain_attention(model), torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:

@@ -36,6 +36,7 @@ class Signature(NamedTuple):
 
     data: Argument
     keys: tuple[Argument, ...]
+    rows: bool = False  # an embedding: its result is the signal at the site `rows`
 
 
 def _signatures() -> dict[Any, Signature]:
@@ -61,6 +62,8 @@ def _signatures() -> dict[Any, Signature]:
         table[function] = Signature(Argument(0, "input"), (Argument(1, "mat2"),))
     for function in (torch.matmul, Tensor.matmul, Tensor.__matmul__):
         table[function] = Signature(Argument(0, "input"), (Argument(1, "other"),))
+    rows = Signature(Argument(0, "input"), (Argument(1, "weight"),), rows=True)
+    table[functional.embedding] = rows
     table[functional.batch_norm] = Signature(
         Argument(0, "input"), (Argument(3, "weight"), Argument(1, "running_mean"))
     )
@@ -116,6 +119,8 @@ class Taps(TorchFunctionMode):
         kwargs = kwargs or {}
         signature = SIGNATURES.get(func)
         sites = self._wanted(signature, args, kwargs) if signature else ()
+        if signature:
+            sites = [item for item in sites if (item[1] == "rows") == signature.rows]
         if not signature or not sites:
             return func(*args, **kwargs)
         for name, site in sites:
@@ -123,7 +128,7 @@ class Taps(TorchFunctionMode):
                 self._receive(name, site, signature.data.of(args, kwargs).detach())
         result = func(*args, **kwargs)
         for name, site in sites:
-            if site == "output":
+            if site != "input":
                 self._receive(name, site, result.detach())
         return result
 

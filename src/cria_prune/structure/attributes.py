@@ -75,7 +75,7 @@ def with_counts(
         for group, width in widths.items():
             if group and len(width) == 1:
                 for name, sure in names.items():
-                    entry = Count(item.module, name, str(place), width.copy().pop(), item.value, sure)
+                    entry = Count(item.module, name, str(place), min(width), item.value, item.value, sure)
                     found[group][item.module, name, entry.place] = entry
     for group in groups:
         for entry in _config_widths(model, modules, group):
@@ -88,10 +88,11 @@ def _names(module: nn.Module, item: Counted) -> dict[str, bool]:
     held = {name for name, value in held_numbers(module).items() if value == item.value}
     if item.names:
         return {name: True for name in item.names if name in held}
+    own = type(module).__module__.startswith("torch.nn.")  # these say what they mean
     names = {}
     for name in held:
         said = bool(HEADS.match(name.removeprefix("config."))) or name in WIDTHS
-        if said or not name.startswith("config."):
+        if said or not (own or name.startswith("config.")):
             names[name] = said
     return names
 
@@ -108,4 +109,5 @@ def _config_widths(model: nn.Module, modules: Mapping[str, nn.Module], group: Un
     held = held_numbers(modules[path])
     for field in CONFIG_WIDTHS[kind]:
         if held.get(f"config.{field}") == group.size * width:
-            yield Count(path, f"config.{field}", group.name, width, group.size * width, True)
+            said = group.size * width
+            yield Count(path, f"config.{field}", group.name, width, said, said, True)

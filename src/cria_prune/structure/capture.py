@@ -13,6 +13,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from cria_prune.attention import plain_attention
 from cria_prune.batches import Batch, model_inputs
 from cria_prune.errors import CaptureError, DataError
 from cria_prune.modules import cache_off, modes_kept
@@ -27,7 +28,13 @@ def capture(model: nn.Module, example: Batch) -> ExportedProgram:
             the operation and the line of the model's code.
     """
     args, kwargs = model_inputs(example)
-    with modes_kept(model), cache_off(model), torch.random.fork_rng(devices=[]), torch.no_grad():
+    with (
+        modes_kept(model),
+        cache_off(model),
+        plain_attention(model),
+        torch.random.fork_rng(devices=[]),
+        torch.no_grad(),
+    ):
         model.eval()
         try:
             return torch.export.export(model, args, kwargs, strict=False)

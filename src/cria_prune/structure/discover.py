@@ -7,7 +7,7 @@ read back as groups: units that touch the same dimensions of the same tensors in
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import cast, get_args
 
 import numpy as np
 from torch import nn
@@ -89,7 +89,8 @@ def _taps(context: Context) -> dict[tuple[str, Site], Place]:
             norm = _own_batch_norm(use.node)
             statistics = next((context.tensors[item] for item in norm if item in context.tensors), None)
             name = statistics or use.weight
-            taps.setdefault((name, "output"), Place(name, use.channel, "output", use.leaving))
+            site: Site = "rows" if operation_name(use.node) == "embedding" else "output"
+            taps.setdefault((name, site), Place(name, use.channel, site, use.leaving))
         if use.in_dim is not None and use.entering is not None:
             taps.setdefault((use.weight, "input"), Place(use.weight, use.channel, "input", use.entering))
     return taps
@@ -172,11 +173,11 @@ def _group(
     ]
     taps = {
         site: tuple(
-            Tap(item.place.tensor, site, item.place.dim, item.positions[order])
+            Tap(item.place.tensor, cast(Site, site), item.place.dim, item.positions[order])
             for item in items
             if item.place.kind == site
         )
-        for site in ("output", "input")
+        for site in get_args(Site)
     }
     reason = resolved.frozen.get(units[0])
     if reason is None and not any(item.role == "consumes" for item in slices):
@@ -188,7 +189,7 @@ def _group(
         size=len(units),
         original_size=len(units),
         slices=tuple(slices),
-        inputs=taps["output"],
+        inputs=(*taps["output"], *taps["rows"]),
         outputs=taps["input"],
         frozen=reason,
         assumes=tuple(dict.fromkeys(text for unit in units for text in resolved.assumed.get(unit, ()))),

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 Role = Literal["produces", "consumes", "follows"]
-Site = Literal["output", "input"]
+Site = Literal["output", "input", "rows"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Tap:
         tensor: the operation is the one that is called with this parameter or buffer
             (a weight, or for a batch norm its weight, else its running mean).
         site: read the operation's `output` (input-side signal, before the activation)
-            or its data `input` (output-side signal).
+            or its data `input` (output-side signal), or the `rows` that an embedding picks
+            (input-side; the same weight may also be used in a product).
         dim: the dimension of that activation along which the units lie (1 or -1).
         positions: (units, width) int64, positions of each unit along `dim`.
     """
@@ -61,7 +62,8 @@ class Count:
         name: the attribute; `config.<field>` is a field of the module's configuration.
         place: which count it is; the contributions of several groups to one place add up.
         width: what the attribute loses with each unit.
-        value: what it says now.
+        value: how many there are at this place now.
+        said: what the attribute says now; several places may disagree, and it is then left.
         sure: its name says what it counts; otherwise it is restated only where a trial cut fails
             without that.
     """
@@ -71,6 +73,7 @@ class Count:
     place: str
     width: int
     value: int
+    said: int
     sure: bool
 
 
@@ -184,11 +187,24 @@ def counted_values(
     for group in groups:
         gone = group.size - len(kept.get(group.name, range(group.size)))
         for item in group.counts:
-            if not item.sure:
-                continue
-            key = (item.module, item.name, item.place)
-            values[key] = values.get(key, item.value) - gone * item.width
+            if item.sure:
+                key = (item.module, item.name, item.place)
+                values[key] = values.get(key, item.value) - gone * item.width
     return values
+
+
+def said_values(
+    groups: Sequence[UnitGroup], kept: Mapping[str, Sequence[int]]
+) -> dict[tuple[str, str], tuple[int, int]]:
+    """Return (module, attribute) -> (what it says now, what it says when only the `kept` units stay).
+
+    An attribute whose places then disagree (layers of one configuration) is left as it is.
+    """
+    now = {(item.module, item.name): item.said for group in groups for item in group.counts}
+    after: dict[tuple[str, str], set[int]] = {}
+    for (module, name, _), value in counted_values(groups, kept).items():
+        after.setdefault((module, name), set()).add(value)
+    return {key: (now[key], min(values) if len(values) == 1 else now[key]) for key, values in after.items()}
 
 
 def shrink(groups: UnitGroups, kept: Mapping[str, Sequence[int]]) -> UnitGroups:
@@ -207,7 +223,7 @@ def shrink(groups: UnitGroups, kept: Mapping[str, Sequence[int]]) -> UnitGroups:
         rows = positions[stays]
         return rows if gone is None else rows - np.searchsorted(gone, rows)
 
-    values = counted_values(groups.groups, kept)
+    values, said = counted_values(groups.groups, kept), said_values(groups.groups, kept)
 
     def smaller(group: UnitGroup) -> UnitGroup:
         stays = np.asarray(kept.get(group.name, range(group.size)), dtype=np.int64)
@@ -227,7 +243,11 @@ def shrink(groups: UnitGroups, kept: Mapping[str, Sequence[int]]) -> UnitGroups:
                 for tap in group.outputs
             ),
             counts=tuple(
-                replace(item, value=values[item.module, item.name, item.place])
+                replace(
+                    item,
+                    value=values[item.module, item.name, item.place],
+                    said=said[item.module, item.name][1],
+                )
                 for item in group.counts
                 if item.sure
             ),

@@ -55,6 +55,7 @@ class Context:
         axes: the axes of each node so far.
         tensors: nodes that are a parameter or buffer, or a view of it with the same elements.
         data: nodes that depend on the model's inputs.
+        sources: node -> the layers that produced it, with no other layer between.
         uses: the uses of weights.
         counted: numbers that count atoms.
     """
@@ -64,6 +65,7 @@ class Context:
     axes: dict[Node, Any] = field(default_factory=dict)
     tensors: dict[Node, str] = field(default_factory=dict)
     data: set[Node] = field(default_factory=set)
+    sources: dict[Node, frozenset[Node]] = field(default_factory=dict)
     uses: list[WeightUse] = field(default_factory=list)
     counted: list[Counted] = field(default_factory=list)
 
@@ -174,13 +176,18 @@ def elementwise(node: Node, context: Context) -> Axes:
 
 
 def _mark_branches(node: Node, result: Axes, branches: list[Node], context: Context) -> None:
-    """Mark what meets from different producers: a residual stream where they are added, a gated unit."""
+    """Mark what meets: a residual stream where outputs of different layers are added, gated units."""
     name = operation_name(node)
-    mark = "residual" if name in ADDITIONS else "gated" if name == "mul" else None
-    for back in range(1, len(result) + 1) if mark else ():
+    if name in ADDITIONS and len({context.sources.get(item) for item in branches}) > 1:
+        mark = "residual"
+    elif name == "mul":
+        mark = "gated"
+    else:
+        return
+    for back in range(1, len(result) + 1):
         held = [context.axes[item][-back] for item in branches if back <= len(shape(item))]
         labelled = [item for item in held if item is not None]
-        if mark and any(not np.array_equal(labelled[0], other) for other in labelled[1:]):
+        if any(not np.array_equal(labelled[0], other) for other in labelled[1:]):
             context.units.mark(result[-back], mark)
 
 

@@ -15,9 +15,11 @@ from torch.fx import Node
 from cria_prune.structure.axes import Axes
 from cria_prune.structure.capture import operation_name
 from cria_prune.structure.rules import (
+    RULES,
     Context,
     argument,
     dim_argument,
+    elementwise,
     freeze_all,
     rule,
     shape,
@@ -80,20 +82,15 @@ def group_norm(node: Node, context: Context) -> Axes:
     *["prod", "nansum", "var_mean", "std_mean", "max", "min", "argmax", "argmin"],
 )
 def reduction(node: Node, context: Context) -> Any:
-    """A reduced dimension of units is frozen, but for the mean square of an RMS norm."""
+    """A reduced dimension of units is frozen, but for the statistic of a hand-written normalisation."""
     axes = context.of(node.args[0])
     if isinstance(argument(node, 1, "other"), Node):  # max(x, y)
         return freeze_pair(node, context)
     name = operation_name(node)
-    place = 2 if name in {"linalg_vector_norm", "norm"} else 1
-    dims = argument(node, place, "dim")
-    if isinstance(dims, bool):  # std(x, unbiased): the second argument is no dimension
-        dims = None
-    dims = range(len(axes)) if dims is None else [dims] if isinstance(dims, int) else list(dims)
-    reduced = {int(dim) % len(axes) for dim in dims} if axes else set()
-    reduced = reduced or set(range(len(axes)))
+    reduced = reduced_dims(node, len(axes))
+    normalises = len(reduced) == 1 and name in STATISTICS and _is_broadcast_back(node, *reduced)
     for dim in reduced:
-        if _is_mean_square(node) and reduced == {len(axes) - 1}:
+        if normalises:
             context.units.mark(axes[dim], "normed")
         else:
             context.units.freeze(axes[dim], f"is reduced over by {context.where(node)}")
@@ -106,6 +103,16 @@ def reduction(node: Node, context: Context) -> Any:
     return [list(result) for _ in value] if isinstance(value, (tuple, list)) else result
 
 
+def reduced_dims(node: Node, rank: int) -> set[int]:
+    """Return the dimensions that a reduction takes, counted from the front."""
+    dims = argument(node, 2 if operation_name(node) in {"linalg_vector_norm", "norm"} else 1, "dim")
+    if isinstance(dims, bool):  # std(x, unbiased): the second argument is no dimension
+        dims = None
+    dims = range(rank) if dims is None else [dims] if isinstance(dims, int) else list(dims)
+    reduced = {int(dim) % rank for dim in dims} if rank else set()
+    return reduced or set(range(rank))
+
+
 def freeze_pair(node: Node, context: Context) -> Axes:
     """Freeze both tensors of an operation that is used as an elementwise maximum."""
     for item in node.all_input_nodes:
@@ -113,14 +120,27 @@ def freeze_pair(node: Node, context: Context) -> Axes:
     return [None] * len(shape(node))
 
 
-def _is_mean_square(node: Node) -> bool:
-    """Say whether a node is mean(x², -1, keepdim=True), the statistic of a hand-written RMS norm."""
-    source = node.args[0]
-    if operation_name(node) != "mean" or not isinstance(source, Node) or not argument(node, 2, "keepdim"):
+STATISTICS = {"mean", "var", "std", "sum", "amax", "amin", "linalg_vector_norm", "norm"}
+
+
+def _is_broadcast_back(node: Node, dim: int) -> bool:
+    """Say whether a statistic over `dim` (kept with size one) only ever meets that dimension again.
+
+    So it is in a hand-written normalisation, x / sqrt(mean(x²)): nothing else reads the statistic.
+    """
+    if any(item == 0 for item in shape(node)) or len(shape(node)) != len(shape(node.all_input_nodes[0])):
         return False
-    name = operation_name(source)
-    squared = name == "square" or (name == "pow" and source.args[1] == 2)
-    return squared or (name == "mul" and source.args[0] is source.args[1])
+    back = dim - len(shape(node))
+    waiting = [node]
+    while waiting:
+        for user in waiting.pop().users:
+            if operation_name(user) == "_assert_tensor_metadata":
+                continue
+            if RULES.get(operation_name(user)) is not elementwise or len(shape(user)) < -back:
+                return False
+            if shape(user)[back] == 1:
+                waiting.append(user)
+    return True
 
 
 @rule("softmax", "log_softmax", "_softmax", "cumsum", "cumprod", "logcumsumexp")

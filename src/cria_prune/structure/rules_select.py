@@ -91,24 +91,23 @@ def index_select(node: Node, context: Context) -> Axes:
 
 @rule("gather", "take_along_dim")
 def gather(node: Node, context: Context) -> Any:
-    """The dimension that is picked from is fixed; where the index has units, or cuts some off, all are."""
-    data, picks = cast(Node, node.args[0]), argument(node, 2, "index")
+    """The dimension that is picked from is fixed. Along the others the index meets the data one to one."""
+    data, picks = cast(Node, node.args[0]), cast(Node, argument(node, 2, "index"))
     dim = dim_argument(node, 1, "dim", len(shape(data)))
-    same = all(
-        one == other
-        for place, (one, other) in enumerate(zip(shape(data), shape(picks), strict=True))
-        if place != dim
-    )
-    if not same or any(item is not None and place == dim for place, item in enumerate(context.of(picks))):
+    axes, indices = context.of(data), context.of(picks)
+    others = [place for place in range(len(axes)) if place != dim]
+    if any(shape(data)[place] != shape(picks)[place] for place in others) or indices[dim] is not None:
         return no_rule(node, context)
-    axes = context.of(data)
     context.units.freeze(axes[dim], f"is picked from by index in {context.where(node)}")
     axes[dim] = None
-    meets = f"meets a tensor of fixed size in {context.where(node)}"
-    return [
-        None if place == dim else context.units.tie(item, other, meets)
-        for place, (item, other) in enumerate(zip(axes, context.of(picks), strict=True))
-    ]
+    for place in others:
+        if indices[place] is None:  # most often expanded to the size of the data
+            context.units.assume(axes[place], f"{context.where(node)} takes its sizes from its input")
+        elif axes[place] is None:
+            context.units.freeze(indices[place], f"meets a tensor of fixed size in {context.where(node)}")
+        else:
+            context.units.tie(axes[place], indices[place], "")
+    return axes
 
 
 @rule("roll", "flip")

@@ -45,10 +45,9 @@ def reshape(node: Node, context: Context) -> Axes:
             result[dim] = context.units.merge(
                 [parts[place] for place in inside], [factors[place][0] for place in inside]
             )
-        if len(ins) > 1 or len(outs) > 1:
-            for sizes, held, places in ((before, axes, ins), (after, result, outs)):
-                for dim in places:
-                    context.count(node, sizes[dim], held[dim])
+        for sizes, held, places in ((before, axes, ins), (after, result, outs)):
+            for dim in places:
+                context.count(node, sizes[dim], held[dim])
     _note_literals(node, context, result)
     return result
 

@@ -73,6 +73,7 @@ def trace(model: nn.Module, example: Batch) -> Trace:
     _start(program.graph, context, names)
     for item in _outputs(follow(program.graph, context)):
         freeze_all(context.axes[item], context, "is part of the model's output")
+    _freeze_two_ways(context)
     return Trace(program, context, tensors, names, context.units.resolve())
 
 
@@ -96,12 +97,18 @@ def _start(graph: Graph, context: Context, names: Mapping[str, str]) -> None:
 
 def follow(graph: Graph, context: Context) -> Any:
     """Apply the rule of every operation of a graph in order; return the arguments of its output."""
+    alive = live_nodes(graph)
     for node in graph.nodes:
+        if node not in alive:
+            continue
         if node.op == "get_attr":
             context.axes[node] = [None] * len(getattr(node.meta.get("val"), "shape", ()))
         elif node.op == "call_function":
             if not context.data.isdisjoint(node.all_input_nodes):
                 context.data.add(node)
+            inherited = [context.sources[item] for item in node.all_input_nodes if item in context.sources]
+            context.sources[node] = frozenset().union(*inherited)
+            uses = len(context.uses)
             wrapped = wrapped_graph(node)
             if wrapped is None:
                 context.axes[node] = RULES.get(operation_name(node), no_rule)(node, context)
@@ -110,9 +117,26 @@ def follow(graph: Graph, context: Context) -> Any:
                     context.tensors[node] = context.tensors[source]
             else:
                 context.axes[node] = _wrapper(wrapped, context)
+            if any(use.out_dim is not None for use in context.uses[uses:]):
+                context.sources[node] = frozenset([node])
         elif node.op == "output":
             return node.args[0]
     return ()
+
+
+def live_nodes(graph: Graph) -> set[Node]:
+    """Return the nodes that the output depends on, and those that write into a tensor."""
+    alive: set[Node] = set()
+    for node in reversed(graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        writes = schema is None or schema.is_mutable
+        if node.op in ("output", "placeholder") or (
+            node.op == "call_function" and writes and operation_name(node) != "getitem"
+        ):
+            alive.add(node)
+        if node in alive:
+            alive.update(node.all_input_nodes)
+    return alive
 
 
 def wrapped_graph(node: Node) -> tuple[Graph, list[Any]] | None:
@@ -138,12 +162,25 @@ def _wrapper(wrapped: tuple[Graph, list[Any]], context: Context) -> Any:
                 context.tensors[inner] = context.tensors[outer]
             if outer in context.data:
                 context.data.add(inner)
+            context.sources[inner] = context.sources.get(outer, frozenset())
         else:
             context.axes[inner] = []
     result = follow(graph, context)
     if isinstance(result, Node):
         return context.axes[result]
     return [context.axes[item] if isinstance(item, Node) else [] for item in result]
+
+
+def _freeze_two_ways(context: Context) -> None:
+    """Freeze a weight that is multiplied from both sides: its signals could not be told apart."""
+    roles: dict[tuple[str, int | None], set[str]] = {}
+    for use in context.uses:
+        if operation_name(use.node) != "embedding":
+            roles.setdefault((use.weight, use.in_dim), set()).add("consumes")
+            roles.setdefault((use.weight, use.out_dim), set()).add("produces")
+    for (weight, dim), found in roles.items():
+        if dim is not None and len(found) > 1:
+            freeze_all(context.labels[weight], context, f"{weight!r} is used forwards and transposed")
 
 
 def _outputs(result: Any) -> list[Node]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from cria_prune.attention import MultiheadAttention
 from cria_prune.errors import StructureError
 from cria_prune.plan.plan import AttributeEdit, Plan
 
@@ -23,6 +24,8 @@ def restate(module: nn.Module, before: Mapping[str, tuple[int, ...]]) -> None:
         statistics = module.weight if module.weight is not None else module.running_mean
         assert statistics is not None
         module.num_features = int(statistics.shape[0])
+    elif isinstance(module, nn.MultiheadAttention):
+        _restate_attention(module)
     elif "weight" not in before:
         return
     elif isinstance(module, nn.PReLU):
@@ -45,6 +48,20 @@ def restate(module: nn.Module, before: Mapping[str, tuple[int, ...]]) -> None:
         module.out_channels = int(module.weight.shape[0])
     elif {"nf", "nx"} <= vars(module).keys():  # the transposed linear of GPT-2
         module.nx, module.nf = map(int, module.weight.shape)
+
+
+def _restate_attention(module: nn.MultiheadAttention) -> None:
+    """Give a cut attention the class that reads its sizes off its parameters."""
+    packed = module.in_proj_weight
+    widths = (
+        [packed] * 3
+        if packed is not None
+        else [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
+    )
+    module.embed_dim, module.kdim, module.vdim = (int(item.shape[1]) for item in widths)
+    module._qkv_same_embed_dim = False  # what the fused kernels of the layers around it ask for
+    if type(module) is nn.MultiheadAttention:
+        module.__class__ = MultiheadAttention
 
 
 def check_attributes(model: nn.Module, plan: Plan) -> None:

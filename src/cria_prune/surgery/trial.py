@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from cria_prune.batches import Batch, model_inputs
+from cria_prune.batches import Batch, map_tensors, model_inputs
 from cria_prune.errors import CriaError
-from cria_prune.modules import cache_off, device_of, modes_kept
+from cria_prune.modules import cache_off, copy_of, device_of, modes_kept, named_tensors
 from cria_prune.plan.make import make_plan
+from cria_prune.plan.plan import Plan
 from cria_prune.structure.capture import first_line
 from cria_prune.structure.groups import UnitGroups
 from cria_prune.surgery.apply import apply
@@ -45,6 +46,7 @@ class _Trials:
         self.groups = {group.name: group for group in groups}
         self.all = groups
         self.reference = None if device_of(model).type == "meta" else Reference(model, example)
+        self.shapes = _Shapes.of(model, example)
         self.frozen: dict[str, str] = {}
 
     def settled(self) -> UnitGroups:
@@ -123,25 +125,49 @@ class _Trials:
         groups = replace(self.all, groups=tuple(self.groups.values()))
         try:
             plan = make_plan(groups, kept)
-            if self.reference is None:
-                return self.shape_failure(apply(self.model, plan, share=True))
+            # Shapes first: on the meta device a forward computes nothing.
+            text = None if self.shapes is None else self.shapes.failure(plan)
+            if text is not None or self.reference is None:
+                return text
             self.reference.compare(plan, apply(self.reference.model, plan, share=True))
         except CriaError as error:
             return error.found
         return None
 
-    def shape_failure(self, smaller: nn.Module) -> str | None:
-        """Compare the shapes of the outputs."""
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    empty = tensor.detach().to("meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+class _Shapes:
+    """The model on the meta device, and the shapes of its outputs."""
+
+    def __init__(self, model: nn.Module, example: Batch) -> None:
+        self.model = copy_of(model, {id(item): _on_meta(item) for item in named_tensors(model).values()})
+        self.example = map_tensors(example, lambda item: item.to("meta"))
+        self.expected = self._outputs(self.model)
+
+    @classmethod
+    def of(cls, model: nn.Module, example: Batch) -> _Shapes | None:
+        """Return the model on the meta device; None where its forward needs values."""
         try:
-            found, expected = (_shapes(item, self.example) for item in (smaller, self.model))
+            return cls(model, example)
+        except Exception:  # whatever the model's code raises without values
+            return None
+
+    def failure(self, plan: Plan) -> str | None:
+        """Cut the meta model and run it; None if the outputs have the shapes of the dense model's."""
+        smaller = apply(self.model, plan, share=True)
+        try:
+            found = self._outputs(smaller)
         except Exception as error:
             return f"{type(error).__name__}: {first_line(error)}"
-        return None if found == expected else f"outputs of shape {found}, dense {expected}"
+        return None if found == self.expected else f"outputs of shape {found}, dense {self.expected}"
 
-
-def _shapes(model: nn.Module, example: Batch) -> list[tuple[int, ...]]:
-    args, kwargs = model_inputs(example)
-    with modes_kept(model), cache_off(model), torch.no_grad():
-        model.eval()
-        leaves = tree_leaves(model(*args, **kwargs))
-    return [tuple(item.shape) for item in leaves if isinstance(item, Tensor)]
+    def _outputs(self, model: nn.Module) -> list[tuple[int, ...]]:
+        args, kwargs = model_inputs(self.example)
+        with modes_kept(model), cache_off(model), torch.random.fork_rng(devices=[]), torch.no_grad():
+            model.eval()
+            leaves = tree_leaves(model(*args, **kwargs))
+        return [tuple(item.shape) for item in leaves if isinstance(item, Tensor)]

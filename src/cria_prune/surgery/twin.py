@@ -23,7 +23,8 @@ from cria_prune.batches import Batch, model_inputs
 from cria_prune.plan.plan import Plan
 from cria_prune.structure.capture import operation_name
 from cria_prune.structure.rules import argument
-from cria_prune.structure.trace import trace, wrapped_graph
+from cria_prune.structure.rules_norms import STATISTICS, reduced_dims
+from cria_prune.structure.trace import live_nodes, trace, wrapped_graph
 
 
 class Twin:
@@ -98,7 +99,10 @@ class _Run:
     def run(self, graph: Graph, inputs: list[Any]) -> Any:
         """Run a graph on the values of its placeholders; return its output."""
         given = iter(inputs)
+        alive = live_nodes(graph)
         for node in graph.nodes:
+            if node not in alive:
+                continue
             if node.op == "output":
                 return torch.fx.node.map_arg(node.args[0], lambda item: self.values[item])
             if node.op == "placeholder":
@@ -128,7 +132,7 @@ class _Run:
             return _over_kept(target, args, gone[-1], -1)
         if name == "group_norm" and gone[1] is not None and argument(node, 1, "num_groups") == 1:
             return _over_kept(target, args, gone[1], 1)
-        if name == "mean" and any(item is not None for item in gone):
+        if name in STATISTICS and any(item is not None for item in gone):
             return target(_kept(args[0], gone, node), *args[1:], **kwargs)
         return target(*args, **kwargs)
 
@@ -152,9 +156,7 @@ def _without(value: Any, gone: list[Any]) -> Any:
 
 def _kept(value: Tensor, gone: list[Any], node: Node) -> Tensor:
     """Return a tensor without the removed positions of the dimensions that a node reduces."""
-    dims = cast(Any, argument(node, 1, "dim"))
-    reduced = range(value.ndim) if dims is None else [dims] if isinstance(dims, int) else dims
-    for dim in reduced:
+    for dim in reduced_dims(node, value.ndim):
         if gone[dim] is not None:
             value = value.index_select(dim, _complement(value.shape[dim], gone[dim]))
     return value
