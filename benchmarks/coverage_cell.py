@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--residual", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    stages(Cell(options.network, options.residual).steps())
+    stages(Cell(options.network, options.residual).steps(), alone={"cut inner"})
 
 
 if __name__ == "__main__":

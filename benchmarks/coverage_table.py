@@ -65,15 +65,15 @@ finite gradients of the right shapes."""
 PEER = f"""\
 Torch-Pruning on the same networks, without help for the architecture: it gets the example and the layers
 that make the output as ignored layers; its trace sees the first output only, and decoders run without
-their cache. One process per network, {PEER_LIMIT:g} s for everything. *Half* is `BasePruner` with magnitude
-importance and a ratio of 0.5: whether it runs, and whether the pruned network's forward runs. *Groups* are
-up to eight of the groups that it prunes, spread over the network, each removed alone from a fresh copy:
-equal / compared, where equal is a relative difference below 1e-10 in float64 between the pruned network
-and the dense one with the removed channels set to zero (in the outputs of the convolutions and linears of
-the group, and in the weights that read them). Not compared, but counted: groups that crash in the
-forward, and groups whose width a layer norm or another norm takes its statistics over, or that cut an
-`nn.MultiheadAttention` whole: there the masked network is another function by its nature. *Ties* says
-whether the sets of convolutions and linears whose outputs leave together are the ones that Cria finds."""
+their cache. One process per network, {PEER_LIMIT:g} s for everything. *Left* is the share of the parameters
+after `BasePruner` with magnitude importance and a ratio of 0.5, and *runs* whether the forward then runs,
+right or wrong. *Groups* are up to eight of the groups that it prunes, spread over the network, each removed
+alone from a fresh copy: equal / compared, where equal is a relative difference below 1e-10 in float64
+between the pruned network and the dense one with the removed channels set to zero (in the outputs of the
+convolutions and linears of the group, and in the weights that read them). Not compared, but counted: groups
+that crash in the forward, and groups whose width a layer norm or another norm takes its statistics over, or
+that cut an `nn.MultiheadAttention` whole: there the masked network is another function by its nature. *Ties*
+says whether the sets of convolutions and linears whose outputs leave together are the ones that Cria finds."""
 
 
 def our_row(network: str, result: dict[str, Any]) -> list[str]:
@@ -107,8 +107,7 @@ def peer_row(network: str, result: dict[str, Any], ours: dict[str, Any] | None) 
     return [
         network,
         seconds(stages, "trace"),
-        ran(stages, "prune"),
-        ran(stages, "forward"),
+        *half_cells(stages),
         f"{groups['equal']} / {groups['compared']}" if compared else "",
         f"{groups['difference']:.0e}" if compared and groups["compared"] else "",
         f"{len(groups['crashes'])}" if compared else "",
@@ -118,8 +117,13 @@ def peer_row(network: str, result: dict[str, Any], ours: dict[str, Any] | None) 
     ]
 
 
-def ran(stages: dict[str, Any], stage: str) -> str:
-    return "" if stage not in stages else "no" if "error" in stages[stage] else "yes"
+def half_cells(stages: dict[str, Any]) -> list[str]:
+    """Return the share of the parameters left after pruning everything by half, and whether it runs."""
+    half = stages.get("half", {})
+    if "parameters" not in half:
+        return ["no" if half else "", ""]
+    share = half["parameters"] / stages["build"]["parameters"]
+    return [f"{share:.0%}", "yes" if half["runs"] else f"no: {cell_text(half['crash'])}"]
 
 
 def same_ties(theirs: dict[str, Any], ours: dict[str, Any] | None) -> str:
@@ -127,6 +131,8 @@ def same_ties(theirs: dict[str, Any], ours: dict[str, Any] | None) -> str:
     if None in both:
         return ""
     peer, own = ({tuple(item) for item in sets} for sets in both)
+    if not peer and not own:
+        return "none in either"
     return "same" if peer == own else f"{len(own - peer)} only Cria, {len(peer - own)} only the peer"
 
 
@@ -164,11 +170,11 @@ def render(folder: Path = FOLDER) -> str:
         rows = [our_row(network, result) for network, result in ours.items()]
         lines += ["## Cria", "", OURS, "", origin(ours), "", *table(head, rows), "", *reasons(ours), ""]
     if peers:
-        head = ["network", "trace s", "half", "forward", "groups", "largest difference", "crash"]
+        head = ["network", "trace s", "left", "runs", "groups", "largest difference", "crash"]
         head += ["through a norm", "ties", "failed"]
         own = {network: result["stages"] for network, result in ours.items()}
         rows = [peer_row(network, result, own.get(network)) for network, result in peers.items()]
-        made = sorted({item["stages"]["build"].get("torch-pruning", "") for item in peers.values()})
+        made = sorted({item["stages"].get("build", {}).get("torch-pruning", "?") for item in peers.values()})
         lines += [
             f"## Torch-Pruning {', '.join(made)}",
             "",

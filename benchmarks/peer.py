@@ -43,7 +43,8 @@ class Peer:
         self.model, self.example = zoo.in_double(*zoo.build(self.name))
         if hasattr(self.model, "config"):
             self.model.config.use_cache = False
-        return {"torch-pruning": version("torch-pruning")}
+        parameters = sum(item.numel() for item in self.model.parameters())
+        return {"torch-pruning": version("torch-pruning"), "parameters": parameters}
 
     def trace(self) -> Values:
         """Build the dependency graph, and read which layers it ties."""
@@ -78,7 +79,7 @@ class Peer:
     def groups(self, model: nn.Module) -> Iterator[Any]:
         return self.pruner(model).step(interactive=True)
 
-    def exact(self) -> Values:
+    def alone(self) -> Values:
         """Compare masked and pruned, group by group, for a number of groups spread over the network."""
         count = sum(1 for _ in self.groups(copy.deepcopy(self.model)))
         chosen = sorted({round(index) for index in np.linspace(0, count - 1, min(count, COMPARED))})
@@ -109,17 +110,17 @@ class Peer:
         found["equal"] += difference < 1e-10
         found["difference"] = max(found["difference"], difference)
 
-    def prune(self) -> Values:
-        """Remove half of everything."""
-        self.smaller = copy.deepcopy(self.model)
-        self.pruner(self.smaller).step()
-        return {"parameters": sum(item.numel() for item in self.smaller.parameters())}
-
-    def forward(self) -> Values:
-        """Run the pruned network; that it runs does not say that it is right."""
-        with torch.no_grad():
-            zoo.forward(self.smaller, self.example)
-        return {}
+    def half(self) -> Values:
+        """Remove half of everything and run what is left; that it runs does not say that it is right."""
+        smaller = copy.deepcopy(self.model)
+        self.pruner(smaller).step()
+        found: Values = {"parameters": sum(item.numel() for item in smaller.parameters()), "runs": True}
+        try:
+            with torch.no_grad():
+                zoo.forward(smaller, self.example)
+        except Exception as error:
+            found |= {"runs": False, "crash": said(error)}
+        return found
 
 
 def first_output(output: Any) -> Tensor:
@@ -218,8 +219,8 @@ def main() -> None:
     torch.set_num_threads(1)
     random.seed(0)
     torch.manual_seed(0)
-    steps = [("build", peer.build), ("trace", peer.trace), ("prune", peer.prune), ("forward", peer.forward)]
-    stages([*steps, ("groups", peer.exact)])
+    steps = [("build", peer.build), ("trace", peer.trace), ("half", peer.half), ("groups", peer.alone)]
+    stages(steps, alone={"half"})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ Values = dict[str, Any]
 Stage = tuple[str, Callable[[], Values]]
 
 
-def stages(steps: Iterable[Stage]) -> None:
+def stages(steps: Iterable[Stage], alone: Container[str] = ()) -> None:
     """Run the steps in order and print what each returns, with its seconds.
 
-    An error ends them, but for the error of a step named `forward`, on which no later one rests.
+    An error ends them, but for the error of a step in `alone`, on which no later one rests.
     """
     warnings.simplefilter("ignore")
     for name, step in steps:
@@ -35,7 +35,7 @@ def stages(steps: Iterable[Stage]) -> None:
             values = step()
         except Exception as error:
             print(json.dumps({"stage": name, "values": {"error": said(error)}}), flush=True)
-            if name != "forward":
+            if name not in alone:
                 return
             continue
         values = {"seconds": round(time.perf_counter() - start, 3), **values}
