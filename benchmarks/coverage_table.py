@@ -73,7 +73,7 @@ between the pruned network and the dense one with the removed channels set to ze
 convolutions and linears of the group, and in the weights that read them). Not compared, but counted: groups
 that crash in the forward, and groups whose width a layer norm or another norm takes its statistics over, or
 that cut an `nn.MultiheadAttention` whole: there the masked network is another function by its nature. *Ties*
-says whether the sets of convolutions and linears whose outputs leave together are the ones that Cria finds."""
+says whether the sets of convolutions and linears whose outputs leave together are those that Cria finds."""
 
 
 def our_row(network: str, result: dict[str, Any]) -> list[str]:
