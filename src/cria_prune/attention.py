@@ -65,7 +65,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if self.in_proj_weight is not None:
             weights = self.in_proj_weight.chunk(3)
         else:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)  # type: ignore[assignment]
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         return tuple(F.linear(*item) for item in zip((query, key, value), weights, biases, strict=True))
 
     def _extended(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -43,6 +43,17 @@ def copy_of(model: nn.Module, replaced: dict[int, Any] | None = None) -> nn.Modu
         ) from error
 
 
+def shared_copy(model: nn.Module, replaced: dict[int, Any] | None = None) -> nn.Module:
+    """Return a copy of a model that shares its parameters and buffers: what its forward leaves on itself
+    (caches, counters) stays off the original.
+
+    Raises:
+        StructureError: see `copy_of`.
+    """
+    tensors: dict[int, Any] = {id(tensor): tensor for tensor in named_tensors(model).values()}
+    return copy_of(model, {**tensors, **(replaced or {})})
+
+
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """Put the train/eval mode of every single module back on leaving."""

@@ -72,11 +72,11 @@ def with_counts(
         widths: dict[str, set[int]] = {}
         for unit, count in zip(units.tolist(), times.tolist(), strict=True):
             widths.setdefault(owner.get(unit, ""), set()).add(count)
-        for group, width in widths.items():
-            if group and len(width) == 1:
+        for owned, width in widths.items():
+            if owned and len(width) == 1:
                 for name, sure in names.items():
                     entry = Count(item.module, name, str(place), min(width), item.value, item.value, sure)
-                    found[group][item.module, name, entry.place] = entry
+                    found[owned][item.module, name, entry.place] = entry
     for group in groups:
         for entry in _config_widths(model, modules, group):
             found[group.name][entry.module, entry.name, entry.place] = entry

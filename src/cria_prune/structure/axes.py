@@ -122,7 +122,8 @@ class Units:
         grids = [
             Grid(classes[grid.flat], tuple(classes[item] for item in grid.factors)) for grid in self._grids
         ]
-        labels, frozen = resolve_grids(grids, int(classes.max(initial=-1)) + 1, frozen, weak)
+        heads = classes[np.concatenate([np.zeros(0, dtype=np.int64), *self._marked.get("head", [])])]
+        labels, frozen = resolve_grids(grids, int(classes.max(initial=-1)) + 1, frozen, weak, heads)
         classes = labels[classes]
         assumed: dict[int, tuple[str, ...]] = {}
         for atoms, reason in self._assumed:

@@ -16,7 +16,7 @@ from torch.fx import Node
 from cria_prune.attention import plain_attention
 from cria_prune.batches import Batch, model_inputs
 from cria_prune.errors import CaptureError, DataError
-from cria_prune.modules import cache_off, modes_kept
+from cria_prune.modules import cache_off, shared_copy
 
 
 def capture(model: nn.Module, example: Batch) -> ExportedProgram:
@@ -26,10 +26,11 @@ def capture(model: nn.Module, example: Batch) -> ExportedProgram:
         DataError: the model's forward does not accept the example.
         CaptureError: the forward runs, but its operations cannot be captured; the text names
             the operation and the line of the model's code.
+        StructureError: the model cannot be copied.
     """
     args, kwargs = model_inputs(example)
+    model = shared_copy(model)  # some forwards keep caches on their module
     with (
-        modes_kept(model),
         cache_off(model),
         plain_attention(model),
         torch.random.fork_rng(devices=[]),

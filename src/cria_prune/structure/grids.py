@@ -74,18 +74,24 @@ class State:
 
 
 def resolve_grids(
-    grids: Sequence[Grid], count: int, frozen: dict[int, str], weak: dict[int, str]
+    grids: Sequence[Grid], count: int, frozen: dict[int, str], weak: dict[int, str], heads: np.ndarray
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Decide for every grid along which dimension its units lie.
 
     A grid with one free dimension (not all frozen) takes it; with none it is frozen. Where several
-    stay free, one that is the units of another grid is taken, else the longest, else the outermost.
+    stay free, one of heads or that is the units of another grid is taken, else the longest, else the
+    outermost.
+
+    Args:
+        grids: of labels below `count`.
+        frozen, weak: label -> why it stays, strongly or weakly.
+        heads: labels along which two activations met in an attention.
 
     Returns:
         (count,) a unit for each of the given labels, and unit -> why it is frozen.
     """
     state = State(count, frozen, weak)
-    chosen = np.zeros(0, dtype=np.int64)  # labels that are the units of some grid
+    chosen = heads  # labels that are the units of some grid
     waiting = list(grids)
     while waiting:
         undecided, ties = [], []

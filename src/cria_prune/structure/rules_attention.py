@@ -62,7 +62,8 @@ def meet_batches(node: Node, context: Context, *items: tuple[Axes, list[int]]) -
     """Tie batch dimensions; where two activations have units along them, the units are heads."""
     batch = broadcast(list(items), max(len(sizes) for _, sizes in items), node, context)
     for back in range(1, len(batch) + 1):
-        held = [axes[-back] for axes, sizes in items if back <= len(sizes) and axes[-back] is not None]
+        along = [axes[-back] for axes, sizes in items if back <= len(sizes)]
+        held = [item for item in along if item is not None]
         if len(held) > 1:
             context.units.mark(held[0], "head")
             if len({len(np.unique(item)) for item in held}) > 1:

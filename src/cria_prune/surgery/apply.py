@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from cria_prune.errors import StructureError
-from cria_prune.modules import copy_of, named_tensors
+from cria_prune.modules import copy_of, named_tensors, shared_copy
 from cria_prune.plan.plan import Plan
 from cria_prune.surgery.restate import check_attributes, restate, restate_attributes
 from cria_prune.surgery.slicing import slice_tensor
@@ -39,8 +39,7 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False, share: bool = 
     owners = _owners(model, before)
     target = model
     if not inplace:
-        whole = {id(tensor): tensor for tensor in tensors.values()} if share else {}
-        target = copy_of(model, {**whole, **replaced})
+        target = (shared_copy if share else copy_of)(model, replaced)
         names = {path: shapes for path, (_, shapes) in owners.items()}
         owners = {path: (target.get_submodule(path), shapes) for path, shapes in names.items()}
     for module, shapes in owners.values():

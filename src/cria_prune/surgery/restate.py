@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from cria_prune.attention import MultiheadAttention
 from cria_prune.errors import StructureError
@@ -47,7 +47,9 @@ def restate(module: nn.Module, before: Mapping[str, tuple[int, ...]]) -> None:
         module.in_channels = int(module.weight.shape[1]) * module.groups
         module.out_channels = int(module.weight.shape[0])
     elif {"nf", "nx"} <= vars(module).keys():  # the transposed linear of GPT-2
-        module.nx, module.nf = map(int, module.weight.shape)
+        weight = cast(Tensor, module.weight)
+        for name, size in zip(("nx", "nf"), weight.shape, strict=True):
+            setattr(module, name, int(size))
 
 
 def _restate_attention(module: nn.MultiheadAttention) -> None:
@@ -103,6 +105,6 @@ def restate_attributes(model: nn.Module, plan: Plan) -> None:
             setattr(module, edit.name, edit.after)
             continue
         if len(shared.get((id(module.config), edit.name), ())) > 1 and id(module) not in own:
-            module.config = copy.copy(module.config)  # type: ignore[assignment]
+            module.config = copy.copy(module.config)
             own.add(id(module))
         setattr(module.config, edit.name.removeprefix("config."), edit.after)

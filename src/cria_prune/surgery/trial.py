@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from cria_prune.batches import Batch, map_tensors, model_inputs
 from cria_prune.errors import CriaError
-from cria_prune.modules import cache_off, copy_of, device_of, modes_kept, named_tensors
+from cria_prune.modules import cache_off, copy_of, device_of, named_tensors, shared_copy
 from cria_prune.plan.make import make_plan
 from cria_prune.plan.plan import Plan
 from cria_prune.structure.capture import first_line
@@ -167,7 +167,7 @@ class _Shapes:
 
     def _outputs(self, model: nn.Module) -> list[tuple[int, ...]]:
         args, kwargs = model_inputs(self.example)
-        with modes_kept(model), cache_off(model), torch.random.fork_rng(devices=[]), torch.no_grad():
-            model.eval()
+        model = shared_copy(model).eval()
+        with cache_off(model), torch.random.fork_rng(devices=[]), torch.no_grad():
             leaves = tree_leaves(model(*args, **kwargs))
         return [tuple(item.shape) for item in leaves if isinstance(item, Tensor)]

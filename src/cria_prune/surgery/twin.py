@@ -116,8 +116,9 @@ class _Run:
         return None
 
     def _call(self, node: Node) -> Any:
-        args = torch.fx.node.map_arg(node.args, lambda item: self.values[item])
-        kwargs = torch.fx.node.map_arg(node.kwargs, lambda item: self.values[item])
+        args, kwargs = cast(
+            tuple[Any, Any], torch.fx.node.map_arg((node.args, node.kwargs), lambda item: self.values[item])
+        )
         wrapped = wrapped_graph(node)
         if wrapped is not None:
             graph, arguments = wrapped

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from cria_prune.batches import Batch, model_inputs
 from cria_prune.errors import VerificationError
-from cria_prune.modules import cache_off, copy_of, modes_kept, named_tensors
+from cria_prune.modules import cache_off, copy_of, named_tensors, shared_copy
 from cria_prune.plan.plan import Plan
 from cria_prune.structure.capture import first_line
 from cria_prune.surgery.twin import Twin
@@ -156,8 +156,8 @@ class Reference:
 
     def _run(self, model: nn.Module) -> list[Tensor]:
         args, kwargs = _cast(model_inputs(self._example), self.dtype)
-        with modes_kept(model), cache_off(model), torch.random.fork_rng(devices=[]), torch.no_grad():
-            model.eval()
+        model = shared_copy(model).eval()  # some forwards keep caches on their module
+        with cache_off(model), torch.random.fork_rng(devices=[]), torch.no_grad():
             return [item for item in tree_leaves(model(*args, **kwargs)) if isinstance(item, Tensor)]
 
 
