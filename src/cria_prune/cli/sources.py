@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,7 +31,8 @@ class Source:
     """A model and what its forward takes.
 
     Attributes:
-        model: in eval mode, on the CPU or the meta device; a recipe's is untrained.
+        model: in eval mode, on the CPU, the meta device or where the function put it; a recipe's is
+            untrained.
         example: one batch, on the CPU or where the function made it.
         name: as the user typed it.
         kind: `recipe`, `checkpoint`, `hugging-face` or `factory`.
@@ -119,7 +120,7 @@ def _from_factory(text: str, meta: bool) -> tuple[nn.Module, Batch | None]:
     with _current_folder_importable():
         factory = _imported(text, asked)
         try:
-            with torch.device("meta" if meta else "cpu"):
+            with torch.device("meta") if meta else nullcontext():
                 made = factory if isinstance(factory, nn.Module) else factory()
         except Exception as error:  # the user's code
             raise ConfigError(asked, f"the function raised {_named(error)}", f"Give {FACTORY}") from error
