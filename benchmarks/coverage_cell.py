@@ -6,6 +6,7 @@ python benchmarks/coverage_cell.py torchvision/resnet18 --residual
 from __future__ import annotations
 
 import argparse
+import copy
 from collections import Counter
 from typing import Any
 
@@ -117,7 +118,9 @@ def backward(model: nn.Module, example: zoo.Example) -> None:
 def moved(model: nn.Module, smaller: nn.Module, example: zoo.Example) -> float:
     """Return how far pruning moved the first output, relative to its largest value."""
     with torch.no_grad():
-        before, after = (tree_leaves(zoo.forward(item, example))[0] for item in (model, smaller))
+        # Copies: some networks keep a part of a forward in evaluation mode, and the copy that is cut must not.
+        copies = (copy.deepcopy(item) for item in (model, smaller))
+        before, after = (tree_leaves(zoo.forward(item, example))[0] for item in copies)
     return float((before - after).abs().max() / before.abs().max())
 
 

@@ -48,9 +48,10 @@ class Peer:
 
     def trace(self) -> Values:
         """Build the dependency graph, and read which layers it ties."""
-        names = {module: name for name, module in self.model.named_modules()}
+        model = copy.deepcopy(self.model)
+        names = {module: name for name, module in model.named_modules()}
         start = time.perf_counter()
-        graph = self.graph(self.model)
+        graph = self.graph(model)
         seconds = round(time.perf_counter() - start, 3)
         self.ignored = [names[layer] for layer in output_layers(graph)]
         tied = [

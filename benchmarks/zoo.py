@@ -105,7 +105,7 @@ def build(name: str) -> tuple[nn.Module, Example]:
         torch.manual_seed(SEED)
         model, example = NETWORKS[name]()
         settle_norms(redraw(model).eval(), example)
-        return model, example
+        return model.train().eval(), example  # training empties what some modules keep of a forward
 
 
 def in_double(model: nn.Module, example: Example) -> tuple[nn.Module, Example]:
