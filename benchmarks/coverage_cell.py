@@ -118,7 +118,7 @@ def backward(model: nn.Module, example: zoo.Example) -> None:
 def moved(model: nn.Module, smaller: nn.Module, example: zoo.Example) -> float:
     """Return how far pruning moved the first output, relative to its largest value."""
     with torch.no_grad():
-        # Copies: some networks keep a part of a forward in evaluation mode, and the copy that is cut must not.
+        # Copies: some networks keep a part of a forward in evaluation mode; what is cut next must not.
         copies = (copy.deepcopy(item) for item in (model, smaller))
         before, after = (tree_leaves(zoo.forward(item, example))[0] for item in copies)
     return float((before - after).abs().max() / before.abs().max())
