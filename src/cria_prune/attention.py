@@ -20,7 +20,7 @@ from torch import Tensor, nn
 class MultiheadAttention(nn.MultiheadAttention):
     """Same call and results as `torch.nn.MultiheadAttention`; see there for the arguments."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         key: Tensor,

@@ -136,7 +136,8 @@ def _is_broadcast_back(node: Node, dim: int) -> bool:
         for user in waiting.pop().users:
             if operation_name(user) == "_assert_tensor_metadata":
                 continue
-            if RULES.get(operation_name(user)) is not elementwise or len(shape(user)) < -back:
+            meets = RULES.get(operation_name(user)) is elementwise or operation_name(user) == "expand_as"
+            if not meets or len(shape(user)) < -back:
                 return False
             if shape(user)[back] == 1:
                 waiting.append(user)

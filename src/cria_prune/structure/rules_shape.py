@@ -13,6 +13,7 @@ from cria_prune.structure.rules import (
     Context,
     argument,
     argument_shape,
+    broadcast,
     dim_argument,
     fixed_atoms,
     freeze_all,
@@ -105,17 +106,24 @@ def squeeze(node: Node, context: Context) -> Axes:
     return [item for dim, item in enumerate(axes) if dim not in gone]
 
 
-@rule("expand", "expand_as", "broadcast_to")
+@rule("expand", "broadcast_to")
 def expand(node: Node, context: Context) -> Axes:
     """Dimensions of one are repeated and stay fixed; the others pass."""
     axes, before, after = context.of(node.args[0]), argument_shape(node), shape(node)
     new = len(after) - len(before)
     kept: Axes = [item if before[dim] == after[dim + new] else None for dim, item in enumerate(axes)]
-    sizes = [-1] * len(after) if operation_name(node) == "expand_as" else sizes_argument(node)
+    sizes = sizes_argument(node)
     for dim, item in enumerate(kept):
         if sizes[dim + new] != -1:
             context.units.assume(item, f"{context.where(node)} takes its sizes from its input")
     return [*[None] * new, *kept]
+
+
+@rule("expand_as")
+def expand_as(node: Node, context: Context) -> Axes:
+    """The sizes are those of the other tensor, and so are the units."""
+    items = [(context.of(item), shape(cast(Node, item))) for item in node.args[:2]]
+    return broadcast(items, len(shape(node)), node, context)
 
 
 @rule("repeat", "tile")
