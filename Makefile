@@ -17,12 +17,14 @@ test: $(STAMP)
 	$(BIN)/pytest
 
 # torch first: the pin takes a CPU build where an index offers one. The libraries of the benchmarks' networks
-# and the peer last and alone: what they require would bring a second torch, built for CUDA.
+# and the peer last and alone: what they require would bring a second torch, built for CUDA. torchvision and
+# timm stay apart, see benchmarks/zoo.py.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps torchvision timm torch-pruning
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps torch-pruning
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --target .venv/vision torchvision timm
 	touch $@
 
 clean:

@@ -11,9 +11,11 @@ or a signal that fades away.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import cache, partial
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -82,9 +84,12 @@ TIMM: dict[str, tuple[int, dict[str, Any]]] = {
     "eca_nfnet_l0": (64, {}),
 }
 
+# Apart from the other packages: transformers imports torchvision wherever it finds it, and fails with it
+# beside a CPU build of torch.
+VISION = Path(sys.prefix) / "vision"
 INSTALL = {
-    "torchvision": "pip install --no-deps -c constraints.txt torchvision",
-    "timm": "pip install --no-deps -c constraints.txt torchvision timm",
+    "torchvision": f"pip install --no-deps -c constraints.txt --target {VISION} torchvision",
+    "timm": f"pip install --no-deps -c constraints.txt --target {VISION} torchvision timm",
     "transformers": "pip install 'cria-prune[hf]'",
 }
 
@@ -150,7 +155,10 @@ def settle_norms(model: nn.Module, example: Example) -> None:
 def load(library: str) -> ModuleType:
     """Import a library, or say how to install it."""
     try:
-        _let_torchvision_import()
+        if library != "transformers":
+            if VISION.is_dir() and str(VISION) not in sys.path:
+                sys.path.append(str(VISION))
+            _let_torchvision_import()
         return import_module(library)
     except ModuleNotFoundError as error:
         if error.name != library:
@@ -172,7 +180,7 @@ def _let_torchvision_import() -> None:
     try:
         import_module("torchvision")
     except ModuleNotFoundError:
-        return  # only torchvision and timm need it, and they say so themselves
+        return  # who needs it says so
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise

@@ -75,10 +75,11 @@ def with_counts(
         for owned, width in widths.items():
             if owned and len(width) == 1:
                 for name, sure in names.items():
-                    entry = Count(item.module, name, str(place), min(width), item.value, item.value, sure)
-                    found[owned][item.module, name, entry.place] = entry
+                    for path in _holders(modules, item.module, name, item.value):
+                        entry = Count(path, name, str(place), min(width), item.value, item.value, sure)
+                        found[owned][path, name, entry.place] = entry
     for group in groups:
-        for entry in _config_widths(model, modules, group):
+        for entry in _config_widths(modules, group):
             found[group.name][entry.module, entry.name, entry.place] = entry
     return [replace(group, counts=tuple(found[group.name].values())) for group in groups]
 
@@ -97,17 +98,28 @@ def _names(module: nn.Module, item: Counted) -> dict[str, bool]:
     return names
 
 
-def _config_widths(model: nn.Module, modules: Mapping[str, nn.Module], group: UnitGroup) -> Iterable[Count]:
-    """Yield the configuration's fields that hold a group's width: feed-forward or residual."""
+def _holders(modules: Mapping[str, nn.Module], path: str, name: str, value: int) -> list[str]:
+    """Return the modules that say this number: for a field of a configuration also those around."""
+    if not name.startswith("config."):
+        return [path]
+    part = {"encoder": "decoder", "decoder": "encoder"}
+    if any(f".{mine}." in f".{path}." and other in name for mine, other in part.items()):
+        return []  # a field of the other half
+    paths = [path]
+    while path:
+        path = path.rpartition(".")[0]
+        paths.append(path)
+    return [item for item in paths if item in modules and held_numbers(modules[item]).get(name) == value]
+
+
+def _config_widths(modules: Mapping[str, nn.Module], group: UnitGroup) -> Iterable[Count]:
+    """Yield the configurations' fields that hold a group's width: feed-forward or residual."""
     kind = "neuron" if group.kind in ("neuron", "gated") else group.kind
     if kind not in CONFIG_WIDTHS or not group.producers:
         return
     width = group.slices[0].positions.shape[1]
-    path = group.producers[0].tensor.rpartition(".")[0]
-    while path and not any(name.startswith("config.") for name in held_numbers(modules[path])):
-        path = path.rpartition(".")[0]
-    held = held_numbers(modules[path])
-    for field in CONFIG_WIDTHS[kind]:
-        if held.get(f"config.{field}") == group.size * width:
-            said = group.size * width
-            yield Count(path, f"config.{field}", group.name, width, said, said, True)
+    said = group.size * width
+    module = group.producers[0].tensor.rpartition(".")[0]
+    for name in (f"config.{field}" for field in CONFIG_WIDTHS[kind]):
+        for path in _holders(modules, module, name, said):
+            yield Count(path, name, group.name, width, said, said, True)

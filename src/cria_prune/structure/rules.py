@@ -195,7 +195,10 @@ def broadcast(items: list[tuple[Axes, list[int]]], rank: int, node: Node, contex
     """Tie (axes, shape) pairs as broadcasting does; return `rank` axes."""
     result: Axes = [None] * rank
     for back in range(1, rank + 1):
-        meeting = [axes[-back] for axes, sizes in items if back <= len(sizes) and sizes[-back] != 1]
+        present = [(axes[-back], sizes[-back]) for axes, sizes in items if back <= len(sizes)]
+        meeting = [dim for dim, size in present if size != 1]
+        if not meeting:  # a width of one, or nothing but broadcasting
+            meeting = [dim for dim, _ in present if dim is not None]
         for number, dim in enumerate(meeting):
             fixed = f"meets a tensor of fixed size in {context.where(node)}"
             result[-back] = dim if number == 0 else context.units.tie(result[-back], dim, fixed)

@@ -51,7 +51,7 @@ def embedding(node: Node, context: Context) -> Axes:
     """Rows of a table, picked by the data: its columns are produced."""
     weight, indices = cast(tuple[Node, Node], node.args[:2])
     rows, columns = context.of(weight)
-    context.units.freeze(rows, "are the rows of an embedding, picked by the data")
+    context.units.fix(rows, "are the rows of an embedding, picked by the data")
     context.use(node, weight, (None, 1), -1, None, columns, 0.0)
     freeze_all(context.of(indices), context, f"picks rows in {context.where(node)}")
     return [*[None] * len(shape(indices)), columns]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cria_prune.attention import MultiheadAttention
 from cria_prune.errors import StructureError
-from cria_prune.plan.plan import AttributeEdit, Plan
+from cria_prune.plan.plan import Plan
 
 # Instance norms derive from the same class and have no weight unless asked for.
 CHANNEL_NORMS = (nn.modules.batchnorm._NormBase,)
@@ -88,23 +88,23 @@ def check_attributes(model: nn.Module, plan: Plan) -> None:
 def restate_attributes(model: nn.Module, plan: Plan) -> None:
     """Set every attribute that the plan edits.
 
-    A configuration that several modules share is set once if all its edits agree. Where they do not,
-    each module that reads it gets a copy of its own with its own numbers, and the shared one stays.
+    A configuration that several modules share is set if all that say the number agree. Where they do
+    not, each module that changes gets a copy of its own, and the shared one stays as it is.
     """
-    shared: dict[tuple[int, str], set[int]] = {}
-    edits: list[tuple[nn.Module, AttributeEdit]] = []
     modules = dict(model.named_modules(remove_duplicate=False))
-    for edit in plan.attributes:
-        module = modules[edit.module]
-        edits.append((module, edit))
+    edits = [(modules[edit.module], edit) for edit in plan.attributes]
+    agreed: dict[tuple[int, str], set[int]] = {}
+    for module, edit in edits:
         if edit.name.startswith("config."):
-            shared.setdefault((id(module.config), edit.name), set()).add(edit.after)
-    own: set[int] = set()
+            agreed.setdefault((id(module.config), edit.name), set()).add(edit.after)
+    own: dict[int, Any] = {}
     for module, edit in edits:
         if not edit.name.startswith("config."):
             setattr(module, edit.name, edit.after)
             continue
-        if len(shared.get((id(module.config), edit.name), ())) > 1 and id(module) not in own:
-            module.config = copy.copy(module.config)
-            own.add(id(module))
-        setattr(module.config, edit.name.removeprefix("config."), edit.after)
+        config: Any = own.get(id(module), module.config)
+        if len(agreed.get((id(config), edit.name), ())) > 1 and edit.before != edit.after:
+            config = own[id(module)] = copy.copy(config)
+            module.config = config
+        if edit.before != edit.after:
+            setattr(config, edit.name.removeprefix("config."), edit.after)
