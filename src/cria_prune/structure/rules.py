@@ -95,13 +95,29 @@ class Context:
 
         A weight that is computed, and no parameter, freezes its units.
         """
-        if weight not in self.tensors:
+        if weight in self.tensors:
+            in_dim, out_dim = (None if dim is None else self.parameter_dim(weight, dim) for dim in dims)
+            name = self.tensors[weight]
+        else:
             reason = f"the weight of {self.where(node)} is computed, not a parameter"
             freeze_all([entering, leaving], self, reason)
-            return
-        in_dim, out_dim = (None if dim is None else self.parameter_dim(weight, dim) for dim in dims)
-        name = self.tensors[weight]
+            found = self.computed_from(weight)
+            if found is None:
+                return
+            name, (in_dim, out_dim) = found, dims
+            freeze_all(self.labels[name], self, reason)
         self.uses.append(WeightUse(node, name, in_dim, out_dim, channel, entering, leaving, positions))
+
+    def computed_from(self, weight: Node) -> str | None:
+        """Return the parameter of the same shape that a computed weight comes from, if there is one."""
+        waiting, seen = [weight], {weight}
+        while waiting:
+            node = waiting.pop()
+            if node in self.tensors and shape(node) == shape(weight):
+                return self.tensors[node]
+            waiting += [item for item in node.all_input_nodes if item not in seen and item not in self.data]
+            seen.update(node.all_input_nodes)
+        return None
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
