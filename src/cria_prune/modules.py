@@ -54,6 +54,16 @@ def shared_copy(model: nn.Module, replaced: dict[int, Any] | None = None) -> nn.
     return copy_of(model, {**tensors, **(replaced or {})})
 
 
+def meta_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a model on the meta device: shapes without values."""
+
+    def on_meta(tensor: Tensor) -> Tensor:
+        empty = tensor.detach().to("meta")
+        return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+    return copy_of(model, {id(tensor): on_meta(tensor) for tensor in named_tensors(model).values()})
+
+
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """Put the train/eval mode of every single module back on leaving."""

@@ -8,7 +8,7 @@ a copy, and masked must equal pruned; groups for which it does not are frozen wi
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from cria_prune.batches import Batch, map_tensors, model_inputs
 from cria_prune.errors import CriaError
-from cria_prune.modules import cache_off, copy_of, device_of, named_tensors, shared_copy
+from cria_prune.modules import cache_off, device_of, meta_copy, shared_copy
 from cria_prune.plan.make import make_plan
 from cria_prune.plan.plan import Plan
 from cria_prune.structure.capture import first_line
@@ -32,30 +32,42 @@ def settle(model: nn.Module, groups: UnitGroups, example: Batch) -> UnitGroups:
 
     All prunable groups are cut together, those without an assumption too, for a forward can depend on a
     size without a trace (a division by a width). If that fails, the groups that fail are looked for:
-    alike ones (the same layer of another block) together, then by halves. A model on the meta device has
-    no values: there only the shapes of its outputs are compared.
+    alike ones (the same layer of another block) together, then by halves. First by the shapes of the
+    outputs on the meta device, where a forward computes nothing, then by their values. A model that is
+    on the meta device itself has no values: there the shapes decide alone.
     """
-    return _Trials(model, groups, example).settled()
+    trials = _Trials(model, groups)
+    shapes = _Shapes.of(model, example)
+    if shapes is not None:
+        trials.run(shapes.failure)
+    if device_of(model).type != "meta":
+        trials.run(_Values(model, example).failure)
+    return trials.settled()
+
+
+Test = Callable[[Plan], str | None]
 
 
 class _Trials:
-    """Trial cuts of one model."""
+    """Trial cuts of one model; a test says what failed when a plan is carried out on it."""
 
-    def __init__(self, model: nn.Module, groups: UnitGroups, example: Batch) -> None:
-        self.model, self.example = model, example
+    def __init__(self, model: nn.Module, groups: UnitGroups) -> None:
         self.groups = {group.name: group for group in groups}
         self.all = groups
-        self.reference = None if device_of(model).type == "meta" else Reference(model, example)
-        self.shapes = _Shapes.of(model, example)
         self.frozen: dict[str, str] = {}
+        self.test: Test = lambda plan: None
 
-    def settled(self) -> UnitGroups:
-        """Return the groups, those that failed frozen."""
-        chosen = [group.name for group in self.all.prunable]
+    def run(self, test: Test) -> None:
+        """Freeze the groups that fail a test, among those that are not frozen yet."""
+        self.test = test
+        chosen = [group.name for group in self.all.prunable if group.name not in self.frozen]
         failure = self.failure(chosen) if chosen else None
         # A model that differs from itself (NaN, chance) says nothing about its groups; later stages name it.
         if failure and not self.failure([]):
             self.find(chosen, failure)
+
+    def settled(self) -> UnitGroups:
+        """Return the groups, those that failed frozen."""
         return replace(
             self.all,
             groups=tuple(
@@ -74,7 +86,7 @@ class _Trials:
             if text is not None and not self.restated(names):
                 self.halve(names, text)
         left = [name for name in chosen if name not in self.frozen]
-        together = self.failure(left) if self.frozen or len(alike) > 1 else failure
+        together = self.failure(left) if left else None
         if left and together is not None:
             self.frozen |= {name: self.reason(name, together) for name in left}
 
@@ -124,27 +136,28 @@ class _Trials:
             kept[name] = np.sort(generator.permutation(size)[:stays])
         groups = replace(self.all, groups=tuple(self.groups.values()))
         try:
-            plan = make_plan(groups, kept)
-            # Shapes first: on the meta device a forward computes nothing.
-            text = None if self.shapes is None else self.shapes.failure(plan)
-            if text is not None or self.reference is None:
-                return text
-            self.reference.compare(plan, apply(self.reference.model, plan, share=True))
+            return self.test(make_plan(groups, kept))
         except CriaError as error:
             return error.found
+
+
+class _Values:
+    """Masked against pruned."""
+
+    def __init__(self, model: nn.Module, example: Batch) -> None:
+        self.reference = Reference(model, example)
+
+    def failure(self, plan: Plan) -> str | None:
+        """Cut a copy; an error says how it differs from the masked model."""
+        self.reference.compare(plan, apply(self.reference.model, plan, share=True))
         return None
-
-
-def _on_meta(tensor: Tensor) -> Tensor:
-    empty = tensor.detach().to("meta")
-    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
 class _Shapes:
     """The model on the meta device, and the shapes of its outputs."""
 
     def __init__(self, model: nn.Module, example: Batch) -> None:
-        self.model = copy_of(model, {id(item): _on_meta(item) for item in named_tensors(model).values()})
+        self.model = meta_copy(model)
         self.example = map_tensors(example, lambda item: item.to("meta"))
         self.expected = self._outputs(self.model)
 

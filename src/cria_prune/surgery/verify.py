@@ -73,8 +73,7 @@ def verify(
     Raises:
         VerificationError: they differ by more than the tolerance, or the smaller model does not run.
     """
-    reference = Reference(model, example, dtype=dtype)
-    return reference.compare(plan, copy_of(smaller).to(reference.dtype))
+    return Reference(model, example, dtype=dtype).compare(plan, smaller)
 
 
 class Reference:
@@ -87,37 +86,23 @@ class Reference:
 
     Attributes:
         model: the copy, dense between two calls.
-        dtype: its type: `dtype`, or float32 where the model does not run in float64.
-
-    Raises:
-        VerificationError: the dense model does not run.
+        dtype: its type: `dtype`, or float32 once the model turned out not to run in float64.
     """
 
     def __init__(self, model: nn.Module, example: Batch, *, dtype: torch.dtype = torch.float64) -> None:
         self.dtype, self._example = dtype, example
         self.model = copy_of(model).to(dtype)
         self._twin: Twin | None = None
-        try:
-            self._run(self.model)
-        except Exception as error:
-            if dtype is not torch.float64:
-                raise VerificationError(
-                    f"A forward pass of the dense model in {str(dtype).removeprefix('torch.')}",
-                    f"{type(error).__name__}: {first_line(error)}",
-                    "Write its forward so that new tensors take the type of its input",
-                ) from error
-            self.dtype = torch.float32  # the forward makes tensors of its own type
-            self.model = copy_of(model).to(self.dtype)
 
     def compare(self, plan: Plan, smaller: nn.Module) -> Verification:
-        """Compare a pruned model, already of this type, with the masked twin.
+        """Compare a pruned model, of any type, with the masked twin.
 
         Raises:
-            VerificationError: they differ by more than the tolerance, or the smaller model does not run.
+            VerificationError: they differ by more than the tolerance, or one of them does not run.
         """
-        expected = self.masked_outputs(plan)
+        expected = self._expected(plan)
         try:
-            found = self._run(smaller)
+            found = self._run(smaller if _is_of(smaller, self.dtype) else copy_of(smaller).to(self.dtype))
         except Exception as error:
             raise VerificationError(
                 "A forward pass of the pruned model", f"{type(error).__name__}: {first_line(error)}", ADVICE
@@ -135,6 +120,20 @@ class Reference:
                 ADVICE,
             )
         return result
+
+    def _expected(self, plan: Plan) -> list[Tensor]:
+        """Return the masked outputs; in float32 from now on if float64 does not run."""
+        try:
+            return self.masked_outputs(plan)
+        except Exception as error:
+            if self.dtype is torch.float64:  # the forward makes tensors of its own type
+                self.dtype, self._twin, self.model = torch.float32, None, self.model.to(torch.float32)
+                return self._expected(plan)
+            raise VerificationError(
+                f"A forward pass of the dense model in {str(self.dtype).removeprefix('torch.')}",
+                f"{type(error).__name__}: {first_line(error)}",
+                "Write its forward so that new tensors take the type of its input",
+            ) from error
 
     def masked_outputs(self, plan: Plan) -> list[Tensor]:
         """Return the outputs of the masked twin."""
@@ -165,6 +164,11 @@ ADVICE = (
     "The model's forward depends on a size in a way that its operations do not show; "
     "freeze the groups concerned, and please report the network"
 )
+
+
+def _is_of(model: nn.Module, dtype: torch.dtype) -> bool:
+    tensors = named_tensors(model).values()
+    return all(item.dtype == dtype for item in tensors if item.is_floating_point())
 
 
 def _cast(inputs: Any, dtype: torch.dtype) -> Any:
