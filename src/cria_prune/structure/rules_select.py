@@ -13,6 +13,7 @@ from cria_prune.structure.rules import (
     Context,
     argument,
     argument_shape,
+    broadcast,
     dim_argument,
     fixed_atoms,
     freeze_all,
@@ -54,6 +55,21 @@ def select(node: Node, context: Context) -> Axes:
     dim = dim_argument(node, 1, "dim", len(axes))
     context.units.fix(axes[dim], f"is picked from at a fixed position by {context.where(node)}")
     return axes[:dim] + axes[dim + 1 :]
+
+
+@rule("copy")
+def write_into(node: Node, context: Context) -> Any:
+    """Values written into a tensor meet its units; into a numbered part of the units: no rule."""
+    target, source = cast(tuple[Node, Node], node.args[:2])
+    view = target
+    while operation_name(view) in {"slice", "select"}:
+        whole = cast(Node, view.args[0])
+        dim = dim_argument(view, 1, "dim", len(shape(whole)))
+        if context.axes[whole][dim] is not None and shape(view) != shape(whole):
+            return no_rule(node, context)
+        view = whole
+    items = [(context.of(item), shape(item)) for item in (target, source)]
+    return broadcast(items, len(shape(node)), node, context)
 
 
 @rule("index")

@@ -150,7 +150,8 @@ def _without(value: Any, gone: list[Any]) -> Any:
     if isinstance(value, (tuple, list)):
         return [_without(*pair) for pair in zip(value, gone, strict=True)] if gone else value
     for dim, positions in enumerate(gone):
-        if positions is not None:
+        # A view whose removed positions are zero already stays a view: it may be written into.
+        if positions is not None and value.index_select(dim, positions).count_nonzero():
             value = value.index_fill(dim, positions, 0)
     return value
 
