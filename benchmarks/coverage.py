@@ -52,6 +52,7 @@ def measure(network: str, script: str, limit: float, folder: Path, again: bool) 
         print(f"{script} {network}: {stages['start']['error']} before it began; not written", file=sys.stderr)
         return
     library = network.split("/")[0]
+    zoo.find_vision()
     values = {
         "network": network,
         "versions": {library: version(library)},

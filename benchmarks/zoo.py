@@ -156,8 +156,7 @@ def load(library: str) -> ModuleType:
     """Import a library, or say how to install it."""
     try:
         if library != "transformers":
-            if VISION.is_dir() and str(VISION) not in sys.path:
-                sys.path.append(str(VISION))
+            find_vision()
             _let_torchvision_import()
         return import_module(library)
     except ModuleNotFoundError as error:
@@ -166,6 +165,12 @@ def load(library: str) -> ModuleType:
         raise ModuleNotFoundError(
             f"{library} is not installed. Install it: {INSTALL[library]}", name=library
         ) from error
+
+
+def find_vision() -> None:
+    """Put the folder of torchvision and timm on the path."""
+    if VISION.is_dir() and str(VISION) not in sys.path:
+        sys.path.append(str(VISION))
 
 
 _KEPT: list[torch.library.Library] = []
