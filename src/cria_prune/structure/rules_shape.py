@@ -29,8 +29,12 @@ def reshape(node: Node, context: Context) -> Axes:
     """Each run of dimensions with equal products is split to its common factors, which are then merged."""
     axes, before, after = context.of(node.args[0]), argument_shape(node), shape(node)
     result: Axes = [None] * len(after)
-    if 0 in before:
-        return no_rule(node, context)
+    if (
+        0 in before
+        or not hasattr(argument(node, 1, "size", ()), "__iter__")
+        and operation_name(node) == "view"
+    ):
+        return no_rule(node, context)  # empty, or seen as another type
     for ins, outs in reshape_segments(before, after):
         if all(axes[dim] is None for dim in ins):
             continue
