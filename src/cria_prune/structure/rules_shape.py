@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import numpy as np
+import torch
 from torch.fx import Node
 
 from cria_prune.structure.axes import Axes, common_factors, reshape_segments
@@ -29,12 +30,9 @@ def reshape(node: Node, context: Context) -> Axes:
     """Each run of dimensions with equal products is split to its common factors, which are then merged."""
     axes, before, after = context.of(node.args[0]), argument_shape(node), shape(node)
     result: Axes = [None] * len(after)
-    if (
-        0 in before
-        or not hasattr(argument(node, 1, "size", ()), "__iter__")
-        and operation_name(node) == "view"
-    ):
-        return no_rule(node, context)  # empty, or seen as another type
+    as_type = operation_name(node) == "view" and isinstance(node.args[1], torch.dtype)
+    if 0 in before or as_type:
+        return no_rule(node, context)
     for ins, outs in reshape_segments(before, after):
         if all(axes[dim] is None for dim in ins):
             continue
