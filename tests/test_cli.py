@@ -183,7 +183,7 @@ def test_errors_say_what_is_known() -> None:
     assert "neither a recipe nor a folder" in error("eval", "nope")
     assert "Known criteria: random, l1," in error("run", "digits", "--criterion", "nope")
     assert "Known presets: paper" in error("run", "digits", "--preset", "nope")
-    assert "'parameters', 'prunable' or 'macs'" in error("run", "digits", "--of", "nope")
+    assert "'prunable', 'non-embedding' or 'macs'" in error("run", "digits", "--of", "nope")
     assert "it is not between 0 and 1" in error("run", "digits", "--reduction", "1.5")
     assert "No such file" in error("run", "digits", "--config", "nope.yaml")
     assert "The device 'nope'" in error("run", "digits", "--device", "nope")

@@ -155,7 +155,7 @@ def test_impossible_counts(kept, found):
 
 
 def test_errors_of_a_budget():
-    with pytest.raises(TargetError, match="Known: parameters, prunable, macs"):
+    with pytest.raises(TargetError, match="Known: parameters, prunable, non-embedding, macs"):
         Budget(convnet(), "latency")
     empty = UnitGroups((), {}, (), {})
     with pytest.raises(TargetError, match="the dense network has 0"):

@@ -79,7 +79,7 @@ class PlanConfig(StageConfig):
     """What to remove."""
 
     reduction: float = Field(0.5, description="share to remove, between 0 and 1")
-    of: Literal["parameters", "prunable", "macs"] = "parameters"
+    of: Literal["parameters", "prunable", "non-embedding", "macs"] = "parameters"
     rounds: int = Field(4, ge=1)
     ranking: Literal["uniform", "global"] = "uniform"
     residual: bool = Field(False, description="prune the width of residual streams too")

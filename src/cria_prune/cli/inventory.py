@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from cria_prune.plan import Budget, largest_reachable
-from cria_prune.plan.budget import DENOMINATORS
 from cria_prune.structure import UnitGroup, UnitGroups, without_residual
 
 Status = Literal["prunable", "residual", "frozen"]
+SHARES = ("parameters", "prunable", "macs")
 LAST_UNIT = "has one unit, and one always stays"
 
 
@@ -115,6 +115,5 @@ def _row(group: UnitGroup, prunable: bool, parameters: float | None, macs: float
 def _shares(groups: UnitGroups, floor: float) -> dict[str, float]:
     """Return cost -> largest share that can leave; a cost of which the model has none is left at 0."""
     return {
-        of: largest_reachable(groups, floor, of) if Budget(groups, of).total > 0 else 0.0
-        for of in DENOMINATORS
+        of: largest_reachable(groups, floor, of) if Budget(groups, of).total > 0 else 0.0 for of in SHARES
     }

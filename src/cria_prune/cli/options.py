@@ -22,7 +22,10 @@ Checkpoint = Annotated[str, Argument(help="The folder of a checkpoint.", show_de
 Reduction = Annotated[
     float | None, Option(help="Share to remove, between 0 and 1 [default: 0.5].", show_default=False)
 ]
-Of = Annotated[str | None, Option(help="What it is a share of: parameters (default), prunable or macs.")]
+Of = Annotated[
+    str | None,
+    Option(help="What it is a share of: parameters (default), prunable, non-embedding or macs."),
+]
 Criterion = Annotated[str | None, Option(help="How units are scored [default: distortion-weighted].")]
 Preset = Annotated[str | None, Option(help="A named configuration to start from: paper.")]
 Rounds = Annotated[int | None, Option(help="Rounds of scoring and cutting [default: 4].")]

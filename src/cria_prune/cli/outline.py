@@ -9,7 +9,12 @@ from cria_prune.cli.inventory import Inventory, Row
 from cria_prune.cli.talk import Talk, percent
 
 SHOWN_NAMES = 4
-COSTS = {"parameters": "parameters", "prunable": "prunable parameters", "macs": "MACs"}
+COSTS = {
+    "parameters": "parameters",
+    "prunable": "prunable parameters",
+    "non-embedding": "parameters without embeddings",
+    "macs": "MACs",
+}
 
 
 def outline(talk: Talk, found: Inventory, everything: bool = False) -> None:

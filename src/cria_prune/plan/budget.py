@@ -18,7 +18,7 @@ import numpy as np
 from cria_prune.errors import StructureError, TargetError
 from cria_prune.structure.groups import ParameterSlice, UnitGroup, UnitGroups
 
-DENOMINATORS = ("parameters", "prunable", "macs")
+DENOMINATORS = ("parameters", "prunable", "non-embedding", "macs")
 
 
 class Ledger:
@@ -84,7 +84,8 @@ class Budget:
     Attributes:
         dense: structure of the dense network.
         of: `parameters` (all), `prunable` (elements of the parameters that at least one
-            prunable group of the dense network touches) or `macs` (per example).
+            prunable group of the dense network touches), `non-embedding` (all but
+            `UnitGroups.embeddings`) or `macs` (per example).
     """
 
     dense: UnitGroups
@@ -101,6 +102,8 @@ class Budget:
             return dict(self.dense.positions)
         if self.of == "parameters":
             return dict.fromkeys(self.dense.parameters, 1)
+        if self.of == "non-embedding":
+            return {name: 1 for name in self.dense.parameters if name not in self.dense.embeddings}
         touched = {item.tensor for group in self.dense.prunable for item in group.slices}
         return {name: 1 for name in self.dense.parameters if name in touched}
 
@@ -152,10 +155,12 @@ def least_kept(group: UnitGroup, floor: float) -> int:
 def largest_reachable(groups: UnitGroups, floor: float, of: str, *, dense: UnitGroups | None = None) -> float:
     """Return the largest share of the dense cost that can be gone with the floor kept.
 
+    With `uniform`, a multiple or allowed numbers it is less: see `stairs.reachable`.
+
     Args:
         groups: the structure now.
         floor: share of each group's original units that always stays.
-        of: `parameters`, `prunable` or `macs`.
+        of: `parameters`, `prunable`, `non-embedding` or `macs`.
         dense: structure of the dense network; `groups` itself by default.
     """
     kept = {group.name: least_kept(group, floor) for group in groups.prunable}

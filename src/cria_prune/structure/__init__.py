@@ -1,5 +1,6 @@
 """What may be removed: unit groups, found from a model's ATen operations."""
 
+from cria_prune.structure.alike import alike, counted_together
 from cria_prune.structure.capture import capture
 from cria_prune.structure.discover import discover
 from cria_prune.structure.groups import (
@@ -10,6 +11,7 @@ from cria_prune.structure.groups import (
     UnitGroups,
     removed_positions,
     shrink,
+    shrunk_shapes,
     without_residual,
 )
 from cria_prune.structure.trace import Trace, trace
@@ -21,10 +23,13 @@ __all__ = [
     "Trace",
     "UnitGroup",
     "UnitGroups",
+    "alike",
     "capture",
+    "counted_together",
     "discover",
     "removed_positions",
     "shrink",
+    "shrunk_shapes",
     "trace",
     "without_residual",
 ]

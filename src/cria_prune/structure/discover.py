@@ -66,7 +66,21 @@ def discover(model: nn.Module, example: Batch, traced: Trace | None = None) -> U
         shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
         parameters=tuple(name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)),
         positions=positions,
+        embeddings=_embeddings(traced),
     )
+
+
+def _embeddings(traced: Trace) -> tuple[str, ...]:
+    """Name the parameters that rows are picked from, and an output layer as large as the longest of them."""
+    context, tensors, frozen = traced.context, traced.tensors, traced.resolved.frozen
+    picked = {use.weight for use in context.uses if operation_name(use.node) == "embedding"}
+    tokens = max((tuple(tensors[name].shape) for name in picked), default=())
+    for use in context.uses:
+        if tuple(tensors[use.weight].shape) == tokens and use.out_dim is not None:
+            units = traced.resolved.classes[context.labels[use.weight][use.out_dim]]
+            if all(int(unit) in frozen for unit in units):
+                picked.add(use.weight)
+    return tuple(name for name in tensors if name in picked and isinstance(tensors[name], nn.Parameter))
 
 
 def _dims(use: WeightUse) -> list[tuple[int, Role]]:

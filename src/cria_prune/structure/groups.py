@@ -129,12 +129,15 @@ class UnitGroups:
         parameters: names of the parameters (each counted once; tied names appear once).
         positions: weight name -> multiply-accumulates per element of that weight and example,
             so that MACs = sum over weights of positions * elements.
+        embeddings: names of the parameters that rows are picked from (tokens, positions, types), and
+            of an output layer as large as the token embedding.
     """
 
     groups: tuple[UnitGroup, ...]
     shapes: Mapping[str, tuple[int, ...]]
     parameters: tuple[str, ...]
     positions: Mapping[str, float]
+    embeddings: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[UnitGroup]:
         return iter(self.groups)
@@ -253,9 +256,15 @@ def shrink(groups: UnitGroups, kept: Mapping[str, Sequence[int]]) -> UnitGroups:
             ),
         )
 
-    shapes = dict(groups.shapes)
-    for (tensor, dim), gone in removed.items():
-        shape = list(shapes[tensor])
-        shape[dim] -= len(gone)
-        shapes[tensor] = tuple(shape)
+    shapes = shrunk_shapes(groups.shapes, removed)
     return replace(groups, groups=tuple(smaller(group) for group in groups), shapes=shapes)
+
+
+def shrunk_shapes(
+    shapes: Mapping[str, tuple[int, ...]], removed: Mapping[tuple[str, int], np.ndarray]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor without the `removed` positions of its dimensions."""
+    after = {name: list(shape) for name, shape in shapes.items()}
+    for (tensor, dim), gone in removed.items():
+        after[tensor][dim] -= len(gone)
+    return {name: tuple(shape) for name, shape in after.items()}

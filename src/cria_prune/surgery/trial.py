@@ -7,7 +7,6 @@ a copy, and masked must equal pruned; groups for which it does not are frozen wi
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -21,6 +20,7 @@ from cria_prune.errors import CriaError
 from cria_prune.modules import cache_off, device_of, meta_copy, shared_copy
 from cria_prune.plan.make import make_plan
 from cria_prune.plan.plan import Plan
+from cria_prune.structure.alike import alike
 from cria_prune.structure.capture import first_line
 from cria_prune.structure.groups import UnitGroups
 from cria_prune.surgery.apply import apply
@@ -78,10 +78,7 @@ class _Trials:
 
     def find(self, chosen: list[str], failure: str) -> None:
         """Freeze the groups that fail alone, then all that is left if it fails together."""
-        alike: dict[tuple[str, str], list[str]] = {}
-        for name in chosen:
-            alike.setdefault((self.groups[name].kind, re.sub(r"\d+", "*", name)), []).append(name)
-        for names in alike.values():
+        for names in map(list, alike(self.groups[name] for name in chosen)):
             text = self.failure(names)
             if text is not None and not self.restated(names):
                 self.halve(names, text)
