@@ -22,7 +22,7 @@ from cria_prune.tasks.images import ImageTask
 SMALL = ["--examples", "64", "--rounds", "2", "--criterion", "l1", "--device", "cpu"]
 PRUNING = {
     "--reduction", "--of", "--criterion", "--preset", "--rounds", "--ranking", "--residual", "--no-residual",
-    "--floor", "--examples", "--positions", "--watch", "--config",
+    "--floor", "--uniform", "--no-uniform", "--multiple", "--examples", "--positions", "--watch", "--config",
 }  # fmt: skip
 TUNING = {"--epochs", "--lr", "--distill"}
 COMMON = {"--seed", "--device", "--quiet", "-q"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from cria_prune.config import PlanConfig
 from cria_prune.errors import SignalError, StructureError, TargetError
 from cria_prune.plan.budget import Budget, largest_reachable, least_kept
 from cria_prune.plan.select import check_reachable, select
@@ -25,6 +26,10 @@ def two_layers(a: int = 10, b: int = 10, cost: int = 1) -> UnitGroups:
     )
 
 
+def chosen(groups, scores, target, dense=None, allowed=None, **options):
+    return select(groups, scores, target, PlanConfig(**options), dense=dense, allowed=allowed)
+
+
 def random_scores(groups, rng):
     return {group.name: rng.integers(0, 4, group.size).astype(float) for group in groups.prunable}
 
@@ -32,7 +37,7 @@ def random_scores(groups, rng):
 def test_uniform_takes_the_same_share_of_every_group():
     groups = two_layers(10, 20)
     scores = {"a": np.arange(10.0) * 1000, "b": np.arange(20.0)[::-1]}
-    kept = select(groups, scores, 0.5, floor=0.0)
+    kept = chosen(groups, scores, 0.5, floor=0.0)
     assert kept["a"].tolist() == [5, 6, 7, 8, 9]
     assert kept["b"].tolist() == list(range(10))
 
@@ -41,7 +46,7 @@ def test_global_lets_units_of_all_groups_compete():
     groups = two_layers(4, 4)
     scores = {"a": np.array([1.0, 1, 1, 5]), "b": np.array([2.0, 2, 2, 2])}
     # relative: a = .5 .5 .5 2.5, b = 1 1 1 1
-    assert {k: v.tolist() for k, v in select(groups, scores, 0.5, ranking="global").items()} == {
+    assert {k: v.tolist() for k, v in chosen(groups, scores, 0.5, ranking="global").items()} == {
         "a": [3],
         "b": [1, 2, 3],
     }
@@ -50,7 +55,7 @@ def test_global_lets_units_of_all_groups_compete():
 def test_global_takes_first_what_frees_most():
     groups = two_layers(4, 4, cost=10)
     scores = {"a": np.ones(4), "b": np.ones(4)}
-    kept = select(groups, scores, 0.5, ranking="global")
+    kept = chosen(groups, scores, 0.5, ranking="global")
     assert kept["a"].tolist() == [0, 1, 2, 3]
     assert kept["b"].tolist() == [3]
 
@@ -58,8 +63,8 @@ def test_global_takes_first_what_frees_most():
 def test_global_does_not_depend_on_the_scale_of_a_group():
     groups, rng = two_layers(), np.random.default_rng(0)
     scores = {"a": rng.random(10), "b": rng.random(10)}
-    first = select(groups, scores, 0.4, ranking="global")
-    second = select(groups, {"a": scores["a"] * 4096, "b": scores["b"]}, 0.4, ranking="global")
+    first = chosen(groups, scores, 0.4, ranking="global")
+    second = chosen(groups, {"a": scores["a"] * 4096, "b": scores["b"]}, 0.4, ranking="global")
     assert all((first[name] == second[name]).all() for name in first)
 
 
@@ -67,13 +72,13 @@ def test_global_does_not_depend_on_the_scale_of_a_group():
 def test_ties_go_by_group_order_then_index(ranking):
     groups = two_layers()
     flat = {"a": np.ones(10), "b": np.ones(10)}
-    kept = select(groups, flat, 0.25, ranking=ranking)
+    kept = chosen(groups, flat, 0.25, ranking=ranking)
     expected = ([3, 4, 5, 6, 7, 8, 9], [2, 3, 4, 5, 6, 7, 8, 9])
     if ranking == "global":
         expected = ([5, 6, 7, 8, 9], list(range(10)))
     assert (kept["a"].tolist(), kept["b"].tolist()) == expected
     zero = {"a": np.zeros(10), "b": np.zeros(10)}
-    assert select(groups, zero, 0.25, ranking=ranking)["a"].tolist() == expected[0]
+    assert chosen(groups, zero, 0.25, ranking=ranking)["a"].tolist() == expected[0]
 
 
 @pytest.mark.parametrize("of", ["parameters", "prunable", "macs"])
@@ -89,7 +94,7 @@ def test_the_prefix_is_the_shortest_that_reaches(seed, ranking, of):
     reachable, floor = largest_reachable(groups, 0.2, of), 0.2
     before = None
     for target in np.linspace(reachable * 0.05, reachable * 0.999999, 7):
-        kept = select(groups, scores, float(target), of=of, ranking=ranking, floor=floor)
+        kept = chosen(groups, scores, float(target), of=of, ranking=ranking, floor=floor)
         left = slow_shapes(groups, kept)
         slow = sum(weight * left[name] for name, weight in budget.weights.items())
         assert 1 - slow / budget.total >= target - 1e-9
@@ -109,7 +114,7 @@ def test_one_unit_fewer_would_not_reach():
     groups, budget = two_layers(), Budget(two_layers())
     scores = {"a": np.arange(10.0), "b": np.arange(10.0)}
     for target in (0.05, 0.051, 0.3, 0.7, 0.9):
-        kept = counts(select(groups, scores, target))
+        kept = counts(chosen(groups, scores, target))
         gone = 20 - sum(kept.values())
         assert gone == int(np.ceil(round(target * 20, 9)))
         assert budget.reduction(groups, kept) >= target - 1e-12
@@ -121,11 +126,11 @@ def test_rounds_end_where_one_round_ends_and_units_stay_even():
     groups = dense
     for round_number in range(1, 5):
         scores = {group.name: rng.random(group.size) for group in groups.prunable}
-        groups = shrink(groups, select(groups, scores, round_number * 0.5 / 4, dense=dense))
+        groups = shrink(groups, chosen(groups, scores, round_number * 0.5 / 4, dense=dense))
     assert [group.size for group in groups] == [8, 16]
     assert [group.original_size for group in groups] == [16, 32]
     # The target is met already: nothing more leaves.
-    again = select(groups, {group.name: np.ones(group.size) for group in groups}, 0.5, dense=dense)
+    again = chosen(groups, {group.name: np.ones(group.size) for group in groups}, 0.5, dense=dense)
     assert [len(stays) for stays in again.values()] == [8, 16]
 
 
@@ -133,7 +138,7 @@ def test_the_floor_counts_original_units_over_rounds():
     dense = two_layers(10, 10)
     groups = shrink(dense, {"a": [0, 1, 2], "b": range(10)})
     scores = {"a": np.zeros(3), "b": np.ones(10)}
-    kept = select(groups, scores, 0.6, dense=dense, floor=0.3)
+    kept = chosen(groups, scores, 0.6, dense=dense, floor=0.3)
     assert len(kept["a"]) == 3 and len(kept["b"]) == 5
 
 
@@ -142,15 +147,15 @@ def test_beyond_reach_prints_the_largest_share():
     with pytest.raises(
         TargetError, match=r"Removing 80.00% of the parameters: at most 70.00% can be removed"
     ):
-        select(two_layers(), scores, 0.8, floor=0.3)
-    kept = select(two_layers(), scores, 0.7, floor=0.3)
+        chosen(two_layers(), scores, 0.8, floor=0.3)
+    kept = chosen(two_layers(), scores, 0.7, floor=0.3)
     assert counts(kept) == {"a": 3, "b": 3}
 
 
 @pytest.mark.parametrize("target", [0, 1, -0.1, 1.5, float("nan"), "0.5", True, None])
 def test_targets_out_of_range(target):
     with pytest.raises(TargetError, match="not between 0 and 1"):
-        select(two_layers(), {}, target)
+        chosen(two_layers(), {}, target)
 
 
 @pytest.mark.parametrize(
@@ -165,26 +170,21 @@ def test_targets_out_of_range(target):
 )
 def test_scores_that_do_not_fit(scores, error, text):
     with pytest.raises(error, match=text):
-        select(two_layers(), scores, 0.5, ranking="global")
-
-
-def test_unknown_ranking():
-    with pytest.raises(TargetError, match="Known: uniform, global"):
-        select(two_layers(), {}, 0.5, ranking="best")
+        chosen(two_layers(), scores, 0.5, ranking="global")
 
 
 def test_nothing_to_prune_says_why():
     groups = convnet()
     only = UnitGroups(groups.groups[2:], groups.shapes, groups.parameters, groups.positions)
     with pytest.raises(StructureError, match="fc: it is the model's output"):
-        select(only, {}, 0.5)
+        chosen(only, {}, 0.5)
 
 
 def test_groups_that_lost_more_before_lose_less_now():
     """Priorities count what is gone: rounds that began unevenly end evenly."""
     dense = two_layers(20, 20)
     groups = shrink(dense, {"a": list(range(10)), "b": list(range(18))})
-    kept = select(groups, {"a": np.ones(10), "b": np.ones(18)}, 0.5, dense=dense)
+    kept = chosen(groups, {"a": np.ones(10), "b": np.ones(18)}, 0.5, dense=dense)
     assert counts(kept) == {"a": 10, "b": 10}
 
 
@@ -193,7 +193,7 @@ def test_the_floor_is_a_share_of_the_dense_group():
     groups = shrink(dense, {"a": [0, 1, 2, 3], "b": range(10)})
     # Both end at 3 of their 10 original units, although `a` has 4 now.
     assert largest_reachable(groups, 0.3, "parameters", dense=dense) == 0.7
-    kept = select(groups, {"a": np.zeros(4), "b": np.ones(10)}, 0.7, dense=dense, floor=0.3)
+    kept = chosen(groups, {"a": np.zeros(4), "b": np.ones(10)}, 0.7, dense=dense, floor=0.3)
     assert counts(kept) == {"a": 3, "b": 3}
 
 
@@ -201,7 +201,7 @@ def test_the_floor_is_a_share_of_the_dense_group():
 def test_ties_in_a_wide_group_leave_by_index(ranking):
     groups = two_layers(500, 500)
     values = np.random.default_rng(0).integers(0, 2, 500).astype(float)
-    kept = select(groups, {"a": values, "b": values}, 0.2, ranking=ranking)
+    kept = chosen(groups, {"a": values, "b": values}, 0.2, ranking=ranking)
     zeros = np.flatnonzero(values == 0)
     for stays in kept.values():
         gone = np.setdiff1d(np.arange(500), stays)
@@ -215,14 +215,14 @@ def test_targets_that_are_a_whole_number_of_units_take_just_these():
         one = UnitGroups(groups.groups[:1], groups.shapes, ("wa",), {})
         for gone in range(1, size):
             for target in (gone / size, gone * (1 / size)):
-                kept = select(one, {"a": np.arange(size, dtype=float)}, target, floor=0.0)
+                kept = chosen(one, {"a": np.arange(size, dtype=float)}, target, floor=0.0)
                 assert len(kept["a"]) == size - gone
 
 
 def test_reach_is_known_without_scores():
-    assert check_reachable(two_layers(), 0.5, of="parameters", floor=0.1) == pytest.approx(0.9)
+    assert check_reachable(two_layers(), 0.5, PlanConfig()) == pytest.approx(0.9)
     with pytest.raises(TargetError, match=r"at most 90\.00%"):
-        check_reachable(two_layers(), 0.95, of="parameters", floor=0.1)
+        check_reachable(two_layers(), 0.95, PlanConfig())
 
 
 def test_a_floor_of_whole_units_is_not_rounded_up():
@@ -230,3 +230,10 @@ def test_a_floor_of_whole_units_is_not_rounded_up():
     group = two_layers(100, 1).groups[0]
     assert least_kept(group, 0.07) == 7
     assert [least_kept(group, floor) for floor in (0.0, 0.071, 1.0)] == [1, 8, 100]
+
+
+def test_a_group_without_any_score_counts_as_its_own_mean():
+    groups = two_layers(4, 4)
+    scores = {"a": np.zeros(4), "b": np.array([1.0, 3, 1, 3])}
+    kept = chosen(groups, scores, 0.25, ranking="global")
+    assert (kept["a"].tolist(), kept["b"].tolist()) == ([0, 1, 2, 3], [1, 3])

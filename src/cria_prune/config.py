@@ -84,6 +84,10 @@ class PlanConfig(StageConfig):
     ranking: Literal["uniform", "global"] = "uniform"
     residual: bool = Field(False, description="prune the width of residual streams too")
     floor: float = Field(0.1, ge=0, le=1, description="share of each group's units that always stays")
+    uniform: bool = Field(False, description="alike groups keep the same number of units")
+    multiple: int = Field(
+        1, ge=1, le=256, description="neurons and channels that stay are a multiple of it, or all"
+    )
 
 
 class RecoverConfig(StageConfig):

@@ -164,7 +164,7 @@ def prune(
     dense = discover(model, example)
     if not config.plan.residual:
         dense = without_residual(dense)
-    check_reachable(dense, config.plan.reduction, of=config.plan.of, floor=config.plan.floor)
+    check_reachable(dense, config.plan.reduction, config.plan)
     result = PruneResult(model, identity_plan(dense), dense, dense, (), config, time.perf_counter() - start)
     rounds = config.plan.rounds
     with (progress or QUIET).bar("prune", rounds) as bar:

@@ -230,7 +230,7 @@ def finish(job: Job, result: PruneResult | None = None) -> None:
 def check_target(found: Target, config: PruneConfig) -> None:
     """Refuse a target beyond reach before a dense model is trained or anything is written."""
     groups = structure_of(found.untrained(), found, config.plan.residual)
-    check_reachable(groups, config.plan.reduction, of=config.plan.of, floor=config.plan.floor)
+    check_reachable(groups, config.plan.reduction, config.plan)
 
 
 def structure_of(model: nn.Module, found: Target, residual: bool | None) -> UnitGroups:

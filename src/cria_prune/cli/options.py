@@ -37,6 +37,14 @@ Residual = Annotated[
     Option("--residual/--no-residual", help="Prune the width of residual streams too [default: no]."),
 ]
 Floor = Annotated[float | None, Option(help="Share of each group's units that always stays [default: 0.1].")]
+Uniform = Annotated[
+    bool | None,
+    Option("--uniform/--no-uniform", help="Alike groups keep the same number of units [default: no]."),
+]
+Multiple = Annotated[
+    int | None,
+    Option(help="Neurons and channels that stay are a multiple of it, or all of them [default: 1]."),
+]
 Examples = Annotated[int | None, Option(help="Calibration examples [default: 1024].")]
 Positions = Annotated[int | None, Option(help="Spatial positions drawn per image and layer [default: 8].")]
 Watch = Annotated[bool, Option("--watch", help="Evaluate after every round, on the validation split.")]

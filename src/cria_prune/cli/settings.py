@@ -24,7 +24,7 @@ SECTIONS: dict[str, type[StageConfig]] = {"record": RecordConfig, "score": Score
 OPTIONS = {
     "record": ("examples", "positions", "seed"),
     "score": ("criterion", "seed"),
-    "plan": ("reduction", "of", "rounds", "ranking", "residual", "floor"),
+    "plan": ("reduction", "of", "rounds", "ranking", "residual", "floor", "uniform", "multiple"),
     "recover": ("epochs", "lr", "distill", "seed"),
 }
 

@@ -4,10 +4,13 @@ from cria_prune.plan.budget import Budget, count_macs, count_parameters, largest
 from cria_prune.plan.make import compose, identity_plan, make_plan, plan
 from cria_prune.plan.plan import Plan, TensorCut
 from cria_prune.plan.select import check_reachable, select
+from cria_prune.plan.stairs import Allowed, Stair, reachable, stairs
 
 __all__ = [
+    "Allowed",
     "Budget",
     "Plan",
+    "Stair",
     "TensorCut",
     "check_reachable",
     "compose",
@@ -17,5 +20,7 @@ __all__ = [
     "largest_reachable",
     "make_plan",
     "plan",
+    "reachable",
     "select",
+    "stairs",
 ]

@@ -9,9 +9,10 @@ import numpy as np
 
 from cria_prune.config import PlanConfig
 from cria_prune.errors import StructureError
-from cria_prune.plan.budget import Budget, count_macs, count_parameters, largest_reachable
+from cria_prune.plan.budget import Budget, count_macs, count_parameters
 from cria_prune.plan.plan import AttributeEdit, Plan, TensorCut
 from cria_prune.plan.select import select
+from cria_prune.plan.stairs import Allowed, reachable
 from cria_prune.structure.groups import UnitGroups, removed_positions, said_values
 
 Kept = Mapping[str, Sequence[int] | np.ndarray]
@@ -24,15 +25,17 @@ def plan(
     *,
     dense: UnitGroups | None = None,
     target: float | None = None,
+    allowed: Allowed | None = None,
 ) -> Plan:
     """Choose what stays so that a share of the dense network's cost is gone.
 
     Args:
         groups: the structure now.
         scores: group name -> (units,) importance, higher stays.
-        config: `reduction`, `of`, `ranking` and `floor` are used.
+        config: all but `rounds` and `residual` is used.
         dense: structure of the dense network, the denominator; `groups` by default.
         target: share to be gone after this round, earlier rounds counted in; `config.reduction` by default.
+        allowed: group name -> the numbers of units that may stay; any number for groups not named.
 
     Returns:
         A plan relative to `groups`. Its report holds the shares `asked`, `reached` and `reachable`
@@ -43,14 +46,12 @@ def plan(
     """
     dense = groups if dense is None else dense
     target = config.reduction if target is None else target
-    kept = select(
-        groups, scores, target, dense=dense, of=config.of, ranking=config.ranking, floor=config.floor
-    )
+    kept = select(groups, scores, target, config, dense=dense, allowed=allowed)
     counts = {name: len(stays) for name, stays in kept.items()}
     report: dict[str, float | str] = {
         "asked": float(target),
         "reached": Budget(dense, config.of).reduction(groups, counts),
-        "reachable": largest_reachable(groups, config.floor, config.of, dense=dense),
+        "reachable": reachable(groups, config, dense=dense, allowed=allowed),
         "of": config.of,
         "parameters_dense": count_parameters(dense),
         "parameters": count_parameters(groups, counts),

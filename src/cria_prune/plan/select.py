@@ -1,21 +1,23 @@
 """Scores, groups and a target -> the units that stay.
 
-Units are sorted by (priority, order of the group, index) and the shortest prefix that reaches the
-target leaves. Counting is exact and falls with every unit, so the prefix is found by bisection.
+Each stair (a group, or the alike groups of a uniform plan) offers steps down: fewer units kept.
+Steps are sorted by (priority, order of the stair, number of the step) and the shortest prefix that
+reaches the target is taken. Counting is exact and falls with every step, so the prefix is found by
+bisection, and a larger target keeps a subset of what a smaller one keeps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 
 import numpy as np
 
+from cria_prune.config import PlanConfig
 from cria_prune.errors import SignalError, StructureError, TargetError
-from cria_prune.plan.budget import Budget, Ledger, largest_reachable, least_kept
+from cria_prune.plan.budget import Budget, Ledger
+from cria_prune.plan.stairs import Allowed, Stair, reachable, stairs
 from cria_prune.structure.groups import UnitGroup, UnitGroups
-
-RANKINGS = ("uniform", "global")
 
 # Shares are quotients of exact counts; a target such as 3 * 0.1 misses them by a rounding error.
 SLACK = 1e-12
@@ -25,72 +27,84 @@ def select(
     groups: UnitGroups,
     scores: Mapping[str, np.ndarray],
     target: float,
+    config: PlanConfig,
     *,
     dense: UnitGroups | None = None,
-    of: str = "parameters",
-    ranking: str = "uniform",
-    floor: float = 0.1,
+    allowed: Allowed | None = None,
 ) -> dict[str, np.ndarray]:
     """Choose the units that stay so that at least `target` of the dense cost is gone.
 
-    `uniform` gives a group's unit of rank r (0 is the lowest score) the priority
-    (units removed before + r + 1) / original units: every group loses the same share.
-    `global` gives it score / mean score of the group / share of the cost that one unit of the
-    group frees: units of all groups compete. Of equal priorities the earlier group and the
-    lower index leave first. max(1, ceil(floor * original units)) units of a group stay.
+    A step leads a group, or every group of a class, from one number of units that may stay to the
+    next lower one (see `stairs`); the lowest scores of each group leave. Priority of a step:
+
+    - ranking `uniform`: the share of the original units that are gone after it, so that every group
+      loses the same share.
+    - ranking `global`: mean over the units that leave of score / mean score of their group, divided
+      by the share of the cost that one unit frees, so that units of all groups, or classes, compete.
+
+    Of equal priorities the earlier group and the lower index leave first. The overshoot is less
+    than what the last step frees.
 
     Args:
         groups: the structure now.
         scores: group name -> (units,) importance, higher stays; one entry per prunable group.
         target: share of the dense cost to be gone, strictly between 0 and 1, earlier rounds counted in.
+        config: all but `reduction`, `rounds` and `residual` is used.
         dense: structure of the dense network; `groups` itself by default.
-        of: `parameters`, `prunable` or `macs`.
-        ranking: `uniform` or `global`.
-        floor: share of each group's original units that always stays.
+        allowed: group name -> the numbers of units that may stay; any number for groups not named.
 
     Returns:
         Group name -> ascending int64 indices (of now) that stay, for every prunable group.
 
     Raises:
-        TargetError: the target is not in (0, 1), cannot be reached, or the ranking is unknown.
-        StructureError: nothing is prunable, or scores are missing or of the wrong length.
+        TargetError: the target is not in (0, 1) or cannot be reached.
+        StructureError: nothing is prunable, scores are missing or of the wrong length, or `allowed`
+            does not fit, see `stairs`.
         SignalError: a score is NaN or infinite, or negative under `global`.
     """
-    dense = groups if dense is None else dense
-    if ranking not in RANKINGS:
-        raise TargetError(f"A {ranking!r} ranking", "no such ranking", f"Known: {', '.join(RANKINGS)}")
-    check_reachable(groups, target, dense=dense, of=of, floor=floor)
-    arrays = {group.name: _checked_scores(group, scores, ranking) for group in groups.prunable}
-    budget = Budget(dense, of)
+    check_reachable(groups, target, config, dense=dense, allowed=allowed)
+    arrays = {group.name: _checked_scores(group, scores, config.ranking) for group in groups.prunable}
+    budget = Budget(groups if dense is None else dense, config.of)
     ledger = budget.ledger(groups)
-    owner, unit = _order(groups, arrays, ranking, floor, ledger)
-    left = _shortest_prefix(groups, owner, ledger, budget, target)
-    kept = {}
-    for number, group in enumerate(groups.prunable):
-        gone = unit[:left][owner[:left] == number]
-        kept[group.name] = np.setdiff1d(np.arange(group.size, dtype=np.int64), gone)
-    return kept
+    made = stairs(groups, config, allowed)
+    owner = _order(made, arrays, config.ranking, ledger)
+    counts = _kept(made, _shortest_prefix(made, owner, ledger, budget, target))
+    return {
+        group.name: np.sort(np.argsort(arrays[group.name], kind="stable")[group.size - counts[group.name] :])
+        for group in groups.prunable
+    }
 
 
 def check_reachable(
-    groups: UnitGroups, target: float, *, dense: UnitGroups | None = None, of: str, floor: float
+    groups: UnitGroups,
+    target: float,
+    config: PlanConfig,
+    *,
+    dense: UnitGroups | None = None,
+    allowed: Allowed | None = None,
 ) -> float:
     """Return the largest share that can be removed, at least the target; see `select` for the arguments.
 
     Raises:
         TargetError: the target is not in (0, 1) or beyond that share.
-        StructureError: nothing is prunable.
+        StructureError: nothing is prunable, or `allowed` does not fit.
     """
     check_target(target)
     _check_prunable(groups)
-    reachable = largest_reachable(groups, floor, of, dense=dense)
-    if target > reachable + SLACK:
+    most = reachable(groups, config, dense=dense, allowed=allowed)
+    if target > most + SLACK:
+        limits = [
+            f"a floor of {config.floor:g} of each group",
+            *(["equal numbers in alike groups"] if config.uniform else []),
+            *([f"multiples of {config.multiple}"] if config.multiple > 1 else []),
+            *(["the numbers that are allowed"] if allowed else []),
+        ]
         raise TargetError(
-            f"Removing {target:.2%} of the {of}",
-            f"at most {reachable:.2%} can be removed with a floor of {floor:g} of each group",
-            f"Ask for {np.floor(reachable * 1e4) / 1e4:g} or less, or lower the floor",
+            f"Removing {target:.2%} of the {config.of}",
+            f"at most {most:.2%} can be removed with {', '.join(limits)}",
+            f"Ask for {np.floor(most * 1e4) / 1e4:g} or less, or lower the floor",
         )
-    return reachable
+    return most
 
 
 def check_target(target: float) -> None:
@@ -144,44 +158,67 @@ def _checked_scores(group: UnitGroup, scores: Mapping[str, np.ndarray], ranking:
 
 
 def _order(
-    groups: UnitGroups, scores: Mapping[str, np.ndarray], ranking: str, floor: float, ledger: Ledger
-) -> tuple[np.ndarray, np.ndarray]:
-    """Group number and unit index, (removable units,) each, in the order in which they leave."""
-    priorities, owners, units = [], [], []
+    made: Sequence[Stair], scores: Mapping[str, np.ndarray], ranking: str, ledger: Ledger
+) -> np.ndarray:
+    """Return (steps,) the number of the stair that each step goes down, in the order of the steps."""
     whole = ledger.count() if ranking == "global" else 0.0
-    for number, group in enumerate(groups.prunable):
-        values = scores[group.name]
-        ranked = np.argsort(values, kind="stable")[: group.size - least_kept(group, floor)]
-        if ranking == "uniform":
-            gone = group.original_size - group.size
-            priority = (gone + np.arange(len(ranked)) + 1) / group.original_size
-        else:
-            mean = values.mean()
-            relative = values[ranked] / mean if mean > 0 else np.ones(len(ranked))
-            freed = whole - ledger.count({group.name: group.size - 1})
-            # A unit that frees nothing is the last to leave.
-            priority = relative / (freed / whole) if freed > 0 else np.full(len(ranked), np.inf)
-        priorities.append(priority)
-        owners.append(np.full(len(ranked), number))
-        units.append(ranked)
-    owner, unit = np.concatenate(owners), np.concatenate(units)
-    order = np.lexsort((unit, owner, np.concatenate(priorities)))
-    return owner[order], unit[order]
+    priorities = [
+        _shares_gone(stair) if ranking == "uniform" else _relative_scores(stair, scores, ledger, whole)
+        for stair in made
+    ]
+    owner = np.repeat(np.arange(len(made)), [len(item) for item in priorities])
+    number = np.concatenate([np.arange(len(item)) for item in priorities])
+    return owner[np.lexsort((number, owner, np.concatenate(priorities)))]
+
+
+def _shares_gone(stair: Stair) -> np.ndarray:
+    """(steps,) share of the original units that are gone after each step."""
+    original = max(group.original_size for group in stair.groups)
+    return (original - stair.counts[1:]) / original
+
+
+def _relative_scores(
+    stair: Stair, scores: Mapping[str, np.ndarray], ledger: Ledger, whole: float
+) -> np.ndarray:
+    """(steps,) mean relative score of the units that leave with each step / share that one unit frees."""
+    if len(stair.counts) == 1:
+        return np.zeros(0)
+    size = stair.groups[0].size
+    freed = whole - ledger.count(dict.fromkeys(stair.names, size - 1))
+    if freed <= 0:  # what frees nothing is the last to leave
+        return np.full(len(stair.counts) - 1, np.inf)
+    ranked = np.mean([np.sort(_relative(scores[name])) for name in stair.names], axis=0)
+    starts = size - stair.counts
+    sums = np.add.reduceat(ranked[: starts[-1]], starts[:-1])
+    means = np.maximum.accumulate(sums / np.diff(starts))  # against rounding: steps go down in order
+    return np.asarray(means / (freed / len(stair.groups) / whole))
+
+
+def _relative(values: np.ndarray) -> np.ndarray:
+    mean = values.mean()
+    return values / mean if mean > 0 else np.ones(len(values))
+
+
+def _kept(made: Sequence[Stair], steps: Sequence[int] | np.ndarray) -> dict[str, int]:
+    """Return group name -> units that stay after `steps[i]` steps down the stair i."""
+    return {
+        name: int(stair.counts[taken])
+        for stair, taken in zip(made, steps, strict=True)
+        for name in stair.names
+    }
 
 
 def _shortest_prefix(
-    groups: UnitGroups, owner: np.ndarray, ledger: Ledger, budget: Budget, target: float
-) -> int:
-    """Smallest number of leading units whose removal reaches the target."""
-    prunable = groups.prunable
+    made: Sequence[Stair], owner: np.ndarray, ledger: Ledger, budget: Budget, target: float
+) -> np.ndarray:
+    """(stairs,) steps down each stair in the shortest prefix whose removal reaches the target."""
 
-    def reached(length: int) -> bool:
-        gone = np.bincount(owner[:length], minlength=len(prunable))
-        kept = {group.name: group.size - int(count) for group, count in zip(prunable, gone, strict=True)}
-        return budget.share(ledger.count(kept)) >= target - SLACK
+    def steps(length: int) -> np.ndarray:
+        return np.bincount(owner[:length], minlength=len(made))
 
     low, high = 0, len(owner)
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if reached(middle) else (middle + 1, high)
-    return low
+        reached = budget.share(ledger.count(_kept(made, steps(middle)))) >= target - SLACK
+        low, high = (low, middle) if reached else (middle + 1, high)
+    return steps(low)
