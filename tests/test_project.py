@@ -16,7 +16,7 @@ import tables
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "cria_prune"
-BASE = {"attention", "errors", "config", "batches", "progress", "modules", "loss"}
+BASE = {"attention", "errors", "config", "batches", "progress", "modules", "loss", "metrics"}
 MAY_IMPORT = {
     "structure": BASE,
     "graph": {"errors"},
@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "criteria": BASE | {"structure", "graph", "spectrum", "record"},
     "plan": BASE | {"structure"},
     "surgery": BASE | {"structure", "plan"},
+    "vanilla": BASE | {"structure"},
     "recover": BASE,
     "artifact": BASE | {"plan", "surgery", "tasks", "structure"},
     "tasks": BASE | {"recover"},
@@ -78,7 +79,7 @@ def test_public_names_are_frozen_and_documented() -> None:
 PUBLIC = [
     *["CRITERIA", "CriaError", "LoadedCheckpoint", "Plan", "PlanConfig", "PruneConfig", "PruneResult"],
     *["RecordConfig", "RecoverConfig", "ScoreConfig", "UnitGroup", "UnitGroups", "apply", "discover", "load"],
-    *["plan", "preset", "prune", "record", "recover", "save", "score", "verify"],
+    *["plan", "preset", "prune", "record", "recover", "save", "save_pretrained", "score", "verify"],
 ]
 
 

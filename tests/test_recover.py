@@ -1,4 +1,5 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from cria_prune.config import RecoverConfig
 from cria_prune.errors import ConfigError, DataError, SignalError
 from cria_prune.loss import cross_entropy
 from cria_prune.recover import recover, soft_targets
-from cria_prune.recover.schedule import decay_groups, rate
+from cria_prune.recover.guard import lower_precision
+from cria_prune.recover.loss import without_padding
+from cria_prune.recover.schedule import decay_groups, make_optimizer, rate
 
 
 def network(seed=0):
@@ -231,3 +234,83 @@ def test_frozen_parameters_stay():
     recover(model, data(), CONFIG)
     assert torch.equal(model[0].weight, before["0.weight"])
     assert not torch.equal(model[5].weight, before["5.weight"])
+
+
+def test_the_lowest_metric_is_kept_where_lower_is_better():
+    model, metrics = network(), iter([9.0, 5.0, 4.0, 4.0, 6.0])
+    result = recover(model, data(), CONFIG, evaluate=lambda _: next(metrics), lower_is_better=True)
+    assert (result.best_epoch, result.best, result.last) == (3, 4.0, 6.0)
+
+
+def test_adamw_learns_and_decays_only_matrices():
+    config = CONFIG.model_copy(update={"optimizer": "adamw", "lr": 0.01, "schedule": "linear"})
+    result = recover(network(), data(), config, evaluate=accuracy)
+    assert result.history[0].metric < 0.7 < result.best
+    groups = make_optimizer(network(), config).param_groups
+    assert [group["weight_decay"] for group in groups] == [5e-4, 0.0]
+    assert [group["betas"][0] for group in groups] == [0.9, 0.9]
+
+
+def test_clipping_bounds_the_step():
+    def moved(clip):
+        model = network()
+        before = state(model)
+        recover(
+            model, data(1), RecoverConfig(epochs=1, lr=1.0, momentum=0, warmup=0, weight_decay=0, clip=clip)
+        )
+        steps = [(value.detach() - before[name]).norm() for name, value in model.named_parameters()]
+        return float(torch.stack(steps).norm())
+
+    assert moved(0.0) > 0.1 and moved(0.01) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_linear_fall_ends_at_zero():
+    rates = [rate(step, 100, 0.1, 0.1, "linear") for step in range(100)]
+    assert (
+        max(rates) == rates[9] == rates[10] and rates[32] == pytest.approx(0.1 * 68 / 90) and rates[-1] < 2e-3
+    )
+
+
+def test_a_cpu_computes_in_float32_whatever_is_asked():
+    with lower_precision("auto", torch.device("cpu")):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.float32
+
+
+class OwnLoss(nn.Module):
+    """A language model as those of transformers: it shifts the labels itself, and hides those of -100."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(5, 5)
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        logits = self.table(input_ids)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return SimpleNamespace(logits=logits, loss=loss)
+
+
+def cycle():
+    ids = (torch.arange(5) + torch.arange(4)[:, None]) % 5
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def test_a_model_that_takes_labels_gives_its_own_loss():
+    model, batch = OwnLoss(), cycle()
+    assert cross_entropy(model, batch) == model(**batch).loss
+    config = RecoverConfig(epochs=30, lr=0.5, optimizer="adamw", weight_decay=0)
+    recover(model, [batch], config)
+    assert (model.table.weight.argmax(1) == (torch.arange(5) + 1) % 5).all()
+
+
+def test_distillation_of_tokens_leaves_padding_out():
+    logits, batch = torch.arange(24.0).view(2, 3, 4), cycle()
+    batch["attention_mask"] = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    assert torch.equal(without_padding(logits, batch), logits.flatten(0, 1)[[0, 1, 3]])
+    assert torch.equal(without_padding(logits[:, 0], batch), logits[:, 0])
+    teacher, student = OwnLoss(), OwnLoss()
+    config = RecoverConfig(epochs=60, lr=0.3, optimizer="adamw", weight_decay=0, distill=1.0)
+    recover(student, [cycle()], config, teacher=teacher)
+    gap = student.table.weight.softmax(1) - teacher.table.weight.softmax(1)
+    assert gap.abs().max() < 0.05

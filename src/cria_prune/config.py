@@ -95,9 +95,15 @@ class RecoverConfig(StageConfig):
 
     epochs: int = Field(3, ge=0)
     lr: float = Field(0.05, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    momentum: float = Field(0.9, ge=0, lt=1, description="AdamW's first decay rate too")
     weight_decay: float = Field(5e-4, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1, description="share of all steps with a rising learning rate")
+    schedule: Literal["cosine", "linear"] = "cosine"
+    clip: float = Field(0.0, ge=0, description="largest norm of the gradients, 0 for no bound")
+    precision: Literal["float32", "auto"] = Field(
+        "float32", description="auto: bfloat16 autocast where a CUDA device has it"
+    )
     distill: float = Field(0.0, ge=0, le=1, description="weight of the dense model's soft targets")
     temperature: float = Field(2.0, gt=0)
     seed: int = 0

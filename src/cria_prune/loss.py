@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,6 +37,9 @@ def logits_of(output: Any) -> Tensor:
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     """Return the mean cross-entropy (nats) of the logits (batch, classes) against targets (batch,).
 
+    A model whose forward takes the `labels` of a mapping and gives a loss, as those of transformers do, is
+    asked for its own: a causal language model shifts its labels and leaves out those of -100.
+
     Raises:
         DataError: the batch holds no target.
     """
@@ -47,4 +51,14 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
             "Pass (inputs, target) pairs or mappings with labels, or your own loss(model, batch)",
         )
     args, kwargs = model_inputs(batch)
-    return functional.cross_entropy(logits_of(model(*args, **kwargs)), target)
+    own = isinstance(batch, Mapping) and "labels" in batch and takes_labels(model)
+    output = model(*args, **kwargs, **({"labels": target} if own else {}))
+    found = getattr(output, "loss", None)
+    if own and isinstance(found, Tensor):
+        return found
+    return functional.cross_entropy(logits_of(output), target)
+
+
+def takes_labels(model: nn.Module) -> bool:
+    """Say whether the model's forward has an argument `labels`."""
+    return "labels" in inspect.signature(model.forward).parameters

@@ -1,4 +1,4 @@
-"""The one fine-tune after pruning: SGD, a cosine schedule, and the best epoch kept."""
+"""The one fine-tune after pruning: SGD or AdamW, a warm-up and a fall, and the best epoch kept."""
 
 from __future__ import annotations
 
@@ -15,10 +15,17 @@ from cria_prune.errors import ConfigError, DataError, SignalError
 from cria_prune.loss import Loss, cross_entropy
 from cria_prune.modules import modes_kept
 from cria_prune.progress import QUIET, Bar, Progress
-from cria_prune.recover.guard import State, channels_last, gradients_kept, on_device, snapshot
+from cria_prune.recover.guard import (
+    State,
+    channels_last,
+    gradients_kept,
+    lower_precision,
+    on_device,
+    snapshot,
+)
 from cria_prune.recover.loss import Distilled
 from cria_prune.recover.result import Epoch, RecoverResult
-from cria_prune.recover.schedule import decay_groups, rate
+from cria_prune.recover.schedule import make_optimizer, rate
 
 Batches = Iterable[Batch] | Callable[[int], Iterable[Batch]]
 Metric = Callable[[nn.Module], float]
@@ -32,15 +39,16 @@ def recover(
     evaluate: Metric | None = None,
     teacher: nn.Module | None = None,
     loss: Loss | None = None,
+    lower_is_better: bool = False,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> RecoverResult:
     """Fine-tune `model` in place and leave it at its best epoch.
 
-    Training is SGD with Nesterov momentum; the learning rate rises linearly and falls as a cosine, step by
-    step; biases and norms do not decay. The same seed, machine and thread count give the same weights, bit
-    for bit. Train/eval modes, gradients, device, memory layout and the global generators of torch are
-    afterwards what they were. After an error the weights are what they were, too; after a
+    Training is SGD with Nesterov momentum, or AdamW; the learning rate rises linearly and falls as a cosine
+    or a line, step by step; biases and norms do not decay. The same seed, machine and thread count give the
+    same weights, bit for bit. Train/eval modes, gradients, device, memory layout and the global generators
+    of torch are afterwards what they were. After an error the weights are what they were, too; after a
     KeyboardInterrupt the model holds the best epoch so far.
 
     Args:
@@ -48,11 +56,12 @@ def recover(
         train_batches: an iterable of batches, or a function from the epoch (from 0) to one. An iterable
             without a length is read into memory, for the schedule needs the number of steps.
         config: epochs, learning rate and the rest; `RecoverConfig()` if None.
-        evaluate: model -> metric, higher is better, on data kept apart from both the training and the final
+        evaluate: model -> metric, on data kept apart from both the training and the final
             test. The model comes in eval mode on `device`. Of equal epochs the later is kept. None: no
             metric, and the last epoch is kept.
         teacher: the dense model; used if `config.distill` > 0.
-        loss: (model, batch) -> scalar; cross-entropy on the batch's target if None.
+        loss: (model, batch) -> scalar; cross-entropy on the batch's target if None (`loss.cross_entropy`).
+        lower_is_better: the metric's direction: False for an accuracy, True for a perplexity.
         device: where to train.
         progress: where to show loss, metric and time left; silent if None.
 
@@ -75,7 +84,7 @@ def recover(
         objective = loss or cross_entropy
         if teacher is not None and config.distill:
             objective = Distilled(objective, teacher.eval(), config.distill, config.temperature)
-        run = _Run(model, config, objective, evaluate, place)
+        run = _Run(model, config, objective, evaluate, lower_is_better, place)
         try:
             run.fit(_Source(train_batches), progress or QUIET)
             model.load_state_dict(run.best_state or before)
@@ -145,9 +154,11 @@ class _Run:
         config: RecoverConfig,
         loss: Loss,
         evaluate: Metric | None,
+        lower_is_better: bool,
         device: torch.device,
     ) -> None:
         self.model, self.config, self.loss, self.evaluate, self.device = model, config, loss, evaluate, device
+        self.sign = -1 if lower_is_better else 1
         self.history: list[Epoch] = []
         self.best_epoch = 0
         self.best_state: State | None = None
@@ -157,12 +168,7 @@ class _Run:
         self.finish(Epoch(0, 0.0, None, self.measure()))
         if not self.config.epochs:
             return
-        optimizer = torch.optim.SGD(
-            decay_groups(self.model, self.config.weight_decay),
-            lr=self.config.lr,
-            momentum=self.config.momentum,
-            nesterov=self.config.momentum > 0,
-        )
+        optimizer = make_optimizer(self.model, self.config)
         batches, count = source.sized(0)
         self.steps = self.config.epochs * count
         with progress.bar("train", self.steps) as bar:
@@ -174,19 +180,23 @@ class _Run:
                 self.finish(Epoch(epoch + 1, lr, sum(losses) / len(losses), self.measure()))
                 bar.update(0, epoch=epoch + 1, metric=self.history[-1].metric)
 
-    def train(self, batches: Iterable[Batch], optimizer: torch.optim.SGD, bar: Bar) -> Sequence[float]:
+    def train(self, batches: Iterable[Batch], optimizer: torch.optim.Optimizer, bar: Bar) -> Sequence[float]:
+        config = self.config
         self.model.train()
         losses = []
         for batch in batches:
-            lr = rate(self.step, self.steps, self.config.lr, self.config.warmup)
+            lr = rate(self.step, self.steps, config.lr, config.warmup, config.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad()
-            loss = self.loss(self.model, move(batch, self.device))
+            with lower_precision(config.precision, self.device):
+                loss = self.loss(self.model, move(batch, self.device))
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 raise self.broken(f"the loss is {losses[-1]} at step {self.step + 1} of {self.steps}")
             loss.backward()
+            if config.clip:
+                nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
             optimizer.step()
             self.step += 1
             bar.update(loss=losses[-1])
@@ -207,7 +217,7 @@ class _Run:
     def finish(self, row: Epoch) -> None:
         self.history.append(row)
         best = self.history[self.best_epoch].metric
-        if row.metric is None or best is None or row.metric >= best:
+        if row.metric is None or best is None or self.sign * row.metric >= self.sign * best:
             self.best_epoch, self.best_state = row.epoch, snapshot(self.model)
 
     def broken(self, found: str) -> SignalError:

@@ -1,9 +1,9 @@
-"""Context managers that put a model back: modes, gradients, memory layout, device."""
+"""Context managers around a training: gradients, memory layout and device are put back; precision."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 
 import torch
@@ -59,3 +59,14 @@ def channels_last(model: nn.Module) -> Iterator[None]:
     finally:
         for weight in weights:
             weight.data = weight.data.contiguous()
+
+
+def lower_precision(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Return the autocast to bfloat16 if `precision` is `auto` and the device computes in it, else nothing.
+
+    The weights stay float32, and so do the sums that need it (torch chooses the operations). CPUs are left
+    out: few of them have bfloat16 units, and a result should not depend on which.
+    """
+    if precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.autocast("cuda", dtype=torch.bfloat16)
+    return nullcontext()

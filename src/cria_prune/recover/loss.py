@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -61,5 +62,17 @@ class Distilled:
         args, kwargs = model_inputs(batch)
         with torch.no_grad():
             goal = logits_of(self.teacher(*args, **kwargs))
-        soft = soft_targets(logits_of(outputs[-1]), goal, self.temperature)
+        found = logits_of(outputs[-1])
+        soft = soft_targets(without_padding(found, batch), without_padding(goal, batch), self.temperature)
         return (1 - self.weight) * hard + self.weight * soft
+
+
+def without_padding(logits: Tensor, batch: Batch) -> Tensor:
+    """Return the logits of the tokens that the batch's `attention_mask` keeps; (batch, classes) as they are.
+
+    Args:
+        logits: (batch, classes) or (batch, tokens, classes).
+        batch: where its mask is not (batch, tokens), all tokens stay.
+    """
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return logits[mask.bool()] if mask is not None and mask.shape == logits.shape[:-1] else logits

@@ -1,30 +1,50 @@
-"""The learning rate of every step, and which parameters decay."""
+"""The optimizer, the learning rate of every step, and which parameters decay."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import torch
 from torch import nn
 
+from cria_prune.config import RecoverConfig
 
-def rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Return the learning rate of `step` (from 0) of `steps`: a linear rise, then half a cosine to zero.
+SECOND_DECAY = 0.98
+"""AdamW's second decay rate: short runs have no time for 0.999."""
+
+
+def rate(step: int, steps: int, peak: float, warmup: float, schedule: str = "cosine") -> float:
+    """Return the learning rate of `step` (from 0) of `steps`: a linear rise, then a fall to zero.
+
+    The fall is half a cosine, or a straight line if `schedule` is `linear`.
 
     >>> [round(rate(step, 10, 1.0, 0.2), 2) for step in range(10)]
     [0.5, 1.0, 1.0, 0.96, 0.85, 0.69, 0.5, 0.31, 0.15, 0.04]
+    >>> [round(rate(step, 5, 1.0, 0.2, "linear"), 2) for step in range(5)]
+    [1.0, 1.0, 0.75, 0.5, 0.25]
     """
     rising = round(warmup * steps)
     if step < rising:
         return peak * (step + 1) / rising
     share = min(1.0, (step - rising) / max(1, steps - rising))
+    if schedule == "linear":
+        return peak * (1 - share)
     return peak * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return SGD's parameter groups: matrices and kernels decay, biases and norms do not."""
+    """Return the optimizer's parameter groups: matrices and kernels decay, biases and norms do not."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
+
+
+def make_optimizer(model: nn.Module, config: RecoverConfig) -> torch.optim.Optimizer:
+    """Return SGD with Nesterov momentum, or AdamW, on the parameters that are trained."""
+    groups = decay_groups(model, config.weight_decay)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, SECOND_DECAY))
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
