@@ -2,12 +2,13 @@
 
 One function per step, in the order of the data: `discover` what may be removed, `record` what the
 neurons do, `score` them, `plan` what stays, `apply` the plan, `verify` that masked equals pruned,
-`recover` the task, `save` and `load` the result. `prune` runs discover to verify, round by round.
+`recover` the task, `save` and `load` the result; `save_pretrained` writes what plain transformers
+loads. `prune` runs discover to verify, round by round.
 """
 
 from importlib.metadata import version
 
-from cria_prune.artifact import LoadedCheckpoint, load, save
+from cria_prune.artifact import LoadedCheckpoint, load, save, save_pretrained
 from cria_prune.config import (
     PlanConfig,
     PruneConfig,
@@ -49,6 +50,7 @@ __all__ = [
     "record",
     "recover",
     "save",
+    "save_pretrained",
     "score",
     "verify",
 ]

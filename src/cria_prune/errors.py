@@ -51,3 +51,7 @@ class ArtifactError(CriaError):
 
 class ConfigError(CriaError, ValueError):
     """A configuration holds an unknown key or a value out of range."""
+
+
+class CertificateError(CriaError):
+    """A saved model cannot be loaded by its library alone, or computes something else there."""

@@ -34,9 +34,9 @@ def load_pretrained(folder: Path, meta: bool = False) -> nn.Module:
             quantized or are not those of the model, or a file is damaged.
     """
     asked = f"Reading the Hugging Face model in {folder}"
-    library = _library(asked)
+    library = find_library(asked)
     weights = not meta and _has_weights(folder, asked)
-    with _quiet(library):
+    with quiet(library):
         try:
             config = library.AutoConfig.from_pretrained(
                 str(folder.resolve()), local_files_only=True, trust_remote_code=False
@@ -59,7 +59,8 @@ def load_pretrained(folder: Path, meta: bool = False) -> nn.Module:
             ) from error
 
 
-def _library(asked: str) -> ModuleType:
+def find_library(asked: str) -> ModuleType:
+    """Return the module transformers. Raises an ArtifactError, about what was asked, where it is missing."""
     try:
         import transformers
     except ImportError as error:
@@ -140,7 +141,7 @@ def _with_values(kind: Any, folder: Path, config: Any, asked: str) -> nn.Module:
 
 
 @contextmanager
-def _quiet(library: ModuleType) -> Iterator[None]:
+def quiet(library: ModuleType) -> Iterator[None]:
     """Keep the progress bars and warnings of transformers away; its settings are put back."""
     logging = library.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

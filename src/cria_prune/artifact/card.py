@@ -1,0 +1,187 @@
+"""The model card: what was removed, what was measured, how it was made, in README.md of a saved model."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from cria_prune.artifact.certificate import Certificate
+from cria_prune.modules import named_tensors
+from cria_prune.plan.plan import Plan
+
+TAGS = ("cria", "pruned")
+LARGEST = 1 << 20
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+WORD = re.compile(r"[\w.+-][\w.+: -]{0,95}")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What only the caller knows about a saved model.
+
+    Attributes:
+        base: name of the dense model, such as `organisation/model`.
+        command: the command or call that made the model.
+        measured: rows of a table, all with the same keys: `{"model": "pruned", "perplexity": 7.1}`.
+    """
+
+    base: str | None = None
+    command: str | Sequence[str] | None = None
+    measured: Sequence[Mapping[str, Any]] = ()
+
+
+def render_card(
+    name: str, model: nn.Module, plan: Plan, certificate: Certificate, card: Card, source: Path | None = None
+) -> str:
+    """Return the card as Markdown with its YAML head.
+
+    Args:
+        name: of the saved model; model: the smaller model; plan: what was removed from the dense one.
+        source: folder of the dense model; of its card only license, language and tags are taken.
+    """
+    taken = source_metadata(source) if source else {}
+    base = card.base or (source.resolve().name if source else type(model).__name__)
+    before, after = parameter_counts(model, plan)
+    removed = 1 - after / before if before else 0.0
+    parts = [
+        _head(taken, card.base),
+        f"# {_text(name)}",
+        f"{_text(base)}, made smaller by Cria: structured pruning, plain tensors, no code of its own.",
+        f"{before:,} parameters before, {after:,} after: {removed:.2%} removed.",
+        _use(certificate),
+        "## What was removed",
+        _removed(plan),
+    ]
+    if card.measured:
+        columns = list(card.measured[0])
+        rows = [[_value(row.get(column, "")) for column in columns] for row in card.measured]
+        parts += ["## Measured", _table(columns, rows)]
+    if card.command:
+        command = card.command if isinstance(card.command, str) else shlex.join(card.command)
+        parts += ["## How it was made", f"    {' '.join(command.split())}"]
+    parts += ["## Reload certificate", f"{_text(str(certificate))}."]
+    if certificate.container:
+        parts.append(
+            f"The tensors are those of a {_text(type(model).__name__)}. Its configuration cannot say the new "
+            f"sizes, so they are stored as `{certificate.container}`, which computes the same."
+        )
+    if "license" in taken:
+        parts += ["## License", f"{_text(taken['license'])}, as the card of the dense model says."]
+    return "\n\n".join(parts) + "\n"
+
+
+def source_metadata(source: Path) -> dict[str, Any]:
+    """Return `license`, `language` and `tags` of the card in a folder: short words and lists of them only."""
+    path = source / "README.md"
+    try:
+        mode = path.lstat()
+        if not stat.S_ISREG(mode.st_mode) or mode.st_size > LARGEST:
+            return {}
+        found = re.match(r"---\r?\n(.*?)\r?\n---", path.read_text(encoding="utf-8"), re.DOTALL)
+        values = yaml.safe_load(found[1]) if found else {}
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return {}
+    if not isinstance(values, dict):
+        return {}
+    taken: dict[str, Any] = {}
+    for key in ("license", "language", "tags"):
+        value = values.get(key)
+        if isinstance(value, list):
+            value = [item for item in value[:64] if _is_word(item)]
+        if value and (isinstance(value, list) or _is_word(value)):
+            taken[key] = value
+    return taken
+
+
+def parameter_counts(model: nn.Module, plan: Plan) -> tuple[int, int]:
+    """Return the parameters before and after the plan, tied ones once, from the smaller model."""
+    tensors = named_tensors(model)
+    factors: dict[tuple[int, int], tuple[int, int]] = {}
+    for cut in plan.cuts:
+        if cut.tensor in tensors:
+            factors[id(tensors[cut.tensor]), cut.dim] = (cut.size, len(cut.kept))
+    before = after = 0
+    for parameter in model.parameters():
+        count = parameter.numel()
+        after += count
+        for dim in range(parameter.ndim):
+            size, kept = factors.get((id(parameter), dim), (1, 1))
+            count = count * size // kept
+        before += count
+    return before, after
+
+
+def _head(taken: Mapping[str, Any], base: str | None) -> str:
+    tags = taken.get("tags", [])
+    tags = tags if isinstance(tags, list) else [tags]
+    values: dict[str, Any] = {"library_name": "transformers"}
+    values.update({key: taken[key] for key in ("license", "language") if key in taken})
+    if base and HUB_NAME.fullmatch(base):
+        values["base_model"] = base
+    values["tags"] = list(dict.fromkeys([*tags, *TAGS]))
+    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
+
+
+def _use(certificate: Certificate) -> str:
+    return (
+        "```python\n"
+        f"from transformers import {certificate.loader}\n\n"
+        f'model = {certificate.loader}.from_pretrained("path/to/this/folder")\n'
+        "```"
+    )
+
+
+def _removed(plan: Plan) -> str:
+    """The groups that lost units; equal rows of numbered layers are one."""
+    rows: dict[tuple[str, int, int], list[int]] = {}
+    for name, size in plan.sizes.items():
+        kept = len(plan.kept[name])
+        if kept < size:
+            number = re.search(r"(?<=\.)\d+(?=\.)", name)
+            key = name if number is None else f"{name[: number.start()]}\0{name[number.end() :]}"
+            rows.setdefault((key, size, kept), []).append(int(number[0]) if number else 0)
+    lines = [
+        [f"`{key.replace(chr(0), _ranges(numbers))}`", f"{size:,}", f"{kept:,}", f"{1 - kept / size:.1%}"]
+        for (key, size, kept), numbers in rows.items()
+    ]
+    if not lines:
+        return "Nothing."
+    return _table(["layers", "units before", "units after", "removed"], lines, "right")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`0-3,7` for 0, 1, 2, 3, 7."""
+    parts = []
+    for _, run in groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0]):
+        found = [number for _, number in run]
+        parts.append(str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}")
+    return ",".join(parts)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], align: str = "") -> str:
+    rule = ["---", *(("---:" if align else "---") for _ in columns[1:])]
+    lines = [[_text(item) for item in columns], rule, *([_text(item) for item in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _value(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+
+
+def _text(value: Any) -> str:
+    """One line that opens no table cell, link or tag."""
+    line = " ".join(str(value).split())
+    return re.sub(r"([|<\[\]])", r"\\\1", line)
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and bool(WORD.fullmatch(value))

@@ -1,0 +1,101 @@
+"""A saved folder, loaded by plain transformers and run. This file is also a program of its own.
+
+The certificate hands its text to `python -I -c`: a fresh process that sees the folder, the example inputs
+and transformers, and to which `cria_prune` does not exist. So nothing of Cria is imported here, and torch
+only once the place where it lies is known. The functions run on both sides of the comparison.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CACHES = ("past_key_values", "cache_params")
+TEXT = ("input_ids", "attention_mask")
+
+
+def outputs(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return every tensor in the output of a forward on the CPU, by name (`logits`); caches are left out."""
+    import torch
+
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return {name: _stored(value) for name, value in _tensors(model(**inputs))}
+
+
+def generated(model: Any, inputs: Mapping[str, Tensor], prompt: int, tokens: int) -> Tensor:
+    """Return the first tokens of the inputs and what follows, chosen greedily with the cache, on the CPU."""
+    found = model.generate(
+        **{name: inputs[name][:, :prompt] for name in TEXT if name in inputs},
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        return_dict_in_generate=False,
+    )
+    return _stored(found)
+
+
+def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        yield name or "output", value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            if key not in CACHES:
+                yield from _tensors(item, f"{name}.{key}".strip("."))
+
+
+def _stored(value: Tensor) -> Tensor:
+    return value.detach().cpu().contiguous().clone()
+
+
+def main(scratch: Path) -> None:
+    """Read `job.json` and `inputs.safetensors`; load, run, write `answer.json` and `outputs.safetensors`."""
+    job = json.loads((scratch / "job.json").read_text(encoding="utf-8"))
+    sys.modules["cria_prune"] = None  # type: ignore[assignment]  # the folder must do without it
+    sys.path += [path for path in job["paths"] if path not in sys.path]
+    import safetensors
+    import safetensors.torch
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(job["threads"])
+    torch.set_float32_matmul_precision(job["precision"])
+    loader = getattr(transformers, job["loader"])
+    options = {} if job["attention"] is None else {"attn_implementation": job["attention"]}
+    start = time.perf_counter()
+    model, info = loader.from_pretrained(job["folder"], output_loading_info=True, **options)
+    wrong = {str(key): sorted(map(str, value)) for key, value in info.items() if value}
+    if not wrong:
+        model = model.to(job["device"]).eval()
+        inputs = safetensors.torch.load_file(scratch / "inputs.safetensors", device=job["device"])
+        found = outputs(model, inputs)
+        if job["tokens"]:
+            found["generated"] = generated(model, inputs, job["prompt"], job["tokens"])
+        safetensors.torch.save_file(found, scratch / "outputs.safetensors")
+    answer = {
+        "class": type(model).__name__,
+        "wrong": wrong,
+        "seconds": time.perf_counter() - start,
+        "versions": {
+            "python": ".".join(map(str, sys.version_info[:3])),
+            **{item.__name__: str(item.__version__) for item in (torch, transformers, safetensors)},
+        },
+    }
+    (scratch / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
