@@ -1,8 +1,7 @@
-"""Small networks for the tests: hand-written ones for each rule, and a seeded generator."""
+"""Small hand-written networks for the tests, one for each rule; `generator.py` draws random ones."""
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -109,105 +108,3 @@ class NoRule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.sort(self.conv(x), dim=1).values
         return self.fc(F.relu(self.mid(x)).mean((2, 3)))
-
-
-class Random(nn.Module):
-    """A network drawn from a seed; `program` says what its forward does.
-
-    The state is a list of feature maps of one spatial size; each step appends one.
-    """
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self.random = np.random.default_rng(seed)
-        self.layers = nn.ModuleDict()
-        self.program: list[tuple[str, tuple[int, ...]]] = []
-        widths = [3, int(self.random.integers(4, 9)) * 2]
-        self._layer(nn.Conv2d(3, widths[1], 3, padding=1), (0,))
-        for _ in range(int(self.random.integers(4, 9))):
-            widths.append(self._step(widths))
-        self.fc1 = nn.Linear(widths[-1] * 4, 7)
-        self.fc2 = nn.Linear(7, 3)
-
-    def _layer(self, layer: nn.Module, sources: tuple[int, ...]) -> None:
-        name = f"layer{len(self.program)}"
-        self.layers[name] = layer
-        self.program.append((name, sources))
-
-    def _step(self, widths: list[int]) -> int:
-        last = len(widths) - 1
-        kind = self.random.choice(
-            [
-                "conv",
-                "conv",
-                "bn",
-                "act",
-                "add",
-                "cat",
-                "depthwise",
-                "grouped",
-                "gate",
-                "chunk",
-                "pad",
-                "shared",
-            ]
-        )
-        width = widths[last]
-        same = [index for index in range(1, last) if widths[index] == width]
-        if kind == "bn":
-            self._layer(nn.BatchNorm2d(width), (last,))
-        elif kind == "act":
-            self._layer([nn.ReLU(inplace=False), nn.GELU(), nn.Sigmoid()][self.random.integers(3)], (last,))
-        elif kind in ("add", "gate") and same:
-            self.program.append((kind, (int(self.random.choice(same)), last)))
-        elif kind == "cat" and last > 1:
-            other = int(self.random.integers(1, last))
-            self.program.append(("cat", (other, last)))
-            return widths[other] + width
-        elif kind == "depthwise":
-            self._layer(nn.Conv2d(width, width, 3, padding=1, groups=width), (last,))
-        elif kind == "grouped" and width % 2 == 0:
-            out = int(self.random.integers(1, 4)) * 4
-            self._layer(nn.Conv2d(width, out, 3, padding=1, groups=2), (last,))
-            return out
-        elif kind == "chunk" and width % 2 == 0:
-            self.program.append(("chunk", (last,)))
-        elif kind == "pad":
-            self.program.append(("pad", (last,)))
-            return width + 3
-        elif kind == "shared":
-            layer = nn.Conv2d(width, width, 1)
-            self._layer(layer, (last,))
-            self.program[-1] = ("twice " + self.program[-1][0], (last,))
-        else:
-            out = int(self.random.integers(4, 9)) * 2
-            self._layer(nn.Conv2d(width, out, 3, padding=1), (last,))
-            return out
-        return width
-
-    def forward(self, x: Tensor) -> Tensor:
-        maps = [x]
-        for name, sources in self.program:
-            inputs = [maps[index] for index in sources]
-            if name == "add":
-                maps.append(inputs[0] + inputs[1])
-            elif name == "gate":
-                maps.append(inputs[0] * torch.sigmoid(inputs[1]))
-            elif name == "cat":
-                maps.append(torch.cat(inputs, dim=1))
-            elif name == "chunk":
-                first, second = inputs[0].chunk(2, dim=1)
-                maps.append(torch.cat([second, first], dim=1))
-            elif name == "pad":
-                maps.append(F.pad(inputs[0], (0, 0, 0, 0, 1, 2)))
-            elif name.startswith("twice "):
-                layer = self.layers[name.removeprefix("twice ")]
-                maps.append(layer(F.relu(layer(inputs[0]))))
-            else:
-                maps.append(self.layers[name](inputs[0]))
-        x = F.adaptive_avg_pool2d(torch.tanh(maps[-1]), 2)
-        return self.fc2(F.relu(self.fc1(x.flatten(1))))
-
-    def __str__(self) -> str:
-        lines = [f"{index + 1} = {name}{sources}" for index, (name, sources) in enumerate(self.program)]
-        return "\n".join([*lines, str(self.layers)])

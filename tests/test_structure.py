@@ -17,7 +17,7 @@ from cria_prune.structure import discover as follow
 from cria_prune.structure.axes import reshape_segments
 from cria_prune.surgery import apply, mask, slice_tensor, verify
 from cria_prune.tasks.models import ARCHITECTURES, build
-from networks import Adaptive, Literal, Mixed, NoRule, OptionA, Plain, Random, randomize
+from networks import Adaptive, Literal, Mixed, NoRule, OptionA, Plain, randomize
 
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 NETWORKS = {
@@ -61,23 +61,6 @@ def test_masked_equals_pruned_and_shrink_equals_discovery(name: str) -> None:
         for one, other in pairs:
             assert (one.tensor, one.dim) == (other.tensor, other.dim)
             assert np.array_equal(one.positions, other.positions)
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_random_networks_masked_equals_pruned(seed: int) -> None:
-    torch.manual_seed(seed)
-    model = randomize(Random(seed), seed)
-    groups = discover(model, IMAGE)
-    plan = make_plan(groups, halves(groups, seed))
-    try:
-        assert verify(model, plan, apply(model, plan), IMAGE).difference <= 1e-10
-    except (VerificationError, AssertionError) as error:
-        pytest.fail(f"seed {seed}: {error}\n{model}")
-
-
-def test_random_networks_have_prunable_groups() -> None:
-    found = [len(discover(randomize(Random(seed)), IMAGE).prunable) for seed in range(10)]
-    assert sum(count > 0 for count in found) >= 9 and sum(found) >= 25
 
 
 def test_groups_of_a_plain_network() -> None:
@@ -241,6 +224,7 @@ def test_a_plan_for_another_model_is_refused_and_nothing_changes() -> None:
 
 
 def test_verify_sees_a_wrong_cut() -> None:
+    torch.manual_seed(0)  # else all the units that read the changed weight may be silent
     model = randomize(Plain())
     groups = discover(model, IMAGE)
     plan = make_plan(groups, halves(groups))
