@@ -11,7 +11,7 @@ from torch import nn
 
 from cria_prune.errors import CaptureError, DataError, StructureError, VerificationError
 from cria_prune.pipeline import discover
-from cria_prune.plan import make_plan
+from cria_prune.plan import compose, make_plan
 from cria_prune.structure import UnitGroups, shrink, without_residual
 from cria_prune.structure import discover as follow
 from cria_prune.structure.axes import reshape_segments
@@ -244,3 +244,14 @@ def test_slice_tensor_keeps_a_parameter() -> None:
     assert isinstance(smaller, nn.Parameter) and not smaller.requires_grad
     assert smaller.tolist() == [[1, 3], [9, 11]]
     assert slice_tensor(weight.to("meta"), [(0, [1])]).shape == (1, 4)
+
+
+def test_a_grouped_convolution_with_one_input_left_per_group_is_not_depthwise() -> None:
+    model = randomize(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1, groups=4), nn.Conv2d(8, 2, 1)))
+    groups = discover(model, IMAGE)
+    first = {"0": [1]}
+    step = make_plan(shrink(groups, first), {"1": [0]})
+    total = compose(make_plan(groups, first), step)
+    smaller = apply(apply(model, make_plan(groups, first)), step)
+    assert (smaller[1].groups, smaller[1].in_channels, smaller[1].out_channels) == (4, 4, 4)
+    assert verify(model, total, smaller, IMAGE).difference <= 1e-10

@@ -36,6 +36,8 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False, share: bool = 
     smaller = {name: slice_tensor(tensors[name], items) for name, items in cuts.items()}
     replaced = {id(tensors[name]): tensor for name, tensor in smaller.items()}
     before = {id(tensors[name]): tuple(tensors[name].shape) for name in cuts}
+    # A depthwise filter follows its channel; the outputs of a grouped convolution are produced.
+    following = {id(tensors[cut.tensor]) for cut in plan.cuts if cut.role == "follows" and cut.dim == 0}
     owners = _owners(model, before)
     target = model
     if not inplace:
@@ -45,7 +47,8 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False, share: bool = 
     for module, shapes in owners.values():
         for local, (key, _) in shapes.items():
             setattr(module, local, replaced[key])
-        restate(module, {local: shape for local, (_, shape) in shapes.items()})
+        depthwise = shapes.get("weight", (0, ()))[0] in following
+        restate(module, {local: shape for local, (_, shape) in shapes.items()}, depthwise)
     restate_attributes(target, plan)
     return target
 

@@ -18,8 +18,14 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def restate(module: nn.Module, before: Mapping[str, tuple[int, ...]]) -> None:
-    """Make what a module says of its own tensors true again; `before` has the shapes of the cut ones."""
+def restate(module: nn.Module, before: Mapping[str, tuple[int, ...]], depthwise: bool) -> None:
+    """Make what a module says of its own tensors true again.
+
+    Args:
+        module: with its smaller tensors.
+        before: local name -> shape of the cut tensors before.
+        depthwise: the filters of the weight left with the channels they read.
+    """
     if isinstance(module, CHANNEL_NORMS):
         statistics = module.weight if module.weight is not None else module.running_mean
         assert statistics is not None
@@ -41,7 +47,7 @@ def restate(module: nn.Module, before: Mapping[str, tuple[int, ...]]) -> None:
     elif isinstance(module, TRANSPOSED):
         module.in_channels, module.out_channels = int(module.weight.shape[0]), int(module.weight.shape[1])
     elif isinstance(module, CONVOLUTIONS):
-        if module.groups > 1 and before["weight"][1] == 1:  # depthwise: filters leave with their channel
+        if module.groups > 1 and depthwise:
             multiplier = before["weight"][0] // module.groups
             module.groups = int(module.weight.shape[0]) // multiplier
         module.in_channels = int(module.weight.shape[1]) * module.groups
