@@ -508,6 +508,12 @@ def test_links_of_the_hub_cache_lead_to_its_own_blobs_only(tmp_path: Path) -> No
     (tmp_path / "outside").write_text("secret")
     (snapshot / "tokenizer.json").symlink_to("../../blobs/77")
     (snapshot / "vocab.json").symlink_to("../../../outside")
+    (snapshot.parent.parent / "blobs" / "78").write_text("---\nlicense: [mit, apache-2.0]\n---\n")
+    (snapshot / "README.md").symlink_to("../../blobs/78")
+    assert source_metadata(snapshot) == {"license": ["mit", "apache-2.0"]}
+    (target / "README.md").symlink_to(snapshot.parent.parent / "blobs" / "78")
+    assert source_metadata(target) == {}
+    (target / "README.md").unlink()
     (snapshot / "merges.txt").symlink_to("../../blobs/missing")
     os.mkfifo(snapshot / "chat_template.jinja")
     left = copy_known(snapshot, target)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,6 +14,7 @@ import yaml
 from torch import nn
 
 from cria_prune.artifact.certificate import Certificate
+from cria_prune.artifact.folders import is_plain_file
 from cria_prune.modules import named_tensors
 from cria_prune.plan.plan import Plan
 
@@ -75,7 +75,8 @@ def render_card(
             f"sizes, so they are stored as `{certificate.container}`, which computes the same."
         )
     if "license" in taken:
-        parts += ["## License", f"{_text(taken['license'])}, as the card of the dense model says."]
+        said = taken["license"] if isinstance(taken["license"], str) else ", ".join(taken["license"])
+        parts += ["## License", f"{_text(said)}, as the card of the dense model says."]
     return "\n\n".join(parts) + "\n"
 
 
@@ -83,8 +84,7 @@ def source_metadata(source: Path) -> dict[str, Any]:
     """Return `license`, `language` and `tags` of the card in a folder: short words and lists of them only."""
     path = source / "README.md"
     try:
-        mode = path.lstat()
-        if not stat.S_ISREG(mode.st_mode) or mode.st_size > LARGEST:
+        if not is_plain_file(path) or path.stat().st_size > LARGEST:
             return {}
         found = re.match(r"---\r?\n(.*?)\r?\n---", path.read_text(encoding="utf-8"), re.DOTALL)
         values = yaml.safe_load(found[1]) if found else {}

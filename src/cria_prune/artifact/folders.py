@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
@@ -127,8 +126,7 @@ def _flush_one(path: Path) -> None:
 def copy_known(source: Path, folder: Path) -> tuple[str, ...]:
     """Copy the tokenizer's and processor's files and the generation settings of a model's folder.
 
-    Only the names in `COPIED` are looked at, and only regular files are copied. A link is left out, unless
-    the folder is a snapshot in the Hugging Face cache and the link leads to the blobs beside it.
+    Only the names in `COPIED` are looked at, and only what `is_plain_file` says is one is copied.
 
     Returns:
         What was left out, each with the reason.
@@ -144,20 +142,22 @@ def copy_known(source: Path, folder: Path) -> tuple[str, ...]:
     for name in COPIED:
         found = source / name
         try:
-            mode = found.lstat().st_mode
-            if stat.S_ISLNK(mode) and _is_blob(source.resolve(), found.resolve()):
-                mode = found.stat().st_mode
-            if stat.S_ISREG(mode):
+            if is_plain_file(found):
                 shutil.copyfile(found, folder / name)
-            else:
-                left.append(f"{name} ({'a link' if stat.S_ISLNK(mode) else 'no regular file'})")
-        except FileNotFoundError:
-            continue
+            elif found.is_symlink() or found.exists():
+                left.append(f"{name} ({'a link' if found.is_symlink() else 'no regular file'})")
         except OSError as error:
             raise refused(f"Copying {found}", error) from error
     return tuple(left)
 
 
-def _is_blob(source: Path, found: Path) -> bool:
-    repository = source.parent.parent
-    return source.parent.name == "snapshots" and found.parent == repository / "blobs" and found.is_file()
+def is_plain_file(path: Path) -> bool:
+    """Say whether a path is a regular file and no link that leads out of its folder.
+
+    In a snapshot of the Hugging Face cache the files are links to the `blobs` of the same repository: they
+    count as its own.
+    """
+    if not path.is_symlink():
+        return path.is_file()
+    snapshots, found = path.parent.resolve().parent, path.resolve()
+    return snapshots.name == "snapshots" and found.parent == snapshots.parent / "blobs" and found.is_file()
