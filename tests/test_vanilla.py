@@ -207,3 +207,40 @@ def test_frozen_groups_stay_frozen() -> None:
     assert found.groups[gate].frozen == "kept"
     # One layer alone cannot be cut: one field says the width of all.
     assert "63 × 48, not 64 × 48" in str(found.groups["model.layers.1.mlp.gate_proj"].frozen)
+
+
+def test_numbers_that_modules_hold_must_agree_too() -> None:
+    """A width that one field can say, and a number of heads that the code takes from another."""
+
+    class Config(T.PretrainedConfig):  # type: ignore[name-defined, misc]
+        model_type = "fixed-heads"
+        hidden_size: int = 24
+        inner: int = 48
+        middle: int = 20
+
+    class Model(T.PreTrainedModel):  # type: ignore[name-defined, misc]
+        config_class = Config
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.num_heads = config.hidden_size // 4
+            self.drawn = float(torch.rand(1, device="cpu"))  # differs from build to build, which says nothing
+            self.into = nn.Linear(config.hidden_size, config.inner)
+            self.middle = nn.Linear(config.inner, config.middle)
+            self.out = nn.Linear(config.middle, 3)
+            self.post_init()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            split = self.into(x).unflatten(-1, (self.num_heads, -1))
+            return self.out(self.middle(split.softmax(-1).flatten(-2)).relu())
+
+    model = Model(Config()).eval()
+    groups = discover(model, torch.randn(2, 24))
+    assert [group.name for group in groups.prunable] == ["into", "middle"]
+    state = torch.get_rng_state()
+    found = holdable(model, groups)
+    assert torch.equal(state, torch.get_rng_state())
+    assert found.groups["middle"].frozen is None
+    assert found.config({"middle": range(13)}).middle == 13
+    reason = str(found.groups["into"].frozen)
+    assert reason.endswith("fewer neurons: with 5 of 6, into.weight would be 48 × 24, not 40 × 24")
