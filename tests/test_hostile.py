@@ -15,8 +15,8 @@ from torch.nn.utils import parametrizations, parametrize
 
 from cria_prune import discover
 from cria_prune.errors import CriaError, VerificationError
-from cria_prune.plan import make_plan
-from cria_prune.structure import UnitGroups
+from cria_prune.plan import compose, make_plan
+from cria_prune.structure import UnitGroups, shrink
 from cria_prune.surgery import apply, verify
 from generator_check import random_plan
 from networks import randomize
@@ -477,6 +477,16 @@ def test_a_counter_in_the_model_is_left_as_it_was() -> None:
     groups = proven(model, IMAGE)
     assert model.calls == 0
     assert groups["c2"].frozen is None
+
+
+def test_one_channel_per_group_is_left_and_a_second_round_follows() -> None:
+    """restate takes a grouped convolution with one input per group for a depthwise one."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1, groups=4), nn.Conv2d(8, 4, 1))
+    groups = discover(model, IMAGE)
+    first = make_plan(groups, {"0": [0]})
+    smaller, left = apply(model, first), shrink(groups, first.kept)
+    second = make_plan(left, {"1": [0]})
+    verify(model, compose(first, second), apply(smaller, second), IMAGE)
 
 
 def test_no_numbers_are_an_error() -> None:
