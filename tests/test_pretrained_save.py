@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
@@ -399,7 +400,7 @@ def test_a_group_that_no_field_counts_is_named(tmp_path: Path) -> None:
         save_pretrained(tmp_path / "small", apply(model, plan), plan)
 
 
-def test_the_model_is_left_as_it_was(tmp_path: Path, no_process: None) -> None:
+def test_the_model_is_left_as_it_was(tmp_path: Path, same_process: None) -> None:
     model, plan = pruned("gpt2")
     model.train()
     before = (model.config.to_dict(), model.generation_config.to_dict(), dict(model.state_dict()))
@@ -445,6 +446,10 @@ def full(*args: Any, **others: Any) -> Any:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def full_in_safetensors(*args: Any, **others: Any) -> Any:
+    raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize(
     ("where", "fault"),
@@ -452,6 +457,7 @@ def full(*args: Any, **others: Any) -> Any:
         ("cria_prune.artifact.pretrained.certify", interrupted),
         ("cria_prune.artifact.pretrained.render_card", full),
         ("transformers.modeling_utils.safe_save_file", full),
+        ("transformers.modeling_utils.safe_save_file", full_in_safetensors),
         ("cria_prune.artifact.folders._flush", full),
         ("cria_prune.artifact.folders.os.fsync", interrupted),
     ],
@@ -579,6 +585,11 @@ def test_parameters_are_counted_once_and_from_the_plan() -> None:
         model, plan = pruned(name)
         dense = sum(item.numel() for item in built(name).parameters())
         assert parameter_counts(model, plan) == (dense, sum(item.numel() for item in model.parameters()))
+    model = built("mistral")
+    groups = discover(model, example_inputs(model))
+    plan = make_plan(groups, {"model.embed_tokens": range(20), "model.layers.0.mlp.gate_proj": range(7)})
+    after = sum(item.numel() for item in apply(model, plan).parameters())
+    assert parameter_counts(apply(model, plan), plan) == (model.num_parameters(), after)
 
 
 @pytest.mark.parametrize(
@@ -596,6 +607,13 @@ def test_every_architecture_has_its_loader(kind: str, loader: str) -> None:
     with torch.device("meta"):
         model = getattr(transformers, kind)(transformers.BertConfig(**ENCODER, vocab_size=99))
     assert loader_of(model) == loader
+
+
+def test_what_writes_text_is_loaded_as_that() -> None:
+    sizes = dict.fromkeys(("d_model", "encoder_ffn_dim", "decoder_ffn_dim", "vocab_size"), 16)
+    with torch.device("meta"):
+        model = transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes))
+    assert loader_of(model) == "AutoModelForSeq2SeqLM"
 
 
 def test_a_class_that_no_auto_class_knows_loads_itself() -> None:

@@ -153,7 +153,7 @@ def loader_of(model: nn.Module) -> str:
 
     kind, config = type(model), type(model.config)
     names = sorted(name for name in vars(modeling_auto) if name.startswith("AutoModel"))
-    names.sort(key=lambda name: (name not in WRITERS, name != "AutoModel", name == "AutoModelForPreTraining"))
+    names.sort(key=lambda name: (name not in WRITERS, name == "AutoModelForPreTraining"))
     for name in names:
         mapping = getattr(getattr(modeling_auto, name), "_model_mapping", {})
         found = mapping.get(config, ())

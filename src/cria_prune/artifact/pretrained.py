@@ -149,7 +149,7 @@ def _write_model(
         stored.generation_config = type(stored.generation_config)()  # the source's file takes its place
     try:
         stored.save_pretrained(folder, max_shard_size=max_shard_size)
-    except (OSError, SafetensorError) as error:
+    except SafetensorError as error:  # the system's refusal, in other words
         raise refused(asked, error) from error
     except (ValueError, RuntimeError, TypeError) as error:
         raise ArtifactError(
