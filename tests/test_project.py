@@ -26,7 +26,6 @@ MAY_IMPORT = {
     "plan": BASE | {"structure"},
     "surgery": BASE | {"structure", "plan"},
     "vanilla": BASE | {"structure"},
-    "vanilla": BASE | {"structure"},
     "recover": BASE,
     "artifact": BASE | {"plan", "surgery", "tasks", "structure"},
     "tasks": BASE | {"recover"},
