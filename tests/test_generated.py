@@ -17,7 +17,7 @@ from cria_prune import discover
 from generator import KINDS, Program, network, shrunk
 from generator_check import Outcome, check, coverage, same_failure
 
-FIRST, CHUNKS, SIZE = 300, 15, 20
+FIRST, CHUNKS, SIZE = 0, 15, 20
 LEAST = {
     "image networks": 0.50,
     "sequence networks": 0.45,

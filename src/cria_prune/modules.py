@@ -31,15 +31,18 @@ def copy_of(model: nn.Module, replaced: dict[int, Any] | None = None) -> nn.Modu
     """Return a deep copy of a model; tensors whose id is in `replaced` come from there instead.
 
     Raises:
-        StructureError: the model holds a tensor that cannot be copied, the result of a computation.
+        StructureError: the model holds something that cannot be copied, such as a computed tensor.
     """
     try:
         return copy.deepcopy(model, dict(replaced or {}))
-    except RuntimeError as error:
+    except Exception as error:  # whatever the model's parts raise
+        computed = "graph leaves" in str(error)
         raise StructureError(
             f"A copy of {type(model).__name__}",
-            str(error).strip().splitlines()[0],
-            "Undo the old weight_norm with torch.nn.utils.remove_weight_norm, or detach computed tensors",
+            (str(error).strip().splitlines() or [type(error).__name__])[0],
+            "Undo the old weight_norm with torch.nn.utils.remove_weight_norm, or detach computed tensors"
+            if computed
+            else "Keep what cannot be copied (locks, files, handles) off the model, or give it __deepcopy__",
         ) from error
 
 

@@ -38,6 +38,9 @@ CONFIG_WIDTHS = {
 def held_numbers(module: nn.Module) -> dict[str, int]:
     """Return the whole numbers that a module holds, those of its configuration as `config.<field>`."""
     found = {name: value for name, value in vars(module).items() if _is_number(value)}
+    shape = vars(module).get("normalized_shape")
+    if isinstance(shape, tuple) and len(shape) == 1 and _is_number(shape[0]):
+        found["normalized_shape"] = shape[0]
     config = getattr(module, "config", None)
     if hasattr(config, "to_dict") and hasattr(config, "model_type"):
         found.update({f"config.{name}": value for name, value in vars(config).items() if _is_number(value)})

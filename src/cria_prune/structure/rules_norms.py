@@ -48,6 +48,7 @@ def layer_norm(node: Node, context: Context) -> Axes:
     if depth == 1:
         follow_units(context, node, axes[-1], *(item for item in parameters if isinstance(item, Node)))
         context.units.mark(axes[-1], "normed")
+        context.count(node, shape(node)[-1], axes[-1], "normalized_shape")
         return axes
     reason = f"is one of several dimensions that are normalised by {context.where(node)}"
     freeze_all(axes[-depth:], context, reason)

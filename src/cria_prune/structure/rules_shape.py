@@ -197,12 +197,15 @@ def split(node: Node, context: Context) -> list[Axes]:
     if units is None:
         return [list(axes) for _ in sizes]
     parts = np.split(units, np.cumsum(sizes)[:-1])
+    by_number = operation_name(node) in {"chunk", "unsafe_chunk", "tensor_split"}
     if len(set(sizes)) == 1:
         for part in parts[1:]:
             context.units.tie(parts[0], part, "")
         context.count(node, sizes[0], parts[0])
-    if len(set(sizes)) > 1 or "chunk" not in operation_name(node):
-        context.units.assume(units, f"{context.where(node)} takes its sizes from its input")
+    elif by_number:
+        context.units.freeze(units, f"is split into unequal parts by {context.where(node)}")
+    if not by_number:
+        context.units.assume(units, f"{context.where(node)} takes its bounds from its input")
     return [[*axes[:dim], part, *axes[dim + 1 :]] for part in parts]
 
 

@@ -23,6 +23,12 @@ from cria_prune.structure.axes import Resolved, Units
 from cria_prune.structure.capture import capture, operation_name
 from cria_prune.structure.rules import RULES, Context, freeze_all, no_rule
 
+LAYERS = {
+    "linear",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+}  # their rules look at the shapes of weights and results only
 VIEWS = {
     "t",
     "transpose",
@@ -111,7 +117,10 @@ def follow(graph: Graph, context: Context) -> Any:
             uses = len(context.uses)
             wrapped = wrapped_graph(node)
             if wrapped is None:
-                context.axes[node] = RULES.get(operation_name(node), no_rule)(node, context)
+                read = [] if operation_name(node) in LAYERS else node.all_input_nodes
+                known = all(map(_has_plain_shape, (node, *read)))
+                rule = RULES.get(operation_name(node), no_rule) if known else no_rule
+                context.axes[node] = rule(node, context)
                 source = node.args[0] if node.args else None
                 if operation_name(node) in VIEWS and source in context.tensors:
                     context.tensors[node] = context.tensors[source]
@@ -122,6 +131,14 @@ def follow(graph: Graph, context: Context) -> Any:
         elif node.op == "output":
             return node.args[0]
     return ()
+
+
+def _has_plain_shape(node: Node) -> bool:
+    """Say whether a node gives tensors, if anything, whose sizes do not depend on the data."""
+    value = node.meta.get("val")
+    items = value if isinstance(value, (tuple, list)) else [value]
+    sizes = [getattr(item, "shape", () if item is None else (None,)) for item in items]
+    return all(type(size) is int for shape in sizes for size in shape)
 
 
 def live_nodes(graph: Graph) -> set[Node]:

@@ -83,6 +83,7 @@ def check_attributes(model: nn.Module, plan: Plan) -> None:
         found: Any = modules.get(edit.module)
         for name in edit.name.split("."):
             found = vars(found).get(name) if hasattr(found, "__dict__") else None
+        found = found[0] if isinstance(found, tuple) and len(found) == 1 else found
         if found != edit.before or not isinstance(found, int):
             raise StructureError(
                 f"A plan that restates {edit.name!r} of {edit.module!r} from {edit.before} to {edit.after}",
@@ -106,7 +107,8 @@ def restate_attributes(model: nn.Module, plan: Plan) -> None:
     own: dict[int, Any] = {}
     for module, edit in edits:
         if not edit.name.startswith("config."):
-            setattr(module, edit.name, edit.after)
+            as_tuple = isinstance(getattr(module, edit.name), tuple)  # the shape of a norm
+            setattr(module, edit.name, (edit.after,) if as_tuple else edit.after)
             continue
         config: Any = own.get(id(module), module.config)
         if len(agreed.get((id(config), edit.name), ())) > 1 and edit.before != edit.after:

@@ -61,10 +61,20 @@ class _Trials:
         """Freeze the groups that fail a test, among those that are not frozen yet."""
         self.test = test
         chosen = [group.name for group in self.all.prunable if group.name not in self.frozen]
-        failure = self.failure(chosen) if chosen else None
         # A model that differs from itself (NaN, chance) says nothing about its groups; later stages name it.
-        if failure and not self.failure([]):
-            self.find(chosen, failure)
+        if chosen and self.failure(chosen) is not None and self.failure([]) is None:
+            self.find(chosen)
+        for names in self.alike(chosen):
+            if self.has_bounds(names):  # numbers can fit a cut of everything, and not of one group
+                self.blame(names)
+
+    def alike(self, chosen: Sequence[str]) -> list[list[str]]:
+        """Return those of the groups that are not frozen, alike ones together."""
+        return [*map(list, alike(self.groups[name] for name in chosen if name not in self.frozen))]
+
+    def has_bounds(self, names: Sequence[str]) -> bool:
+        """Say whether any of the groups was cut at numbered positions."""
+        return any("bounds" in text for name in names for text in self.groups[name].assumes)
 
     def settled(self) -> UnitGroups:
         """Return the groups, those that failed frozen."""
@@ -76,16 +86,23 @@ class _Trials:
             ),
         )
 
-    def find(self, chosen: list[str], failure: str) -> None:
-        """Freeze the groups that fail alone, then all that is left if it fails together."""
-        for names in map(list, alike(self.groups[name] for name in chosen)):
-            text = self.failure(names)
-            if text is not None and not self.restated(names):
-                self.halve(names, text)
-        left = [name for name in chosen if name not in self.frozen]
-        together = self.failure(left) if left else None
-        if left and together is not None:
-            self.frozen |= {name: self.reason(name, together) for name in left}
+    def find(self, chosen: list[str]) -> None:
+        """Freeze the groups that fail alone; if the rest fails together, the assumed ones, then all."""
+        for names in self.alike(chosen):
+            self.blame(names)
+        for assumed in (True, False):
+            left = [name for name in chosen if name not in self.frozen]
+            text = self.failure(left) if left else None
+            if text is None:
+                return
+            blamed = [name for name in left if self.groups[name].assumes or not assumed]
+            self.frozen |= {name: self.reason(name, text) for name in blamed}
+
+    def blame(self, names: list[str]) -> None:
+        """Freeze those of some alike groups that fail and cannot be mended by restating attributes."""
+        text = self.failure(names)
+        if text is not None and not self.restated(names):
+            self.halve(names, text)
 
     def restated(self, names: list[str]) -> bool:
         """Take the attributes that hold the same numbers too, if the trial passes with them."""
@@ -109,9 +126,7 @@ class _Trials:
             return
         middle = len(names) // 2
         for half in (names[:middle], names[middle:]):
-            text = self.failure(half)
-            if text is not None and not self.restated(half):
-                self.halve(half, text)
+            self.blame(half)
 
     def reason(self, name: str, failure: str) -> str:
         """Say why a group is frozen."""
@@ -125,12 +140,11 @@ class _Trials:
 
         Numbered bounds can fit one cut by chance, so where they are assumed several cuts are tried.
         """
-        bounds = any("bounds" in text for name in names for text in self.groups[name].assumes)
-        for seed in range(4 if bounds else 1):
+        draws = 1 if not self.has_bounds(names) else 12 if len(self.alike(names)) == 1 else 4
+        for seed in range(draws):
             try:
-                text = self.test(
-                    make_plan(replace(self.all, groups=tuple(self.groups.values())), self.cut(names, seed))
-                )
+                groups = replace(self.all, groups=tuple(self.groups.values()))
+                text = self.test(make_plan(groups, self.cut(names, seed)))
             except CriaError as error:
                 text = error.found
             if text is not None:
@@ -138,12 +152,13 @@ class _Trials:
         return None
 
     def cut(self, names: Sequence[str], seed: int) -> dict[str, np.ndarray]:
-        """Draw what stays; the shares differ between groups, so that equal sizes do not pass by chance."""
+        """Draw what stays, about half at first; shares differ, so that equal sizes do not pass by chance."""
         generator = np.random.default_rng(seed)
         kept = {}
         for name in names:
             size = self.groups[name].size
-            stays = max(1, min(size - 1, round(size * generator.uniform(0.35, 0.65))))
+            share = generator.uniform(0.35, 0.65) if seed == 0 else generator.uniform()
+            stays = max(1, min(size - 1, round(size * share)))
             kept[name] = np.sort(generator.permutation(size)[:stays])
         return kept
 
