@@ -17,6 +17,7 @@ from torch import nn
 
 from cria_prune.errors import StructureError
 from cria_prune.modules import named_tensors
+from cria_prune.structure.attributes import held_numbers
 from cria_prune.structure.groups import UnitGroups, removed_positions, said_values, shrunk_shapes
 
 Path = tuple[str, ...]
@@ -104,7 +105,7 @@ class Vanilla:
                 return f"{name} would be {floats.get((path, name))}, not {value}"
         modules = dict(built.named_modules(remove_duplicate=False))
         for (path, name), (_, after) in said_values(groups.groups, kept).items():
-            said = vars(modules[path]).get(name) if path in modules else None
+            said = held_numbers(modules[path]).get(name) if path in modules else None
             if not name.startswith("config.") and said != after:
                 return f"{name} would be {said}, not {after}"
         return None
