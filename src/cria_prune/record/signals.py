@@ -169,9 +169,9 @@ class Collector:
             start = (half - self._first) % 2
             part = samples[start::2]
             if mask is not None and mask.shape == samples.shape[:2]:
-                yield half, part[mask[start::2].to(part.device)]
-            elif len(part):
-                yield half, part.reshape(-1, part.shape[2])
+                part = part[mask[start::2].to(part.device)]
+            if len(part):
+                yield half, part.reshape(-1, part.shape[-1])
 
     def _positions(self, rows: int, each: int, activation: Tensor) -> Tensor:
         """Return the spatial positions (rows, P) of this batch for the shape of an activation."""
