@@ -28,7 +28,7 @@ TUNING = {"--epochs", "--lr", "--distill"}
 COMMON = {"--seed", "--device", "--quiet", "-q"}
 SAVING = {"--output", "--overwrite"}
 SURFACE = {
-    "run": PRUNING | TUNING | COMMON | SAVING,
+    "run": PRUNING | TUNING | COMMON | SAVING | {"--quick", "--base"},
     "inspect": {"--example", "--meta", "--floor", "--tree", "--all", "--json", "--quiet", "-q"},
     "score": {
         "--criterion",
@@ -113,6 +113,7 @@ def test_run_says_keeps_and_reports_everything() -> None:
     assert said.keys() >= {
         "dense", "pruned", "recovered", "parameters_dense", "parameters", "reduction", "macs_dense", "macs",
         "output", "asked", "of", "criterion", "seed", "seconds", "scoring_over_forward", "recipe",
+        "milliseconds_before", "milliseconds",
     }  # fmt: skip
     stages = {"record", "score", "plan", "surgery", "verify", "recover", "forward"}
     assert said["seconds"].keys() >= stages
@@ -179,7 +180,9 @@ def test_score_writes_scores_and_inspect_groups() -> None:
 
 
 def test_errors_say_what_is_known() -> None:
-    assert "Known recipes: digits, cifar10-resnet20, cifar10-resnet56" in error("run", "nope")
+    recipes = "digits, cifar10-resnet20, cifar10-resnet56, sst2-minilm, llama-shakespeare"
+    assert f"Known recipes: {recipes}" in error("run", "nope")
+    assert "The recipe digits with --quick: it has no such option" in error("run", "digits", "--quick")
     assert "neither a recipe nor a folder" in error("eval", "nope")
     assert "Known criteria: random, l1," in error("run", "digits", "--criterion", "nope")
     assert "Known presets: paper" in error("run", "digits", "--preset", "nope")

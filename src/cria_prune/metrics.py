@@ -30,7 +30,7 @@ class Metric:
         return f"{value * 100:.2f} %" if self.share else f"{value:.4g}"
 
     def change(self, before: float | None, after: float | None) -> str:
-        """Return the way from one value to another: points for shares, else a factor.
+        """Return the way from one value to another: points for shares, a factor for perplexities.
 
         >>> metric("accuracy").change(0.9, 0.88), metric("perplexity-128").change(20.0, 25.0)
         ('-2.00 points', '1.250 times')
@@ -39,7 +39,8 @@ class Metric:
             return ""
         if self.share:
             return f"{(after - before) * 100:+.2f} points"
-        return f"{after / before:.3f} times" if before else f"{after - before:+.4g}"
+        factor = self.name.startswith("perplexity") and before > 0
+        return f"{after / before:.3f} times" if factor else f"{after - before:+.4g}"
 
 
 def metric(name: str) -> Metric:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cria_prune.artifact.files import write_text
 from cria_prune.artifact.page import PAGE
 from cria_prune.artifact.plots import plot_rounds, plot_scores, plot_widths
+from cria_prune.metrics import metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -103,9 +104,7 @@ def _left_metric(result: Result) -> str:
     last = _number(result.get("recovered", result.get("pruned")))
     if dense is None or last is None:
         return ""
-    if result.get("metric") == "accuracy":
-        return f"{(last - dense) * 100:+.2f} points"
-    return f"{last - dense:+.4g}"
+    return metric(str(result.get("metric") or "metric")).change(dense, last)
 
 
 def _rounds(result: Result) -> str:

@@ -21,7 +21,7 @@ from cria_prune.cli.inventory import inventory
 from cria_prune.cli.outline import folded, frozen, outline, shares
 from cria_prune.cli.settings import pick_device, prune_config, recover_config
 from cria_prune.cli.sources import load_source, parse_shape
-from cria_prune.cli.talk import Kept, Talk, percent
+from cria_prune.cli.talk import Kept, Talk
 from cria_prune.cli.target import Target
 from cria_prune.cli.tree import drawn, module_tree
 from cria_prune.config import PlanConfig, PruneConfig
@@ -34,23 +34,24 @@ Params = Mapping[str, Any]
 
 def run(params: Params, command: list[str], kept: Kept) -> None:
     """Dense model, pruning, one recovery, checkpoint and report."""
-    found = target.recipe(params["recipe"])
-    config = prune_config(params)
+    options = {name: params[name] for name in ("quick", "base") if params[name]}
+    found = target.recipe(params["recipe"], **options)
+    config = prune_config(params, found.task.prune_defaults)
     tuning = recover_config(params, found.task.recover_defaults)
     check_target(found, config)
     with job_of(found, "", params, command, kept) as job:
         dense = dense_model(job)
         result, plan = prune_stage(job, dense, config, params["watch"])
-        show.rounds(job.talk, result, found.task.metric)
-        job.accuracy(result.model, "pruned")
+        show.rounds(job.talk, result, found.metric)
+        job.measure(result.model, "pruned")
         described = {"prune": config.model_dump(mode="json"), "recover": tuning.model_dump(mode="json")}
         recovered = recover_stage(job, result.model, plan, tuning, dense, described)
         job.results["best_epoch"] = recovered.best_epoch
         job.talk.say(
             f"recovery: epoch {recovered.best_epoch} of {tuning.epochs} kept, best on the validation split"
         )
-        job.accuracy(recovered.model, "recovered")
-        show.outcome(job.talk, job.results, found.task.metric)
+        job.measure(recovered.model, "recovered")
+        show.outcome(job.talk, job.results, found.metric)
         save_and_reload(job, recovered.model, plan, described, "the recovered model")
         finish(job, result)
 
@@ -58,14 +59,14 @@ def run(params: Params, command: list[str], kept: Kept) -> None:
 def prune(params: Params, command: list[str], kept: Kept) -> None:
     """Pruning without recovery, of a recipe's dense model or of a checkpoint once more."""
     found = target.find(params["target"])
-    config = prune_config(params)
+    config = prune_config(params, found.task.prune_defaults)
     check_target(found, config)
     with job_of(found, "-pruned", params, command, kept) as job:
         model = dense_model(job)
         result, plan = prune_stage(job, model, config, params["watch"])
-        show.rounds(job.talk, result, found.task.metric)
-        job.accuracy(result.model, "pruned")
-        show.outcome(job.talk, job.results, found.task.metric)
+        show.rounds(job.talk, result, found.metric)
+        job.measure(result.model, "pruned")
+        show.outcome(job.talk, job.results, found.metric)
         described = {"prune": config.model_dump(mode="json")}
         save_and_reload(job, result.model, plan, described, "the pruned model")
         finish(job, result)
@@ -77,26 +78,26 @@ def recover(params: Params, command: list[str], kept: Kept) -> None:
     assert found.plan is not None
     tuning = recover_config(params, found.task.recover_defaults)
     inherited = ("dense", "parameters_dense", "parameters", "macs_dense", "macs", "reduction", "asked", "of",
-                 "criterion", "scoring_over_forward")  # fmt: skip
+                 "criterion", "scoring_over_forward", "milliseconds_before", "milliseconds")  # fmt: skip
     with job_of(found, "-recovered", params, command, kept) as job:
         job.results |= {name: found.results[name] for name in inherited if name in found.results}
         counts = ("parameters_dense", "parameters", "macs_dense", "macs")
         job.results |= {name: found.plan.report[name] for name in counts if name in found.plan.report}
         model = found.model(job.device, job.seed, job.talk.progress)
         dense = found.teacher(job.device, job.talk.progress) if tuning.distill else None
-        job.accuracy(model, "pruned")
+        job.measure(model, "pruned")
         described = {"recover": tuning.model_dump(mode="json")}
         recovered = recover_stage(job, model, found.plan, tuning, dense, described)
         job.results["best_epoch"] = recovered.best_epoch
         job.talk.say(str(recovered))
-        job.accuracy(recovered.model, "recovered")
-        show.outcome(job.talk, job.results, found.task.metric)
+        job.measure(recovered.model, "recovered")
+        show.outcome(job.talk, job.results, found.metric)
         save_and_reload(job, recovered.model, found.plan, described, "the recovered model")
         finish(job)
 
 
 def evaluate(params: Params) -> None:
-    """Accuracy on the test split."""
+    """The metric on the test split."""
     found, talk = target.find(params["target"]), Talk(params["quiet"])
     seconds: dict[str, float] = {}
     device, seed = pick_device(params["device"]), params["seed"] or 0
@@ -104,15 +105,19 @@ def evaluate(params: Params) -> None:
         model = found.model(device, seed, talk.progress)
     with clock(seconds, "evaluate"):
         value = found.task.evaluate(model, found.task.test_batches(), talk.progress)
+        further = found.task.further(model, talk.progress)
     parameters = sum(item.numel() for item in model.parameters())
     talk.table(
-        ["target", found.task.metric, "parameters"], [[params["target"], percent(value), f"{parameters:,}"]]
+        ["target", found.task.metric, "parameters"],
+        [[params["target"], found.metric.text(value), f"{parameters:,}"]],
     )
+    show.further(talk, "", further)
     talk.answer(
         {
             "target": params["target"],
             "recipe": found.task.name,
             found.task.metric: value,
+            **further,
             "parameters": parameters,
             "seed": seed,
             "device": str(device),
@@ -152,7 +157,7 @@ def inspect(params: Params) -> None:
 def score(params: Params, command: list[str]) -> None:
     """Scores and diagnosis of every group, without cutting."""
     found, talk = target.find(params["target"]), Talk(params["quiet"])
-    config, output = prune_config(params), params["output"]
+    config, output = prune_config(params, found.task.prune_defaults), params["output"]
     check_file(output, params["overwrite"])
     device, seed = pick_device(params["device"]), params["seed"] or 0
     seconds: dict[str, float] = {}
@@ -203,15 +208,15 @@ def job_of(found: Target, suffix: str, params: Params, command: list[str], kept:
 
 
 def dense_model(job: Job) -> nn.Module:
-    """Return the model to prune and print its accuracy: the recipe's dense one, or the checkpoint's."""
+    """Return the model to prune and print its metric: the recipe's dense one, or the checkpoint's."""
     if job.target.checkpoint is None:
         job.talk.note(f"dense model of {job.target.task.name}: loaded, or trained here")
     with clock(job.seconds, "model"):
         model = job.target.model(job.device, job.seed, job.talk.progress)
     if job.target.checkpoint is None:
-        job.accuracy(model, "dense")
+        job.measure(model, "dense")
     else:
-        job.accuracy(model, "before")
+        job.measure(model, "before")
         if "dense" in job.target.results:
             job.results["dense"] = job.target.results["dense"]
     return model

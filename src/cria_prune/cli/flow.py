@@ -14,9 +14,10 @@ from torch import nn
 
 from cria_prune.artifact.checkpoint import load
 from cria_prune.artifact.provenance import provenance
-from cria_prune.batches import Batch, model_inputs, move
+from cria_prune.batches import Batch, batch_size, model_inputs, move
+from cria_prune.cli import show
 from cria_prune.cli.folder import interrupts_wait, keep
-from cria_prune.cli.talk import Kept, Talk, percent
+from cria_prune.cli.talk import Kept, Talk
 from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig, RecoverConfig
 from cria_prune.errors import ArtifactError
@@ -59,16 +60,23 @@ class Job:
             data = self.target.task.fingerprint()
         self.origin = provenance(self.seed, self.command, data, self.device)
         self.results |= {"recipe": self.target.task.name, "seed": self.seed, "device": str(self.device)}
+        if self.target.task.options:
+            self.results["options"] = dict(self.target.task.options)
         if self.target.checkpoint is not None:
             self.results["checkpoint"] = str(self.target.checkpoint)
 
-    def accuracy(self, model: nn.Module, name: str) -> float:
-        """Evaluate a model on the test split, print and note the accuracy under `name`."""
+    def measure(self, model: nn.Module, name: str) -> float:
+        """Evaluate a model on the test split, print and note the metric and what else there is to say."""
         task = self.target.task
         with clock(self.seconds, "evaluate"):
             value = task.evaluate(model, task.test_batches(), self.talk.progress)
+            further = task.further(model, self.talk.progress)
         self.results[name] = value
-        self.talk.say(f"{name + ' ' + task.metric:<20} {percent(value):>9}  (all test examples)")
+        said = self.target.metric.text(value)
+        self.talk.say(f"{name + ' ' + task.metric:<20} {said:>9}  (all test examples)")
+        if further:
+            self.results.setdefault("further", {})[name] = further
+            show.further(self.talk, name, further)
         return value
 
     def keep(self, model: nn.Module, plan: Plan, config: Mapping[str, Any], stage: str) -> None:
@@ -115,6 +123,9 @@ def prune_stage(job: Job, model: nn.Module, config: PruneConfig, watch: bool) ->
         for stage, spent in item.seconds.items():
             job.seconds[stage] = job.seconds.get(stage, 0.0) + spent
     job.seconds["forward"] = forward_seconds(model, batches, job.device)
+    milliseconds = 1000 / sum(map(batch_size, batches))
+    job.results["milliseconds_before"] = job.seconds["forward"] * milliseconds
+    job.results["milliseconds"] = forward_seconds(result.model, batches, job.device) * milliseconds
     first = result.rounds[0].seconds
     scoring = first.get("record", 0.0) + first.get("score", 0.0)
     job.results["scoring_over_forward"] = round(scoring / max(job.seconds["forward"], 1e-9), 2)
@@ -174,6 +185,7 @@ def recover_stage(
                 config,
                 evaluate=lambda network: task.evaluate(network, held),
                 teacher=dense if config.distill else None,
+                lower_is_better=not job.target.metric.higher_is_better,
                 device=job.device,
                 progress=job.talk.progress,
             )

@@ -39,6 +39,8 @@ def run(
     examples: o.Examples = None,
     positions: o.Positions = None,
     watch: o.Watch = False,
+    quick: o.Quick = False,
+    base: o.Base = None,
     epochs: o.Epochs = None,
     lr: o.Lr = None,
     distill: o.Distill = None,

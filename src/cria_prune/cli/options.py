@@ -7,7 +7,13 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-Recipe = Annotated[str, Argument(help="digits, cifar10-resnet20 or cifar10-resnet56.", show_default=False)]
+Recipe = Annotated[
+    str,
+    Argument(
+        help="digits, cifar10-resnet20, cifar10-resnet56, sst2-minilm or llama-shakespeare.",
+        show_default=False,
+    ),
+]
 Target = Annotated[str, Argument(help="A recipe, or the folder of a checkpoint.", show_default=False)]
 Model = Annotated[
     str,
@@ -49,6 +55,13 @@ Examples = Annotated[int | None, Option(help="Calibration examples [default: 102
 Positions = Annotated[int | None, Option(help="Spatial positions drawn per image and layer [default: 8].")]
 Watch = Annotated[bool, Option("--watch", help="Evaluate after every round, on the validation split.")]
 
+Quick = Annotated[
+    bool, Option("--quick", help="Train the dense model for less: 8,000 sentences, or one epoch of text.")
+]
+Base = Annotated[
+    str | None,
+    Option(help="Folder or hub name of the pretrained encoder of sst2-minilm.", show_default=False),
+]
 Epochs = Annotated[int | None, Option(help="Epochs of the recovery, 0 for none [default: the recipe's].")]
 Lr = Annotated[float | None, Option(help="Learning rate of the recovery [default: the recipe's].")]
 Distill = Annotated[

@@ -29,8 +29,8 @@ OPTIONS = {
 }
 
 
-def prune_config(params: Mapping[str, Any]) -> PruneConfig:
-    """Return the configuration of a command: preset, then file, then the options that were given.
+def prune_config(params: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> PruneConfig:
+    """Return the configuration of a command: the task's, preset, file, then the options that were given.
 
     Raises:
         ConfigError: a preset, a key or a value is not valid, or the file cannot be read.
@@ -40,7 +40,7 @@ def prune_config(params: Mapping[str, Any]) -> PruneConfig:
     from cria_prune.pipeline import find_criterion
     from cria_prune.plan.select import check_target
 
-    layers: list[dict[str, Any]] = []
+    layers: list[dict[str, Any]] = [dict(defaults or {})]
     if params.get("preset") is not None:
         layers.append(preset(params["preset"]).model_dump(exclude_unset=True))
     if params.get("config") is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from cria_prune.batches import Batch, model_inputs
 from cria_prune.cli.outline import COSTS
 from cria_prune.cli.talk import Talk, percent
+from cria_prune.metrics import Metric, metric
 from cria_prune.pipeline import PruneResult
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from cria_prune.cli.sources import Source
 
 
-def rounds(talk: Talk, result: PruneResult, metric: str) -> None:
+def rounds(talk: Talk, result: PruneResult, metric: Metric) -> None:
     """Print one row per round."""
     watched = any(item.metric is not None for item in result.rounds)
     columns = ["round", "parameters", "MACs", "removed", "masked = pruned", "seconds"]
@@ -30,31 +31,45 @@ def rounds(talk: Talk, result: PruneResult, metric: str) -> None:
             "not checked" if check is None else f"{check.difference:.0e}",
             f"{sum(item.seconds.values()):.1f}",
         ]
-        rows.append([*row, percent(item.metric)] if watched else row)
-    talk.table([*columns, f"validation {metric}"] if watched else columns, rows)
+        rows.append([*row, metric.text(item.metric)] if watched else row)
+    talk.table([*columns, f"validation {metric.name}"] if watched else columns, rows)
 
 
-def outcome(talk: Talk, results: Mapping[str, Any], metric: str) -> None:
+def outcome(talk: Talk, results: Mapping[str, Any], metric: Metric) -> None:
     """Print dense, pruned and recovered side by side, and what was asked and reached."""
     dense = [f"{results['parameters_dense']:,.0f}", f"{results['macs_dense']:,.0f}"]
     now = [f"{results['parameters']:,.0f}", f"{results['macs']:,.0f}"]
     rows = [
-        [name, percent(results.get(name)) or "-", *counts]
+        [name, metric.text(results.get(name)) or "-", *counts]
         for name, counts in (("dense", dense), ("pruned", now), ("recovered", now))
         if results.get(name) is not None or name == "dense"
     ]
-    last = results.get("recovered", results.get("pruned"))
-    first = results.get("dense")
-    change = f"{(last - first) * 100:+.2f} points" if last is not None and first is not None else ""
+    change = metric.change(results.get("dense"), results.get("recovered", results.get("pruned")))
     shares = (results[key] / results[f"{key}_dense"] for key in ("parameters", "macs"))
     rows.append(["left", change, *(percent(share) for share in shares)])
-    talk.table(["model", metric, "parameters", "MACs per example"], rows)
+    talk.table(["model", metric.name, "parameters", "MACs per example"], rows)
     if "asked" in results:
         talk.say(
             f"asked {percent(results['asked'])} of the {COSTS[results['of']]}, "
             f"removed {percent(results['reduction'])}; criterion {results['criterion']}, "
             f"scoring took {results['scoring_over_forward']:g} times a forward pass"
         )
+    if "milliseconds" in results:
+        before, now = results["milliseconds_before"], results["milliseconds"]
+        talk.say(
+            f"a forward pass took {before:.3g} ms per calibration example before the pruning, {now:.3g} ms "
+            f"after it ({before / max(now, 1e-9):.2f} times as fast)"
+        )
+
+
+def further(talk: Talk, name: str, found: Mapping[str, float | str]) -> None:
+    """Print what else there is to say of a model: one line per figure, a sample of text as it is."""
+    for key, value in found.items():
+        if isinstance(value, str):
+            talk.say(f"{name} {key}:".strip())
+            talk.say("\n".join(f"    {line}" for line in value.splitlines()))
+        else:
+            talk.say(f"{(name + ' ' + key).strip():<20} {metric(key).text(value):>9}")
 
 
 def model(talk: Talk, source: Source, found: Inventory) -> None:

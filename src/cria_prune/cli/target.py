@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cria_prune.errors import ArtifactError, ConfigError
+from cria_prune.metrics import Metric, metric
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +46,11 @@ class Target:
         """Return the dense model that a checkpoint came from."""
         return self.task.dense(int(self.results.get("seed") or 0), progress).to(device)
 
+    @property
+    def metric(self) -> Metric:
+        """The task's metric, with its direction."""
+        return metric(self.task.metric)
+
     def untrained(self) -> nn.Module:
         """Return a network of the target's structure, without waiting for a training."""
         from cria_prune.tasks import build
@@ -72,17 +78,17 @@ def find(name: str) -> Target:
     return checkpoint(name)
 
 
-def recipe(name: str) -> Target:
-    """Return the recipe of that name.
+def recipe(name: str, **options: Any) -> Target:
+    """Return the recipe of that name; options as in `tasks.task`.
 
     Raises:
-        ConfigError: no such recipe.
+        ConfigError: no such recipe, or it has no such option.
     """
     from cria_prune.tasks import TASKS, task
 
     if name not in TASKS:
         raise ConfigError("A recipe", f"found {name!r}", f"Known recipes: {', '.join(TASKS)}")
-    return Target(task(name))
+    return Target(task(name, **options))
 
 
 def checkpoint(name: str) -> Target:
@@ -104,4 +110,6 @@ def checkpoint(name: str) -> Target:
             f"its manifest names {known!r}",
             f"Known recipes: {', '.join(TASKS)}; use the Python interface for other networks",
         )
-    return Target(task(known), Path(name), loaded.model, loaded.plan, results)
+    options = results.get("options")
+    made = task(known, **(options if isinstance(options, dict) else {}))
+    return Target(made, Path(name), loaded.model, loaded.plan, results)

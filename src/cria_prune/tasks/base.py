@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from cria_prune.progress import Progress, track
 from cria_prune.recover.guard import channels_last
 
 EpochBatches = Callable[[int], Iterable[Batch]]
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Task(ABC):
@@ -32,16 +35,21 @@ class Task(ABC):
     Attributes:
         name: the task's name in `TASKS`.
         architecture: the dense model's name in `ARCHITECTURES`.
-        example: inputs for capturing the model, (2, ...).
-        metric: name of what `evaluate` returns.
+        example: inputs for capturing the model, (2, ...) each.
+        metric: name of what `evaluate` returns; `metrics.metric` knows its direction.
         recover_defaults: the fine-tune that suits the task.
+        prune_defaults: section of a PruneConfig -> values that suit the task better than its own.
+        options: how this task differs from the recipe of its name, plain JSON: `task(name, **options)`
+            makes it again.
     """
 
     name: str
     architecture: str
-    example: Tensor
+    example: Batch
     metric: str
     recover_defaults: RecoverConfig
+    prune_defaults: Mapping[str, Mapping[str, Any]] = NOTHING
+    options: Mapping[str, Any] = NOTHING
 
     @abstractmethod
     def dense(self, seed: int = 0, progress: Progress | None = None) -> nn.Module:
@@ -70,8 +78,12 @@ class Task(ABC):
         """Return the SHA-256, in hex, of the splits' inputs and targets (of all three if none is named)."""
 
     def evaluate(self, model: nn.Module, batches: Iterable[Batch], progress: Progress | None = None) -> float:
-        """Return the metric of the model on the batches, higher is better."""
+        """Return the metric of the model on the batches."""
         return evaluate(model, batches, progress=progress)
+
+    def further(self, model: nn.Module, progress: Progress | None = None) -> dict[str, float | str]:
+        """Return what else there is to say of a model: other metrics on the test split, a sample of text."""
+        return {}
 
 
 @torch.no_grad()
@@ -129,20 +141,26 @@ def data_root() -> Path:
 
 
 def data_file(relative: str, layout: str) -> Path:
-    """Return the path of a data file under `data_root`.
+    """Return the path of a data file under `data_root`; see `data_files`."""
+    return data_files(relative, layout)[0]
+
+
+def data_files(pattern: str, layout: str) -> list[Path]:
+    """Return the files under `data_root` that fit a pattern, sorted.
 
     Args:
-        relative: path below the root.
+        pattern: path below the root; a `*` in the last part stands for anything.
         layout: how to get the files, for the error.
 
     Raises:
         DataError: there is no such file.
     """
-    path = data_root() / relative
-    if not path.is_file():
+    folder = data_root() / pattern
+    found = sorted(path for path in folder.parent.glob(folder.name) if path.is_file())
+    if not found:
         raise DataError(
-            f"The file {relative}",
+            f"The file {pattern}",
             f"not found under {data_root()}",
             f"Set CRIA_DATA to a folder that holds it. {layout}",
         )
-    return path
+    return found

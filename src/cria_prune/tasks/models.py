@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cria_prune.errors import ConfigError
+from cria_prune.tasks.text_models import minilm_classifier, small_llama
 
 
 class DigitsNet(nn.Module):
@@ -101,6 +102,8 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "digits": DigitsNet,
     "cifar10-resnet20": lambda: CifarResNet(20),
     "cifar10-resnet56": lambda: CifarResNet(56),
+    "sst2-minilm": minilm_classifier,
+    "llama-shakespeare": small_llama,
 }
 
 

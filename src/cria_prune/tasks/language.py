@@ -1,0 +1,172 @@
+"""Causal language models: perplexity in both conventions of the field, a tokenizer, a sample of text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cria_prune.batches import Batch, batch_target, describe, model_inputs, move
+from cria_prune.errors import DataError
+from cria_prune.loss import logits_of
+from cria_prune.modules import cache_off, device_of, modes_kept
+from cria_prune.progress import Progress, track
+from cria_prune.tasks.pretrained import find_library
+from cria_prune.tasks.text import BlockBatches
+
+SHORT, LONG = 128, 2048
+"""Tokens per sequence in the two conventions; the second is cut to what the model can read."""
+
+BATCH_TOKENS = 4096
+"""Tokens in a batch of the evaluation: 4,096 x 32,000 logits take half a gigabyte."""
+
+IGNORED = -100
+END = "<|endoftext|>"
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> float:
+    """Return exp of the mean negative log-likelihood, in nats, of every token that has one before it.
+
+    In a sequence of L tokens the tokens 2 to L are predicted from those before them in the same
+    sequence, so each gives L - 1 predictions; all predictions of all batches weigh the same. The model
+    runs in eval mode without a cache; the log-likelihoods are summed in float64.
+
+    Args:
+        model: maps batches to logits (batch, tokens, vocabulary).
+        batches: mappings with `input_ids` (batch, tokens). Where they have `labels`, tokens of label -100
+            are not counted; where they have an `attention_mask`, tokens that it hides are not.
+        device: where the batches go; where the model is if None. The model is not moved.
+        progress: where to show how far it is; silent if None.
+
+    Raises:
+        DataError: nothing is predicted, or a batch has no `input_ids`.
+    """
+    place = torch.device(device or device_of(model))
+    total, count = 0.0, 0
+    with modes_kept(model), cache_off(model):
+        model.eval()
+        for batch in track(batches, label="evaluate", progress=progress):
+            batch = move(batch, place)
+            labels = _labels(batch)[:, 1:].flatten()
+            args, kwargs = model_inputs(batch)
+            logits = logits_of(model(*args, **kwargs))[:, :-1].flatten(0, 1)
+            losses = functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
+            total += float(losses.double().sum())
+            count += int((labels != IGNORED).sum())
+    if not count:
+        raise DataError("A perplexity", "found nothing to predict", "Pass sequences of two tokens or more")
+    mean = total / count
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def perplexities(
+    model: nn.Module,
+    tokens: Tensor,
+    lengths: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Return the perplexity of a text in both conventions, each under a name that says its length.
+
+    The text is one line of tokens, as its tokenizer gives it, cut into blocks of L tokens that do not
+    overlap; the last short block is dropped; see `perplexity` for what is summed. `perplexity-128` is
+    the convention of LLM-Pruner and FLAP, `perplexity-2048` that of SparseGPT, Wanda and SliceGPT;
+    figures of different lengths cannot be compared.
+
+    Args:
+        model: a causal language model of transformers.
+        tokens: (tokens,) int64.
+        lengths: tokens per sequence; 128, and 2,048 or the most that the model reads, if None.
+        progress: where to show how far it is; silent if None.
+
+    Raises:
+        DataError: the text is too short for one sequence of one of the lengths.
+    """
+    wanted = conventions(model) if lengths is None else tuple(lengths)
+    parts = {
+        f"perplexity-{length}": BlockBatches(tokens, length, max(1, BATCH_TOKENS // length))
+        for length in wanted
+    }
+    return {name: perplexity(model, batches, progress=progress) for name, batches in parts.items()}
+
+
+def conventions(model: nn.Module) -> tuple[int, ...]:
+    """Return 128 and 2,048 tokens, each cut to the most that the model reads; one length if they agree."""
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return tuple(dict.fromkeys(min(length, int(most or length)) for length in (SHORT, LONG)))
+
+
+def train_tokenizer(text: str, vocabulary: int) -> Any:
+    """Return a byte-level BPE tokenizer of at most `vocabulary` tokens, learned from a text.
+
+    Any text can be written in it, for the 256 bytes are tokens; token 0 is the end of a text, and padding.
+    The same text gives the same tokenizer.
+
+    Returns:
+        A `transformers.PreTrainedTokenizerFast`.
+
+    Raises:
+        ArtifactError: transformers is not installed.
+    """
+    library = find_library("A tokenizer")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    made.train_from_iterator(text.splitlines(keepends=True), trainer)
+    return library.PreTrainedTokenizerFast(tokenizer_object=made, bos_token=END, eos_token=END, pad_token=END)
+
+
+def encode(tokenizer: Any, text: str) -> Tensor:
+    """Return the tokens of a whole text, (tokens,) int64, with what the tokenizer itself adds at its ends."""
+    found = tokenizer(text, verbose=False)["input_ids"]  # not verbose: it would warn of a long text
+    return torch.tensor(found, dtype=torch.int64)
+
+
+def sample_text(model: Any, tokenizer: Any, prompt: str, tokens: int = 60, seed: int = 0) -> str:
+    """Return the prompt with `tokens` more, drawn from the model's 50 likeliest at temperature 0.8.
+
+    The same seed gives the same text; torch's global generators are put back.
+
+    Raises:
+        DataError: the prompt is empty.
+    """
+    ids = encode(tokenizer, prompt)[None]
+    if not ids.numel():
+        raise DataError("A sample of text", "the prompt is empty", "Give at least one word to go on from")
+    place = device_of(model)
+    devices = [place] if place.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), modes_kept(model), torch.no_grad():
+        torch.manual_seed(seed)
+        model.eval()
+        out = model.generate(
+            ids.to(place), attention_mask=torch.ones_like(ids).to(place), max_new_tokens=tokens,
+            do_sample=True, top_k=50, temperature=0.8, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+    return str(tokenizer.decode(out[0], skip_special_tokens=True))
+
+
+def _labels(batch: Batch) -> Tensor:
+    """Return what is to be predicted, (batch, tokens), `IGNORED` where nothing is."""
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        raise DataError("A perplexity", f"found {describe(batch)}", "Pass mappings with input_ids")
+    labels = batch_target(batch)
+    labels = batch["input_ids"] if labels is None else labels
+    mask = batch.get("attention_mask")
+    return labels if mask is None else labels.masked_fill(mask == 0, IGNORED)

@@ -1,0 +1,166 @@
+"""A small Llama on the text of tiny Shakespeare: tokenizer and model are trained from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cria_prune.batches import Batch
+from cria_prune.config import RecoverConfig
+from cria_prune.errors import DataError
+from cria_prune.progress import Progress
+from cria_prune.tasks.base import EpochBatches, Task, data_file, fingerprint
+from cria_prune.tasks.language import (
+    BATCH_TOKENS,
+    SHORT,
+    encode,
+    perplexities,
+    perplexity,
+    sample_text,
+    train_tokenizer,
+)
+from cria_prune.tasks.models import build
+from cria_prune.tasks.text import BlockBatches, blocks
+from cria_prune.tasks.text_models import LONGEST, VOCABULARY
+from cria_prune.tasks.training import trained
+
+TEXT = "data/tinyshakespeare.txt"
+LAYOUT = (
+    f"Expected: {TEXT}, the 1.1 MB text of Andrej Karpathy's char-rnn "
+    "(github.com/karpathy/char-rnn, data/tinyshakespeare/input.txt)"
+)
+SHARES = {"train": (0.0, 0.85), "validation": (0.85, 0.9), "test": (0.9, 1.0)}
+PROMPT = "ROMEO:\n"
+DENSE = RecoverConfig(
+    epochs=4, lr=3e-3, optimizer="adamw", weight_decay=0.1, warmup=0.05, clip=1.0, precision="auto"
+)
+QUICK_EPOCHS = 1
+
+
+@dataclass(eq=False)
+class ShakespeareTask(Task):
+    """Perplexity of a causal language model on a text: its first 85 % train, the last 10 % test.
+
+    The metric is the perplexity at 128 tokens per sequence, `further` adds the one at the model's maximum
+    and a sample of text. The tokenizer is learned from the train split.
+
+    Args:
+        quick: train the dense model for one epoch in place of four.
+        text: the whole text; the file under `data_root` if None.
+    """
+
+    quick: bool = False
+    text: str | None = field(default=None, repr=False)
+    name: str = "llama-shakespeare"
+    architecture: str = "llama-shakespeare"
+    metric: str = f"perplexity-{SHORT}"
+    batch_size: int = 4
+
+    recover_defaults = RecoverConfig(
+        epochs=2, lr=1e-3, optimizer="adamw", weight_decay=0.1, warmup=0.05, clip=1.0, precision="auto"
+    )
+    prune_defaults: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=lambda: {
+            "plan": {"of": "non-embedding", "uniform": True, "multiple": 8},
+            "record": {"examples": 256},
+        }
+    )
+
+    def __post_init__(self) -> None:
+        self.options = {"quick": True} if self.quick else {}
+        self.example: Batch = {"input_ids": torch.arange(1, 2 * SHORT + 1).view(2, SHORT)}
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The byte-level BPE tokenizer, a `PreTrainedTokenizerFast`."""
+        return train_tokenizer(self._part("train"), VOCABULARY)
+
+    def tokens(self, split: str) -> Tensor:
+        """Return the tokens of a split, (tokens,) int64.
+
+        Raises:
+            DataError: no such split, or the file is missing.
+        """
+        if split not in self._tokens:
+            self._tokens[split] = encode(self.tokenizer, self._part(split))
+        return self._tokens[split]
+
+    @cached_property
+    def _tokens(self) -> dict[str, Tensor]:
+        return {}
+
+    @cached_property
+    def _text(self) -> str:
+        return data_file(TEXT, LAYOUT).read_text(encoding="utf-8") if self.text is None else self.text
+
+    def _part(self, split: str) -> str:
+        if split not in SHARES:
+            raise DataError(f"A split of {self.name}", f"found {split!r}", f"Known: {', '.join(SHARES)}")
+        start, end = (round(share * len(self._text)) for share in SHARES[split])
+        return self._text[start:end]
+
+    def dense(self, seed: int = 0, progress: Progress | None = None) -> nn.Module:
+        """Return the model trained from the seed, on the CPU; about five minutes on two cores, once."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            model = build(self.architecture)
+        config = DENSE.model_copy(update={"seed": seed, **({"epochs": QUICK_EPOCHS} if self.quick else {})})
+        return trained(self, model, config, progress)
+
+    def train_batches(
+        self, seed: int = 0, batch_size: int | None = None, augment: bool = True
+    ) -> EpochBatches:
+        """Return epoch -> shuffled blocks of 256 tokens; with `augment` every epoch cuts at other places."""
+        size = batch_size or self.batch_size
+
+        def epoch_batches(epoch: int) -> Iterable[Batch]:
+            generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+            tokens = self.tokens("train")
+            # Always as many blocks: the schedule counts on equal epochs.
+            count = len(blocks(tokens, LONGEST)) - 1
+            start = int(torch.randint(LONGEST, (), generator=generator)) if augment else 0
+            order = torch.randperm(max(count, 1), generator=generator)
+            return BlockBatches(tokens, LONGEST, size, order, start if count > 0 else 0)
+
+        return epoch_batches
+
+    def calibration(self, examples: int, seed: int = 0) -> list[Batch]:
+        """Return `examples` random blocks of 128 tokens of the train split, 32 per batch."""
+        found = blocks(self.tokens("train"), SHORT)
+        if not 1 <= examples <= len(found):
+            raise DataError(
+                f"{examples} calibration examples", f"{self.name} has {len(found)}", "Ask for 1 to that many"
+            )
+        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:examples]
+        return list(BlockBatches(self.tokens("train"), SHORT, 32, order))
+
+    def validation_batches(self, limit: int | None = None) -> Iterable[Batch]:
+        """Return the validation split, or its first `limit` blocks of 128 tokens, in order."""
+        return self._in_order("validation", limit)
+
+    def test_batches(self, limit: int | None = None) -> Iterable[Batch]:
+        """Return the test split, or its first `limit` blocks of 128 tokens, in order."""
+        return self._in_order("test", limit)
+
+    def _in_order(self, split: str, limit: int | None) -> Iterable[Batch]:
+        tokens = self.tokens(split)
+        order = torch.arange(len(blocks(tokens, SHORT)))[:limit]
+        return BlockBatches(tokens, SHORT, BATCH_TOKENS // SHORT, order)
+
+    def fingerprint(self, *splits: str) -> str:
+        """Return the SHA-256, in hex, of the splits' tokens (of all three if none is named)."""
+        return fingerprint(*(self.tokens(split) for split in splits or SHARES))
+
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch], progress: Progress | None = None) -> float:
+        """Return the perplexity of the model on the batches."""
+        return perplexity(model, batches, progress=progress)
+
+    def further(self, model: nn.Module, progress: Progress | None = None) -> dict[str, float | str]:
+        """Return the test split's perplexity at the model's maximum, and a sample of text."""
+        longer = perplexities(model, self.tokens("test"), [LONGEST], progress)
+        return {**longer, "sample": sample_text(model, self.tokenizer, PROMPT)}
