@@ -32,6 +32,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the attention output, and the weights if they are asked for."""
+        if is_causal and attn_mask is None:
+            raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
         batched = query.dim() == 3
         projected = self._projected(query, key, value)
         if not batched:

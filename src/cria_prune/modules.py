@@ -47,13 +47,13 @@ def copy_of(model: nn.Module, replaced: dict[int, Any] | None = None) -> nn.Modu
 
 
 def shared_copy(model: nn.Module, replaced: dict[int, Any] | None = None) -> nn.Module:
-    """Return a copy of a model that shares its parameters and buffers: what its forward leaves on itself
-    (caches, counters) stays off the original.
+    """Return a copy of a model that shares its parameters: what its forward leaves on itself (caches,
+    counters, running statistics) stays off the original.
 
     Raises:
         StructureError: see `copy_of`.
     """
-    tensors: dict[int, Any] = {id(tensor): tensor for tensor in named_tensors(model).values()}
+    tensors: dict[int, Any] = {id(tensor): tensor for tensor in model.parameters()}
     return copy_of(model, {**tensors, **(replaced or {})})
 
 
@@ -84,14 +84,15 @@ def cache_off(model: nn.Module) -> Iterator[None]:
 
     A decoder's cache objects are in its output, and torch.export cannot follow them.
     """
-    configs = {
-        id(config): config for module in model.modules() if (config := getattr(module, "config", None))
-    }
-    cached = [config for config in configs.values() if vars(config).get("use_cache")]
+    modules = model.modules()
+    configs = {id(config): config for module in modules if (config := getattr(module, "config", None))}
+    cached = [
+        (config, config.use_cache) for config in configs.values() if getattr(config, "use_cache", False)
+    ]
     try:
-        for config in cached:
+        for config, _ in cached:
             config.use_cache = False
         yield
     finally:
-        for config in cached:
-            config.use_cache = True
+        for config, before in cached:
+            config.use_cache = before

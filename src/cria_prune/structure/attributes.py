@@ -19,7 +19,7 @@ from torch import nn
 from cria_prune.structure.groups import Count, UnitGroup
 from cria_prune.structure.rules import Counted
 
-HEADS = re.compile(r"^(n|num|total_num)_?\w*heads?$|^n?heads?$|^\w*_heads$")
+HEADS = re.compile(r"(^|_)n?heads?$")
 WIDTHS = {"all_head_size", "inner_dim", "attn_dim", "split_size", "attention_dim", "proj_size", "qkv_dim"}
 CONFIG_WIDTHS = {
     "neuron": (
@@ -95,7 +95,7 @@ def _names(module: nn.Module, item: Counted) -> dict[str, bool]:
     own = type(module).__module__.startswith("torch.nn.")  # these say what they mean
     names = {}
     for name in held:
-        said = bool(HEADS.match(name.removeprefix("config."))) or name in WIDTHS
+        said = bool(HEADS.search(name.removeprefix("config."))) or name in WIDTHS
         if said or not (own or name.startswith("config.")):
             names[name] = said
     return names

@@ -55,6 +55,7 @@ class Context:
         axes: the axes of each node so far.
         tensors: nodes that are a parameter or buffer, or a view of it with the same elements.
         data: nodes that depend on the model's inputs.
+        statistics: node -> (dimension counted from the back, atoms) that it is a statistic over.
         sources: node -> the layers that produced it, with no other layer between.
         uses: the uses of weights.
         counted: numbers that count atoms.
@@ -65,6 +66,7 @@ class Context:
     axes: dict[Node, Any] = field(default_factory=dict)
     tensors: dict[Node, str] = field(default_factory=dict)
     data: set[Node] = field(default_factory=set)
+    statistics: dict[Node, tuple[int, np.ndarray]] = field(default_factory=dict)
     sources: dict[Node, frozenset[Node]] = field(default_factory=dict)
     uses: list[WeightUse] = field(default_factory=list)
     counted: list[Counted] = field(default_factory=list)
@@ -188,7 +190,23 @@ def elementwise(node: Node, context: Context) -> Axes:
         items = items[:1]
     result = broadcast([(context.of(item), shape(item)) for item in items], len(shape(node)), node, context)
     _mark_branches(node, result, [item for item in items if item in context.data], context)
+    meet_statistics(node, items, result, context)
     return result
+
+
+def meet_statistics(node: Node, items: list[Node], result: Axes, context: Context) -> None:
+    """A statistic over units is broadcast back over these units, or they are frozen."""
+    for item in items:
+        if item in context.statistics:
+            back, atoms = context.statistics[item]
+            met = result[back]
+            if shape(node)[back] == 1:
+                context.statistics[node] = (back, atoms)
+            elif met is None or len(met) != len(atoms):
+                reason = f"has a statistic that meets other units in {context.where(node)}"
+                context.units.freeze(atoms, reason)
+            else:
+                context.units.tie(met, atoms, "")
 
 
 def _mark_branches(node: Node, result: Axes, branches: list[Node], context: Context) -> None:

@@ -116,7 +116,7 @@ def _positions(sizes: list[int], channel: int) -> float:
 def follow_units(context: Context, node: Node, units: Dim, *parameters: Any) -> None:
     """Tie one-dimensional parameters (biases, statistics, slopes) to the units they belong to."""
     for item in parameters:
-        if isinstance(item, Node):
+        if isinstance(item, Node) and np.prod(shape(item)) != 1:  # a single number is broadcast
             reason = f"meets a fixed tensor in {context.where(node)}"
             context.units.tie(units, context.of(item)[-1], reason)
 
@@ -125,8 +125,7 @@ def follow_units(context: Context, node: Node, units: Dim, *parameters: Any) -> 
 def prelu(node: Node, context: Context) -> Axes:
     """A slope per channel follows the channels; a single slope is free."""
     axes = context.of(node.args[0])
-    if argument_shape(node, 1) != [1]:
-        follow_units(context, node, axes[1], node.args[1])
+    follow_units(context, node, axes[1], node.args[1])
     return axes
 
 

@@ -93,6 +93,8 @@ def reduction(node: Node, context: Context) -> Any:
     for dim in reduced:
         if normalises:
             context.units.mark(axes[dim], "normed")
+            if axes[dim] is not None:
+                context.statistics[node] = (dim - len(axes), np.asarray(axes[dim]))
         else:
             context.units.freeze(axes[dim], f"is reduced over by {context.where(node)}")
     value = node.meta["val"]

@@ -18,6 +18,7 @@ from cria_prune.structure.rules import (
     dim_argument,
     fixed_atoms,
     freeze_all,
+    meet_statistics,
     no_rule,
     rule,
     shape,
@@ -124,8 +125,10 @@ def expand(node: Node, context: Context) -> Axes:
 @rule("expand_as")
 def expand_as(node: Node, context: Context) -> Axes:
     """The sizes are those of the other tensor, and so are the units."""
-    items = [(context.of(item), shape(cast(Node, item))) for item in node.args[:2]]
-    return broadcast(items, len(shape(node)), node, context)
+    nodes = cast(list[Node], list(node.args[:2]))
+    result = broadcast([(context.of(item), shape(item)) for item in nodes], len(shape(node)), node, context)
+    meet_statistics(node, nodes, result, context)
+    return result
 
 
 @rule("repeat", "tile")

@@ -61,8 +61,12 @@ class _Trials:
         """Freeze the groups that fail a test, among those that are not frozen yet."""
         self.test = test
         chosen = [group.name for group in self.all.prunable if group.name not in self.frozen]
-        # A model that differs from itself (NaN, chance) says nothing about its groups; later stages name it.
-        if chosen and self.failure(chosen) is not None and self.failure([]) is None:
+        if chosen and self.failure(chosen) is not None:
+            itself = self.failure([])
+            if itself is not None:  # NaN, chance: it says nothing, so what is only assumed is not offered
+                why = f"and the model differs from itself: {itself}"
+                self.frozen |= {name: self.reason(name, why) for name in chosen if self.groups[name].assumes}
+                return
             self.find(chosen)
         for names in self.alike(chosen):
             if self.has_bounds(names):  # numbers can fit a cut of everything, and not of one group
@@ -107,16 +111,25 @@ class _Trials:
     def restated(self, names: list[str]) -> bool:
         """Take the attributes that hold the same numbers too, if the trial passes with them."""
         before = {name: self.groups[name] for name in names}
-        if not any(not item.sure for group in before.values() for item in group.counts):
+        guesses = {item.name for group in before.values() for item in group.counts if not item.sure}
+
+        def passes(taken: set[str]) -> bool:
+            for name, group in before.items():
+                counts = (replace(item, sure=item.sure or item.name in taken) for item in group.counts)
+                self.groups[name] = replace(group, counts=tuple(counts))
+            return self.failure(names) is None
+
+        taken = next(
+            (item for item in (guesses, *({name} for name in sorted(guesses))) if passes(item)), None
+        )
+        if not guesses or taken is None:
+            self.groups.update(before)
             return False
-        for name, group in before.items():
-            self.groups[name] = replace(
-                group, counts=tuple(replace(item, sure=True) for item in group.counts)
-            )
-        if self.failure(names) is None:
-            return True
-        self.groups.update(before)
-        return False
+        guesses = set(taken)
+        for name in sorted(guesses):  # no more of them than it takes
+            if passes(guesses - {name}):
+                guesses.discard(name)
+        return passes(guesses)
 
     def halve(self, names: list[str], failure: str) -> None:
         """Freeze those of the groups that fail; `failure` is what all of them gave."""

@@ -5,7 +5,7 @@ the mean of a LayerNorm over 64 features of which 32 are zero is not the mean of
 Here the captured operations of the dense model are run one by one; the removed positions of every
 result are set to zero, and a normalisation is computed over the positions that stay. It uses the dense
 weights only and runs none of the model's code, so it shares neither slicing nor the restated sizes
-with the pruned model. See docs/decisions/0005.
+with the pruned model. See docs/decisions/0006.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Twin:
         run = _Run(self, removed)
         signature = self._trace.program.graph_signature
         graph = self._trace.program.graph
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             run.run(graph, self._placeholders(graph))
         found = {node.name: run.values.get(node) for node in graph.nodes}
         names = [name for name in signature.user_outputs if isinstance(name, str)]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from cria_prune.batches import Batch, model_inputs
+from cria_prune.batches import Batch, map_tensors, model_inputs
 from cria_prune.errors import VerificationError
 from cria_prune.modules import cache_off, copy_of, named_tensors, shared_copy
 from cria_prune.plan.plan import Plan
@@ -91,7 +91,7 @@ class Reference:
 
     def __init__(self, model: nn.Module, example: Batch, *, dtype: torch.dtype = torch.float64) -> None:
         self.dtype, self._example = dtype, example
-        self.model = copy_of(model).to(dtype)
+        self.model = _in_type(copy_of(model), dtype)
         self._twin: Twin | None = None
 
     def compare(self, plan: Plan, smaller: nn.Module) -> Verification:
@@ -102,7 +102,8 @@ class Reference:
         """
         expected = self._expected(plan)
         try:
-            found = self._run(smaller if _is_of(smaller, self.dtype) else copy_of(smaller).to(self.dtype))
+            same = _is_of(smaller, self.dtype)
+            found = self._run(smaller if same else _in_type(copy_of(smaller), self.dtype))
         except Exception as error:
             raise VerificationError(
                 "A forward pass of the pruned model", f"{type(error).__name__}: {first_line(error)}", ADVICE
@@ -127,7 +128,8 @@ class Reference:
             return self.masked_outputs(plan)
         except Exception as error:
             if self.dtype is torch.float64:  # the forward makes tensors of its own type
-                self.dtype, self._twin, self.model = torch.float32, None, self.model.to(torch.float32)
+                self.dtype, self._twin = torch.float32, None
+                self.model = _in_type(self.model, self.dtype)
                 return self._expected(plan)
             raise VerificationError(
                 f"A forward pass of the dense model in {str(self.dtype).removeprefix('torch.')}",
@@ -168,23 +170,31 @@ ADVICE = (
 
 def _is_of(model: nn.Module, dtype: torch.dtype) -> bool:
     tensors = named_tensors(model).values()
-    return all(item.dtype == dtype for item in tensors if item.is_floating_point())
+    return all(item.dtype == _type_of(item, dtype) for item in tensors)
 
 
 def _cast(inputs: Any, dtype: torch.dtype) -> Any:
-    args, kwargs = inputs
+    # Always a copy: a forward may write into its input.
+    return map_tensors(inputs, lambda item: item.to(_type_of(item, dtype), copy=True))
 
-    def cast(item: Any) -> Any:
-        if isinstance(item, Tensor):
-            # Always a copy: a forward may write into its input.
-            return item.to(dtype if item.is_floating_point() else item.dtype, copy=True)
-        return item
 
-    return tuple(cast(item) for item in args), {key: cast(item) for key, item in kwargs.items()}
+def _type_of(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Return the type of a tensor in a comparison in `dtype`; complex ones stay complex."""
+    if tensor.is_complex():
+        return torch.complex128 if dtype is torch.float64 else torch.complex64
+    return dtype if tensor.is_floating_point() else tensor.dtype
+
+
+def _in_type(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return model._apply(lambda item: item.to(_type_of(item, dtype)))
 
 
 def _difference(expected: list[Tensor], found: list[Tensor]) -> float:
-    """Return the largest difference relative to the largest expected value; infinity where shapes differ."""
+    """Return the largest difference, relative to the size of the outputs; infinity where shapes differ.
+
+    The size is the largest value among those that are not exactly equal, and at least the median (up to
+    one): a masked logit of -1e9 that is equal on both sides must not hide the others.
+    """
     if [item.shape for item in expected] != [item.shape for item in found]:
         return float("inf")
     worst = 0.0
@@ -192,9 +202,12 @@ def _difference(expected: list[Tensor], found: list[Tensor]) -> float:
         if one.numel():
             if not one.is_complex():  # truth values and whole numbers too
                 one, other = one.double(), other.double()
-            sizes = one.abs()
-            scale = float(sizes[sizes.isfinite()].max()) if sizes.isfinite().any() else 0.0
-            apart = (one - other).abs().masked_fill(one == other, 0.0)  # equal infinities are equal
+            sizes, apart = one.abs(), (one - other).abs()
+            apart = apart.masked_fill(one == other, 0.0)  # equal infinities are equal
+            usual = sizes[sizes.isfinite()]
+            differing = sizes[sizes.isfinite() & (one != other)]
+            scale = min(float(usual.median()), 1.0) if len(usual) else 0.0
+            scale = max(scale, float(differing.max()) if len(differing) else 0.0)
             distance = float(apart.max()) / (scale or 1.0)
             worst = max(worst, distance if distance == distance else float("inf"))
     return worst
