@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cria_prune.errors import ConfigError
 
@@ -84,10 +84,26 @@ class PlanConfig(StageConfig):
     ranking: Literal["uniform", "global"] = "uniform"
     residual: bool = Field(False, description="prune the width of residual streams too")
     floor: float = Field(0.1, ge=0, le=1, description="share of each group's units that always stays")
+    units: Literal["all", "neurons", "heads"] = Field(
+        "all",
+        description="neurons: feed-forward neurons and channels alone; heads: heads and KV groups alone",
+    )
     uniform: bool = Field(False, description="alike groups keep the same number of units")
+    vanilla: bool = Field(
+        False, description="only what a plain configuration of transformers can hold; uniform comes with it"
+    )
     multiple: int = Field(
         1, ge=1, le=256, description="neurons and channels that stay are a multiple of it, or all"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _vanilla_is_uniform(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("vanilla"):
+            values = {"uniform": True, **values}
+            if not values["uniform"]:
+                raise ValueError("one configuration describes all layers alike, so vanilla needs uniform")
+        return values
 
 
 class RecoverConfig(StageConfig):

@@ -17,13 +17,14 @@ from cria_prune.criteria import score
 from cria_prune.criteria.score import find_criterion
 from cria_prune.errors import DataError, SignalError
 from cria_prune.modules import device_of
-from cria_prune.plan import Plan, check_reachable, compose, identity_plan
+from cria_prune.plan import Allowed, Plan, compose, identity_plan
 from cria_prune.plan import plan as make_round
 from cria_prune.progress import QUIET, Progress
 from cria_prune.record import States, record
 from cria_prune.record.collect import cut
+from cria_prune.scope import check_target
 from cria_prune.spectrum import Importance
-from cria_prune.structure import UnitGroups, shrink, without_residual
+from cria_prune.structure import UnitGroups, shrink
 from cria_prune.structure import discover as follow
 from cria_prune.surgery import Verification, apply, settle, verify
 
@@ -161,15 +162,13 @@ def prune(
     check_finite(model)
     start = time.perf_counter()
     example = first_examples(batches, device_of(model))
-    dense = discover(model, example)
-    if not config.plan.residual:
-        dense = without_residual(dense)
-    check_reachable(dense, config.plan.reduction, config.plan)
+    found = check_target(model, discover(model, example), config.plan)
+    dense, allowed = found.groups, found.allowed
     result = PruneResult(model, identity_plan(dense), dense, dense, (), config, time.perf_counter() - start)
     rounds = config.plan.rounds
     with (progress or QUIET).bar("prune", rounds) as bar:
         for number in range(1, rounds + 1):
-            result = _round(model, result, number, batches, example, needs, loss, evaluate)
+            result = _round(model, result, number, batches, example, needs, loss, evaluate, allowed)
             report = result.report
             bar.update(
                 parameters=f"{report['parameters']:,.0f}",
@@ -190,6 +189,7 @@ def _round(
     needs: frozenset[str],
     loss: Callable[[nn.Module, Batch], torch.Tensor] | None,
     evaluate: Callable[[nn.Module], float] | None,
+    allowed: Allowed,
 ) -> PruneResult:
     config, groups, seconds = before.config, before.groups, dict[str, float]()
     with clock(seconds, "record"):
@@ -204,7 +204,7 @@ def _round(
     values = {name: item.scores.numpy() for name, item in scores.items()}
     with clock(seconds, "plan"):
         target = config.plan.reduction * number / config.plan.rounds
-        step = make_round(groups, values, config.plan, dense=before.dense, target=target)
+        step = make_round(groups, values, config.plan, dense=before.dense, target=target, allowed=allowed)
         total = compose(before.plan, step)
     with clock(seconds, "surgery"):
         smaller = apply(before.model, step)

@@ -26,8 +26,7 @@ from cria_prune.cli.target import Target
 from cria_prune.cli.tree import drawn, module_tree
 from cria_prune.config import PlanConfig, PruneConfig
 from cria_prune.pipeline import PruneResult, clock
-from cria_prune.plan import check_reachable
-from cria_prune.structure import UnitGroups, without_residual
+from cria_prune.scope import scope
 
 Params = Mapping[str, Any]
 
@@ -165,7 +164,7 @@ def score(params: Params, command: list[str]) -> None:
         model = found.model(device, seed, talk.progress)
     batches = found.task.calibration(config.record.examples, config.record.seed)
     with clock(seconds, "structure"):
-        groups = structure_of(model, found, config.plan.residual)
+        groups = scope(model, pipeline.discover(model, found.task.example), config.plan).groups
     needs, states = pipeline.find_criterion(config.score.criterion).needs, None
     if needs:
         with clock(seconds, "record"):
@@ -234,11 +233,5 @@ def finish(job: Job, result: PruneResult | None = None) -> None:
 
 def check_target(found: Target, config: PruneConfig) -> None:
     """Refuse a target beyond reach before a dense model is trained or anything is written."""
-    groups = structure_of(found.untrained(), found, config.plan.residual)
-    check_reachable(groups, config.plan.reduction, config.plan)
-
-
-def structure_of(model: nn.Module, found: Target, residual: bool | None) -> UnitGroups:
-    """Return the unit groups of a model; residual widths are frozen unless asked for."""
-    groups = pipeline.discover(model, found.task.example)
-    return groups if residual else without_residual(groups)
+    model = found.untrained()
+    pipeline.check_target(model, pipeline.discover(model, found.task.example), config.plan)

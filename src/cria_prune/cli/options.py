@@ -26,8 +26,12 @@ Model = Annotated[
 Checkpoint = Annotated[str, Argument(help="The folder of a checkpoint.", show_default=False)]
 
 Reduction = Annotated[
-    float | None, Option(help="Share to remove, between 0 and 1 [default: 0.5].", show_default=False)
-]
+    float | None,
+    Option(
+        "--reduction", "--reduce",
+        help="Share to remove, between 0 and 1 [default: 0.5].", show_default=False,
+    ),
+]  # fmt: skip
 Of = Annotated[
     str | None,
     Option(help="What it is a share of: parameters (default), prunable, non-embedding or macs."),
@@ -43,6 +47,18 @@ Residual = Annotated[
     Option("--residual/--no-residual", help="Prune the width of residual streams too [default: no]."),
 ]
 Floor = Annotated[float | None, Option(help="Share of each group's units that always stays [default: 0.1].")]
+Units = Annotated[
+    str | None,
+    Option(help="all (default); neurons: feed-forward neurons and channels alone; heads: heads alone."),
+]
+Policy = Annotated[
+    str | None,
+    Option(
+        help="How a model of transformers is cut and saved. uniform: alike layers stay alike, so that plain "
+        "from_pretrained loads it; per-layer: layers compete, cria_prune.load loads it "
+        "[default: uniform for a folder, what suits the recipe else]."
+    ),
+]
 Uniform = Annotated[
     bool | None,
     Option("--uniform/--no-uniform", help="Alike groups keep the same number of units [default: no]."),

@@ -24,8 +24,12 @@ SECTIONS: dict[str, type[StageConfig]] = {"record": RecordConfig, "score": Score
 OPTIONS = {
     "record": ("examples", "positions", "seed"),
     "score": ("criterion", "seed"),
-    "plan": ("reduction", "of", "rounds", "ranking", "residual", "floor", "uniform", "multiple"),
+    "plan": ("reduction", "of", "rounds", "ranking", "residual", "floor", "units", "uniform", "multiple"),
     "recover": ("epochs", "lr", "distill", "seed"),
+}
+POLICIES: dict[str, dict[str, Any]] = {
+    "uniform": {"vanilla": True, "uniform": True},
+    "per-layer": {"vanilla": False, "uniform": False, "ranking": "global"},
 }
 
 
@@ -45,6 +49,7 @@ def prune_config(params: Mapping[str, Any], defaults: Mapping[str, Any] | None =
         layers.append(preset(params["preset"]).model_dump(exclude_unset=True))
     if params.get("config") is not None:
         layers.append(_read(params["config"]).model_dump(exclude_unset=True))
+    layers.append({"plan": policy(params.get("policy"))})
     layers.append({section: given(params, section) for section in SECTIONS})
     values: dict[str, Any] = {key: layer[key] for layer in layers for key in layer if key not in SECTIONS}
     for section, kind in SECTIONS.items():
@@ -56,6 +61,17 @@ def prune_config(params: Mapping[str, Any], defaults: Mapping[str, Any] | None =
     find_criterion(config.score.criterion)
     check_target(config.plan.reduction)
     return config
+
+
+def policy(name: str | None) -> dict[str, Any]:
+    """Return what a save policy says of the plan; nothing for None.
+
+    Raises:
+        ConfigError: no such policy.
+    """
+    if name is not None and name not in POLICIES:
+        raise ConfigError("A save policy", f"found {name!r}", f"Known policies: {', '.join(POLICIES)}")
+    return {} if name is None else dict(POLICIES[name])
 
 
 def recover_config(params: Mapping[str, Any], defaults: RecoverConfig) -> RecoverConfig:

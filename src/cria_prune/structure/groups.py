@@ -5,7 +5,7 @@ Legend: n = positions along a tensor's dimension, units = units in a group, widt
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -160,12 +160,13 @@ class UnitGroups:
 def without_residual(groups: UnitGroups) -> UnitGroups:
     """Return the groups with every residual width frozen: it is pruned only when asked for."""
     reason = "residual width is pruned only when asked for (residual=True)"
+    return freeze(groups, lambda group: reason if group.kind == "residual" else None)
+
+
+def freeze(groups: UnitGroups, reason: Callable[[UnitGroup], str | None]) -> UnitGroups:
+    """Return the groups with those frozen for which `reason` says one; an earlier reason stays."""
     return replace(
-        groups,
-        groups=tuple(
-            replace(group, frozen=group.frozen or (reason if group.kind == "residual" else None))
-            for group in groups
-        ),
+        groups, groups=tuple(replace(group, frozen=group.frozen or reason(group)) for group in groups)
     )
 
 
