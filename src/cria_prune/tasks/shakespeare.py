@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,18 +14,10 @@ from cria_prune.batches import Batch
 from cria_prune.config import RecoverConfig
 from cria_prune.errors import DataError
 from cria_prune.progress import Progress
-from cria_prune.tasks.base import EpochBatches, Task, data_file, fingerprint
-from cria_prune.tasks.language import (
-    BATCH_TOKENS,
-    SHORT,
-    encode,
-    perplexities,
-    perplexity,
-    sample_text,
-    train_tokenizer,
-)
+from cria_prune.tasks.base import data_file
+from cria_prune.tasks.language import SHORT, encode, perplexities, sample_text, train_tokenizer
+from cria_prune.tasks.language_task import LanguageTask
 from cria_prune.tasks.models import build
-from cria_prune.tasks.text import BlockBatches, blocks
 from cria_prune.tasks.text_models import LONGEST, VOCABULARY
 from cria_prune.tasks.training import trained
 
@@ -43,7 +35,7 @@ QUICK_EPOCHS = 1
 
 
 @dataclass(eq=False)
-class ShakespeareTask(Task):
+class ShakespeareTask(LanguageTask):
     """Perplexity of a causal language model on a text: its first 85 % train, the last 10 % test.
 
     The metric is the perplexity at 128 tokens per sequence, `further` adds the one at the model's maximum
@@ -59,7 +51,7 @@ class ShakespeareTask(Task):
     name: str = "llama-shakespeare"
     architecture: str = "llama-shakespeare"
     metric: str = f"perplexity-{SHORT}"
-    batch_size: int = 4
+    longest: int = LONGEST
 
     recover_defaults = RecoverConfig(
         epochs=2, lr=1e-3, optimizer="adamw", weight_decay=0.1, warmup=0.05, clip=1.0, precision="auto"
@@ -111,54 +103,6 @@ class ShakespeareTask(Task):
             model = build(self.architecture)
         config = DENSE.model_copy(update={"seed": seed, **({"epochs": QUICK_EPOCHS} if self.quick else {})})
         return trained(self, model, config, progress)
-
-    def train_batches(
-        self, seed: int = 0, batch_size: int | None = None, augment: bool = True
-    ) -> EpochBatches:
-        """Return epoch -> shuffled blocks of 256 tokens; with `augment` every epoch cuts at other places."""
-        size = batch_size or self.batch_size
-
-        def epoch_batches(epoch: int) -> Iterable[Batch]:
-            generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-            tokens = self.tokens("train")
-            # Always as many blocks: the schedule counts on equal epochs.
-            count = len(blocks(tokens, LONGEST)) - 1
-            start = int(torch.randint(LONGEST, (), generator=generator)) if augment else 0
-            order = torch.randperm(max(count, 1), generator=generator)
-            return BlockBatches(tokens, LONGEST, size, order, start if count > 0 else 0)
-
-        return epoch_batches
-
-    def calibration(self, examples: int, seed: int = 0) -> list[Batch]:
-        """Return `examples` random blocks of 128 tokens of the train split, 32 per batch."""
-        found = blocks(self.tokens("train"), SHORT)
-        if not 1 <= examples <= len(found):
-            raise DataError(
-                f"{examples} calibration examples", f"{self.name} has {len(found)}", "Ask for 1 to that many"
-            )
-        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:examples]
-        return list(BlockBatches(self.tokens("train"), SHORT, 32, order))
-
-    def validation_batches(self, limit: int | None = None) -> Iterable[Batch]:
-        """Return the validation split, or its first `limit` blocks of 128 tokens, in order."""
-        return self._in_order("validation", limit)
-
-    def test_batches(self, limit: int | None = None) -> Iterable[Batch]:
-        """Return the test split, or its first `limit` blocks of 128 tokens, in order."""
-        return self._in_order("test", limit)
-
-    def _in_order(self, split: str, limit: int | None) -> Iterable[Batch]:
-        tokens = self.tokens(split)
-        order = torch.arange(len(blocks(tokens, SHORT)))[:limit]
-        return BlockBatches(tokens, SHORT, BATCH_TOKENS // SHORT, order)
-
-    def fingerprint(self, *splits: str) -> str:
-        """Return the SHA-256, in hex, of the splits' tokens (of all three if none is named)."""
-        return fingerprint(*(self.tokens(split) for split in splits or SHARES))
-
-    def evaluate(self, model: nn.Module, batches: Iterable[Batch], progress: Progress | None = None) -> float:
-        """Return the perplexity of the model on the batches."""
-        return perplexity(model, batches, progress=progress)
 
     def further(self, model: nn.Module, progress: Progress | None = None) -> dict[str, float | str]:
         """Return the test split's perplexity at the model's maximum, and a sample of text."""

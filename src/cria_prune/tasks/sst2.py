@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +16,11 @@ from cria_prune.batches import Batch
 from cria_prune.config import RecoverConfig
 from cria_prune.errors import ArtifactError, DataError
 from cria_prune.progress import Progress
-from cria_prune.tasks.base import EpochBatches, Task, data_files, fingerprint
+from cria_prune.tasks.base import data_files
 from cria_prune.tasks.models import build
 from cria_prune.tasks.pretrained import find_library, quiet
-from cria_prune.tasks.text import SentenceBatches, Sentences, by_length
+from cria_prune.tasks.sentence_task import SentenceTask
+from cria_prune.tasks.text import Sentences
 from cria_prune.tasks.training import trained
 
 LAYOUT = (
@@ -33,7 +34,6 @@ GET_ENCODER = (
 )
 VALIDATION, QUICK = 1000, 8000
 SPLIT_SEED = 0
-LONGEST = 128
 EXAMPLE_TOKENS = 32
 DENSE = RecoverConfig(
     epochs=1, lr=1e-4, optimizer="adamw", weight_decay=0.01, warmup=0.1, schedule="linear", clip=1.0,
@@ -42,7 +42,7 @@ DENSE = RecoverConfig(
 
 
 @dataclass(eq=False)
-class Sst2Task(Task):
+class Sst2Task(SentenceTask):
     """Accuracy of a sentence classifier; the test split is the 872 sentences that GLUE calls validation.
 
     1,000 of GLUE's train sentences are held out to choose the epoch. Many of these are phrases of
@@ -58,8 +58,6 @@ class Sst2Task(Task):
     base: str | None = None
     name: str = "sst2-minilm"
     architecture: str = "sst2-minilm"
-    metric: str = "accuracy"
-    batch_size: int = 32
 
     recover_defaults = DENSE
     prune_defaults: Mapping[str, Mapping[str, Any]] = field(
@@ -96,66 +94,19 @@ class Sst2Task(Task):
     def _load(self, name: str) -> dict[str, Sentences]:
         texts, labels = read_sentences("validation" if name == "test" else "train")
         if name == "test":
-            return {"test": self._tokenised(texts, labels)}
+            return {"test": self.tokenised(texts, labels)}
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(SPLIT_SEED))
         held = min(VALIDATION, len(order) // 4)
         parts = {"validation": order[:held], "train": order[held:][: QUICK if self.quick else None]}
         return {
-            part: self._tokenised([texts[row] for row in rows.tolist()], labels[rows])
+            part: self.tokenised([texts[row] for row in rows.tolist()], labels[rows])
             for part, rows in parts.items()
         }
-
-    def _tokenised(self, texts: list[str], labels: torch.Tensor) -> Sentences:
-        found = self.tokenizer(texts, truncation=True, max_length=LONGEST)["input_ids"]
-        return Sentences(found, labels, int(self.tokenizer.pad_token_id))
 
     def dense(self, seed: int = 0, progress: Progress | None = None) -> nn.Module:
         """Return the encoder with a seeded head after one epoch on the train split; trained once, kept."""
         model = classifier(self.base, seed)
         return trained(self, model, DENSE.model_copy(update={"seed": seed}), progress)
-
-    def train_batches(
-        self, seed: int = 0, batch_size: int | None = None, augment: bool = True
-    ) -> EpochBatches:
-        """Return epoch -> shuffled batches of alike length; nothing is augmented."""
-        size = batch_size or self.batch_size
-
-        def epoch_batches(epoch: int) -> Iterable[Batch]:
-            sentences = self.split("train")
-            return SentenceBatches(sentences, by_length(sentences.lengths(), size, seed * 100_003 + epoch))
-
-        return epoch_batches
-
-    def calibration(self, examples: int, seed: int = 0) -> list[Batch]:
-        """Return the first `examples` of a seeded permutation of the train split, 64 per batch."""
-        sentences = self.split("train")
-        if not 1 <= examples <= len(sentences):
-            raise DataError(
-                f"{examples} calibration examples",
-                f"{self.name} has {len(sentences)}",
-                "Ask for 1 to that many",
-            )
-        order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(seed))
-        chosen = sentences.rows(order[:examples])
-        return list(SentenceBatches(chosen, by_length(chosen.lengths(), 64, seed)))
-
-    def validation_batches(self, limit: int | None = None) -> Iterable[Batch]:
-        """Return the validation split, or its first `limit` sentences, the short ones first."""
-        return self._all("validation", limit)
-
-    def test_batches(self, limit: int | None = None) -> Iterable[Batch]:
-        """Return the test split, or its first `limit` sentences, the short ones first."""
-        return self._all("test", limit)
-
-    def _all(self, name: str, limit: int | None) -> Iterable[Batch]:
-        sentences = self.split(name)
-        sentences = sentences if limit is None else sentences.rows(torch.arange(len(sentences))[:limit])
-        return SentenceBatches(sentences, by_length(sentences.lengths(), 64))
-
-    def fingerprint(self, *splits: str) -> str:
-        """Return the SHA-256, in hex, of the splits' tokens and labels (of all three if none is named)."""
-        parts = [self.split(name) for name in splits or ("train", "validation", "test")]
-        return fingerprint(*(tensor for part in parts for tensor in part.flat()))
 
 
 def read_sentences(split: str) -> tuple[list[str], torch.Tensor]:

@@ -20,12 +20,12 @@ class Sentences:
 
     Attributes:
         tokens: one list of token numbers per sentence.
-        labels: (sentences,) int64.
+        labels: (sentences,) int64; None where nobody labelled them.
         padding: token number that fills up a batch; the mask leaves it out.
     """
 
     tokens: Sequence[Sequence[int]] = field(repr=False)
-    labels: Tensor = field(repr=False)
+    labels: Tensor | None = field(repr=False)
     padding: int = 0
 
     def __len__(self) -> int:
@@ -33,25 +33,28 @@ class Sentences:
 
     def rows(self, index: Tensor) -> Sentences:
         """Return the sentences at `index`."""
-        return Sentences([self.tokens[row] for row in index.tolist()], self.labels[index], self.padding)
+        labels = None if self.labels is None else self.labels[index]
+        return Sentences([self.tokens[row] for row in index.tolist()], labels, self.padding)
 
     def lengths(self) -> Tensor:
         """Return the number of tokens of every sentence, (sentences,) int64."""
         return torch.tensor([len(item) for item in self.tokens], dtype=torch.int64)
 
     def batch(self) -> dict[str, Tensor]:
-        """Return all sentences as one batch: input_ids, attention_mask (sentences, longest), labels."""
+        """Return all sentences as one batch: input_ids, attention_mask (sentences, longest), any labels."""
         longest = max(map(len, self.tokens))
         ids = torch.full((len(self), longest), self.padding, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for row, tokens in enumerate(self.tokens):
             ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
             mask[row, : len(tokens)] = 1
-        return {"input_ids": ids, "attention_mask": mask, "labels": self.labels}
+        labels = {} if self.labels is None else {"labels": self.labels}
+        return {"input_ids": ids, "attention_mask": mask, **labels}
 
-    def flat(self) -> tuple[Tensor, Tensor, Tensor]:
+    def flat(self) -> tuple[Tensor, ...]:
         """Return all tokens in one line, the lengths and the labels: what a fingerprint is made of."""
-        return torch.tensor([t for item in self.tokens for t in item]), self.lengths(), self.labels
+        tokens = torch.tensor([t for item in self.tokens for t in item])
+        return (tokens, self.lengths(), *(() if self.labels is None else (self.labels,)))
 
 
 class SentenceBatches:
