@@ -5,12 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from cria_prune.errors import ConfigError
 from cria_prune.tasks.base import Task, evaluate, fingerprint
 from cria_prune.tasks.cifar10 import cifar10_task
 from cria_prune.tasks.digits import digits_task
+from cria_prune.tasks.folder import FolderTask, Texts, with_weights
+from cria_prune.tasks.folder_rows import SentenceFolder
+from cria_prune.tasks.folder_text import TextFolder
 from cria_prune.tasks.models import ARCHITECTURES, build
 from cria_prune.tasks.shakespeare import ShakespeareTask
 from cria_prune.tasks.sst2 import Sst2Task
@@ -51,4 +57,40 @@ def task(name: str, **options: Any) -> Task:
     return TASKS[name](**options)
 
 
-__all__ = ["ARCHITECTURES", "TASKS", "Task", "build", "evaluate", "fingerprint", "task"]
+def folder_task(folder: Path, texts: Texts, model: nn.Module | None = None) -> FolderTask:
+    """Return the task of a causal language model or a sequence classifier in a folder.
+
+    Args:
+        folder: of the model; its tokenizer is read when texts are.
+        texts: the data.
+        model: the folder's model where it is already there, else it is read.
+
+    Raises:
+        ArtifactError: the folder holds no weights, pickles, quantized weights or a damaged file.
+        ConfigError: its model is of another kind.
+    """
+    model = with_weights(folder) if model is None else model
+    kind = type(model).__name__
+    if kind.endswith("ForSequenceClassification"):
+        return SentenceFolder(folder, texts, model)
+    if hasattr(model, "generate") and kind.endswith(("ForCausalLM", "LMHeadModel")):
+        return TextFolder(folder, texts, model)
+    raise ConfigError(
+        f"The model in {folder}",
+        f"it is a {kind}",
+        "Give a causal language model or a sequence classifier; others by cria_prune.prune in Python",
+    )
+
+
+__all__ = [
+    "ARCHITECTURES",
+    "TASKS",
+    "FolderTask",
+    "Task",
+    "Texts",
+    "build",
+    "evaluate",
+    "fingerprint",
+    "folder_task",
+    "task",
+]

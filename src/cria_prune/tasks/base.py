@@ -21,6 +21,7 @@ from cria_prune.loss import logits_of
 from cria_prune.modules import device_of, modes_kept
 from cria_prune.progress import Progress, track
 from cria_prune.recover.guard import channels_last
+from cria_prune.tasks.models import build
 
 EpochBatches = Callable[[int], Iterable[Batch]]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -76,6 +77,22 @@ class Task(ABC):
     @abstractmethod
     def fingerprint(self, *splits: str) -> str:
         """Return the SHA-256, in hex, of the splits' inputs and targets (of all three if none is named)."""
+
+    @property
+    def measured(self) -> bool:
+        """Whether the test split can be measured on: it has what the metric needs."""
+        return True
+
+    def untrained(self) -> nn.Module:
+        """Return a network of the dense model's structure, without waiting for a training."""
+        return build(self.architecture).eval()
+
+    def pretrained_source(self, scratch: Path) -> Path | None:
+        """Return a folder with the tokenizer that belongs to the dense model, made in `scratch` if need be.
+
+        None where the model is none of transformers: its results are then checkpoints of Cria's own.
+        """
+        return None
 
     def evaluate(self, model: nn.Module, batches: Iterable[Batch], progress: Progress | None = None) -> float:
         """Return the metric of the model on the batches."""

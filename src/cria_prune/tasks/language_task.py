@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +44,11 @@ class LanguageTask(Task):
         Raises:
             DataError: no such split, or the text is missing or too short.
         """
+
+    def pretrained_source(self, scratch: Path) -> Path | None:
+        """Return `scratch` with the tokenizer's files."""
+        self.tokenizer.save_pretrained(scratch)
+        return scratch
 
     def train_batches(
         self, seed: int = 0, batch_size: int | None = None, augment: bool = True

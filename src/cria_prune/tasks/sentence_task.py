@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +46,11 @@ class SentenceTask(Task):
         found = self.tokenizer(texts, truncation=True, max_length=LONGEST)["input_ids"]
         padding = self.tokenizer.pad_token_id
         return Sentences(found, labels, 0 if padding is None else int(padding))
+
+    def pretrained_source(self, scratch: Path) -> Path | None:
+        """Return `scratch` with the tokenizer's files."""
+        self.tokenizer.save_pretrained(scratch)
+        return scratch
 
     def train_batches(
         self, seed: int = 0, batch_size: int | None = None, augment: bool = True
