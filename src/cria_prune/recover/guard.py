@@ -1,4 +1,4 @@
-"""Context managers around a training: gradients, memory layout and device are put back; precision."""
+"""What a training changes and how it is put back: weights, gradients, layout, device, generators."""
 
 from __future__ import annotations
 
@@ -13,8 +13,42 @@ State = dict[str, Tensor]
 
 
 def snapshot(model: nn.Module) -> State:
-    """Return a copy of the model's parameters and persistent buffers, by name."""
-    return {name: deepcopy(value) for name, value in model.state_dict().items()}
+    """Return a copy of what a training changes, by name: trained parameters and persistent buffers."""
+    named = model.named_parameters(remove_duplicate=False)
+    frozen = {name for name, parameter in named if not parameter.requires_grad}
+    return {name: deepcopy(value) for name, value in model.state_dict().items() if name not in frozen}
+
+
+def put_back(model: nn.Module, state: State) -> None:
+    """Copy the values of a snapshot into the model."""
+    model.load_state_dict(state, strict=False)  # a snapshot leaves out what is frozen
+
+
+@contextmanager
+def isolated(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's global generators (dropout, a shuffling DataLoader) and put them back on leaving."""
+    cuda = device.type == "cuda"
+    devices = [torch.cuda.current_device() if device.index is None else device.index] if cuda else []
+    with torch.random.fork_rng(devices=devices), torch.backends.cudnn.flags(deterministic=True):
+        torch.default_generator.manual_seed(seed)
+        for index in devices:
+            torch.cuda.default_generators[index].manual_seed(seed)
+        yield
+
+
+def generators(device: torch.device) -> State:
+    """Return the states of the generators that a training on `device` draws from, each uint8 (bytes,)."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_generators(states: State, device: torch.device) -> None:
+    """Put the generators into states that `generators` returned."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 @contextmanager

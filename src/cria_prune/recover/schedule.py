@@ -1,4 +1,4 @@
-"""The optimizer, the learning rate of every step, and which parameters decay."""
+"""The optimizer and its tensors, the learning rate of every step, and which parameters decay."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cria_prune.config import RecoverConfig
 
@@ -48,3 +48,27 @@ def make_optimizer(model: nn.Module, config: RecoverConfig) -> torch.optim.Optim
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, SECOND_DECAY))
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+
+
+def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's tensors (momentum, moments, steps), named `<index of the parameter>.<key>`."""
+    return {
+        f"{index}.{key}": value
+        for index, parameter in enumerate(_parameters(optimizer))
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def set_moments(optimizer: torch.optim.Optimizer, held: dict[str, Tensor]) -> None:
+    """Give an optimizer the tensors that `moments` returned."""
+    parameters = _parameters(optimizer)
+    for name, value in held.items():
+        index, _, key = name.partition(".")
+        parameter = parameters[int(index)]
+        # In the parameter's memory layout: sums over other layouts may round differently.
+        optimizer.state[parameter][key] = value if key == "step" else torch.empty_like(parameter).copy_(value)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

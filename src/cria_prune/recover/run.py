@@ -1,0 +1,237 @@
+"""The loop of a fine-tune: steps, epochs, the best of them; and how it goes on from a state that was kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+
+import torch
+from torch import nn
+
+from cria_prune.batches import Batch, move
+from cria_prune.config import RecoverConfig
+from cria_prune.errors import DataError, SignalError
+from cria_prune.loss import Loss
+from cria_prune.progress import Bar, Progress
+from cria_prune.recover.guard import State, generators, lower_precision, put_back, set_generators, snapshot
+from cria_prune.recover.result import Epoch
+from cria_prune.recover.schedule import make_optimizer, moments, rate, set_moments
+from cria_prune.recover.state import BATCHES, Facts, Keeper
+
+Batches = Iterable[Batch] | Callable[[int], Iterable[Batch]]
+Metric = Callable[[nn.Module], float]
+
+
+class Source:
+    """Batches of one epoch, always with a length."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = list(batches) if isinstance(batches, Iterator) else batches
+
+    def sized(self, epoch: int) -> tuple[Iterable[Batch], int]:
+        """Return the batches of an epoch (from 0) and their number.
+
+        Raises:
+            DataError: there are none.
+        """
+        batches = self.batches(epoch) if callable(self.batches) else self.batches
+        try:
+            count = len(batches)  # type: ignore[arg-type]
+        except TypeError:
+            batches = list(batches)
+            count = len(batches)
+        if count == 0:
+            raise DataError(
+                "A fine-tune", f"epoch {epoch} has no batches", "Pass at least one training batch"
+            )
+        return batches, count
+
+
+class Run:
+    """One fine-tune: how far it is, and the weights of the best epoch so far.
+
+    Args:
+        model: on `device`; trained in place.
+        config: the training.
+        loss: (model, batch) -> scalar.
+        evaluate: model -> metric, or None.
+        lower_is_better: the metric's direction.
+        device: where the model is.
+        keeper: keeps the state on disk, or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: RecoverConfig,
+        loss: Loss,
+        evaluate: Metric | None,
+        lower_is_better: bool,
+        device: torch.device,
+        keeper: Keeper | None,
+    ) -> None:
+        self.model, self.config, self.loss, self.evaluate, self.device = model, config, loss, evaluate, device
+        self.keeper = keeper
+        self.sign = -1 if lower_is_better else 1
+        self.history: list[Epoch] = []
+        self.best_epoch = 0
+        self.best_state: State | None = None
+        self.step = self.count = 0
+        self.losses: list[float] = []  # of the epoch in progress, one per batch
+        self.opened: State | None = None  # the generators before that epoch's batches were asked for
+        self.finished = False
+
+    def fit(self, source: Source, progress: Progress) -> None:
+        """Train from the start, or from the state that was kept, to the last epoch."""
+        epochs = self.config.epochs
+        if epochs:
+            self.optimizer = make_optimizer(self.model, self.config)
+        if not self.resume(source):
+            self.finish(Epoch(0, 0.0, None, self.measure()))
+            self.finished = not epochs
+        if self.finished:
+            return
+        first = len(self.history) - 1
+        batches = self.open(source, first)
+        if not self.step:
+            self.save()
+        with progress.bar("train", self.config.epochs * self.count) as bar:
+            if self.step:
+                bar.update(self.step)
+            for epoch in range(first, epochs):
+                if epoch > first:
+                    batches = self.open(source, epoch)
+                self.train(batches, bar)
+                loss = sum(self.losses) / len(self.losses)
+                self.finish(Epoch(epoch + 1, self.lr(self.step - 1), loss, self.measure()))
+                bar.update(0, epoch=epoch + 1, metric=self.history[-1].metric)
+                self.losses, self.opened, self.finished = [], None, epoch + 1 == epochs
+                self.save()
+
+    def open(self, source: Source, epoch: int) -> Iterator[Batch]:
+        """Return the batches of an epoch that are left to do.
+
+        A loader may shuffle by torch's generators, so they are meanwhile what they were when it began.
+        """
+        now, resumed = generators(self.device), self.opened
+        if resumed:
+            set_generators(resumed, self.device)
+        else:
+            self.opened = now
+        batches, count = source.sized(epoch)
+        self.count = self.count or count
+        left = iter(batches)
+        if resumed:
+            for _ in islice(left, len(self.losses)):
+                pass
+            set_generators(now, self.device)
+        return left
+
+    def train(self, batches: Iterable[Batch], bar: Bar) -> None:
+        """Take one step per batch."""
+        config, optimizer = self.config, self.optimizer
+        self.model.train()
+        for batch in batches:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr(self.step)
+            optimizer.zero_grad()
+            with lower_precision(config.precision, self.device):
+                loss = self.loss(self.model, move(batch, self.device))
+            self.losses.append(loss.item())
+            if not math.isfinite(self.losses[-1]):
+                total = config.epochs * self.count
+                raise self.broken(f"the loss is {self.losses[-1]} at step {self.step + 1} of {total}")
+            loss.backward()
+            if config.clip:
+                nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+            optimizer.step()
+            self.step += 1
+            bar.update(loss=self.losses[-1])
+            if self.keeper is not None and self.keeper.due():
+                self.save()
+
+    def lr(self, step: int) -> float:
+        """Return the learning rate of a step (from 0)."""
+        config = self.config
+        return rate(step, config.epochs * self.count, config.lr, config.warmup, config.schedule)
+
+    def measure(self) -> float | None:
+        """Return the metric, if any.
+
+        Raises:
+            SignalError: it, or a weight, is NaN or infinite.
+        """
+        broken = [name for name, value in self.model.named_parameters() if not torch.isfinite(value).all()]
+        if broken:
+            raise self.broken(f"{broken[0]} holds NaN or infinity after step {self.step}")
+        if self.evaluate is None:
+            return None
+        self.model.eval()
+        metric = float(self.evaluate(self.model))
+        if not math.isfinite(metric):
+            raise self.broken(f"the metric is {metric} after step {self.step}")
+        return metric
+
+    def finish(self, row: Epoch) -> None:
+        """Add an epoch to the history; keep its weights if none was better."""
+        self.history.append(row)
+        best = self.history[self.best_epoch].metric
+        if row.metric is None or best is None or self.sign * row.metric >= self.sign * best:
+            self.best_epoch, self.best_state = row.epoch, snapshot(self.model)
+
+    def save(self) -> None:
+        """Keep the state on disk, if that is wanted."""
+        if self.keeper is None:
+            return
+        facts = Facts(
+            identity={**self.keeper.identity, BATCHES: self.count},
+            history=self.history,
+            best_epoch=self.best_epoch,
+            step=self.step,
+            finished=self.finished,
+        )
+        parts: dict[str, State] = {"best": self.best_state or {}}
+        if not self.finished:
+            parts["weights"] = snapshot(self.model)
+            parts["optimizer"] = moments(self.optimizer)
+            parts["losses"] = {"epoch": torch.tensor(self.losses, dtype=torch.float64)}
+            parts["generators"], parts["opened"] = generators(self.device), self.opened or {}
+        self.keeper.write(facts, parts)
+
+    def resume(self, source: Source) -> bool:
+        """Go on from the state on disk; say whether there was one.
+
+        Raises:
+            ArtifactError: it is damaged, or of another fine-tune.
+        """
+        found = None if self.keeper is None or not self.config.epochs else self.keeper.read()
+        if self.keeper is None or found is None:
+            return False
+        facts, parts = found
+        self.count = source.sized(0)[1]
+        self.keeper.check(facts, self.count)
+        self.history, self.best_epoch, self.step = list(facts.history), facts.best_epoch, facts.step
+        self.finished = facts.finished
+        try:
+            for part in ("best",) if self.finished else ("best", "weights"):
+                if parts[part].keys() != snapshot(self.model).keys():
+                    raise LookupError("they have other names")
+                put_back(self.model, parts[part])
+            if not self.finished:
+                set_moments(self.optimizer, parts.get("optimizer", {}))
+                self.losses = parts["losses"]["epoch"].tolist()
+                self.opened = parts.get("opened")
+                set_generators(parts["generators"], self.device)
+        except (LookupError, ValueError, RuntimeError) as error:
+            raise self.keeper.damaged(f"its tensors do not fit the model: {error}") from error
+        self.best_state = parts["best"]
+        return True
+
+    def broken(self, found: str) -> SignalError:
+        """Return the error for a training that diverged."""
+        return SignalError(
+            f"A fine-tune with learning rate {self.config.lr}",
+            found,
+            "The weights were put back; try a lower learning rate or a longer warm-up, and check the inputs",
+        )
