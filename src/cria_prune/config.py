@@ -122,6 +122,9 @@ class RecoverConfig(StageConfig):
     )
     distill: float = Field(0.0, ge=0, le=1, description="weight of the dense model's soft targets")
     temperature: float = Field(2.0, gt=0)
+    lora: int = Field(
+        0, ge=0, description="rank of the adapters trained in place of the linear layers' weights, 0 for none"
+    )
     seed: int = 0
 
 

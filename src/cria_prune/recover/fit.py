@@ -13,6 +13,7 @@ from cria_prune.errors import ConfigError
 from cria_prune.loss import Loss, cross_entropy
 from cria_prune.modules import modes_kept
 from cria_prune.progress import QUIET, Progress
+from cria_prune.recover.adapter import adapters
 from cria_prune.recover.guard import channels_last, gradients_kept, isolated, on_device, put_back, snapshot
 from cria_prune.recover.loss import Distilled
 from cria_prune.recover.result import RecoverResult
@@ -46,6 +47,11 @@ def recover(
     SIGKILL, and ends with the same bits. That asks of `train_batches` that the batches of an epoch depend on
     nothing but the epoch and torch's generators when the epoch begins; those already seen are skipped.
 
+    With `lora` in the config, low-rank adapters of peft are trained beside the linear layers but the head,
+    and added to their weights at the end; every other parameter stays. The model is afterwards what it was,
+    the same modules and the same parameters. Like full training, it runs with whatever learning rate it is
+    given, and wants a higher one.
+
     Args:
         model: the network; its weights change in place.
         train_batches: an iterable of batches, or a function from the epoch (from 0) to one. An iterable
@@ -65,7 +71,8 @@ def recover(
 
     Raises:
         ArtifactError: the state cannot be kept, is damaged, or is of another fine-tune.
-        ConfigError: distillation without a teacher, or the model has nothing to train.
+        ConfigError: distillation without a teacher, or the model has nothing to train; for LoRA, no linear
+            layer or no peft.
         DataError: no batches, or a batch that the loss cannot use.
         SignalError: the loss, the metric or a weight became NaN or infinite.
     """
@@ -89,6 +96,8 @@ def recover(
             for guard in (modes_kept, channels_last) if place.type == "cpu" else (modes_kept,):
                 stack.enter_context(guard(network))
             stack.enter_context(on_device(network, place))
+        if config.lora and config.epochs:
+            stack.enter_context(adapters(model, config.lora))
         objective = loss or cross_entropy
         if dense is not None:
             objective = Distilled(objective, dense.eval(), config.distill, config.temperature)
