@@ -64,15 +64,6 @@ def gather_positions(activation: Tensor, positions: Tensor) -> Tensor:
     return activation.flatten(2)[rows, :, positions]
 
 
-def unit_signals(samples: Tensor, positions: Tensor | None, units: int) -> Tensor:
-    """Turn samples (S, n) into signals (units, width·S); the features of a unit follow one another.
-
-    Args:
-        samples: (S, n).
-        positions: (units·width,) int64, the feature of each unit and place; None where all n features
-            are the units in their order.
-        units: units of the group.
-    """
-    if positions is not None:
-        samples = samples.index_select(1, positions)
+def unit_signals(samples: Tensor, units: int) -> Tensor:
+    """Turn samples (S, units·width) into signals (units, width·S); the features of a unit are in a row."""
     return samples.reshape(len(samples), units, -1).permute(1, 2, 0).reshape(units, -1)

@@ -15,6 +15,7 @@ from torch import Tensor
 from cria_prune.config import RecordConfig
 from cria_prune.errors import SignalError, StructureError
 from cria_prune.graph import MomentAccumulator, Moments
+from cria_prune.record.features import FeatureSums
 from cria_prune.record.sampling import draw_positions, gather_positions, unit_signals
 from cria_prune.record.states import GroupStates
 from cria_prune.structure.groups import Site, Tap, UnitGroup
@@ -61,11 +62,19 @@ Halves = tuple[Buffer, Buffer]
 
 @dataclass
 class Reader:
-    """One tap of one side of a group, and the accumulators of that side's two halves."""
+    """One tap of one side of a group, and the accumulators of that side's two halves.
+
+    Attributes:
+        group: its name.
+        tap: where it reads.
+        halves: moments of the units, shared by the side's taps.
+        sums: moments of the features that this tap reads, where a unit is several features wide.
+    """
 
     group: str
     tap: Tap
     halves: Halves
+    sums: FeatureSums | None = None
 
     def __post_init__(self) -> None:
         flat = np.ascontiguousarray(self.tap.positions, dtype=np.int64).reshape(-1)
@@ -89,9 +98,11 @@ class Reader:
         whole = self.in_order and features == len(self.positions)
         if self.positions.device != samples.device:
             self.positions = self.positions.to(samples.device)
-        self.halves[half].add(
-            unit_signals(samples, None if whole else self.positions, len(self.tap.positions))
-        )
+        if not whole:
+            samples = samples.index_select(1, self.positions)
+        self.halves[half].add(unit_signals(samples, len(self.tap.positions)))
+        if self.sums:
+            self.sums.add(half, samples)
 
 
 class Collector:
@@ -108,14 +119,18 @@ class Collector:
     def __init__(self, groups: Sequence[UnitGroup], config: RecordConfig) -> None:
         self._config = config
         self._sides: dict[str, tuple[Halves, Halves]] = {}
+        self._sums: dict[str, dict[str, FeatureSums]] = {}
         self._readers: dict[tuple[str, Site], dict[int, list[Reader]]] = {}
         for group in groups:
             sides = (self._accumulators(group.size), self._accumulators(group.size))
-            self._sides[group.name] = sides
+            wide = any(tap.positions.shape[1] > 1 for tap in group.outputs)
+            sums = {tap.tensor: FeatureSums(group.size) for tap in group.outputs if wide}
+            self._sides[group.name], self._sums[group.name] = sides, sums
             for taps, halves in zip((group.inputs, group.outputs), sides, strict=True):
                 for tap in taps:
                     by_dim = self._readers.setdefault((tap.tensor, tap.site), {})
-                    by_dim.setdefault(tap.dim, []).append(Reader(group.name, tap, halves))
+                    read = sums.get(tap.tensor) if halves is sides[1] else None
+                    by_dim.setdefault(tap.dim, []).append(Reader(group.name, tap, halves, read))
         self.wanted = tuple(self._readers)
         self.begin(0, 1, None)
 
@@ -192,7 +207,20 @@ class Collector:
         for name, (before, after) in self._sides.items():
             inputs, whole_input = _moments(name, "input", before)
             outputs, whole_output = _moments(name, "output", after)
-            states[name] = GroupStates(name, inputs, outputs, whole_input, whole_output, taylor.get(name))
+            features, even, odd = (
+                {tensor: found for tensor, sums in self._sums[name].items() if (found := sums.moments(half))}
+                for half in (None, 0, 1)
+            )
+            states[name] = GroupStates(
+                name,
+                inputs,
+                outputs,
+                whole_input,
+                whole_output,
+                taylor.get(name),
+                features,
+                (even, odd),
+            )
         return states
 
 

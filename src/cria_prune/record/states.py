@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from cria_prune.graph.moments import Moments
+from cria_prune.record.features import FeatureMoments
+
+Features = Mapping[str, FeatureMoments]
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,9 @@ class GroupStates:
         input: moments of the input side, all examples.
         output: moments of the output side, all examples.
         taylor: (units,) float64, first-order Taylor importance, or None where no gradients were taken.
+        features: consumer's tensor -> moments of each feature that it reads, all examples, where a unit
+            is several features wide to some consumer. Empty otherwise: the unit's `output` is it.
+        features_by_half: the same of the even examples, then of the odd ones.
     """
 
     name: str
@@ -29,6 +35,8 @@ class GroupStates:
     input: Moments
     output: Moments
     taylor: Tensor | None = None
+    features: Features = field(default_factory=dict)
+    features_by_half: tuple[Features, Features] = field(default_factory=lambda: ({}, {}))
 
     @property
     def units(self) -> int:
