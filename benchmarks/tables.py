@@ -20,8 +20,8 @@ MARKS = ("<!-- {}: written by benchmarks/tables.py -->", "<!-- end of {} -->")
 DEMO = RESULTS / "digits" / "demo.txt"
 NETWORKS = ("digits", "cifar10-resnet20", "cifar10-resnet56")
 ORDER = (
-    *("random", "l1", "l2", "activation-norm", "taylor", "distortion", "distortion-weighted"),
-    *("grounded-distortion", "innovation"),
+    *("random", "l1", "l2", "activation-norm", "wanda-sp", "fluctuation", "taylor"),
+    *("distortion", "distortion-weighted", "grounded-distortion", "innovation"),
 )
 Cells = list[dict[str, Any]]
 

@@ -1,20 +1,37 @@
 """What a criterion may look at: a group's weights, its signals, its gradients.
 
-Legend: d = units of a group, n = positions along a tensor's dimension.
+Legend: d = units of a group, n = positions along a tensor's dimension, width = features per unit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cria_prune.errors import SignalError, StructureError
 from cria_prune.graph import Moments
+from cria_prune.record.features import FeatureMoments
 from cria_prune.structure.groups import ParameterSlice, UnitGroup
+
+
+@dataclass(frozen=True, eq=False)
+class ConsumerNorms:
+    """The weights of one consumer, per feature that it reads.
+
+    Attributes:
+        item: the consumer's slice.
+        square: (d, width) float64, ‖W[:, f]‖².
+        mean_absolute: (d, width) float64, mean of |W[i, f]| over all else (output rows, kernel places).
+    """
+
+    item: ParameterSlice
+    square: Tensor
+    mean_absolute: Tensor
 
 
 class UnitWeights:
@@ -43,33 +60,48 @@ class UnitWeights:
         """(d,) float64, the Euclidean norm of the weights of each unit's producers."""
         return self._sum_powers(self.group.producers, 2).sqrt()
 
-    def _sum_powers(self, slices: Iterable[ParameterSlice], order: int) -> Tensor:
-        """Sum |w|^order of each unit over slices: (d,) float64 on the CPU.
+    @cached_property
+    def consumers(self) -> tuple[ConsumerNorms, ...]:
+        """The norms of each consumer's weights, per feature."""
+        found = []
+        for item in self.group.consumers:
+            square, absolute = (self._powers(item, order) for order in (2, 1))
+            tensor = self._tensors[item.tensor]
+            others = tensor.numel() // tensor.shape[item.dim]
+            found.append(ConsumerNorms(item, square, absolute / others))
+        return tuple(found)
 
-        Raises:
-            StructureError: a slice does not fit the model.
-            SignalError: a weight holds NaN or infinity.
-        """
+    def _sum_powers(self, slices: Iterable[ParameterSlice], order: int) -> Tensor:
+        """Sum |w|^order of each unit over slices: (d,) float64 on the CPU."""
         total = torch.zeros(self.group.size, dtype=torch.float64)
         for item in slices:
-            tensor = self._tensors.get(item.tensor)
-            if tensor is None or item.dim >= tensor.ndim or item.positions.max() >= tensor.shape[item.dim]:
-                raise StructureError(
-                    f"The weights of group {self.group.name!r}",
-                    f"{item.tensor!r} is {None if tensor is None else tuple(tensor.shape)}, "
-                    f"and the group reaches position {item.positions.max()} of dimension {item.dim}",
-                    "Discover the unit groups of this model again",
-                )
-            rows = tensor.detach().movedim(item.dim, 0).reshape(tensor.shape[item.dim], -1)
-            line = torch.linalg.vector_norm(rows, order, dim=1, dtype=torch.float64) ** order
-            if not torch.isfinite(line).all():
-                raise SignalError(
-                    f"The weights of group {self.group.name!r}",
-                    f"{item.tensor!r} holds NaN or infinity",
-                    "Repair the checkpoint, or train it again",
-                )
-            total += line.cpu()[torch.from_numpy(item.positions)].sum(dim=1)
+            total += self._powers(item, order).sum(dim=1)
         return total
+
+    def _powers(self, item: ParameterSlice, order: int) -> Tensor:
+        """Sum |w|^order at each position of a slice: (d, width) float64 on the CPU.
+
+        Raises:
+            StructureError: the slice does not fit the model.
+            SignalError: a weight holds NaN or infinity.
+        """
+        tensor = self._tensors.get(item.tensor)
+        if tensor is None or item.dim >= tensor.ndim or item.positions.max() >= tensor.shape[item.dim]:
+            raise StructureError(
+                f"The weights of group {self.group.name!r}",
+                f"{item.tensor!r} is {None if tensor is None else tuple(tensor.shape)}, "
+                f"and the group reaches position {item.positions.max()} of dimension {item.dim}",
+                "Discover the unit groups of this model again",
+            )
+        rows = tensor.detach().movedim(item.dim, 0).reshape(tensor.shape[item.dim], -1)
+        line = torch.linalg.vector_norm(rows, order, dim=1, dtype=torch.float64) ** order
+        if not torch.isfinite(line).all():
+            raise SignalError(
+                f"The weights of group {self.group.name!r}",
+                f"{item.tensor!r} holds NaN or infinity",
+                "Repair the checkpoint, or train it again",
+            )
+        return line.cpu()[torch.from_numpy(item.positions)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +114,8 @@ class Evidence:
         input: moments of the signals before the activation; None without recorded states.
         output: moments of the signals that the consumers see; None without recorded states.
         taylor: (d,) float64, first-order Taylor importances; None where no gradients were recorded.
+        features: consumer's tensor -> moments of each feature that it reads; empty where every unit is
+            one feature wide.
     """
 
     name: str
@@ -89,8 +123,25 @@ class Evidence:
     input: Moments | None = None
     output: Moments | None = None
     taylor: Tensor | None = None
+    features: Mapping[str, FeatureMoments] = field(default_factory=dict)
 
     @property
     def units(self) -> int:
         """d."""
         return self.weights.group.size
+
+    def read_features(self) -> Iterator[tuple[FeatureMoments, ConsumerNorms]]:
+        """Yield, for each consumer, the moments of the features it reads and the norms of their weights.
+
+        Both are (d, width), and place k of a unit is the same feature in both. The moments are (d, 1),
+        those of the unit as a whole, where a unit is one feature wide, and where a weight's positions are
+        not those of the signal that enters it (a grouped convolution, one weight for several channels).
+        """
+        assert self.output is not None
+        output = self.output
+        whole = FeatureMoments(output.samples, output.mean[:, None].cpu(), output.variance[:, None].cpu())
+        taps = {tap.tensor: tap for tap in self.weights.group.outputs}
+        for norms in self.weights.consumers:
+            tap = taps.get(norms.item.tensor)
+            alike = tap is not None and np.array_equal(tap.positions, norms.item.positions)
+            yield (self.features.get(norms.item.tensor, whole) if alike else whole), norms

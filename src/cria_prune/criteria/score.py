@@ -98,12 +98,20 @@ def _score_group(
     name = weights.group.name
     if states is None:
         return criterion.function(Evidence(name, weights), config)
-    whole = Evidence(name, weights, states.input, states.output, states.taylor)
+    whole = Evidence(name, weights, states.input, states.output, states.taylor, states.features)
     importance = criterion.function(whole, config)
     if not config.split_half or "gradients" in criterion.needs:
         return importance
     even, odd = (
-        criterion.function(replace(whole, input=states.inputs[half], output=states.outputs[half]), config)
+        criterion.function(
+            replace(
+                whole,
+                input=states.inputs[half],
+                output=states.outputs[half],
+                features=states.features_by_half[half],
+            ),
+            config,
+        )
         for half in (0, 1)
     )
     agreement = rank_correlation(even.scores, odd.scores)

@@ -78,6 +78,35 @@ def activation_norm(evidence: Evidence, config: ScoreConfig) -> Importance:
     return plain(mean_square.sqrt() * evidence.weights.consumer_norm2.sqrt())
 
 
+def wanda_sp(evidence: Evidence, config: ScoreConfig) -> Importance:
+    """Σ_f mean over i of |W_out[i, f]| · sqrt(mean of Y[f]²), over the unit's features and its consumers.
+
+    The mean square is taken without centring, the mean over a consumer's output rows (and kernel places).
+    The original sums over a head's features too; its mean square is per sequence, one factor for all. It
+    prunes a layer before it looks at the next, which is not part of the score.
+    """
+    total = torch.zeros(evidence.units, dtype=torch.float64)
+    for features, weights in evidence.read_features():
+        norm = (features.variance + features.mean.square()).sqrt()
+        total += (weights.mean_absolute * norm).sum(dim=1)
+    return plain(total)
+
+
+def fluctuation(evidence: Evidence, config: ScoreConfig) -> Importance:
+    """Σ_f Var(Y[f]) · ‖W_out[:, f]‖², over the unit's features and its consumers.
+
+    FLAP's "weighted input feature variance", the criterion only: its standardisation of scores per layer
+    and the bias that stands in for removed means are not part of it. Its running variance is exact here,
+    divides by M and not by M - 1, and a head is the sum of its features, not their mean: one factor for
+    all. FLAP's code also squares the values of attention's features before it averages them, which can
+    change the order of heads; its paper does not say so, and here they are not squared.
+    """
+    total = torch.zeros(evidence.units, dtype=torch.float64)
+    for features, weights in evidence.read_features():
+        total += (weights.square * features.variance).sum(dim=1)
+    return plain(total)
+
+
 def taylor(evidence: Evidence, config: ScoreConfig) -> Importance:
     """(Σ g·w)² over the parameters of the unit, summed over batches when the signals were recorded."""
     assert evidence.taylor is not None
@@ -156,6 +185,20 @@ CRITERIA: dict[str, Criterion] = {
             "the per-unit form of Wanda: Sun et al., ICLR 2024 (arXiv 2306.11695)",
             _STATES,
             "root mean square of the output signal times the consumers' norm",
+        ),
+        Criterion(
+            "wanda-sp",
+            wanda_sp,
+            "Wanda, Sun et al., ICLR 2024 (arXiv 2306.11695); structured by An et al. (arXiv 2312.11983)",
+            _STATES,
+            "mean absolute weight times root mean square, per feature that the consumers read",
+        ),
+        Criterion(
+            "fluctuation",
+            fluctuation,
+            "FLAP's WIFV, the criterion only: An et al., AAAI 2024 (arXiv 2312.11983)",
+            _STATES,
+            "variance times the consumers' squared norm, per feature that the consumers read",
         ),
         Criterion(
             "taylor",
