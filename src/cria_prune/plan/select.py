@@ -3,12 +3,14 @@
 Each stair (a group, or the alike groups of a uniform plan) offers steps down: fewer units kept.
 Steps are sorted by (priority, order of the stair, number of the step) and the shortest prefix that
 reaches the target is taken. Counting is exact and falls with every step, so the prefix is found by
-bisection, and a larger target keeps a subset of what a smaller one keeps.
+bisection, and a larger target keeps a subset of what a smaller one keeps. In a uniform plan a step can be
+long (a KV group of every layer): there the walk goes on without its last step where that ends nearer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Real
 
 import numpy as np
@@ -43,7 +45,8 @@ def select(
       by the share of the cost that one unit frees, so that units of all groups, or classes, compete.
 
     Of equal priorities the earlier group and the lower index leave first. The overshoot is less
-    than what the last step frees.
+    than what the last step frees. With `uniform`, a last step is left out as long as the steps after it
+    reach the target with less overshoot.
 
     Args:
         groups: the structure now.
@@ -68,7 +71,8 @@ def select(
     ledger = budget.ledger(groups)
     made = stairs(groups, config, allowed)
     owner = _order(made, arrays, config.ranking, ledger)
-    counts = _kept(made, _shortest_prefix(made, owner, ledger, budget, target))
+    walk = Walk(made, ledger, budget, target)
+    counts = _kept(made, walk.nearest(owner) if config.uniform else walk.steps(owner, walk.shortest(owner)))
     return {
         group.name: np.sort(np.argsort(arrays[group.name], kind="stable")[group.size - counts[group.name] :])
         for group in groups.prunable
@@ -208,17 +212,41 @@ def _kept(made: Sequence[Stair], steps: Sequence[int] | np.ndarray) -> dict[str,
     }
 
 
-def _shortest_prefix(
-    made: Sequence[Stair], owner: np.ndarray, ledger: Ledger, budget: Budget, target: float
-) -> np.ndarray:
-    """(stairs,) steps down each stair in the shortest prefix whose removal reaches the target."""
+@dataclass(frozen=True)
+class Walk:
+    """Down the stairs until the target is reached. `owner`: (steps,) the stair of every step, in order."""
 
-    def steps(length: int) -> np.ndarray:
-        return np.bincount(owner[:length], minlength=len(made))
+    made: Sequence[Stair]
+    ledger: Ledger
+    budget: Budget
+    target: float
 
-    low, high = 0, len(owner)
-    while low < high:
-        middle = (low + high) // 2
-        reached = budget.share(ledger.count(_kept(made, steps(middle)))) >= target - SLACK
-        low, high = (low, middle) if reached else (middle + 1, high)
-    return steps(low)
+    def steps(self, owner: np.ndarray, length: int) -> np.ndarray:
+        """(stairs,) steps down each stair after the first `length` steps."""
+        return np.bincount(owner[:length], minlength=len(self.made))
+
+    def excess(self, owner: np.ndarray, length: int) -> float:
+        """Return the share of the dense cost that is gone after `length` steps, beyond the target."""
+        gone = self.budget.share(self.ledger.count(_kept(self.made, self.steps(owner, length))))
+        return gone - self.target
+
+    def shortest(self, owner: np.ndarray) -> int:
+        """Return how many steps reach the target; one more than there are if all of them do not."""
+        low, high = 0, len(owner) + 1
+        while low < high:
+            middle = (low + high) // 2
+            reached = middle > len(owner) or self.excess(owner, middle) >= -SLACK
+            low, high = (low, middle) if reached else (middle + 1, high)
+        return low
+
+    def nearest(self, owner: np.ndarray) -> np.ndarray:
+        """(stairs,) steps down each stair; a last step is left out while going on without it ends nearer."""
+        length = self.shortest(owner)
+        while length:
+            last = owner[length - 1]
+            others = np.concatenate([owner[: length - 1], owner[length:][owner[length:] != last]])
+            further = self.shortest(others)
+            if further > len(others) or self.excess(others, further) >= self.excess(owner, length) - SLACK:
+                break
+            owner, length = others, further
+        return self.steps(owner, length)
