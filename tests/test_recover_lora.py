@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -199,6 +200,14 @@ def test_merged_is_what_was_trained_and_only_weights_of_linear_layers_change_by_
             assert torch.equal(value, before[key]), key
 
 
+def test_nothing_is_warned_about():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for model in (gpt2(), mlp()):
+            with adapters(model, 2):
+                pass
+
+
 def test_the_head_of_a_language_model_stays_tied():
     model = llama()
     recover(model, tokens(), CONFIG)
@@ -345,7 +354,7 @@ def test_a_model_that_peft_refuses_is_left_as_it_was(monkeypatch):
     def refuse(*args, **kwargs):
         made.append(None)
         if len(made) == 2:
-            raise ValueError("not this one")
+            raise ValueError("not this one.")
         return create(*args, **kwargs)
 
     monkeypatch.setattr(peft.tuners.lora.model.LoraModel, "_create_new_module", staticmethod(refuse))

@@ -21,6 +21,7 @@ from cria_prune.errors import ArtifactError
 from cria_prune.loss import cross_entropy
 from cria_prune.recover import recover
 from cria_prune.recover import state as states
+from cria_prune.recover.schedule import make_optimizer, moments, set_moments
 
 EPOCHS, BATCHES = 3, 4
 CONFIGS = {
@@ -423,8 +424,12 @@ def test_what_a_state_cannot_hold_is_told():
         def set_extra_state(self, state):
             pass
 
-    with pytest.raises(ArtifactError, match="_extra_state is no tensor"):
-        tuned(CONFIGS["sgd"], "never", model=nn.Sequential(nn.Flatten(), Extra(16, 3)))
+    extra = nn.Sequential(nn.Flatten(), Extra(16, 3))
+    with pytest.raises(ArtifactError, match="_extra_state of the model is no tensor"):
+        tuned(CONFIGS["sgd"], "never", model=extra)
+    distilled = CONFIGS["sgd"].model_copy(update={"distill": 0.5})
+    with pytest.raises(ArtifactError, match="_extra_state of the teacher is no tensor"):
+        tuned(distilled, "never", teacher=extra)
 
 
 def test_another_dtype_than_safetensors_has_is_told(tmp_path):
@@ -432,6 +437,15 @@ def test_another_dtype_than_safetensors_has_is_told(tmp_path):
     model.register_buffer("phase", torch.zeros(2, dtype=torch.complex128))
     with pytest.raises(ArtifactError, match=r"safetensors knows no torch\.complex128"):
         tuned(CONFIGS["sgd"], tmp_path, model=model)
+
+
+def test_moments_take_the_memory_layout_of_their_parameters():
+    model = network().to(memory_format=torch.channels_last)
+    optimizer = make_optimizer(model, CONFIGS["adamw"])
+    held = {"1.exp_avg": torch.randn(4, 4, 3, 3), "1.step": torch.tensor(2.0)}
+    set_moments(optimizer, held)
+    assert same(moments(optimizer), held)
+    assert optimizer.state[model[3].weight]["exp_avg"].stride() == model[3].weight.stride() != (36, 9, 3, 1)
 
 
 def test_the_state_may_be_removed_and_the_fine_tune_starts_anew(whole, tmp_path):

@@ -54,7 +54,8 @@ def adapters(model: nn.Module, rank: int) -> Iterator[None]:
         try:
             _inject(inject_adapter_in_model, LoraConfig, model, rank, names)
         except (TypeError, ValueError) as error:  # peft knows kinds of models that it cannot adapt
-            raise ConfigError(asked, f"peft refuses the model, {error}", "Set lora to 0") from error
+            found = f"peft refuses the model, {error}".rstrip(".")
+            raise ConfigError(asked, found, "Set lora to 0") from error
         _everywhere(homes, [layer for layer in model.modules() if isinstance(layer, LoraLayer)])
         yield
     finally:
@@ -75,8 +76,8 @@ def linear_layers(model: nn.Module) -> list[str]:
     """Return the names of the layers to adapt: linear, trained, neither shared nor the model's head.
 
     The head is what `get_output_embeddings` returns, or else the linear layer that was registered last. A
-    weight that another module holds too (a tied embedding) would change there as well, and an attention of
-    torch reads its output projection without calling it.
+    weight that another module holds too (a tied embedding) would change there as well, one that none holds
+    is computed, and an attention of torch reads its output projection without calling it.
     """
     found: list[tuple[str, Any]] = [(name, item) for name, item in model.named_modules() if _is_linear(item)]
     ask: Any = getattr(model, "get_output_embeddings", None)
@@ -94,11 +95,10 @@ def linear_layers(model: nn.Module) -> list[str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Say whether a module computes a product with its `weight`, a parameter of its own, and no more."""
+    """Say whether a module computes a product with its `weight`, and no more."""
     kind = type(module)
     conv1d = kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
-    plain = isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward
-    return (plain or conv1d) and isinstance(module._parameters.get("weight"), nn.Parameter)
+    return conv1d or (isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward)
 
 
 def _inject(inject: Any, kind: Any, model: nn.Module, rank: int, names: list[str]) -> None:

@@ -157,19 +157,20 @@ def identity(model: nn.Module, teacher: nn.Module | None, **said: Any) -> dict[s
     hashes of the weights.
 
     Raises:
-        ArtifactError: the model's state holds something else than tensors.
+        ArtifactError: the state of the model or the teacher holds something else than tensors.
     """
-    state = model.state_dict()
-    other = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if other:
-        raise ArtifactError(
-            "Keeping the state of a recovery", f"{other[0]} is no tensor", "Recover without a state"
-        )
-    tensors = {name: f"{value.dtype} {tuple(value.shape)}" for name, value in state.items()}
-    weights = {"model": _digest("", state)}
-    if teacher is not None:
-        weights["teacher"] = _digest("", teacher.state_dict())
-    return {**said, "tensors": tensors, "weights at the start": weights}
+    networks = {"model": model} if teacher is None else {"model": model, "teacher": teacher}
+    held = {role: network.state_dict() for role, network in networks.items()}
+    for role, state in held.items():
+        for name, value in state.items():
+            if not isinstance(value, Tensor):
+                found = f"{name} of the {role} is no tensor"
+                raise ArtifactError("Keeping the state of a recovery", found, "Recover without a state")
+    return {
+        **said,
+        "tensors": {name: f"{value.dtype} {tuple(value.shape)}" for name, value in held["model"].items()},
+        "weights at the start": {role: _digest("", state) for role, state in held.items()},
+    }
 
 
 def _differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
