@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cria_prune.artifact import checkpoint
+from cria_prune.artifact import checkpoint, rebuild
 from cria_prune.artifact.checkpoint import load, save
 from cria_prune.artifact.files import atomic, new_folder, sha256, write_text
 from cria_prune.artifact.provenance import provenance
@@ -70,9 +70,7 @@ def cut(model: nn.Module, plan: Plan) -> Net:
 
 @pytest.fixture(autouse=True)
 def small_surgery(monkeypatch):
-    module = types.ModuleType("cria_prune.surgery.apply")
-    module.apply = cut
-    monkeypatch.setitem(sys.modules, "cria_prune.surgery.apply", module)
+    monkeypatch.setattr(rebuild, "apply", cut)
     models = types.ModuleType("cria_prune.tasks.models")
     models.ARCHITECTURES = {"net": Net}
     monkeypatch.setitem(sys.modules, "cria_prune.tasks.models", models)
@@ -131,7 +129,7 @@ def test_the_callers_dense_model_is_not_touched(folder):
 
 
 def test_a_surgery_that_returns_its_argument_is_copied(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["cria_prune.surgery.apply"], "apply", lambda model, plan: model)
+    monkeypatch.setattr(rebuild, "apply", lambda model, plan: model)
     dense, other = Net(), Net()
     where = save(tmp_path / "x", other, identity_plan(groups_of(dense)), architecture=None)
     before = dense.first.weight.clone()

@@ -28,7 +28,7 @@ from cria_prune.artifact.card import parameter_counts, source_metadata
 from cria_prune.artifact.certificate import loader_of
 from cria_prune.artifact.container import container
 from cria_prune.artifact.folders import copy_known
-from cria_prune.artifact.pretrained import read_plan
+from cria_prune.artifact.manifest import read_plan
 from cria_prune.cli.main import app
 from cria_prune.errors import ArtifactError, CertificateError, DataError
 from cria_prune.plan import Plan, make_plan

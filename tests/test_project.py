@@ -12,6 +12,7 @@ import pytest
 
 import coverage_table
 import cria_prune
+import roundtrip_table
 import tables
 
 ROOT = Path(__file__).parents[1]
@@ -27,9 +28,9 @@ MAY_IMPORT = {
     "surgery": BASE | {"structure", "plan"},
     "vanilla": BASE | {"structure"},
     "recover": BASE,
-    "artifact": BASE | {"plan", "surgery", "tasks", "structure"},
+    "artifact": BASE | {"plan", "surgery", "tasks", "structure", "vanilla"},
     "tasks": BASE | {"recover"},
-    "cli": BASE | {"pipeline", "artifact", "tasks", "recover", "plan", "structure", "criteria", "record"},
+    "cli": BASE | {"pipeline", "artifact", "tasks", "recover", "plan", "structure", "criteria", "record", "scope"},
 }
 
 
@@ -79,7 +80,8 @@ def test_public_names_are_frozen_and_documented() -> None:
 PUBLIC = [
     *["CRITERIA", "CriaError", "LoadedCheckpoint", "Plan", "PlanConfig", "PruneConfig", "PruneResult"],
     *["RecordConfig", "RecoverConfig", "ScoreConfig", "UnitGroup", "UnitGroups", "apply", "discover", "load"],
-    *["plan", "preset", "prune", "record", "recover", "save", "save_pretrained", "score", "verify"],
+    *["plan", "preset", "prune", "record", "recover", "save", "save_padded", "save_pretrained", "score"],
+    "verify",
 ]
 
 
@@ -94,6 +96,7 @@ def test_the_first_python_block_of_the_readme_runs(tmp_path: Path, monkeypatch: 
 def test_every_table_is_what_the_result_files_say() -> None:
     assert (ROOT / "docs" / "results.md").read_text() == tables.render()
     assert (ROOT / "docs" / "coverage.md").read_text() == coverage_table.render()
+    assert (ROOT / "docs" / "transformers.md").read_text() == roundtrip_table.render()
     text = (ROOT / "README.md").read_text()
     assert text == tables.readme(text)
 

@@ -8,7 +8,7 @@ loads. `prune` runs discover to verify, round by round.
 
 from importlib.metadata import version
 
-from cria_prune.artifact import LoadedCheckpoint, load, save, save_pretrained
+from cria_prune.artifact import LoadedCheckpoint, load, save, save_padded, save_pretrained
 from cria_prune.config import (
     PlanConfig,
     PruneConfig,
@@ -50,6 +50,7 @@ __all__ = [
     "record",
     "recover",
     "save",
+    "save_padded",
     "save_pretrained",
     "score",
     "verify",

@@ -4,6 +4,7 @@ from cria_prune.artifact.card import Card
 from cria_prune.artifact.certificate import Certificate
 from cria_prune.artifact.checkpoint import LoadedCheckpoint, load, save
 from cria_prune.artifact.files import atomic, new_folder, sha256, write_text
+from cria_prune.artifact.padded import save_padded
 from cria_prune.artifact.plots import plot_rounds, plot_scores, plot_widths
 from cria_prune.artifact.pretrained import save_pretrained
 from cria_prune.artifact.provenance import provenance
@@ -22,6 +23,7 @@ __all__ = [
     "provenance",
     "render",
     "save",
+    "save_padded",
     "save_pretrained",
     "sha256",
     "write_report",

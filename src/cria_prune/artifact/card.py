@@ -53,10 +53,11 @@ def render_card(
     before, after = parameter_counts(model, plan)
     removed = 1 - after / before if before else 0.0
     parts = [
-        _head(taken, card.base),
+        _head(taken, card.base, "transformers" if certificate.alone else "cria-prune"),
         f"# {_text(name)}",
         f"{_text(base)}, made smaller by Cria: structured pruning, plain tensors, no code of its own.",
         f"{before:,} parameters before, {after:,} after: {removed:.2%} removed.",
+        *_stored(certificate),
         _use(certificate),
         "## What was removed",
         _removed(plan),
@@ -69,6 +70,7 @@ def render_card(
         command = card.command if isinstance(card.command, str) else shlex.join(card.command)
         parts += ["## How it was made", f"    {' '.join(command.split())}"]
     parts += ["## Reload certificate", f"{_text(str(certificate))}."]
+    parts += [f"{_text(note[:1].upper() + note[1:])}." for note in certificate.notes]
     if certificate.container:
         parts.append(
             f"The tensors are those of a {_text(type(model).__name__)}. Its configuration cannot say the new "
@@ -120,10 +122,10 @@ def parameter_counts(model: nn.Module, plan: Plan) -> tuple[int, int]:
     return before, after
 
 
-def _head(taken: Mapping[str, Any], base: str | None) -> str:
+def _head(taken: Mapping[str, Any], base: str | None, library: str) -> str:
     tags = taken.get("tags", [])
     tags = tags if isinstance(tags, list) else [tags]
-    values: dict[str, Any] = {"library_name": "transformers"}
+    values: dict[str, Any] = {"library_name": library}
     values.update({key: taken[key] for key in ("license", "language") if key in taken})
     if base and HUB_NAME.fullmatch(base):
         values["base_model"] = base
@@ -131,7 +133,30 @@ def _head(taken: Mapping[str, Any], base: str | None) -> str:
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
 
 
+def _stored(certificate: Certificate) -> list[str]:
+    """What the reader of a folder has to know that is not a smaller model of its class."""
+    if not certificate.alone:
+        return [
+            "Its layers differ in size, or hold what its configuration cannot say, so plain "
+            "`from_pretrained` of transformers does not build it yet: `config.json` is that of the dense "
+            "model, and Cria replays `cria.json` on it."
+        ]
+    if certificate.zeros:
+        return [
+            f"This folder {certificate.zeros}: layers are padded to sizes that one configuration can say. "
+            "The outputs are those of the smaller model; memory and time are those of the stored one."
+        ]
+    return []
+
+
 def _use(certificate: Certificate) -> str:
+    if not certificate.alone:
+        return (
+            "```python\n"
+            "from cria_prune import load  # pip install 'cria-prune[hf]'\n\n"
+            'model = load("path/to/this/folder").model\n'
+            "```"
+        )
     return (
         "```python\n"
         f"from transformers import {certificate.loader}\n\n"

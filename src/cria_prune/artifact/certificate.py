@@ -1,4 +1,4 @@
-"""The reload certificate: a fresh process without Cria loads the folder and computes the same."""
+"""The reload certificate: a fresh process loads the folder, without Cria if it can, and computes the same."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cria_prune.artifact import reload
-from cria_prune.artifact.files import sha256
+from cria_prune.artifact.compare import distance, same_tokens
+from cria_prune.artifact.files import hashes
+from cria_prune.artifact.manifest import Policy
 from cria_prune.batches import Batch, model_inputs
 from cria_prune.errors import CertificateError, DataError
 from cria_prune.modules import device_of, shared_copy
@@ -25,7 +27,6 @@ from cria_prune.structure.capture import first_line
 
 TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 2e-2}
 WRITERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
-CONFIG = "config.json"
 TOKENS, LIMIT = 8, 3600
 """Tokens that are generated; seconds that the other process may take."""
 
@@ -34,10 +35,11 @@ ADVICE = "Nothing was saved. Check the model, and please report it with its conf
 
 @dataclass(frozen=True)
 class Certificate:
-    """What a fresh process found that loaded the folder with transformers alone.
+    """What a fresh process found that loaded the folder, with transformers alone unless Cria is the loader.
 
     Attributes:
-        loader: the class that loaded it, `AutoModelForCausalLM`; architecture: the class that came of it.
+        loader: the class that loaded it, `AutoModelForCausalLM`, or `cria_prune.load`; architecture: the
+            class that came of it.
         container: the `model_type` that holds the weights in place of the model's own, or None.
         outputs: names of the outputs that were compared.
         equal: they are equal bit for bit.
@@ -51,6 +53,8 @@ class Certificate:
         sha256: file name -> hash, of the weights and the configuration.
         seconds: loading and running in the fresh process.
         left_out: files of the source folder that were not copied, and why.
+        parameters: of the model that was saved; stored: in the folder, with zeros where it is padded.
+        notes: what else a reader of the folder has to know.
     """
 
     loader: str
@@ -70,6 +74,22 @@ class Certificate:
     sha256: Mapping[str, str]
     seconds: float
     left_out: tuple[str, ...] = ()
+    parameters: int = 0
+    stored: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def alone(self) -> bool:
+        """Whether transformers loads the folder without Cria."""
+        return self.loader != reload.LOAD
+
+    @property
+    def zeros(self) -> str | None:
+        """What padding costs, `stores 120 parameters for 90 (25.0% are zeros that pad)`; None without any."""
+        if self.stored <= self.parameters:
+            return None
+        share = 1 - self.parameters / self.stored
+        return f"stores {self.stored:,} parameters for {self.parameters:,} ({share:.1%} are zeros that pad)"
 
     def __str__(self) -> str:
         same = (
@@ -77,10 +97,14 @@ class Certificate:
             if self.equal
             else f"outputs within {self.relative:.1e} (relative; allowed {self.tolerance:g})"
         )
+        version = self.versions["transformers"]
+        where = f"of transformers {version} alone" if self.alone else f"with transformers {version}"
         parts = [
-            f"{self.loader} of transformers {self.versions['transformers']} alone: {same}",
+            f"{self.loader} {where}: {same}",
             f"{self.same_tokens} of {self.tokens} generated tokens equal" if self.tokens else "",
             f"stored as {self.container}" if self.container else "",
+            self.zeros or "",
+            *self.notes,
             f"not copied: {', '.join(self.left_out)}" if self.left_out else "",
             f"{self.seconds:.1f} s",
         ]
@@ -92,7 +116,14 @@ class Certificate:
 
 
 def certify(
-    folder: Path, model: nn.Module, example: Batch, *, stored: nn.Module, left_out: tuple[str, ...] = ()
+    folder: Path,
+    model: nn.Module,
+    example: Batch,
+    *,
+    stored: nn.Module,
+    policy: Policy = "vanilla",
+    left_out: tuple[str, ...] = (),
+    notes: tuple[str, ...] = (),
 ) -> Certificate:
     """Load a folder in a fresh process, and compare its outputs with those of the model here.
 
@@ -100,8 +131,9 @@ def certify(
         folder: what `save_pretrained` of transformers wrote.
         model: the model that it has to equal; it is left as it was.
         example: keyword arguments of its forward.
-        stored: the model that was written: `model`, or its weights in a container.
-        left_out: kept in the certificate.
+        stored: the model that was written: `model`, its weights in a container, or padded with zeros.
+        policy: how it was written; a `per-layer` folder is loaded with Cria.
+        left_out, notes: kept in the certificate.
 
     Raises:
         CertificateError: it does not load, keys are missing, unexpected or of other shapes, outputs differ by
@@ -110,20 +142,23 @@ def certify(
     """
     inputs, dtype = _inputs(model, example), _dtype(model)
     own, held = (str(cast(Any, item.config).model_type) for item in (model, stored))
-    job = _job(folder, stored, inputs)
+    job = _job(folder, stored, inputs, policy)
     expected, written = _here(model, job, inputs)
     with TemporaryDirectory(prefix="cria-") as scratch:
         answer, found = _there(Path(scratch), job, inputs)
     _check(answer["class"] == type(stored).__name__, f"it loads as {answer['class']}")
     written_there = found.pop("generated", None)
-    difference, relative = _distance(expected, found)
+    for name, value in expected.items():
+        there = name in found and found[name].shape == value.shape
+        _check(there, f"its output {name!r} is missing or of another shape")
+    difference, relative = distance(expected, found)
     tolerance = TOLERANCE.get(dtype, 1e-5)
     _check(
         relative <= tolerance,
         f"its outputs differ by {relative:.2g} relative to the largest, {tolerance:g} is allowed",
     )
     equal = all(torch.equal(value, found[name]) for name, value in expected.items())
-    same = _same_tokens(written, written_there, job["tokens"])
+    same = same_tokens(written, written_there, job["tokens"])
     rounded = dtype in TOLERANCE and not equal  # the most likely token may then be another
     _check(rounded or same == job["tokens"], f"of {job['tokens']} generated tokens {same} are the same")
     return Certificate(
@@ -141,9 +176,12 @@ def certify(
         device=job["device"],
         attention=job["attention"],
         versions=answer["versions"],
-        sha256={path.name: sha256(path) for path in sorted((*folder.glob("*.safetensors"), folder / CONFIG))},
+        sha256=hashes(folder),
         seconds=answer["seconds"],
         left_out=left_out,
+        parameters=_count(model),
+        stored=_count(stored),
+        notes=notes,
     )
 
 
@@ -162,14 +200,14 @@ def loader_of(model: nn.Module) -> str:
     return kind.__name__
 
 
-def _job(folder: Path, stored: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+def _job(folder: Path, stored: nn.Module, inputs: Mapping[str, Tensor], policy: Policy) -> dict[str, Any]:
     """What the fresh process is to do. Prompt and continuation are together as long as the example."""
     loader = loader_of(stored)
     length = inputs["input_ids"].shape[1] if loader in WRITERS and "input_ids" in inputs else 0
     tokens = min(TOKENS, (length + 1) // 2)
     return {
         "folder": str(folder.resolve()),
-        "loader": loader,
+        "loader": reload.LOAD if policy == "per-layer" else loader,
         "attention": getattr(stored.config, "_attn_implementation", None),
         "device": str(device_of(stored)),
         "threads": torch.get_num_threads(),
@@ -194,6 +232,10 @@ def _inputs(model: nn.Module, example: Batch) -> dict[str, Tensor]:
         name: value.to(device, dtype if value.is_floating_point() else value.dtype).contiguous()
         for name, value in inputs.items()
     }
+
+
+def _count(model: nn.Module) -> int:
+    return sum(item.numel() for item in model.parameters())
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
@@ -255,35 +297,10 @@ def _there(
     return answer, load_file(scratch / "outputs.safetensors")
 
 
-def _distance(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> tuple[float, float]:
-    """Return the largest absolute difference, and the largest relative to the maximum of its output."""
-    difference = relative = 0.0
-    for name, one in expected.items():
-        other = found.get(name)
-        if other is None or other.shape != one.shape:
-            raise _failed(f"its output {name!r} is missing or of another shape")
-        if one.numel():
-            one, other = one.double(), other.double()
-            apart = (one - other).abs().masked_fill(one == other, 0.0)  # equal infinities are equal
-            finite = one[one.isfinite()].abs()
-            largest = float(finite.max()) if finite.numel() else 0.0
-            worst = float(apart.nan_to_num(float("inf")).max())
-            difference, relative = max(difference, worst), max(relative, worst / (largest or 1.0))
-    return difference, relative
-
-
-def _same_tokens(one: Tensor | None, other: Tensor | None, tokens: int) -> int:
-    """Return for how many of the last steps all examples go on with the same tokens."""
-    if one is None or other is None or one.shape != other.shape:
-        return 0
-    agree = (one == other).all(0)[one.shape[1] - tokens :]
-    return int(agree.int().cumprod(0).sum())
-
-
 def _check(good: bool, found: str) -> None:
     if not good:
         raise _failed(found)
 
 
 def _failed(found: str) -> CertificateError:
-    return CertificateError("Loading the saved folder with transformers alone", found, ADVICE)
+    return CertificateError("Loading the saved folder in a fresh process", found, ADVICE)

@@ -8,7 +8,6 @@ a manifest is used as a path or run as code.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,8 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn, strided
 
 from cria_prune.artifact.files import atomic, new_folder, refused, sha256, write_text
-from cria_prune.errors import ArtifactError, StructureError
+from cria_prune.artifact.rebuild import load_folder, replay
+from cria_prune.errors import ArtifactError
 from cria_prune.plan.plan import Plan
+from cria_prune.tasks.pretrained import CONFIG
 
 FORMAT, VERSION = "cria-checkpoint", 1
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
@@ -33,7 +34,8 @@ class LoadedCheckpoint:
     """What a checkpoint holds.
 
     Attributes:
-        model: the smaller network with its weights, on the CPU, in evaluation mode.
+        model: the smaller network with its weights, on the CPU, in evaluation mode. Of a padded folder, the
+            network with its zeros, as transformers loads it.
         plan: what was removed, relative to the dense architecture.
         manifest: the whole manifest: config, provenance, results and the rest.
     """
@@ -96,23 +98,25 @@ def save(
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> LoadedCheckpoint:
-    """Read a checkpoint folder.
+    """Read a checkpoint folder, or one of a Hugging Face model that `save_pretrained` or `save_padded` wrote.
 
     Args:
-        path: a folder that `save` wrote.
-        model: an instance of the dense architecture, with any weights; it stays as it is. None
-            takes the architecture of the manifest from `cria_prune.tasks.models.ARCHITECTURES`.
+        path: the folder.
+        model: an instance of the dense architecture, with any weights; it stays as it is. None takes the
+            architecture of the manifest from `cria_prune.tasks.models.ARCHITECTURES`, or that of config.json.
 
     Raises:
         ArtifactError: a file is missing, damaged, foreign or of a newer format, or the tensors
             are not those of the plan applied to the dense architecture; the text says what was found.
     """
     folder = Path(path)
+    if (folder / CONFIG).exists() and not (folder / MANIFEST).exists():
+        return LoadedCheckpoint(*load_folder(folder, model))
     manifest = _read_manifest(folder / MANIFEST)
     plan = Plan.from_dict(manifest["plan"])
     stored = _read_weights(folder / WEIGHTS, manifest)
     dense = _dense(manifest["architecture"]) if model is None else model
-    smaller = _replay(dense, plan)
+    smaller = replay(dense, plan)
     _compare(
         f"Loading {folder} into the pruned {type(dense).__name__}",
         manifest["tensors"],
@@ -246,17 +250,3 @@ def _dense(architecture: str | None) -> nn.Module:
             "Pass an instance of the dense architecture as `model`",
         )
     return ARCHITECTURES[architecture]()
-
-
-def _replay(dense: nn.Module, plan: Plan) -> nn.Module:
-    from cria_prune.surgery.apply import apply
-
-    try:
-        smaller = apply(dense, plan)
-    except StructureError as error:
-        raise ArtifactError(
-            f"Replaying the plan on {type(dense).__name__}",
-            f"the plan does not fit it ({error})",
-            "Use the dense architecture that was pruned",
-        ) from error
-    return copy.deepcopy(dense) if smaller is dense else smaller

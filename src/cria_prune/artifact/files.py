@@ -80,6 +80,13 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hashes(folder: Path) -> dict[str, str]:
+    """Return file name -> SHA-256 of the weights and the configuration in a model's folder."""
+    return {
+        path.name: sha256(path) for path in sorted((*folder.glob("*.safetensors"), folder / "config.json"))
+    }
+
+
 def refused(asked: str, error: Exception) -> ArtifactError:
     """Return the error that says that the system refused, in the system's words."""
     return ArtifactError(

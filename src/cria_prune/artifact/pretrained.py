@@ -1,4 +1,4 @@
-"""A pruned Hugging Face model becomes a folder that plain transformers loads.
+"""A pruned Hugging Face model becomes a folder that transformers loads, or else `cria_prune.load`.
 
 The folder holds safetensors and JSON as transformers writes them, the tokenizer of the dense model, the plan
 (`cria.json`), a model card and the certificate of a fresh process that loaded it. It is there whole, with a
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 from safetensors import SafetensorError
@@ -19,8 +20,11 @@ from torch import nn
 from cria_prune.artifact.card import Card, render_card
 from cria_prune.artifact.certificate import Certificate, certify
 from cria_prune.artifact.container import container
-from cria_prune.artifact.files import refused
+from cria_prune.artifact.dense import dense_twin
+from cria_prune.artifact.files import hashes, refused
 from cria_prune.artifact.folders import CARD, CERTIFICATE, GENERATION, MANIFEST, copy_known, whole_folder
+from cria_prune.artifact.layers import layered
+from cria_prune.artifact.manifest import Policy, check_policy, render_manifest
 from cria_prune.artifact.sizes import check_sizes
 from cria_prune.batches import Batch
 from cria_prune.errors import ArtifactError
@@ -30,7 +34,29 @@ from cria_prune.structure.capture import first_line
 from cria_prune.tasks.examples import example_inputs
 from cria_prune.tasks.pretrained import find_library, quiet
 
-FORMAT, VERSION = "cria-pretrained", 1
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be written, and where.
+
+    Attributes:
+        path: the folder; overwrite: replace one that Cria wrote.
+        model: the pruned model; plan: what was removed from the dense one.
+        policy: how it is stored; manifest: the text of `cria.json`.
+        source: folder of the dense model; max_shard_size: of a file of weights.
+        example: keyword arguments of the forward; card: what the model card says besides.
+    """
+
+    path: str | Path
+    model: nn.Module
+    plan: Plan
+    policy: Policy
+    manifest: str
+    source: Path | None
+    example: Batch
+    card: Card
+    max_shard_size: str
+    overwrite: bool
 
 
 def save_pretrained(
@@ -38,6 +64,8 @@ def save_pretrained(
     model: nn.Module,
     plan: Plan,
     *,
+    policy: Literal["vanilla", "per-layer"] = "vanilla",
+    dense_config: Any = None,
     source: str | Path | None = None,
     example: Batch | None = None,
     config: BaseModel | Mapping[str, Any] | None = None,
@@ -47,15 +75,19 @@ def save_pretrained(
     max_shard_size: str = "5GB",
     overwrite: bool = False,
 ) -> Certificate:
-    """Write a folder that `transformers` loads without Cria, and certify that it does.
+    """Write a folder of a pruned Hugging Face model, and certify that it loads.
 
-    A fresh process loads the folder with its Auto class and runs the example: outputs, and the tokens that
-    a language model generates, have to be those of `model`. It needs the memory of a second copy.
+    A fresh process loads the folder and runs the example: outputs, and the tokens that a language model
+    generates, have to be those of `model`. It needs the memory of a second copy.
 
     Args:
         path: the folder; it must not hold files unless `overwrite`.
         model: the smaller model, of a class of transformers; it is left as it was.
         plan: what was removed, relative to the dense model.
+        policy: `vanilla` writes what the model's Auto class loads without Cria, so that one configuration
+            has to say the sizes of all layers. `per-layer` writes any plan, for `cria_prune.load`.
+        dense_config: for `per-layer`, the configuration of the dense model; None undoes the plan's edits in
+            the model's own.
         source: folder of the dense model: tokenizer, processor and generation settings are copied from it.
         example: keyword arguments of the forward; made from the configuration if None.
         config, provenance, results: kept in `cria.json`; they must be plain JSON.
@@ -67,45 +99,71 @@ def save_pretrained(
         The certificate, which is also in the folder; it prints as one line.
 
     Raises:
-        CertificateError: the folder does not load with transformers alone or computes something else, or the
+        CertificateError: the folder does not load or computes something else, or, for `vanilla`, the
             configuration cannot say the model's sizes. Nothing is left behind.
-        ArtifactError: the place is taken, something is no JSON, or the system refuses.
+        ArtifactError: the place is taken, something is no JSON, the plan does not fit, or the system refuses.
         DataError: there is no example for this kind of model.
     """
+    check_policy(policy)
     asked = f"Saving a {type(model).__name__} for transformers"
-    library = find_library(asked)
-    _check_model(model, library, asked)
-    manifest = _manifest(model, plan, config, provenance, results)
-    example = example_inputs(model) if example is None else example
-    card = card or Card(command=(provenance or {}).get("command"))
-    origin = None if source is None else Path(source)
-    stored = container(shared_copy(model))
-    check_sizes(stored, plan, asked)
-    with quiet(library), whole_folder(path, overwrite) as folder:
-        left_out = _write_model(stored, folder, origin, max_shard_size, asked)
-        (folder / MANIFEST).write_text(manifest, encoding="utf-8")
-        certificate = certify(folder, model, example, stored=stored, left_out=left_out)
-        (folder / CERTIFICATE).write_text(certificate.to_json(), encoding="utf-8")
-        page = render_card(Path(path).resolve().name, model, plan, certificate, card, origin)
-        (folder / CARD).write_text(page, encoding="utf-8")
-    return certificate
+    job = prepared(
+        path, model, plan, policy, asked, source=source, example=example, config=config,
+        provenance=provenance, results=results, card=card, max_shard_size=max_shard_size, overwrite=overwrite,
+    )  # fmt: skip
+    with quiet(find_library(asked)):
+        if policy == "vanilla":
+            stored = container(shared_copy(model))
+            check_sizes(stored, plan, asked)
+            return write_folder(job, stored, asked)
+        dense = dense_twin(model, plan, dense_config, asked)
+        stored = shared_copy(model)
+        stored.config, notes = layered(dense, plan, job.example)
+        return write_folder(job, stored, asked, notes)
 
 
-def read_plan(path: str | Path) -> Plan:
-    """Return the plan in the folder of a saved model: what was removed from the dense one.
+def prepared(
+    path: str | Path, model: nn.Module, plan: Plan, policy: Policy, asked: str, *,
+    source: str | Path | None, example: Batch | None, config: BaseModel | Mapping[str, Any] | None,
+    provenance: Mapping[str, Any] | None, results: Mapping[str, Any] | None, card: Card | None,
+    max_shard_size: str, overwrite: bool,
+) -> Job:  # fmt: skip
+    """Check what is to be saved, and return it with what was left open.
 
     Raises:
-        ArtifactError: there is no `cria.json` that this Cria reads.
+        ArtifactError: the model is none of transformers or has no values, or something is no JSON.
+        DataError: there is no example for this kind of model.
     """
-    asked, todo = f"Reading {Path(path) / MANIFEST}", "Give a folder that save_pretrained wrote"
-    try:
-        manifest = json.loads((Path(path) / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(asked, f"it cannot be read, {error}", todo) from error
-    said = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else None
-    if said != (FORMAT, VERSION):
-        raise ArtifactError(asked, f"found {said}, this Cria reads {(FORMAT, VERSION)}", todo)
-    return Plan.from_dict(manifest.get("plan"))
+    _check_model(model, find_library(asked), asked)
+    manifest = render_manifest(model, plan, policy, config, provenance, results)
+    return Job(
+        path, model, plan, policy, manifest, None if source is None else Path(source),
+        example_inputs(model) if example is None else example,
+        card or Card(command=(provenance or {}).get("command")), max_shard_size, overwrite,
+    )  # fmt: skip
+
+
+def write_folder(job: Job, stored: nn.Module, asked: str, notes: tuple[str, ...] = ()) -> Certificate:
+    """Write and certify a folder, whole or not at all.
+
+    Args:
+        job: what is to be written.
+        stored: the model whose weights and configuration are written.
+        asked: for error texts.
+        notes: kept in the certificate and the card.
+    """
+    with whole_folder(job.path, job.overwrite) as folder:
+        left_out = _write_model(stored, folder, job, asked)
+        (folder / MANIFEST).write_text(job.manifest, encoding="utf-8")
+        if job.policy == "per-layer":  # Cria loads it, and asks for the hashes
+            (folder / CERTIFICATE).write_text(json.dumps({"sha256": hashes(folder)}), encoding="utf-8")
+        certificate = certify(
+            folder, job.model, job.example, stored=stored, policy=job.policy, left_out=left_out, notes=notes
+        )
+        (folder / CERTIFICATE).write_text(certificate.to_json(), encoding="utf-8")
+        name = Path(job.path).resolve().name
+        page = render_card(name, job.model, job.plan, certificate, job.card, job.source)
+        (folder / CARD).write_text(page, encoding="utf-8")
+    return certificate
 
 
 def _check_model(model: nn.Module, library: Any, asked: str) -> None:
@@ -116,39 +174,18 @@ def _check_model(model: nn.Module, library: Any, asked: str) -> None:
         raise ArtifactError(asked, "its tensors have no values", "Load its weights before it is pruned")
 
 
-def _manifest(
-    model: nn.Module,
-    plan: Plan,
-    config: BaseModel | Mapping[str, Any] | None,
-    provenance: Mapping[str, Any] | None,
-    results: Mapping[str, Any] | None,
-) -> str:
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "architecture": type(model).__name__,
-        "plan": plan.to_dict(),
-        "config": config.model_dump(mode="json") if isinstance(config, BaseModel) else config,
-        "provenance": provenance,
-        "results": results,
-    }
-    try:
-        return json.dumps(manifest, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ArtifactError(
-            f"Writing {MANIFEST}", f"something in it is no JSON, {error}", "Pass plain finite values"
-        ) from error
-
-
-def _write_model(
-    stored: Any, folder: Path, source: Path | None, max_shard_size: str, asked: str
-) -> tuple[str, ...]:
+def _write_model(stored: Any, folder: Path, job: Job, asked: str) -> tuple[str, ...]:
     """Write weights, configuration and what is copied; return what was not copied, and why."""
+    source = job.source
     vars(stored.config).pop("auto_map", None)  # there is no code in the folder
     if source is not None and (source / GENERATION).is_file() and stored.can_generate():
         stored.generation_config = type(stored.generation_config)()  # the source's file takes its place
     try:
-        stored.save_pretrained(folder, max_shard_size=max_shard_size)
+        stored.save_pretrained(
+            folder,
+            max_shard_size=job.max_shard_size,
+            save_original_format=job.policy != "per-layer",  # Cria reads the names that the model has
+        )
     except SafetensorError as error:  # the system's refusal, in other words
         raise refused(asked, error) from error
     except (ValueError, RuntimeError, TypeError) as error:

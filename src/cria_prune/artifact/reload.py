@@ -1,8 +1,9 @@
 """A saved folder, loaded by plain transformers and run. This file is also a program of its own.
 
 The certificate hands its text to `python -I -c`: a fresh process that sees the folder, the example inputs
-and transformers, and to which `cria_prune` does not exist. So nothing of Cria is imported here, and torch
-only once the place where it lies is known. The functions run on both sides of the comparison.
+and transformers, and to which `cria_prune` does not exist, unless the folder is one that only Cria loads. So
+nothing of Cria is imported above, and torch only once the place where it lies is known. The functions run on
+both sides of the comparison.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CACHES = ("past_key_values", "cache_params")
+LOAD = "cria_prune.load"
 TEXT = ("input_ids", "attention_mask")
 
 
@@ -59,10 +61,32 @@ def _stored(value: Tensor) -> Tensor:
     return value.detach().cpu().contiguous().clone()
 
 
+def _by_transformers(job: Mapping[str, Any]) -> tuple[Any, dict[str, list[str]]]:
+    """Return the model and what of its keys is wrong."""
+    import transformers
+
+    options = {} if job["attention"] is None else {"attn_implementation": job["attention"]}
+    loader = getattr(transformers, job["loader"])
+    model, info = loader.from_pretrained(job["folder"], output_loading_info=True, **options)
+    return model, {str(key): sorted(map(str, value)) for key, value in info.items() if value}
+
+
+def _by_cria(job: Mapping[str, Any]) -> tuple[Any, dict[str, list[str]]]:
+    from cria_prune import load
+
+    model = load(job["folder"]).model
+    for module in model.modules():  # layers that differ have a configuration of their own
+        config: Any = getattr(module, "config", None)
+        if job["attention"] is not None and config is not None:
+            config._attn_implementation = job["attention"]
+    return model, {}
+
+
 def main(scratch: Path) -> None:
     """Read `job.json` and `inputs.safetensors`; load, run, write `answer.json` and `outputs.safetensors`."""
     job = json.loads((scratch / "job.json").read_text(encoding="utf-8"))
-    sys.modules["cria_prune"] = None  # type: ignore[assignment]  # the folder must do without it
+    if job["loader"] != LOAD:
+        sys.modules["cria_prune"] = None  # type: ignore[assignment]  # the folder must do without it
     sys.path += [path for path in job["paths"] if path not in sys.path]
     import safetensors
     import safetensors.torch
@@ -73,11 +97,8 @@ def main(scratch: Path) -> None:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(job["threads"])
     torch.set_float32_matmul_precision(job["precision"])
-    loader = getattr(transformers, job["loader"])
-    options = {} if job["attention"] is None else {"attn_implementation": job["attention"]}
     start = time.perf_counter()
-    model, info = loader.from_pretrained(job["folder"], output_loading_info=True, **options)
-    wrong = {str(key): sorted(map(str, value)) for key, value in info.items() if value}
+    model, wrong = (_by_cria if job["loader"] == LOAD else _by_transformers)(job)
     if not wrong:
         model = model.to(job["device"]).eval()
         inputs = safetensors.torch.load_file(scratch / "inputs.safetensors", device=job["device"])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cria_prune.errors import ArtifactError
+from cria_prune.errors import ArtifactError, CriaError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -36,19 +36,23 @@ def load_pretrained(folder: Path, meta: bool = False) -> nn.Module:
     asked = f"Reading the Hugging Face model in {folder}"
     library = find_library(asked)
     weights = not meta and _has_weights(folder, asked)
+    with reading(library, asked):
+        config = read_config(library, folder)
+        known = known_class(library, config)
+        if weights:
+            return _with_values(known or library.AutoModel, folder, config, asked).eval()
+        with torch.device("meta"):
+            model: nn.Module = known(config) if known else library.AutoModel.from_config(config)
+        return model.eval()
+
+
+@contextmanager
+def reading(library: ModuleType, asked: str) -> Iterator[None]:
+    """Keep transformers quiet; what a file makes it raise becomes an ArtifactError about what was asked."""
     with quiet(library):
         try:
-            config = library.AutoConfig.from_pretrained(
-                str(folder.resolve()), local_files_only=True, trust_remote_code=False
-            )
-            config._attn_implementation = None  # the file may name a kernel on a server
-            known = _known_class(library, config)
-            if weights:
-                return _with_values(known or library.AutoModel, folder, config, asked).eval()
-            with torch.device("meta"):
-                model = known(config) if known else library.AutoModel.from_config(config)
-            return model.eval()
-        except ArtifactError:
+            yield
+        except CriaError:
             raise
         except Exception as error:  # whatever a file can make another library raise
             text = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".")
@@ -57,6 +61,15 @@ def load_pretrained(folder: Path, meta: bool = False) -> nn.Module:
                 f"transformers {library.__version__} stops with {type(error).__name__}: {text}",
                 "Check config.json and the weights; models whose code lies in their folder are not run",
             ) from error
+
+
+def read_config(library: ModuleType, folder: Path) -> Any:
+    """Return the configuration in a folder; neither code in it nor a kernel that it names is used."""
+    config = library.AutoConfig.from_pretrained(
+        str(folder.resolve()), local_files_only=True, trust_remote_code=False
+    )
+    config._attn_implementation = None  # the file may name a kernel on a server
+    return config
 
 
 def find_library(asked: str) -> ModuleType:
@@ -79,7 +92,7 @@ def _has_weights(folder: Path, asked: str) -> bool:
     if (folder / WEIGHTS).exists():
         return True
     if (folder / INDEX).exists():
-        _check_index(folder / INDEX, asked)
+        shards(folder / INDEX, asked)
         return True
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
@@ -91,8 +104,8 @@ def _has_weights(folder: Path, asked: str) -> bool:
     return False
 
 
-def _check_index(path: Path, asked: str) -> None:
-    """An index may only name safetensors that lie beside it."""
+def shards(path: Path, asked: str) -> list[str]:
+    """Return the files that an index names. Raises an ArtifactError for all but safetensors beside it."""
     try:
         names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
         wrong = sorted(
@@ -104,9 +117,11 @@ def _check_index(path: Path, asked: str) -> None:
         raise ArtifactError(
             asked, f"{path.name} names {wrong[0]!r}", "Only safetensors in the folder itself are read"
         )
+    return sorted(names)
 
 
-def _known_class(library: ModuleType, config: Any) -> Any:
+def known_class(library: ModuleType, config: Any) -> Any:
+    """Return the first of the `architectures` of a configuration that transformers has, or None."""
     for name in config.architectures or ():
         found = getattr(library, str(name), None)
         if isinstance(found, type) and issubclass(found, library.PreTrainedModel):

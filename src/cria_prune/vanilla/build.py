@@ -48,7 +48,7 @@ class Vanilla:
         first = {id(tensor): name for name, tensor in reversed(tensors.items())}
         self._canonical = {name: first[id(tensors[name])] for name in model.state_dict() if name in tensors}
         self._shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        self._paths = {id(part): path for path, part in _parts(config)}
+        self._paths = {id(part): path for path, part in config_parts(config)}
         self._floats = _floats(model)
         built = self._built(self.changed({}))
         found = None if isinstance(built, str) else self._difference(built, self._shapes)
@@ -117,7 +117,7 @@ class Vanilla:
         """
         config = self.changed({})
         found: dict[Path, Any] = {}
-        for path, part in list(_parts(config)):
+        for path, part in list(config_parts(config)):
             _listen(part, path, found)
         self._built(config)
         return found
@@ -141,12 +141,12 @@ class Vanilla:
         return None
 
 
-def _parts(config: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def config_parts(config: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """Yield a configuration and those in it, each with the names of the fields that lead to it."""
     yield path, config
     for name, value in vars(config).items():
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
-            yield from _parts(value, (*path, name))
+            yield from config_parts(value, (*path, name))
 
 
 def _listen(config: Any, path: Path, found: dict[Path, Any]) -> None:
