@@ -1,4 +1,4 @@
-"""Turn the result files into docs/results.md, docs/coverage.md and the results block of the README.
+"""Turn the result files into docs/results.md, coverage.md, transformers.md and the blocks of the README.
 
 python benchmarks/tables.py
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import coverage_table
+import roundtrip_table
 from coverage_table import table
 
 ROOT = Path(__file__).parents[1]
@@ -150,6 +151,7 @@ def readme(text: str) -> str:
 def main() -> None:
     (ROOT / "docs" / "results.md").write_text(render())
     (ROOT / "docs" / "coverage.md").write_text(coverage_table.render())
+    (ROOT / "docs" / "transformers.md").write_text(roundtrip_table.render())
     page = ROOT / "README.md"
     page.write_text(readme(page.read_text()))
 
