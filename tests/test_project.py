@@ -12,6 +12,7 @@ import pytest
 
 import coverage_table
 import cria_prune
+import roundtrip_table
 import tables
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +96,7 @@ def test_the_first_python_block_of_the_readme_runs(tmp_path: Path, monkeypatch: 
 def test_every_table_is_what_the_result_files_say() -> None:
     assert (ROOT / "docs" / "results.md").read_text() == tables.render()
     assert (ROOT / "docs" / "coverage.md").read_text() == coverage_table.render()
+    assert (ROOT / "docs" / "transformers.md").read_text() == roundtrip_table.render()
     text = (ROOT / "README.md").read_text()
     assert text == tables.readme(text)
 
