@@ -206,6 +206,8 @@ def test_values_types_ties_and_buffers_are_those_that_were_saved(tmp_path: Path,
     source.mkdir()
     (source / "generation_config.json").write_text('{"eos_token_id": 2, "repetition_penalty": 1.3}')
     save_pretrained(tmp_path / "small", model, chosen, policy="per-layer", source=source)
+    layers = json.loads((tmp_path / "small" / "config.json").read_text())["per_layer_config"]
+    assert [layer["num_attention_heads"] for layer in layers.values()] == [6, 3]
     again: Any = load(tmp_path / "small").model
     assert again.lm_head.weight is again.model.embed_tokens.weight
     assert torch.equal(again.model.rotary_emb.inv_freq, frequencies)
