@@ -21,12 +21,14 @@ from cria_prune.tasks.images import ImageTask
 
 SMALL = ["--examples", "64", "--rounds", "2", "--criterion", "l1", "--device", "cpu"]
 PRUNING = {
-    "--reduction", "--of", "--criterion", "--preset", "--rounds", "--ranking", "--residual", "--no-residual",
+    "--reduction", "--reduce", "--units", "--policy",
+    "--of", "--criterion", "--preset", "--rounds", "--ranking", "--residual", "--no-residual",
     "--floor", "--uniform", "--no-uniform", "--multiple", "--examples", "--positions", "--watch", "--config",
 }  # fmt: skip
-TUNING = {"--epochs", "--lr", "--distill"}
+TUNING = {"--epochs", "--lr", "--distill", "--lora", "--resume"}
 COMMON = {"--seed", "--device", "--quiet", "-q"}
 SAVING = {"--output", "--overwrite"}
+DATA = {"--calibration", "--dataset", "--text"}
 SURFACE = {
     "run": PRUNING | TUNING | COMMON | SAVING | {"--quick", "--base"},
     "inspect": {"--example", "--meta", "--floor", "--tree", "--all", "--json", "--quiet", "-q"},
@@ -40,10 +42,11 @@ SURFACE = {
         "--config",
     }
     | COMMON
-    | SAVING,
-    "prune": PRUNING | COMMON | SAVING,
-    "recover": TUNING | COMMON | SAVING,
-    "eval": COMMON,
+    | SAVING
+    | DATA,
+    "prune": PRUNING | COMMON | SAVING | DATA | {"--export"},
+    "recover": TUNING | COMMON | SAVING | DATA | {"--teacher"},
+    "eval": COMMON | DATA | {"--tasks", "--task-folder", "--limit"},
 }
 
 

@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "recover": BASE,
     "artifact": BASE | {"plan", "surgery", "tasks", "structure", "vanilla"},
     "tasks": BASE | {"recover"},
-    "cli": BASE | {"pipeline", "artifact", "tasks", "recover", "plan", "structure", "criteria", "record"},
+    "cli": BASE
+    | {"pipeline", "artifact", "tasks", "recover", "plan", "structure", "criteria", "record", "scope"},
 }
 
 

@@ -51,11 +51,11 @@ def whole_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     temporary, old = (target.with_name(f".{target.name}.{token}.{end}") for end in ("tmp", "old"))
     made = [parent for parent in target.parents if not parent.exists()]
     try:
-        _check_free(target, overwrite)
+        check_free(target, overwrite)
         temporary.mkdir(parents=True)
         yield temporary
         _flush(temporary)
-        _check_free(target, overwrite)  # somebody may have come first
+        check_free(target, overwrite)  # somebody may have come first
         _put(temporary, target, old)
     except OSError as error:
         raise refused(f"Writing the folder {path}", error) from error
@@ -68,7 +68,8 @@ def whole_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def _check_free(target: Path, overwrite: bool) -> None:
+def check_free(target: Path, overwrite: bool) -> None:
+    """Raise an ArtifactError unless a folder may be written here; see `whole_folder`."""
     asked = f"Writing the folder {target}"
     if not target.exists():
         return

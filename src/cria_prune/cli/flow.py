@@ -2,96 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from cria_prune.artifact.checkpoint import load
-from cria_prune.artifact.provenance import provenance
 from cria_prune.batches import Batch, batch_size, model_inputs, move
-from cria_prune.cli import show
-from cria_prune.cli.folder import interrupts_wait, keep
-from cria_prune.cli.talk import Kept, Talk
-from cria_prune.cli.target import Target
+from cria_prune.cli.folder import interrupts_wait
+from cria_prune.cli.job import Job
 from cria_prune.config import PruneConfig, RecoverConfig
-from cria_prune.errors import ArtifactError
-from cria_prune.loss import logits_of
 from cria_prune.pipeline import PruneResult, clock, compose, prune
 from cria_prune.plan import Plan
 from cria_prune.recover import RecoverResult, recover
-
-
-@dataclass
-class Job:
-    """One command at work.
-
-    Attributes:
-        target: recipe or checkpoint.
-        output: the folder for the results.
-        device: where the models run.
-        seed: of the dense training and of what the configurations do not seed.
-        talk: where to print.
-        kept: told what an interruption would leave.
-        command: the command line, for the provenance.
-        seconds: stage -> wall time.
-        results: the JSON object so far.
-    """
-
-    target: Target
-    output: Path
-    device: torch.device
-    seed: int
-    talk: Talk
-    kept: Kept
-    command: list[str]
-    seconds: dict[str, float] = field(default_factory=dict)
-    results: dict[str, Any] = field(default_factory=dict)
-    origin: dict[str, Any] = field(default_factory=dict)
-
-    def begin(self) -> None:
-        """Load the data, and note where the results come from."""
-        with clock(self.seconds, "data"):
-            data = self.target.task.fingerprint()
-        self.origin = provenance(self.seed, self.command, data, self.device)
-        self.results |= {"recipe": self.target.task.name, "seed": self.seed, "device": str(self.device)}
-        if self.target.task.options:
-            self.results["options"] = dict(self.target.task.options)
-        if self.target.checkpoint is not None:
-            self.results["checkpoint"] = str(self.target.checkpoint)
-
-    def measure(self, model: nn.Module, name: str) -> float:
-        """Evaluate a model on the test split, print and note the metric and what else there is to say."""
-        task = self.target.task
-        with clock(self.seconds, "evaluate"):
-            value = task.evaluate(model, task.test_batches(), self.talk.progress)
-            further = task.further(model, self.talk.progress)
-        self.results[name] = value
-        said = self.target.metric.text(value)
-        self.talk.say(f"{name + ' ' + task.metric:<20} {said:>9}  (all test examples)")
-        if further:
-            self.results.setdefault("further", {})[name] = further
-            show.further(self.talk, name, further)
-        return value
-
-    def keep(self, model: nn.Module, plan: Plan, config: Mapping[str, Any], stage: str) -> None:
-        """Save a checkpoint into the output folder; `stage` says what an interruption leaves."""
-        results = self.results | {"stage": stage, "seconds": rounded(self.seconds)}
-        keep(
-            self.output,
-            model,
-            plan,
-            architecture=self.target.task.architecture,
-            config=config,
-            provenance=self.origin,
-            results=results,
-        )
-        self.kept.text = f"{stage} is kept in {self.output} (go on with: cria recover {self.output})"
 
 
 def prune_stage(job: Job, model: nn.Module, config: PruneConfig, watch: bool) -> tuple[PruneResult, Plan]:
@@ -176,6 +101,8 @@ def recover_stage(
 ) -> RecoverResult:
     """Fine-tune in place; an interruption keeps the best epoch so far and goes on up."""
     task = job.target.task
+    if not job.resume:
+        shutil.rmtree(job.recovery, ignore_errors=True)
     held = list(task.validation_batches())
     try:
         with clock(job.seconds, "recover"):
@@ -188,38 +115,9 @@ def recover_stage(
                 lower_is_better=not job.target.metric.higher_is_better,
                 device=job.device,
                 progress=job.talk.progress,
+                state=job.recovery,
             )
     except KeyboardInterrupt:
         with interrupts_wait():
-            job.keep(model, plan, described, "the best epoch so far of the interrupted recovery")
+            job.save(model, plan, described, "the best epoch so far of the interrupted recovery")
         raise
-
-
-def save_and_reload(job: Job, model: nn.Module, plan: Plan, config: Mapping[str, Any], stage: str) -> None:
-    """Save the checkpoint, load it again and check that the logits are equal bit for bit.
-
-    Raises:
-        ArtifactError: they are not.
-    """
-    model = model.to("cpu").eval()
-    with clock(job.seconds, "save"):
-        job.results["output"], job.results["reloaded"] = str(job.output), "bit-equal"
-        job.keep(model, plan, config, stage)
-        example = next(iter(job.target.task.validation_batches()))
-        args, kwargs = model_inputs(example)
-        again = load(job.output).model
-        with torch.no_grad():
-            expected, found = (logits_of(network(*args, **kwargs)) for network in (model, again))
-    if not torch.equal(expected, found):
-        distance = float((expected - found).abs().max())
-        raise ArtifactError(
-            f"Reloading the checkpoint in {job.output}",
-            f"its logits differ by {distance:.3g} from those of the model that was saved",
-            "Please report this; the checkpoint should not be used",
-        )
-    job.talk.say(f"checkpoint {job.output}: reloaded, the logits are equal bit for bit")
-
-
-def rounded(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Return wall times to the millisecond."""
-    return {stage: round(spent, 3) for stage, spent in seconds.items()}

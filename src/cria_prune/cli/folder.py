@@ -46,6 +46,8 @@ def claimed(output: Path | None, name: str, overwrite: bool) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # it holds something
             folder.rmdir()
+            if output is None:
+                folder.parent.rmdir()
 
 
 def check_file(path: Path | None, overwrite: bool) -> None:

@@ -26,7 +26,7 @@ def main() -> None:
 def run(
     context: typer.Context,
     recipe: o.Recipe,
-    reduction: o.Reduction = None,
+    reduction: o.Reductions = None,
     of: o.Of = None,
     criterion: o.Criterion = None,
     preset: o.Preset = None,
@@ -46,6 +46,8 @@ def run(
     epochs: o.Epochs = None,
     lr: o.Lr = None,
     distill: o.Distill = None,
+    lora: o.Lora = None,
+    resume: o.Resume = False,
     seed: o.Seed = None,
     device: o.Device = "auto",
     output: o.Output = None,
@@ -74,15 +76,18 @@ def inspect(
 ) -> None:
     """Show what can be removed from a network, what a unit costs, and why the rest cannot."""
     with answering():
-        from cria_prune.cli import commands
+        from cria_prune.cli import looks
 
-        commands.inspect(context.params)
+        looks.inspect(context.params)
 
 
 @app.command()
 def score(
     context: typer.Context,
     target: o.Target,
+    calibration: o.Calibration = None,
+    dataset: o.Dataset = None,
+    text: o.Text = None,
     criterion: o.Criterion = None,
     preset: o.Preset = None,
     residual: o.Residual = None,
@@ -97,15 +102,19 @@ def score(
 ) -> None:
     """Score the units of every group and show how far the scores can be trusted; cut nothing."""
     with answering():
-        from cria_prune.cli import commands
+        from cria_prune.cli import looks
 
-        commands.score(context.params, command_line(context))
+        looks.score(context.params, command_line(context))
 
 
 @app.command()
 def prune(
     context: typer.Context,
     target: o.Target,
+    calibration: o.Calibration = None,
+    dataset: o.Dataset = None,
+    text: o.Text = None,
+    export: o.Export = None,
     reduction: o.Reduction = None,
     of: o.Of = None,
     criterion: o.Criterion = None,
@@ -128,7 +137,10 @@ def prune(
     config: o.Config = None,
     quiet: o.Quiet = False,
 ) -> None:
-    """Cut a share out of a network and save it, without recovery; a checkpoint can be cut again."""
+    """Cut a share out of a network and save it, without recovery; a checkpoint can be cut again.
+
+    A Hugging Face model needs texts, --calibration or --dataset; plain transformers loads the result.
+    """
     with answering() as kept:
         from cria_prune.cli import commands
 
@@ -139,9 +151,15 @@ def prune(
 def recover(
     context: typer.Context,
     checkpoint: o.Checkpoint,
+    calibration: o.Calibration = None,
+    dataset: o.Dataset = None,
+    text: o.Text = None,
+    teacher: o.Teacher = None,
     epochs: o.Epochs = None,
     lr: o.Lr = None,
     distill: o.Distill = None,
+    lora: o.Lora = None,
+    resume: o.Resume = False,
     seed: o.Seed = None,
     device: o.Device = "auto",
     output: o.Output = None,
@@ -159,12 +177,18 @@ def recover(
 def evaluate(
     context: typer.Context,
     target: o.Target,
+    calibration: o.Calibration = None,
+    dataset: o.Dataset = None,
+    text: o.Text = None,
+    tasks: o.Tasks = None,
+    task_folder: o.TaskFolder = None,
+    limit: o.Limit = None,
     seed: o.Seed = None,
     device: o.Device = "auto",
     quiet: o.Quiet = False,
 ) -> None:
-    """Evaluate a recipe's dense model or a checkpoint on the test split."""
+    """Evaluate a recipe's dense model or a checkpoint on the test split, any language model on a text."""
     with answering():
-        from cria_prune.cli import commands
+        from cria_prune.cli import looks
 
-        commands.evaluate(context.params)
+        looks.evaluate(context.params)

@@ -14,7 +14,13 @@ Recipe = Annotated[
         show_default=False,
     ),
 ]
-Target = Annotated[str, Argument(help="A recipe, or the folder of a checkpoint.", show_default=False)]
+Target = Annotated[
+    str,
+    Argument(
+        help="A recipe, the folder of a checkpoint or of a Hugging Face model, or a model of the hub.",
+        show_default=False,
+    ),
+]
 Model = Annotated[
     str,
     Argument(
@@ -30,6 +36,14 @@ Reduction = Annotated[
     Option(
         "--reduction", "--reduce",
         help="Share to remove, between 0 and 1 [default: 0.5].", show_default=False,
+    ),
+]  # fmt: skip
+Reductions = Annotated[
+    list[float] | None,
+    Option(
+        "--reduction", "--reduce",
+        help="Share to remove, between 0 and 1; several make a family [default: the recipe's].",
+        show_default=False,
     ),
 ]  # fmt: skip
 Of = Annotated[
@@ -78,12 +92,53 @@ Base = Annotated[
     str | None,
     Option(help="Folder or hub name of the pretrained encoder of sst2-minilm.", show_default=False),
 ]
+Calibration = Annotated[
+    Path | None,
+    Option(help="File of plain text for a Hugging Face model to look at.", show_default=False),
+]
+Dataset = Annotated[
+    str | None,
+    Option(
+        help="Parquet file, folder of parquet files, or data set of the hub, in place of --calibration.",
+        show_default=False,
+    ),
+]
+Text = Annotated[
+    Path | None,
+    Option(
+        help="File of plain text to measure the perplexity on [default: the end of the other, kept apart].",
+        show_default=False,
+    ),
+]
+Export = Annotated[
+    str | None,
+    Option(help="padded: also write a twin in OUTPUT-padded, filled up with zeros, that loads everywhere."),
+]
+Teacher = Annotated[
+    str | None,
+    Option(help="Folder or hub name of the dense model, for --distill.", show_default=False),
+]
+Tasks = Annotated[
+    str | None, Option(help="Tasks of lm-eval, separated by commas, in place of a text.", show_default=False)
+]
+TaskFolder = Annotated[
+    Path | None, Option(help="Folder with further task files of lm-eval.", show_default=False)
+]
+Limit = Annotated[int | None, Option(help="Examples per task of lm-eval at most.", show_default=False)]
 Epochs = Annotated[int | None, Option(help="Epochs of the recovery, 0 for none [default: the recipe's].")]
 Lr = Annotated[float | None, Option(help="Learning rate of the recovery [default: the recipe's].")]
 Distill = Annotated[
     float | None, Option(help="Weight of the dense model's soft targets, 0 to 1 [default: 0].")
 ]
 
+Lora = Annotated[
+    int | None,
+    Option(help="Rank of LoRA adapters to train and merge, in place of all weights [default: 0, none]."),
+]
+Resume = Annotated[
+    bool,
+    Option("--resume", help="Go on with what an interrupted run of the same command left for --output."),
+]
 Seed = Annotated[
     int | None, Option(help="Of every random choice, the training of digits included [default: 0].")
 ]

@@ -20,12 +20,16 @@ from cria_prune.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+    from cria_prune.tasks import Texts
+
+Params = Mapping[str, Any]
+
 SECTIONS: dict[str, type[StageConfig]] = {"record": RecordConfig, "score": ScoreConfig, "plan": PlanConfig}
 OPTIONS = {
     "record": ("examples", "positions", "seed"),
     "score": ("criterion", "seed"),
     "plan": ("reduction", "of", "rounds", "ranking", "residual", "floor", "units", "uniform", "multiple"),
-    "recover": ("epochs", "lr", "distill", "seed"),
+    "recover": ("epochs", "lr", "distill", "lora", "seed"),
 }
 POLICIES: dict[str, dict[str, Any]] = {
     "uniform": {"vanilla": True, "uniform": True},
@@ -33,7 +37,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 }
 
 
-def prune_config(params: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> PruneConfig:
+def prune_config(params: Params, defaults: Mapping[str, Any] | None = None) -> PruneConfig:
     """Return the configuration of a command: the task's, preset, file, then the options that were given.
 
     Raises:
@@ -74,12 +78,12 @@ def policy(name: str | None) -> dict[str, Any]:
     return {} if name is None else dict(POLICIES[name])
 
 
-def recover_config(params: Mapping[str, Any], defaults: RecoverConfig) -> RecoverConfig:
+def recover_config(params: Params, defaults: RecoverConfig) -> RecoverConfig:
     """Return the configuration of the fine-tune: the task's, then the options that were given."""
     return RecoverConfig(**{**defaults.model_dump(), **given(params, "recover")})
 
 
-def given(params: Mapping[str, Any], section: str) -> dict[str, Any]:
+def given(params: Params, section: str) -> dict[str, Any]:
     """Return the options of a section that were given on the command line."""
     return {name: params[name] for name in OPTIONS[section] if params.get(name) is not None}
 
@@ -109,3 +113,14 @@ def _read(path: Path) -> PruneConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The configuration {path}", str(error), "Give a YAML or JSON file") from error
     return PruneConfig.from_text(text)
+
+
+def texts_of(params: Params) -> Texts:
+    """Return the data that were given."""
+    from cria_prune.tasks import Texts
+
+    if params["calibration"] is not None and params["dataset"] is not None:
+        raise ConfigError(
+            "Texts to calibrate on", "both --calibration and --dataset were given", "Give one of the two"
+        )
+    return Texts(params["calibration"], params["dataset"], params["text"])

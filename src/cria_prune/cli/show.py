@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cria_prune.batches import Batch, model_inputs
@@ -14,6 +15,7 @@ from cria_prune.pipeline import PruneResult
 if TYPE_CHECKING:
     from cria_prune.cli.inventory import Inventory
     from cria_prune.cli.sources import Source
+    from cria_prune.structure import UnitGroups
 
 
 def rounds(talk: Talk, result: PruneResult, metric: Metric) -> None:
@@ -62,6 +64,48 @@ def outcome(talk: Talk, results: Mapping[str, Any], metric: Metric) -> None:
         )
 
 
+def measured(results: Mapping[str, Any], metric: Metric) -> list[dict[str, Any]]:
+    """Return the rows of a model card: one per model that was measured, all with the same columns."""
+    rows = []
+    for name in ("dense", "pruned", "recovered"):
+        if results.get(name) is None:
+            continue
+        now, before = ("_dense", "_before") if name == "dense" else ("", "")
+        further = results.get("further", {}).get(name, {})
+        row: dict[str, Any] = {"model": name, metric.name: metric.text(results[name])}
+        row |= {key: value for key, value in further.items() if isinstance(value, float)}
+        row |= {"parameters": int(results[f"parameters{now}"]), "MACs": int(results[f"macs{now}"])}
+        if f"milliseconds{before}" in results:
+            row["ms per example (this machine)"] = float(f"{results[f'milliseconds{before}']:.3g}")
+        rows.append(row)
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return [{key: row.get(key, "") for key in columns} for row in rows]
+
+
+def family(talk: Talk, members: Sequence[Mapping[str, Any]], metric: Metric) -> None:
+    """Print one row per size of a family, the dense model first."""
+    first = members[0]
+    rows = [["dense", metric.text(first.get("dense")), "", "", f"{first['parameters_dense']:,.0f}"]]
+    for item in members:
+        rows.append(
+            [
+                f"{percent(item['reduction'])} fewer",
+                metric.text(item.get("pruned")),
+                metric.text(item.get("recovered")),
+                metric.change(item.get("dense"), item.get("recovered")),
+                f"{item['parameters']:,.0f}",
+            ]
+        )
+    talk.table(["model", f"{metric.name}, pruned", "recovered", "recovered / dense", "parameters"], rows)
+
+
+def left_alone(talk: Talk, groups: UnitGroups) -> None:
+    """Say which kinds of units a vanilla configuration cannot hold, and how to cut them all the same."""
+    found = {group.kind: group.frozen for group in groups if "vanilla" in (group.frozen or "")}
+    for kind, reason in found.items():
+        talk.say(f"{kind} units stay: {reason} (--policy per-layer cuts them)")
+
+
 def further(talk: Talk, name: str, found: Mapping[str, float | str]) -> None:
     """Print what else there is to say of a model: one line per figure, a sample of text as it is."""
     for key, value in found.items():
@@ -69,7 +113,9 @@ def further(talk: Talk, name: str, found: Mapping[str, float | str]) -> None:
             talk.say(f"{name} {key}:".strip())
             talk.say("\n".join(f"    {line}" for line in value.splitlines()))
         else:
-            talk.say(f"{(name + ' ' + key).strip():<20} {metric(key).text(value):>9}")
+            length = re.fullmatch(r"perplexity-(\d+)", key)
+            said = f"  ({int(length[1]):,} tokens per sequence)" if length else ""
+            talk.say(f"{(name + ' ' + key).strip():<20} {metric(key).text(value):>9}{said}")
 
 
 def model(talk: Talk, source: Source, found: Inventory) -> None:
@@ -118,7 +164,8 @@ def report(
     last, cost = result.rounds[-1], COSTS[results["of"]]
     return {
         **results,
-        "title": f"{results['recipe']}: {percent(results['reduction'])} of the {cost} removed",
+        "title": f"{results['recipe'] or results['model']}: {percent(results['reduction'])} of the {cost} "
+        "removed",
         "metric": metric,
         "rounds": [
             {

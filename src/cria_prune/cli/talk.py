@@ -46,6 +46,11 @@ class Talk:
             print(text, flush=True)
             self._spaced = False
 
+    def heading(self, text: str) -> None:
+        """Print a line that begins a part of a long output."""
+        if not self.quiet:
+            self._block([text, "=" * len(text)])
+
     def note(self, text: str) -> None:
         """Print a line about the progress, on stderr."""
         if not self.quiet:
@@ -164,6 +169,9 @@ def command_line(context: typer.Context) -> list[str]:
             words.append(str(value))
         elif value is False:
             words += parameter.secondary_opts[:1]
+        elif value is True:
+            words += parameter.opts[:1]
         else:
-            words += [parameter.opts[0]] if value is True else [parameter.opts[0], str(value)]
+            for item in value if isinstance(value, (list, tuple)) else (value,):
+                words += [parameter.opts[0], str(item)]
     return words

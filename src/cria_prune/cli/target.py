@@ -1,11 +1,11 @@
-"""What a command works on: the dense model of a recipe, or a saved checkpoint and its recipe."""
+"""What a command works on: a recipe's dense model, a saved checkpoint, or a Hugging Face model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cria_prune.errors import ArtifactError, ConfigError
 from cria_prune.metrics import Metric, metric
@@ -16,19 +16,25 @@ if TYPE_CHECKING:
 
     from cria_prune.plan import Plan
     from cria_prune.progress import Progress
-    from cria_prune.tasks import Task
+    from cria_prune.tasks import Task, Texts
+
+Policy = Literal["vanilla", "per-layer"]
 
 
 @dataclass
 class Target:
-    """A recipe or a checkpoint.
+    """A recipe, a checkpoint, or a Hugging Face model.
 
     Attributes:
         task: its data and metric.
-        checkpoint: the folder, or None for a recipe's dense model.
-        saved: the checkpoint's model, on the CPU; None for a recipe.
-        plan: the checkpoint's plan relative to the dense architecture; None for a recipe.
-        results: what the checkpoint says about itself; empty for a recipe.
+        checkpoint: the folder that Cria saved, or None for a dense model.
+        saved: the checkpoint's model, on the CPU; None for a dense model.
+        plan: the checkpoint's plan relative to the dense architecture; None for a dense model.
+        results: what the checkpoint says about itself; empty for a dense model.
+        recipe: name of the recipe, None for the user's own model.
+        base: name of the dense model for the card, where the user gave one.
+        pretrained: results are saved as folders of transformers.
+        policy: how these are saved.
     """
 
     task: Task
@@ -36,14 +42,28 @@ class Target:
     saved: nn.Module | None = field(default=None, repr=False)
     plan: Plan | None = field(default=None, repr=False)
     results: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    recipe: str | None = None
+    base: str | None = None
+    pretrained: bool = False
+    policy: Policy = "vanilla"
 
     def model(self, device: torch.device, seed: int, progress: Progress) -> nn.Module:
-        """Return the model to work on: the checkpoint's, or the recipe's dense one, trained or loaded."""
+        """Return the model to work on: the checkpoint's, or the dense one, trained or loaded."""
         found = self.task.dense(seed, progress) if self.saved is None else self.saved
         return found.to(device)
 
     def teacher(self, device: torch.device, progress: Progress) -> nn.Module:
-        """Return the dense model that a checkpoint came from."""
+        """Return the dense model that a checkpoint of a recipe came from.
+
+        Raises:
+            ConfigError: it came from the user's own model.
+        """
+        if self.recipe is None:
+            raise ConfigError(
+                f"Distillation for {self.checkpoint}",
+                "the folder does not hold the dense model",
+                "Name it with --teacher FOLDER",
+            )
         return self.task.dense(int(self.results.get("seed") or 0), progress).to(device)
 
     @property
@@ -51,31 +71,51 @@ class Target:
         """The task's metric, with its direction."""
         return metric(self.task.metric)
 
+    def prune_defaults(self) -> dict[str, Any]:
+        """Return the task's defaults; layers that differ cannot be cut to what one configuration says."""
+        values = {section: dict(given) for section, given in self.task.prune_defaults.items()}
+        if self.checkpoint is not None and self.policy == "per-layer":
+            values["plan"] = {**values.get("plan", {}), "vanilla": False, "uniform": False}
+        return values
+
+    def named(self) -> dict[str, Any]:
+        """Return the entries of a JSON answer that say what the target is."""
+        return {"recipe": self.recipe} if self.recipe else {"recipe": None, "model": self.task.name}
+
     def untrained(self) -> nn.Module:
         """Return a network of the target's structure, without waiting for a training."""
-        from cria_prune.tasks import build
-
-        return build(self.task.architecture).eval() if self.saved is None else self.saved
+        return self.task.untrained() if self.saved is None else self.saved
 
 
-def find(name: str) -> Target:
-    """Return the recipe of that name, or the checkpoint in the folder of that name.
+def find(name: str, texts: Texts | None = None) -> Target:
+    """Return the recipe of that name, the checkpoint in the folder of that name, or a Hugging Face model.
+
+    Args:
+        name: of a recipe, a folder, or a model of the hub (`organisation/model`).
+        texts: the user's data; a recipe and its checkpoints of Cria's own have theirs.
 
     Raises:
-        ConfigError: there is neither.
-        ArtifactError: the folder holds no whole checkpoint, or one whose recipe is unknown.
+        ConfigError: there is nothing of that name, or texts were given to what brings its own.
+        ArtifactError: the folder holds no whole model, or one whose recipe is unknown.
     """
-    from cria_prune.tasks import TASKS, task
+    from cria_prune.tasks import TASKS
+    from cria_prune.tasks.hub import HUB_NAME, find_folder
+    from cria_prune.tasks.pretrained import CONFIG
 
-    if name in TASKS:
-        return Target(task(name))
-    if not Path(name).is_dir():
+    if name not in TASKS and not Path(name).is_dir() and not HUB_NAME.fullmatch(name):
         raise ConfigError(
-            "A recipe or checkpoint",
+            "A recipe, a checkpoint or a model",
             f"found {name!r}, which is neither a recipe nor a folder",
             f"Known recipes: {', '.join(TASKS)}",
         )
-    return checkpoint(name)
+    folder = Path(name) if name in TASKS else find_folder(name)
+    if name not in TASKS and (folder / CONFIG).is_file():
+        return _pretrained(folder, name, texts)
+    if texts:
+        raise ConfigError(
+            f"Texts for {name}", "it has data of its own", "Leave out --calibration, --dataset and --text"
+        )
+    return recipe(name) if name in TASKS else checkpoint(str(folder))
 
 
 def recipe(name: str, **options: Any) -> Target:
@@ -88,11 +128,12 @@ def recipe(name: str, **options: Any) -> Target:
 
     if name not in TASKS:
         raise ConfigError("A recipe", f"found {name!r}", f"Known recipes: {', '.join(TASKS)}")
-    return Target(task(name, **options))
+    made = task(name, **options)
+    return Target(made, recipe=name, base=name, pretrained=made.pretrained)
 
 
 def checkpoint(name: str) -> Target:
-    """Return the checkpoint in the folder of that name.
+    """Return the checkpoint of Cria's own in the folder of that name.
 
     Raises:
         ArtifactError: the folder holds no whole checkpoint, or one whose recipe is unknown.
@@ -101,8 +142,7 @@ def checkpoint(name: str) -> Target:
     from cria_prune.tasks import TASKS, task
 
     loaded = load(name)
-    results = loaded.manifest.get("results")
-    results = results if isinstance(results, dict) else {}
+    results = _mapping(loaded.manifest.get("results"))
     known = results.get("recipe") or loaded.manifest["architecture"]
     if known not in TASKS:
         raise ArtifactError(
@@ -110,6 +150,33 @@ def checkpoint(name: str) -> Target:
             f"its manifest names {known!r}",
             f"Known recipes: {', '.join(TASKS)}; use the Python interface for other networks",
         )
-    options = results.get("options")
-    made = task(known, **(options if isinstance(options, dict) else {}))
-    return Target(made, Path(name), loaded.model, loaded.plan, results)
+    made = task(known, **_mapping(results.get("options")))
+    return Target(made, Path(name), loaded.model, loaded.plan, results, known, known)
+
+
+def _pretrained(folder: Path, name: str, texts: Texts | None) -> Target:
+    """Return a Hugging Face model; what Cria saved goes on with its recipe, if no other texts are given."""
+    from cria_prune.artifact.checkpoint import load
+    from cria_prune.artifact.folders import MANIFEST
+    from cria_prune.tasks import TASKS, Texts, folder_task, task, with_weights
+    from cria_prune.tasks.hub import HUB_NAME
+
+    texts = texts or Texts()
+    base = name if HUB_NAME.fullmatch(name) and not Path(name).is_dir() else None
+    if not (folder / MANIFEST).is_file():
+        return Target(folder_task(folder, texts, with_weights(folder)), base=base, pretrained=True)
+    loaded = load(folder)
+    results = _mapping(loaded.manifest.get("results"))
+    known = results.get("recipe")
+    own = known in TASKS and not texts
+    options = _mapping(results.get("options"))
+    made = task(str(known), **options) if own else folder_task(folder, texts, loaded.model)
+    policy: Policy = "per-layer" if loaded.manifest.get("policy") == "per-layer" else "vanilla"
+    return Target(
+        made, folder, loaded.model, loaded.plan, results, known if own else None, known if own else base,
+        pretrained=True, policy=policy,
+    )  # fmt: skip
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return dict(value) if isinstance(value, dict) else {}

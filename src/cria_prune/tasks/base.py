@@ -40,6 +40,9 @@ class Task(ABC):
         metric: name of what `evaluate` returns; `metrics.metric` knows its direction.
         recover_defaults: the fine-tune that suits the task.
         prune_defaults: section of a PruneConfig -> values that suit the task better than its own.
+        tokenizer: of the model; None where it reads no text.
+        pretrained: the model is one of transformers: results are saved as its folders.
+        reductions: shares that a run removes where none is asked for; the configuration's if empty.
         options: how this task differs from the recipe of its name, plain JSON: `task(name, **options)`
             makes it again.
     """
@@ -51,6 +54,9 @@ class Task(ABC):
     recover_defaults: RecoverConfig
     prune_defaults: Mapping[str, Mapping[str, Any]] = NOTHING
     options: Mapping[str, Any] = NOTHING
+    tokenizer: Any = None
+    pretrained: bool = False
+    reductions: tuple[float, ...] = ()
 
     @abstractmethod
     def dense(self, seed: int = 0, progress: Progress | None = None) -> nn.Module:
@@ -83,15 +89,17 @@ class Task(ABC):
         """Whether the test split can be measured on: it has what the metric needs."""
         return True
 
+    @property
+    def tested_on(self) -> str:
+        """What the test split is, in words."""
+        return "all test examples"
+
     def untrained(self) -> nn.Module:
         """Return a network of the dense model's structure, without waiting for a training."""
         return build(self.architecture).eval()
 
     def pretrained_source(self, scratch: Path) -> Path | None:
-        """Return a folder with the tokenizer that belongs to the dense model, made in `scratch` if need be.
-
-        None where the model is none of transformers: its results are then checkpoints of Cria's own.
-        """
+        """Return a folder with the tokenizer of the dense model, made in `scratch` if need be."""
         return None
 
     def evaluate(self, model: nn.Module, batches: Iterable[Batch], progress: Progress | None = None) -> float:

@@ -77,6 +77,11 @@ class SentenceFolder(FolderTask, SentenceTask):
         """Whether there are labels to measure on."""
         return self._splits["test"].labels is not None
 
+    @property
+    def tested_on(self) -> str:
+        """What the test split is, in words."""
+        return f"{len(self.split('test')):,} sentences that were kept apart"
+
     def split(self, name: str) -> Sentences:
         """Return the sentences of a split; see the class for where they come from."""
         if name not in self._splits:

@@ -13,7 +13,7 @@ from cria_prune.errors import ArtifactError, DataError
 from cria_prune.progress import Progress
 from cria_prune.tasks.corpus import Corpus, read_text
 from cria_prune.tasks.folder import HELD, TUNING, FolderTask
-from cria_prune.tasks.language import LONG, SHORT, conventions, encode, perplexities
+from cria_prune.tasks.language import SHORT, conventions, encode, perplexities
 from cria_prune.tasks.language_task import LanguageTask
 
 HELD_BLOCKS, TRAINED = 512, 512
@@ -94,9 +94,14 @@ class TextFolder(FolderTask, LanguageTask):
             return {}
         if len(tokens) < most:
             return {f"perplexity-{most}": f"not measured: the text has {len(tokens)} tokens"}
-        said = "" if most == LONG else f"perplexity at {most} tokens, the most that this model reads"
-        found: dict[str, float | str] = dict(perplexities(model, tokens, [most], progress))
-        return {**found, "convention": said} if said else found
+        return dict(perplexities(model, tokens, [most], progress))
+
+    @property
+    def tested_on(self) -> str:
+        """What the test split is, in words."""
+        if self.texts.text is not None:
+            return self.texts.text.name
+        return f"{len(self.tokens('test')):,} tokens that were kept apart"
 
 
 def _joined(corpus: Corpus) -> str:

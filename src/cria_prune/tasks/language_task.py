@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +25,12 @@ class LanguageTask(Task):
     """Perplexity of a causal language model, by blocks that do not overlap.
 
     Attributes:
-        tokenizer: of the model.
         batch_size: blocks per batch of the fine-tune.
         longest: tokens per block of the fine-tune.
         short: tokens per block of the calibration and the evaluation; `metric` names it.
     """
 
-    tokenizer: Any
+    pretrained = True
     batch_size = 4
     longest: int
     short = SHORT

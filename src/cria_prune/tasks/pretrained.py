@@ -99,7 +99,8 @@ def _has_weights(folder: Path, asked: str) -> bool:
         raise ArtifactError(
             asked,
             f"the weights are pickles ({pickles[0]}), which can run code when they are read",
-            "Save the model again as safetensors, or pass --meta to see its shapes only",
+            "If you trust the file, convert it once: AutoModel.from_pretrained(FOLDER), with the class that "
+            "you need, then .save_pretrained(NEW) writes safetensors. Or pass --meta to inspect shapes only",
         )
     return False
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,11 +24,10 @@ class SentenceTask(Task):
     """Accuracy of a sentence classifier.
 
     Attributes:
-        tokenizer: of the model.
         batch_size: sentences per batch of the fine-tune.
     """
 
-    tokenizer: Any
+    pretrained = True
     metric = "accuracy"
     batch_size = 32
 

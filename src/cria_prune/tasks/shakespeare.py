@@ -52,13 +52,14 @@ class ShakespeareTask(LanguageTask):
     architecture: str = "llama-shakespeare"
     metric: str = f"perplexity-{SHORT}"
     longest: int = LONGEST
+    reductions: tuple[float, ...] = (0.2, 0.3, 0.5)
 
     recover_defaults = RecoverConfig(
         epochs=2, lr=1e-3, optimizer="adamw", weight_decay=0.1, warmup=0.05, clip=1.0, precision="auto"
     )
     prune_defaults: Mapping[str, Mapping[str, Any]] = field(
         default_factory=lambda: {
-            "plan": {"of": "non-embedding", "uniform": True, "multiple": 8},
+            "plan": {"of": "non-embedding", "vanilla": True, "uniform": True, "multiple": 8},
             "record": {"examples": 256},
         }
     )

@@ -35,7 +35,7 @@ def trained(
         {
             "start": start,
             "data": task.fingerprint("train", "validation"),
-            "training": config.model_dump(mode="json"),
+            "training": config.model_dump(mode="json", exclude_unset=True),
             "device": device.type,
         },
     )

@@ -1,0 +1,199 @@
+"""One command at work: what it has measured so far, and how its models are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+
+from cria_prune.artifact.card import Card
+from cria_prune.artifact.checkpoint import load
+from cria_prune.artifact.padded import save_padded
+from cria_prune.artifact.pretrained import save_pretrained
+from cria_prune.artifact.provenance import provenance
+from cria_prune.batches import model_inputs
+from cria_prune.cli import show
+from cria_prune.cli.folder import keep
+from cria_prune.cli.talk import Kept, Talk
+from cria_prune.cli.target import Target
+from cria_prune.errors import ArtifactError
+from cria_prune.loss import logits_of
+from cria_prune.pipeline import clock
+from cria_prune.plan import Plan
+
+RECOVERED = "the recovered model"
+
+
+@dataclass
+class Job:
+    """One command at work.
+
+    Attributes:
+        target: recipe, checkpoint or Hugging Face model.
+        output: the folder for the results.
+        device: where the models run.
+        seed: of the dense training and of what the configurations do not seed.
+        talk: where to print.
+        kept: told what an interruption would leave.
+        command: the command line, for the provenance.
+        padded: also write the padded twin of a Hugging Face model.
+        resume: go on with the fine-tune that was interrupted.
+        seconds: stage -> wall time.
+        results: the JSON object so far.
+        origin: provenance.
+    """
+
+    target: Target
+    output: Path
+    device: torch.device
+    seed: int
+    talk: Talk
+    kept: Kept
+    command: list[str]
+    padded: bool = False
+    resume: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        """Load the data, and note where the results come from."""
+        with clock(self.seconds, "data"):
+            data = self.target.task.fingerprint()
+        self.origin = provenance(self.seed, self.command, data, self.device)
+        self.results |= {**self.target.named(), "seed": self.seed, "device": str(self.device)}
+        if self.target.task.options:
+            self.results["options"] = dict(self.target.task.options)
+        if self.target.checkpoint is not None:
+            self.results["checkpoint"] = str(self.target.checkpoint)
+
+    def part(self, name: str) -> Job:
+        """Return a job for one size of a family: the same until now, its results in a folder below."""
+        output = self.output / name
+        if not self.target.pretrained:
+            output.mkdir(exist_ok=True)
+        return replace(self, output=output, seconds=dict(self.seconds), results=dict(self.results))
+
+    def finished(self, described: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the results of a recipe that lie in the output folder, if it was configured like this."""
+        try:
+            manifest = load(self.output).manifest
+        except ArtifactError:
+            return None
+        results = manifest.get("results")
+        whole = isinstance(results, dict) and results.get("stage") == RECOVERED
+        return results if whole and manifest.get("config") == described else None
+
+    @property
+    def recovery(self) -> Path:
+        """Where the fine-tune keeps its state until the result is saved: hidden, beside the output."""
+        return self.output.with_name(f".{self.output.name}.recovery")
+
+    def measure(self, model: nn.Module, name: str) -> None:
+        """Evaluate a model on the test split, print and note the metric and what else there is to say."""
+        task = self.target.task
+        if not task.measured:
+            self.talk.note(f"the {name} model is not measured: the texts have no labels")
+            return
+        with clock(self.seconds, "evaluate"):
+            value = task.evaluate(model, task.test_batches(), self.talk.progress)
+            further = task.further(model, self.talk.progress)
+        self.results[name] = value
+        said = self.target.metric.text(value)
+        self.talk.say(f"{name + ' ' + task.metric:<20} {said:>9}  ({task.tested_on})")
+        if further:
+            self.results["further"] = {**self.results.get("further", {}), name: further}
+            show.further(self.talk, name, further)
+
+    def keep(self, model: nn.Module, plan: Plan, config: Mapping[str, Any], stage: str) -> None:
+        """Save a checkpoint into the output folder; `stage` says what an interruption leaves.
+
+        The rounds of a Hugging Face model are not kept: its folder is there whole and certified, or not.
+        """
+        if self.target.pretrained:
+            return
+        keep(
+            self.output,
+            model,
+            plan,
+            architecture=self.target.task.architecture,
+            config=config,
+            provenance=self.origin,
+            results=self._said(stage),
+        )
+        self._kept(stage)
+
+    def save(self, model: nn.Module, plan: Plan, config: Mapping[str, Any], stage: str) -> None:
+        """Save the result, load it again and compare: the last step but the report.
+
+        Raises:
+            ArtifactError, CertificateError: what was loaded computes something else.
+        """
+        model = model.to("cpu").eval()
+        with clock(self.seconds, "save"):
+            if self.target.pretrained:
+                self._save_pretrained(model, plan, config, stage)
+            else:
+                self._save_checkpoint(model, plan, config, stage)
+
+    def _save_checkpoint(self, model: nn.Module, plan: Plan, config: Mapping[str, Any], stage: str) -> None:
+        self.results["output"], self.results["reloaded"] = str(self.output), "bit-equal"
+        self.keep(model, plan, config, stage)
+        args, kwargs = model_inputs(next(iter(self.target.task.validation_batches())))
+        again = load(self.output).model
+        with torch.no_grad():
+            expected, found = (logits_of(network(*args, **kwargs)) for network in (model, again))
+        if not torch.equal(expected, found):
+            distance = float((expected - found).abs().max())
+            raise ArtifactError(
+                f"Reloading the checkpoint in {self.output}",
+                f"its logits differ by {distance:.3g} from those of the model that was saved",
+                "Please report this; the checkpoint should not be used",
+            )
+        self.talk.say(f"checkpoint {self.output}: reloaded, the logits are equal bit for bit")
+
+    def _save_pretrained(self, model: nn.Module, plan: Plan, config: Mapping[str, Any], stage: str) -> None:
+        self.results["output"] = str(self.output)
+        self.talk.note(f"saving to {self.output}, and loading it in a fresh process")
+        card = Card(
+            base=self.target.base,
+            command=self.command,
+            measured=show.measured(self.results, self.target.metric),
+        )
+        with TemporaryDirectory(prefix="cria-") as scratch:
+            common: dict[str, Any] = {
+                "source": self.target.task.pretrained_source(Path(scratch)), "config": config,
+                "provenance": self.origin, "results": self._said(stage), "card": card, "overwrite": True,
+            }  # fmt: skip
+            policy = self.target.policy
+            certificate = save_pretrained(self.output, model, plan, policy=policy, **common)
+            self._kept(stage)
+            self.talk.say(f"folder {self.output}: {certificate}")
+            if self.padded:
+                twin = padded_folder(self.output)
+                padded = save_padded(twin, model, plan, **common)
+                self.talk.say(f"padded twin {twin}: {padded}")
+                self.results["padded"] = str(twin)
+        self.results["policy"] = policy
+        self.results["reloaded"] = "bit-equal" if certificate.equal else certificate.relative
+
+    def _said(self, stage: str) -> dict[str, Any]:
+        return self.results | {"stage": stage, "seconds": rounded(self.seconds)}
+
+    def _kept(self, stage: str) -> None:
+        self.kept.text = f"{stage} is kept in {self.output} (go on with: cria recover {self.output})"
+
+
+def padded_folder(output: Path) -> Path:
+    """Return the folder of the padded twin: beside the other, its name with `-padded`."""
+    return output.with_name(f"{output.name}-padded")
+
+
+def rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Return wall times to the millisecond."""
+    return {stage: round(spent, 3) for stage, spent in seconds.items()}

@@ -1,0 +1,146 @@
+"""What the commands do that change nothing: inspect, score, evaluate; heavy imports begin here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import redirect_stdout
+from typing import Any
+
+from torch import nn
+
+from cria_prune import pipeline
+from cria_prune.artifact.files import write_text
+from cria_prune.cli import show, target
+from cria_prune.cli.folder import check_file
+from cria_prune.cli.inventory import inventory
+from cria_prune.cli.job import rounded
+from cria_prune.cli.outline import folded, frozen, outline, shares
+from cria_prune.cli.settings import Params, pick_device, prune_config, texts_of
+from cria_prune.cli.sources import load_source, parse_shape
+from cria_prune.cli.talk import Talk
+from cria_prune.cli.target import Target
+from cria_prune.cli.tree import drawn, module_tree
+from cria_prune.config import PlanConfig
+from cria_prune.errors import ConfigError
+from cria_prune.pipeline import clock
+from cria_prune.scope import scope
+
+
+def inspect(params: Params) -> None:
+    """The unit groups of a model from anywhere, what they cost and why some are frozen."""
+    talk = Talk(params["quiet"] or params["json"])
+    floor = PlanConfig(**({} if params["floor"] is None else {"floor": params["floor"]})).floor
+    with redirect_stdout(sys.stderr):  # what the user's code prints is no part of the answer
+        source = load_source(params["model"], parse_shape(params["example"]), params["meta"])
+        groups = pipeline.discover(source.model, source.example)
+    found = inventory(groups, floor)
+    show.model(talk, source, found)
+    if params["tree"]:
+        talk.tree(drawn(module_tree(source.model, found.rows, params["everything"])))
+        frozen(talk, folded(found.rows, params["everything"]))
+        shares(talk, found)
+    else:
+        outline(talk, found, params["everything"])
+    answer = {
+        "target": source.name,
+        "source": source.kind,
+        "model": type(source.model).__name__,
+        "recipe": None if source.target is None else source.target.task.name,
+        **found.to_dict(),
+        "prunable_groups": sum(row.status == "prunable" for row in found.rows),
+        "residual_groups": sum(row.status == "residual" for row in found.rows),
+        "frozen_groups": sum(row.status == "frozen" for row in found.rows),
+    }
+    talk.answer(answer if params["json"] else {**answer, "groups": len(found.rows)})
+
+
+def score(params: Params, command: list[str]) -> None:
+    """Scores and diagnosis of every group, without cutting."""
+    found, talk = target.find(params["target"], texts_of(params)), Talk(params["quiet"])
+    config, output = prune_config(params, found.prune_defaults()), params["output"]
+    check_file(output, params["overwrite"])
+    device, seed = pick_device(params["device"]), params["seed"] or 0
+    seconds: dict[str, float] = {}
+    with clock(seconds, "model"):
+        model = found.model(device, seed, talk.progress)
+    batches = found.task.calibration(config.record.examples, config.record.seed)
+    with clock(seconds, "structure"):
+        groups = scope(model, pipeline.discover(model, found.task.example), config.plan).groups
+    needs, states = pipeline.find_criterion(config.score.criterion).needs, None
+    if needs:
+        with clock(seconds, "record"):
+            states = pipeline.record(
+                model, groups, batches, config.record, gradients="gradients" in needs, device=device
+            )
+    with clock(seconds, "score"):
+        scores = pipeline.score(model, groups, states, config.score)
+    rows = {
+        name: {"scores": item.scores.tolist(), "diagnosis": item.diagnosis.to_dict()}
+        for name, item in scores.items()
+    }
+    show.diagnosis(talk, rows)
+    head = {"target": params["target"], **found.named(), "criterion": config.score.criterion}
+    if output is not None:
+        write_text(output, json.dumps({**head, "command": command, "groups": rows}, indent=1) + "\n")
+        talk.say(f"scores written to {output}")
+    units = sum(len(item["scores"]) for item in rows.values())
+    talk.answer(
+        {
+            **head,
+            "groups": len(rows),
+            "units": units,
+            "seed": seed,
+            "output": None if output is None else str(output),
+            "seconds": rounded(seconds),
+        }
+    )
+
+
+def evaluate(params: Params) -> None:
+    """The metric on the test split, or on texts of the user; or tasks of lm-eval."""
+    found, talk = target.find(params["target"], texts_of(params)), Talk(params["quiet"])
+    seconds: dict[str, float] = {}
+    device, seed = pick_device(params["device"]), params["seed"] or 0
+    with clock(seconds, "model"):
+        model = found.model(device, seed, talk.progress)
+    metrics: dict[str, Any] = {}
+    with clock(seconds, "evaluate"):
+        if params["tasks"]:
+            metrics = harness_of(params, found, model)
+        elif found.task.measured:
+            value = found.task.evaluate(model, found.task.test_batches(), talk.progress)
+            metrics = {found.task.metric: value, **found.task.further(model, talk.progress)}
+        else:
+            raise ConfigError(
+                f"An {found.task.metric} of {params['target']}", "the texts have no labels",
+                "Give --dataset with a column label",
+            )  # fmt: skip
+    parameters = sum(item.numel() for item in model.parameters())
+    talk.table(["target", "parameters"], [[params["target"], f"{parameters:,}"]])
+    show.further(talk, "", metrics)
+    talk.answer(
+        {
+            "target": params["target"],
+            **found.named(),
+            **metrics,
+            "parameters": parameters,
+            "seed": seed,
+            "device": str(device),
+            "seconds": rounded(seconds),
+        }
+    )
+
+
+def harness_of(params: Params, found: Target, model: nn.Module) -> dict[str, float]:
+    """Return what lm-eval measures on the tasks that were named."""
+    from cria_prune.tasks.harness import harness
+
+    if not found.pretrained:
+        raise ConfigError(
+            f"Tasks of lm-eval for {params['target']}",
+            "it is no language model of transformers",
+            "Leave out --tasks",
+        )
+    names = [name.strip() for name in params["tasks"].split(",") if name.strip()]
+    return harness(model, found.task.tokenizer, names, folder=params["task_folder"], limit=params["limit"])
