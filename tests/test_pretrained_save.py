@@ -75,6 +75,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], dict[str, float], str]] = {
         "BertForSequenceClassification", "BertConfig", {**ENCODER, "vocab_size": 99, "num_labels": 3},
         {"neuron": 0.5}, "AutoModelForSequenceClassification",
     ),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", DECODER, {"gated": 0.5}, "AutoModelForCausalLM"),
     "vit": (
         "ViTForImageClassification", "ViTConfig", {**ENCODER, "image_size": 32, "patch_size": 8},
         {"neuron": 0.5, "head": 0.5}, "AutoModelForImageClassification",

@@ -14,7 +14,7 @@ from cria_prune.plan.plan import Plan
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]]
 
 WIDTHS = ("n_inner", "intermediate_size")
-"""Feed-forward widths that a configuration may leave to a rule: for GPT-2, four times the hidden size."""
+"""Feed-forward widths; a configuration may leave its own to a rule: for GPT-2, four times the hidden size."""
 
 
 def check_sizes(model: nn.Module, plan: Plan, asked: str) -> None:
@@ -30,13 +30,15 @@ def check_sizes(model: nn.Module, plan: Plan, asked: str) -> None:
     for rule in (_head_size, _width):
         said = rule(model, apart) if apart else None
         if said:
-            before = vars(model.config).get(said[0])
+            before = dict(vars(model.config))
             setattr(model.config, *said)
             after = _apart(model, asked)
             if len(after) < len(apart):
                 apart = after
-            else:
-                setattr(model.config, said[0], before)
+            elif said[0] in before:
+                setattr(model.config, said[0], before[said[0]])
+            else:  # None would not be the same: Phi-3 computes a head size that is not there
+                delattr(model.config, said[0])
     if not apart:
         return
     kind, uneven = type(model.config).__name__, _uneven(plan, apart)
@@ -82,15 +84,28 @@ def _head_size(model: nn.Module, apart: Shapes) -> tuple[str, int] | None:
 
 
 def _width(model: nn.Module, apart: Shapes) -> tuple[str, int] | None:
-    """The one length in which all shapes differ, if the configuration leaves its feed-forward width open."""
+    """The feed-forward width that explains all lengths that differ, if the configuration has a field for it.
+
+    A field that says nothing takes the one length in which all shapes differ. A field that still says the
+    width of before (Phi-3, whose gate and up projections are one tensor) shrinks as these lengths did.
+    """
     lengths = {
-        size
+        (size, other)
         for found, held in apart.values()
         for size, other in zip(found, held or (), strict=False)
         if size != other
     }
-    names = [name for name in WIDTHS if vars(model.config).get(name, 0) is None]
-    return (names[0], lengths.pop()) if names and len(lengths) == 1 else None
+    for name in WIDTHS:
+        said = vars(model.config).get(name, 0)
+        if said is None:
+            wanted = {float(size) for size, _ in lengths}
+        elif isinstance(said, int) and said and not any(other % said for _, other in lengths):
+            wanted = {size * said / other for size, other in lengths}
+        else:
+            continue
+        if len(wanted) == 1 and (width := wanted.pop()) == int(width):
+            return name, int(width)
+    return None
 
 
 def _uneven(plan: Plan, apart: Shapes) -> list[str]:
