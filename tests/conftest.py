@@ -1,5 +1,29 @@
 """One thread per test process: the tensors are small, and waiting threads cost more than they help."""
 
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
 
+from cria_prune.artifact import certificate, reload
+from cria_prune.artifact.checkpoint import load
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The certificate without its fresh process, where that is not what is tested."""
+
+    def loaded(_scratch: Path, job: dict[str, Any], inputs: dict[str, torch.Tensor]) -> Any:
+        folder = Path(job["folder"])
+        loader = getattr(pytest.importorskip("transformers"), job["loader"], None)
+        model = load(folder).model if loader is None else loader.from_pretrained(folder).eval()
+        found = reload.outputs(model, inputs)
+        if job["tokens"]:
+            found["generated"] = reload.generated(model, inputs, job["prompt"], job["tokens"])
+        versions = dict.fromkeys(("python", "torch", "transformers", "safetensors"), "0")
+        return {"class": type(model).__name__, "wrong": {}, "seconds": 0.0, "versions": versions}, found
+
+    monkeypatch.setattr(certificate, "_there", loaded)

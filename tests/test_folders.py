@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from typer.testing import CliRunner, Result
 
-from cria_prune.artifact import certificate
 from cria_prune.artifact.checkpoint import load
 from cria_prune.cli.main import app
 from cria_prune.errors import ArtifactError, DataError
@@ -75,25 +74,6 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         (tmp_path / name).symlink_to(made / name)
     monkeypatch.chdir(tmp_path)
     yield tmp_path
-
-
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The certificate without its fresh process, where that is not what is tested."""
-
-    def loaded(_scratch: Path, job: dict[str, Any], inputs: dict[str, torch.Tensor]) -> Any:
-        from cria_prune.artifact import reload
-
-        folder = Path(job["folder"])
-        loader = getattr(transformers, job["loader"], None)
-        model = load(folder).model if loader is None else loader.from_pretrained(folder).eval()
-        found = reload.outputs(model, inputs)
-        if job["tokens"]:
-            found["generated"] = reload.generated(model, inputs, job["prompt"], job["tokens"])
-        versions = dict.fromkeys(("python", "torch", "transformers", "safetensors"), "0")
-        return {"class": type(model).__name__, "wrong": {}, "seconds": 0.0, "versions": versions}, found
-
-    monkeypatch.setattr(certificate, "_there", loaded)
 
 
 def invoke(*words: str) -> Result:

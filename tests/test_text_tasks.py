@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from cria_prune import discover, record, score
 from cria_prune.artifact.checkpoint import load
+from cria_prune.cli import flow
 from cria_prune.cli.main import app
 from cria_prune.config import ScoreConfig
 from cria_prune.errors import ArtifactError, ConfigError, DataError
@@ -226,6 +227,50 @@ def test_run_and_eval_llama(here: Path) -> None:
     found = cria("eval", "out")
     assert found["perplexity-128"] == said["recovered"]
     assert found["perplexity-256"] == said["further"]["recovered"]["perplexity-256"]
+
+
+FAMILY = ["run", "llama-shakespeare", "--quick", "--reduction", "0.2", "--reduce", "0.4", "--epochs", "2"]
+FAMILY += ["--examples", "16", "--rounds", "1", "--device", "cpu"]
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_family_is_made_and_resumed_bit_for_bit(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = cria(*FAMILY, "--output", "whole")
+    assert [item["output"] for item in said["family"]] == ["whole/reduced-20", "whole/reduced-40"]
+    assert [item["asked"] for item in said["family"]] == [0.2, 0.4] and said["dense"] > 1
+    for item in said["family"]:
+        assert transformers.AutoModelForCausalLM.from_pretrained(item["output"]) is not None
+        assert "perplexity-256" in Path(item["output"], "README.md").read_text()
+    real, seen = flow.recover, []
+
+    def interrupted(model: nn.Module, *given: object, **options: object) -> object:
+        evaluate = options["evaluate"]
+
+        def measure(network: nn.Module) -> float:
+            seen.append(network)
+            if len(seen) == 5:  # in the second member, after its first epoch
+                raise KeyboardInterrupt
+            return evaluate(network)  # type: ignore[operator, no-any-return]
+
+        return real(model, *given, **{**options, "evaluate": measure})  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flow, "recover", interrupted)
+        result = CliRunner().invoke(app, [*FAMILY, "--output", "cut"])
+        assert result.exit_code == 130 and "the best epoch so far" in result.stderr, result.output
+    assert sorted(path.name for path in Path("cut").iterdir()) == [
+        ".reduced-40.recovery", "reduced-20", "reduced-40",
+    ]  # fmt: skip
+    before = Path("cut/reduced-20/cria.json").stat().st_mtime_ns
+    again = cria(*FAMILY, "--output", "cut", "--resume")
+    assert Path("cut/reduced-20/cria.json").stat().st_mtime_ns == before
+    assert [item["recovered"] for item in again["family"]] == [item["recovered"] for item in said["family"]]
+    for name in ("reduced-20", "reduced-40"):
+        one, two = (Path(folder, name, "model.safetensors").read_bytes() for folder in ("whole", "cut"))
+        assert one == two
+    assert sorted(path.name for path in Path("cut").iterdir()) == ["reduced-20", "reduced-40"]
+    result = CliRunner().invoke(app, [*FAMILY, "--resume"])
+    assert result.exit_code == 2 and "no --output was given" in result.stderr
 
 
 def test_a_language_model_keeps_its_best_epoch(here: Path) -> None:
