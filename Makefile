@@ -14,7 +14,7 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 # torch first: the pin takes a CPU build where an index offers one. The libraries of the benchmarks' networks
 # and the peer last and alone: what they require would bring a second torch, built for CUDA. torchvision and

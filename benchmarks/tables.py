@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MARKS = ("<!-- {}: written by benchmarks/tables.py -->", "<!-- end of {} -->")
 DEMO = RESULTS / "digits" / "demo.txt"
-NETWORKS = ("digits", "cifar10-resnet20", "cifar10-resnet56")
+NETWORKS = ("digits", "cifar10-resnet20", "cifar10-resnet56", "sst2-minilm", "llama-shakespeare")
+SHARE_OF = {"sst2-minilm": "encoder parameters", "llama-shakespeare": "parameters without embeddings"}
 ORDER = (
     *("random", "l1", "l2", "activation-norm", "wanda-sp", "fluctuation", "taylor"),
     *("distortion", "distortion-weighted", "grounded-distortion", "innovation"),
@@ -48,10 +49,32 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
-def dense_line(network: str) -> str:
+def dense_of(network: str) -> dict[int, dict[str, Any]]:
+    """Seed -> the file of the dense model."""
     files = sorted((RESULTS / network).glob("dense-seed*.json"))
-    values = sorted({round(json.loads(path.read_text())["dense"], 6) for path in files})
-    return f"Dense: {percent(values)} %."
+    found = [json.loads(path.read_text()) for path in files]
+    return {item["provenance"]["seed"]: item for item in found}
+
+
+def metric_of(network: str) -> str:
+    return next((item.get("metric", "accuracy") for item in dense_of(network).values()), "accuracy")
+
+
+def figures(network: str, cells: Cells, key: str) -> str:
+    """An accuracy in percent, or a perplexity with its ratio to that of the dense model of its seed."""
+    values = [item[key] for item in cells]
+    if metric_of(network) == "accuracy":
+        return percent(values)
+    dense = dense_of(network)
+    ratios = [item[key] / dense[item["cell"]["seed"]]["dense"] for item in cells]
+    return f"{statistics.mean(values):.1f} ({statistics.mean(ratios):.2f} ×)"
+
+
+def dense_line(network: str) -> str:
+    values = sorted({round(item["dense"], 6) for item in dense_of(network).values()})
+    if metric_of(network) == "accuracy":
+        return f"Dense: {percent(values)} %."
+    return f"Dense: {', '.join(f'{value:.2f}' for value in values)}."
 
 
 def seeds_line(cells: Cells) -> str:
@@ -84,19 +107,34 @@ def pruned_table(network: str, scope: str) -> list[str]:
 def recovered_table(network: str) -> list[str]:
     cells = [item for item in read(network) if item["cell"]["epochs"]]
     lines: list[str] = []
-    settings = sorted({(item["cell"]["epochs"], item["cell"]["rounds"]) for item in cells})
-    for epochs, rounds in settings:
-        chosen = pick(cells, epochs=epochs, rounds=rounds)
-        how = f"{plural(rounds, 'round')}, {plural(epochs, 'epoch')}"
-        title = f"### {network}: recovered, {how}, accuracy of the last epoch in %"
+    said = metric_of(network)
+    unit = (
+        "accuracy of the last epoch in %"
+        if said == "accuracy"
+        else f"{said} of the last epoch (ratio to dense)"
+    )
+    settings = sorted({(c["epochs"], c["rounds"], c.get("quick", False)) for c in (i["cell"] for i in cells)})
+    for epochs, rounds, quick in settings:
+        chosen = [
+            item
+            for item in pick(cells, epochs=epochs, rounds=rounds)
+            if item["cell"].get("quick", False) == quick
+        ]
+        how = f"{plural(rounds, 'round')}, {plural(epochs, 'epoch')}" + (
+            " of 8,000 sentences" if quick else ""
+        )
+        title = f"### {network}: recovered, {how}, {unit}"
         rows = [
-            [name, f"{share:.0%}", percent([item["pruned"] for item in found]),
-             percent([item["recovered"] for item in found]), f"{found[0]['report']['parameters']:,}"]
+            [name + (" (neurons alone)" if scope == "neurons" else ""), f"{share:.0%}",
+             figures(network, found, "pruned"), figures(network, found, "recovered"),
+             f"{found[0]['report']['reached']:.1%}", f"{found[0]['report']['parameters']:,}"]
             for share in sorted({item["cell"]["reduction"] for item in chosen})
+            for scope in ("inner", "all", "neurons")
             for name in ORDER
-            if (found := pick(chosen, criterion=name, reduction=share))
+            if (found := pick(chosen, criterion=name, reduction=share, scope=scope))
         ]  # fmt: skip
-        head = ["criterion", "fewer parameters", "pruned", "recovered", "parameters left"]
+        fewer = f"fewer {SHARE_OF.get(network, 'parameters')}"
+        head = ["criterion", fewer, "pruned", "recovered", "reached", "parameters left"]
         lines += [title, "", dense_line(network) + " " + seeds_line(chosen), "", *table(head, rows), ""]
     return lines
 
@@ -140,7 +178,8 @@ def demo() -> list[str]:
 
 def readme(text: str) -> str:
     """Return the README with its blocks written again from the result files."""
-    results = [*recovered_table("cifar10-resnet20"), *recovered_table("digits")]
+    shown = ("cifar10-resnet20", "digits", "sst2-minilm", "llama-shakespeare")
+    results = [line for network in shown for line in recovered_table(network)]
     for name, lines in (("demo", demo()), ("results", results)):
         start, end = (mark.format(name) for mark in MARKS)
         before, rest = text.split(start)
