@@ -12,6 +12,12 @@ from cria_prune.artifact.checkpoint import load
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def as_wide_as_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables are as wide as without a terminal, whatever a runner of tests says of its own."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The certificate without its fresh process, where that is not what is tested."""

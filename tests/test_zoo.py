@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,14 @@ NETWORKS = [
     *["timm/mobilevit_xxs", "transformers/bert", "transformers/vit", "transformers/gpt2"],
     *["transformers/llama", "transformers/phi3", "transformers/t5", "transformers/whisper"],
 ]
+
+
+@pytest.fixture(autouse=True)
+def no_vision_on_the_path() -> Iterator[None]:
+    """What the zoo puts on the path is found by no other test of this process, nor by one that it starts."""
+    before = list(sys.path)
+    yield
+    sys.path[:] = before
 
 
 def uneven(groups: UnitGroups) -> dict[str, np.ndarray]:
