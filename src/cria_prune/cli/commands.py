@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from cria_prune import pipeline
 from cria_prune.artifact.folders import check_free
 from cria_prune.artifact.report import write_report
+from cria_prune.batches import model_inputs, move
 from cria_prune.cli import show, target
 from cria_prune.cli.flow import prune_stage, recover_stage
 from cria_prune.cli.folder import REPORT, claimed
@@ -22,7 +24,10 @@ from cria_prune.cli.talk import Kept, Talk
 from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig, RecoverConfig
 from cria_prune.errors import ConfigError
+from cria_prune.loss import logits_of
 from cria_prune.pipeline import PruneResult, clock
+
+HALVES = (torch.float16, torch.bfloat16)
 
 
 def run(params: Params, command: list[str], kept: Kept) -> None:
@@ -37,6 +42,9 @@ def run(params: Params, command: list[str], kept: Kept) -> None:
         check_target(found, config)
     found.policy = saved_as(configs[0])
     several = len(configs) > 1
+    names = [member_name(config) for config in configs]
+    if len(set(names)) < len(names):
+        raise ConfigError("A family of reductions", f"found {', '.join(names)}", "Give each share once")
     with job_of(found, "", params, command, kept, several) as job:
         dense = dense_model(job)
         if not several:
@@ -52,14 +60,21 @@ def member(
     job: Job, dense: nn.Module, config: PruneConfig, tuning: RecoverConfig, watch: bool
 ) -> Mapping[str, Any]:
     """Return the results of one size of a family; one that is there already is not made again."""
-    share = f"{100 * config.plan.reduction:g}"
-    part = job.part(f"reduced-{share}")
+    part = job.part(member_name(config))
     done = part.finished(described_by(config, tuning)) if job.resume else None
-    job.talk.heading(f"{share} % fewer" + (f": already in {part.output}" if done else ""))
+    share = f"{100 * config.plan.reduction:g} % fewer"
+    job.talk.heading(share + (f": already in {part.output}" if done else ""))
     if done is not None:
         return done
+    if job.target.pretrained:
+        check_free(part.output, part.may_replace())
     whole_recipe(part, dense, config, tuning, watch)
     return part.results
+
+
+def member_name(config: PruneConfig) -> str:
+    """Return the folder's name of one size of a family."""
+    return f"reduced-{100 * config.plan.reduction:g}"
 
 
 def described_by(config: PruneConfig, tuning: RecoverConfig) -> dict[str, Any]:
@@ -96,7 +111,14 @@ def prune(params: Params, command: list[str], kept: Kept) -> None:
         raise ConfigError(
             f"A padded twin of {params['target']}", "it is no model of transformers", "Leave out --export"
         )
+    found.check_changeable()
     config = prune_config(params, found.prune_defaults())
+    if padded and config.plan.residual:
+        raise ConfigError(
+            "A padded twin of a model with less residual width",
+            "zeros under a norm would change what it computes",
+            "Leave out --export, or --residual",
+        )
     check_target(found, config)
     found.policy = saved_as(config)
     with job_of(found, "-pruned", params, command, kept) as job:
@@ -121,18 +143,29 @@ def recover(params: Params, command: list[str], kept: Kept) -> None:
             "Cria has not pruned it",
             "Give a folder that cria prune made",
         )
+    found.check_changeable()
     tuning = recover_config(params, found.task.recover_defaults)
-    inherited = ("dense", "parameters_dense", "parameters", "macs_dense", "macs", "reduction", "asked", "of",
-                 "criterion", "scoring_over_forward", "milliseconds_before", "milliseconds")  # fmt: skip
+    if params["teacher"] is not None and not tuning.distill:
+        raise ConfigError("A teacher", "nothing is distilled from it", "Give its weight with --distill")
+    if not found.task.measured:
+        raise ConfigError(
+            f"Recovering {params['checkpoint']}",
+            "the texts have no labels",
+            "Give --dataset with a column label",
+        )
+    inherited = ("parameters_dense", "parameters", "macs_dense", "macs", "reduction", "asked", "of",
+                 "criterion", "scoring_over_forward")  # fmt: skip
     with job_of(found, "-recovered", params, command, kept) as job:
         job.results |= {name: found.results[name] for name in inherited if name in found.results}
+        job.inherit_dense()
         counts = ("parameters_dense", "parameters", "macs_dense", "macs")
         job.results |= {name: found.plan.report[name] for name in counts if name in found.plan.report}
         model = found.model(job.device, job.seed, job.talk.progress)
-        teacher = teacher_of(params, job) if tuning.distill else None
+        teacher = teacher_of(params, job, model) if tuning.distill else None
         job.measure(model, "pruned")
         described = {"recover": tuning.model_dump(mode="json")}
-        recovered = recover_stage(job, model, found.plan, tuning, teacher, described)
+        with in_float32(model):
+            recovered = recover_stage(job, model, found.plan, tuning, teacher, described)
         job.results["best_epoch"] = recovered.best_epoch
         job.talk.say(str(recovered))
         job.measure(recovered.model, "recovered")
@@ -142,14 +175,39 @@ def recover(params: Params, command: list[str], kept: Kept) -> None:
         job.talk.answer(job.results)
 
 
-def teacher_of(params: Params, job: Job) -> nn.Module:
-    """Return the dense model for distillation: the one that was named, or the recipe's."""
-    from cria_prune.tasks import with_weights
-    from cria_prune.tasks.hub import find_folder
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Hold parameters of half types in float32 meanwhile: small steps would be rounded away in them."""
+    halves = [(item, item.dtype) for item in model.parameters() if item.dtype in HALVES]
+    for item, _ in halves:
+        item.data = item.data.float()
+    try:
+        yield
+    finally:
+        for item, dtype in halves:
+            item.data = item.data.to(dtype)
 
+
+def teacher_of(params: Params, job: Job, model: nn.Module) -> nn.Module:
+    """Return the dense model for distillation: the one that was named, or the recipe's.
+
+    Raises:
+        ConfigError: its logits are not those of the model, in number.
+    """
+    progress = job.talk.progress
     if params["teacher"] is None:
-        return job.target.teacher(job.device, job.talk.progress)
-    return with_weights(find_folder(params["teacher"])).to(job.device)
+        return job.target.teacher(job.device, progress)
+    teacher = target.find(params["teacher"]).model(job.device, job.seed, progress).eval()
+    args, kwargs = model_inputs(move(job.target.task.example, job.device))
+    with torch.no_grad():
+        shapes = [tuple(logits_of(network(*args, **kwargs)).shape) for network in (teacher, model.eval())]
+    if shapes[0] != shapes[1]:
+        raise ConfigError(
+            f"{params['teacher']} as a teacher",
+            f"its logits are {shapes[0]}, those of the model {shapes[1]}",
+            "Give the dense model that was pruned",
+        )
+    return teacher
 
 
 def saved_as(config: PruneConfig) -> target.Policy:
@@ -163,17 +221,20 @@ def job_of(
 ) -> Iterator[Job]:
     """Claim the output folder, for `several` results a folder of folders, and begin a job; see `claimed`."""
     device = pick_device(params["device"])
-    resume = bool(params.get("resume"))
-    overwrite = params["overwrite"] or resume
-    if resume and params["output"] is None:
+    resume, output = bool(params.get("resume")), params["output"]
+    if resume and output is None:
         raise ConfigError("Resuming", "no --output was given", "Name the folder of the interrupted run")
-    with claimed(params["output"], found.task.name + suffix, overwrite) as folder:
-        seed = params["seed"] or 0
-        padded = params.get("export") is not None
+    padded = params.get("export") is not None
+    job = Job(
+        found, output or Path(), device, params["seed"] or 0, Talk(params["quiet"]), kept, command, padded,
+        resume, params["overwrite"],
+    )  # fmt: skip
+    left = resume and (several or job.recovery.exists() or job.unfinished())
+    with claimed(output, found.task.name + suffix, params["overwrite"] or left) as folder:
+        job.output = folder
         if found.pretrained and not several:  # known before the long work
             for path in (folder, *([padded_folder(folder)] if padded else [])):
-                check_free(path, overwrite)
-        job = Job(found, folder, device, seed, Talk(params["quiet"]), kept, command, padded, resume)
+                check_free(path, job.may_replace())
         job.begin()
         yield job
 
@@ -188,8 +249,7 @@ def dense_model(job: Job) -> nn.Module:
         job.measure(model, "dense")
     else:
         job.measure(model, "before")
-        if "dense" in job.target.results:
-            job.results["dense"] = job.target.results["dense"]
+        job.inherit_dense()
     return model
 
 

@@ -116,7 +116,11 @@ def recover_stage(
                 device=job.device,
                 progress=job.talk.progress,
                 state=job.recovery,
+                data=job.origin["data"],
             )
+    except Exception:
+        shutil.rmtree(job.recovery, ignore_errors=True)
+        raise
     except KeyboardInterrupt:
         with interrupts_wait():
             job.save(model, plan, described, "the best epoch so far of the interrupted recovery")

@@ -126,15 +126,25 @@ def _first_free(name: str) -> Path:
 
 
 def _asked_for(folder: Path, overwrite: bool) -> Path:
+    from cria_prune.artifact.checkpoint import MANIFEST, WEIGHTS
     from cria_prune.artifact.files import new_folder
+    from cria_prune.artifact.folders import MANIFEST as PRETRAINED
 
+    asked = f"Writing to the folder {folder}"
+    if folder.resolve() == Path.cwd():
+        raise ArtifactError(asked, "it is the current folder", "Name a folder below it, or beside it")
+    ours = any((folder / name).exists() for name in (MANIFEST, PRETRAINED))
+    if overwrite and (folder / WEIGHTS).exists() and not ours:
+        raise ArtifactError(
+            asked, f"its {WEIGHTS} was not written by Cria", "Choose another folder, or remove it yourself"
+        )
     if folder.is_dir() and not overwrite:
         with suppress(OSError):  # new_folder says why
             found = sorted(entry.name for entry in folder.iterdir())
             if found:
                 names = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
                 raise ArtifactError(
-                    f"Writing to the folder {folder}",
+                    asked,
                     f"it is not empty ({names})",
                     "Choose another folder, or pass --overwrite",
                 )

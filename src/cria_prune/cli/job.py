@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -43,6 +43,7 @@ class Job:
         command: the command line, for the provenance.
         padded: also write the padded twin of a Hugging Face model.
         resume: go on with the fine-tune that was interrupted.
+        overwrite: replace what Cria wrote to the output folder.
         seconds: stage -> wall time.
         results: the JSON object so far.
         origin: provenance.
@@ -57,6 +58,7 @@ class Job:
     command: list[str]
     padded: bool = False
     resume: bool = False
+    overwrite: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
@@ -71,6 +73,14 @@ class Job:
             self.results["options"] = dict(self.target.task.options)
         if self.target.checkpoint is not None:
             self.results["checkpoint"] = str(self.target.checkpoint)
+        if self.target.task.measured:
+            self.results["test_data"] = self.target.task.fingerprint("test")
+
+    def inherit_dense(self) -> None:
+        """Note the checkpoint's figure of the dense model, if it was measured on the same test split."""
+        before = self.target.results
+        if "dense" in before and before.get("test_data") == self.results.get("test_data"):
+            self.results["dense"] = before["dense"]
 
     def part(self, name: str) -> Job:
         """Return a job for one size of a family: the same until now, its results in a folder below."""
@@ -79,6 +89,10 @@ class Job:
             output.mkdir(exist_ok=True)
         return replace(self, output=output, seconds=dict(self.seconds), results=dict(self.results))
 
+    def may_replace(self) -> bool:
+        """Say whether the output folder may be overwritten: asked for, or left by an interrupted run."""
+        return self.overwrite or (self.resume and self.recovery.exists())
+
     def finished(self, described: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the results of a recipe that lie in the output folder, if it was configured like this."""
         try:
@@ -86,8 +100,19 @@ class Job:
         except ArtifactError:
             return None
         results = manifest.get("results")
-        whole = isinstance(results, dict) and results.get("stage") == RECOVERED
-        return results if whole and manifest.get("config") == described else None
+        if not isinstance(results, dict) or results.get("stage") != RECOVERED:
+            return None
+        same = all(results.get(key) == self.results.get(key) for key in ("recipe", "options", "seed"))
+        data = (manifest.get("provenance") or {}).get("data") == self.origin["data"]
+        return results if same and data and manifest.get("config") == described else None
+
+    def unfinished(self) -> bool:
+        """Say whether the output folder holds a checkpoint that an interrupted run of a recipe left."""
+        try:
+            manifest = load(self.output).manifest
+        except ArtifactError:
+            return False
+        return not self.target.pretrained and (manifest.get("results") or {}).get("stage") != RECOVERED
 
     @property
     def recovery(self) -> Path:
@@ -168,9 +193,12 @@ class Job:
         with TemporaryDirectory(prefix="cria-") as scratch:
             common: dict[str, Any] = {
                 "source": self.target.task.pretrained_source(Path(scratch)), "config": config,
-                "provenance": self.origin, "results": self._said(stage), "card": card, "overwrite": True,
+                "provenance": self.origin, "results": self._said(stage), "card": card,
+                "overwrite": self.may_replace(),
             }  # fmt: skip
-            policy = self.target.policy
+            policy: Literal["vanilla", "per-layer"] = (
+                "per-layer" if self.target.policy == "per-layer" else "vanilla"
+            )
             certificate = save_pretrained(self.output, model, plan, policy=policy, **common)
             self._kept(stage)
             self.talk.say(f"folder {self.output}: {certificate}")

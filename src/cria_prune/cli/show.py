@@ -75,7 +75,8 @@ def measured(results: Mapping[str, Any], metric: Metric) -> list[dict[str, Any]]
         row: dict[str, Any] = {"model": name, metric.name: metric.text(results[name])}
         row |= {key: value for key, value in further.items() if isinstance(value, float)}
         row |= {"parameters": int(results[f"parameters{now}"]), "MACs": int(results[f"macs{now}"])}
-        if f"milliseconds{before}" in results:
+        again = name == "dense" and "checkpoint" in results  # then what was timed before is no dense model
+        if f"milliseconds{before}" in results and not again:
             row["ms per example (this machine)"] = float(f"{results[f'milliseconds{before}']:.3g}")
         rows.append(row)
     columns = dict.fromkeys(key for row in rows for key in row)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cria_prune.progress import Progress
     from cria_prune.tasks import Task, Texts
 
-Policy = Literal["vanilla", "per-layer"]
+Policy = Literal["vanilla", "per-layer", "padded"]
 
 
 @dataclass
@@ -77,6 +77,15 @@ class Target:
         if self.checkpoint is not None and self.policy == "per-layer":
             values["plan"] = {**values.get("plan", {}), "vanilla": False, "uniform": False}
         return values
+
+    def check_changeable(self) -> None:
+        """Raise a ConfigError for a padded twin: its zeros belong to no plan."""
+        if self.policy == "padded":
+            raise ConfigError(
+                f"Changing the model in {self.checkpoint}",
+                "it is the twin that is padded with zeros",
+                "Give the folder that was saved beside it, without -padded",
+            )
 
     def named(self) -> dict[str, Any]:
         """Return the entries of a JSON answer that say what the target is."""
@@ -168,10 +177,10 @@ def _pretrained(folder: Path, name: str, texts: Texts | None) -> Target:
     loaded = load(folder)
     results = _mapping(loaded.manifest.get("results"))
     known = results.get("recipe")
-    own = known in TASKS and not texts
+    own = isinstance(known, str) and known in TASKS and not texts
     options = _mapping(results.get("options"))
     made = task(str(known), **options) if own else folder_task(folder, texts, loaded.model)
-    policy: Policy = "per-layer" if loaded.manifest.get("policy") == "per-layer" else "vanilla"
+    policy: Policy = loaded.manifest["policy"]
     return Target(
         made, folder, loaded.model, loaded.plan, results, known if own else None, known if own else base,
         pretrained=True, policy=policy,

@@ -34,6 +34,7 @@ def recover(
     progress: Progress | None = None,
     state: str | Path | None = None,
     save_every: float = 300.0,
+    data: str | None = None,
 ) -> RecoverResult:
     """Fine-tune `model` in place and leave it at its best epoch.
 
@@ -67,6 +68,7 @@ def recover(
         progress: where to show loss, metric and time left; silent if None.
         state: a folder for the state, of this fine-tune alone; the caller removes it. Once the fine-tune is
             finished, the same call returns the same result and trains nothing.
+        data: fingerprint of the training data: a state of other data is refused.
         save_every: seconds between two states within an epoch; one is kept after each epoch, too.
 
     Raises:
@@ -87,6 +89,7 @@ def recover(
             "config": config.model_dump(mode="json"),
             "device": place.type,
             "metric": None if evaluate is None else direction,
+            "data": data,
         }
         keeper = Keeper(state, identity(model, dense, **said), save_every)
     with ExitStack() as stack:

@@ -12,7 +12,13 @@ from cria_prune.errors import DataError
 
 TEXTS = ("sentence", "text", "content", "document", "review")
 LABELS = ("label", "labels")
+PAIRED = (
+    *("question", "question1", "question2", "premise", "hypothesis"),
+    *("sentence1", "sentence2", "text1", "text2"),
+)
 LABEL_UNKNOWN = -1
+SPLITS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation"}
+SPLITS |= {"dev": "validation", "test": "test"}
 LOCAL = "Give a text file with --calibration, or a parquet file or a folder of them with --dataset"
 
 
@@ -53,9 +59,10 @@ def read_text(path: Path) -> str:
 def read_dataset(name: str) -> dict[str, Corpus]:
     """Return split -> texts of a parquet file, of a folder of them, or of a data set of the hub.
 
-    Of a folder, and of the hub, the part of a file's name before the first `-` or `.` is its split; a single
-    file is the split "train". The text is the column `sentence`, `text`, ... or the only one that holds
-    strings, the labels are in `label` or `labels`. A split whose labels are all -1 (hidden) has none.
+    In a folder a file's name up to the first `-`, `_` or `.` says its split (train, validation or dev, test);
+    files without such a name, and a single file, are "train". The text is the column `sentence`, `text`, ...
+    or the only one that holds strings, the labels are in `label` or `labels`; rows without a text or label
+    are left out. A split whose labels are all -1 (hidden) has none.
 
     Args:
         name: a path, or `organisation/dataset` or `organisation/dataset:configuration` on the hub.
@@ -76,7 +83,7 @@ def read_dataset(name: str) -> dict[str, Corpus]:
 def _from_folder(folder: Path) -> dict[str, Corpus]:
     files: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*.parquet")):
-        files.setdefault(re.split(r"[-.]", path.name)[0], []).append(path)
+        files.setdefault(SPLITS.get(re.split(r"[-_.]", path.name)[0], "train"), []).append(path)
     if not files:
         raise DataError(f"The data set {folder}", "the folder holds no parquet files", LOCAL)
     return {split: _columns(_table(paths), f"{folder}, {split}") for split, paths in files.items()}
@@ -92,7 +99,7 @@ def _table(paths: Sequence[Path]) -> Mapping[str, Any]:
         text = str(error).splitlines()[0]
         raise DataError(f"The data set {paths[0]}", f"it is no parquet file, {text}", LOCAL) from error
     kept = (*TEXTS, *LABELS)
-    strings = [field.name for field in found.schema if pa.types.is_string(field.type)]
+    strings = [f.name for f in found.schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
     return {name: found[name].to_pylist() for name in found.column_names if name in kept or name in strings}
 
 
@@ -112,14 +119,33 @@ def _from_hub(name: str) -> dict[str, Corpus]:
 
 
 def _columns(table: Mapping[str, Any], name: str) -> Corpus:
-    """Pick the column of text and that of labels."""
-    strings = [key for key, values in table.items() if values and isinstance(values[0], str)]
+    """Pick the column of text and that of labels.
+
+    Raises:
+        DataError: there is none, or it is not clear which: a pair of sentences is not one text.
+    """
+    strings = [
+        key
+        for key, values in table.items()
+        if key not in LABELS and any(isinstance(value, str) for value in values)
+    ]
     known = [key for key in TEXTS if key in strings]
-    if not known and len(strings) != 1:
-        found = f"its columns of strings are {', '.join(strings) or 'none'}"
-        raise DataError(f"The texts of {name}", found, f"Call the column one of {', '.join(TEXTS)}")
-    texts = [str(text) for text in table[(known or strings)[0]]]
+    others = [key for key in strings if key in PAIRED]
+    if others or (not known and len(strings) != 1):
+        raise DataError(
+            f"The texts of {name}",
+            f"its columns of strings are {', '.join(strings) or 'none'}",
+            f"One column of text is read: call it one of {', '.join(TEXTS)}; pairs of texts are not",
+        )
+    column = (known or strings)[0]
     labels = next((table[key] for key in LABELS if key in table), None)
     if labels is not None and all(label in (None, LABEL_UNKNOWN) for label in labels):
         labels = None
-    return Corpus(texts, labels)
+    rows = [
+        row
+        for row, text in enumerate(table[column])
+        if isinstance(text, str) and (labels is None or labels[row] is not None)
+    ]
+    return Corpus(
+        [table[column][row] for row in rows], None if labels is None else [labels[row] for row in rows]
+    )

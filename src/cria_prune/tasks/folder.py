@@ -77,6 +77,7 @@ class FolderTask(Task):
     texts: Texts
     model: nn.Module = field(repr=False)
     architecture: str = ""
+    held_splits: tuple[str, ...] = ("validation", "test")
     prune_defaults: Mapping[str, Mapping[str, Any]] = field(
         default_factory=lambda: {
             "plan": {"vanilla": True, "uniform": True, "multiple": 8},
@@ -136,3 +137,23 @@ class FolderTask(Task):
                 "Give a text file with --calibration, or a parquet file, folder or hub name with --dataset",
             )
         return {"train": Corpus(read_text(self.texts.calibration).splitlines(keepends=True))}
+
+    def parts(self) -> tuple[Corpus, Corpus | None]:
+        """Return the texts to calibrate and train on, and other ones to measure on if there are any.
+
+        The second are the first of `held_splits` that is not the first one itself.
+        """
+        found = self.corpora()
+        source = "train" if "train" in found else next(iter(found))
+        held = next((name for name in self.held_splits if name in found and name != source), None)
+        return found[source], None if held is None else found[held]
+
+    def check_vocabulary(self, largest: int) -> None:
+        """Raise an ArtifactError if the tokenizer writes tokens that the model does not know."""
+        config: Any = self.model.config
+        if largest >= int(config.vocab_size):
+            raise ArtifactError(
+                f"The tokenizer in {self.folder}",
+                f"it writes token {largest}, and the model knows {config.vocab_size} tokens",
+                "Copy the tokenizer of this very model into the folder",
+            )

@@ -10,10 +10,11 @@ import torch
 
 from cria_prune.batches import Batch
 from cria_prune.config import RecoverConfig
-from cria_prune.errors import DataError
+from cria_prune.errors import ConfigError, DataError
 from cria_prune.tasks.corpus import Corpus
 from cria_prune.tasks.folder import HELD, TUNING, FolderTask
-from cria_prune.tasks.sentence_task import SentenceTask
+from cria_prune.tasks.language import places
+from cria_prune.tasks.sentence_task import LONGEST, SentenceTask
 from cria_prune.tasks.text import Sentences
 
 SPLIT_SEED, HELD_ROWS = 0, 1000
@@ -30,20 +31,25 @@ class SentenceFolder(FolderTask, SentenceTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.texts.text is not None:
+            raise ConfigError(
+                f"A text to measure {self.name} on",
+                "it classifies sentences",
+                "Give labelled rows with --dataset in place of --text",
+            )
         self.recover_defaults = RecoverConfig(epochs=1, lr=5e-5, **TUNING)
 
     @cached_property
     def _splits(self) -> dict[str, Sentences]:
-        parts = self.corpora()
-        rows = self._sentences(parts.get("train", next(iter(parts.values()))))
-        names = [name for name in ("validation", "test") if name in parts and parts[name].labels is not None]
+        source, other = self.parts()
+        rows = self._sentences(source)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SPLIT_SEED))
         held = max(1, min(HELD_ROWS, round(HELD * len(rows))))
         if len(rows) < 4 * held:
             raise DataError(
                 f"Sentences for {self.name}", f"found {len(rows)}", "Give four at least, better hundreds"
             )
-        test = self._sentences(parts[names[0]]) if names and len(parts) > 1 else None
+        test = None if other is None or other.labels is None else self._sentences(other)
         first = 0 if test is not None else held
         return {
             "train": rows.rows(order[first + held :]),
@@ -58,19 +64,45 @@ class SentenceFolder(FolderTask, SentenceTask):
         )
         if labels is None:
             texts = [text for text in texts if text]
-        return self.tokenised(texts, labels)
+        found = self.tokenised(texts, labels)
+        self.check_vocabulary(max((max(tokens, default=0) for tokens in found.tokens), default=0))
+        return found
+
+    @property
+    def padding(self) -> int:
+        """The token that fills up a batch: the model's own, for it may look for the last other one.
+
+        Raises:
+            ConfigError: neither configuration nor tokenizer says one.
+        """
+        config: Any = self.model.config
+        said = getattr(config, "pad_token_id", None)
+        said = self.tokenizer.pad_token_id if said is None else said
+        if said is None:
+            raise ConfigError(
+                f"Batches of sentences for {self.name}",
+                "neither its configuration nor its tokenizer has a padding token",
+                "Set pad_token_id in config.json, to a token that the model was trained with",
+            )
+        config.pad_token_id = int(said)
+        return int(said)
+
+    @property
+    def longest_sentence(self) -> int:
+        """Tokens per sentence: 128, or what the model's positions allow."""
+        return min(LONGEST, places(self.model) or LONGEST)
 
     def _label(self, label: int | str | None) -> int:
         """Return a label's number by the model's configuration."""
         config: Any = self.model.config
-        number = config.label2id.get(label, -1) if isinstance(label, str) else label
-        if number is None or not 0 <= int(number) < config.num_labels:
+        number = config.label2id.get(label) if isinstance(label, str) else label
+        if not isinstance(number, int) or not 0 <= number < config.num_labels:
             raise DataError(
                 f"The labels for {self.name}",
                 f"found {label!r}, and the model knows {', '.join(map(repr, config.label2id))}",
                 f"Give numbers from 0 to {config.num_labels - 1}, or these names",
             )
-        return int(number)
+        return number
 
     @property
     def measured(self) -> bool:

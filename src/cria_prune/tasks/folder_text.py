@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from cria_prune.batches import Batch
 from cria_prune.config import RecoverConfig
-from cria_prune.errors import ArtifactError, DataError
+from cria_prune.errors import DataError
 from cria_prune.progress import Progress
 from cria_prune.tasks.corpus import Corpus, read_text
 from cria_prune.tasks.folder import HELD, TUNING, FolderTask
 from cria_prune.tasks.language import SHORT, conventions, encode, perplexities
-from cria_prune.tasks.language_task import LanguageTask
+from cria_prune.tasks.language_task import SPLITS, LanguageTask
 
 HELD_BLOCKS, TRAINED = 512, 512
 """Blocks that are held out at most; tokens per block of a fine-tune at most."""
@@ -40,12 +40,11 @@ class TextFolder(FolderTask, LanguageTask):
     def _tokens(self) -> dict[str, Tensor]:
         if self.texts.text is not None and self.texts.calibration is None and self.texts.dataset is None:
             return {"test": self._encoded(read_text(self.texts.text), 1)}
-        parts = self.corpora()
-        train = self._encoded(_joined(parts.get("train", next(iter(parts.values())))), 4)
-        held = next((parts[name] for name in ("test", "validation") if name in parts), None)
+        source, held = self.parts()
+        train = self._encoded(_joined(source), 4)
         if self.texts.text is not None:
             test = self._encoded(read_text(self.texts.text), 1)
-        elif held is not None and len(parts) > 1:
+        elif held is not None:
             test = self._encoded(_joined(held), 1)
         else:
             train, test = self._cut(train)
@@ -66,17 +65,17 @@ class TextFolder(FolderTask, LanguageTask):
                 f"it has {len(tokens)} tokens; {least} sequences of {self.short} are needed at least",
                 "Give a longer text",
             )
-        vocabulary = int(self.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-        if int(tokens.max()) >= vocabulary:
-            raise ArtifactError(
-                f"The tokenizer in {self.folder}",
-                f"it writes token {int(tokens.max())}, and the model knows {vocabulary} tokens",
-                "Copy the tokenizer of this very model into the folder",
-            )
+        self.check_vocabulary(int(tokens.max()))
         return tokens
 
     def tokens(self, split: str) -> Tensor:
         """Return the tokens of a split, (tokens,) int64; see the class for where they come from."""
+        if split not in self._tokens and split in SPLITS:
+            raise DataError(
+                f"A text to calibrate {self.name} on",
+                "only one to measure on was given",
+                "Give --calibration",
+            )
         if split not in self._tokens:
             raise DataError(
                 f"A split of {self.name}", f"found {split!r}", f"Known: {', '.join(self._tokens)}"
@@ -93,8 +92,12 @@ class TextFolder(FolderTask, LanguageTask):
         if most == self.short:
             return {}
         if len(tokens) < most:
-            return {f"perplexity-{most}": f"not measured: the text has {len(tokens)} tokens"}
+            return {"note": f"perplexity-{most} is not measured: the text has {len(tokens)} tokens"}
         return dict(perplexities(model, tokens, [most], progress))
+
+    def fingerprint(self, *splits: str) -> str:
+        """Return the SHA-256, in hex, of the splits' tokens (of all that there are if none is named)."""
+        return super().fingerprint(*(splits or self._tokens))
 
     @property
     def tested_on(self) -> str:

@@ -101,8 +101,16 @@ def perplexities(
 
 def conventions(model: nn.Module) -> tuple[int, ...]:
     """Return 128 and 2,048 tokens, each cut to the most that the model reads; one length if they agree."""
+    most = places(model)
+    return tuple(dict.fromkeys(min(length, most or length) for length in (SHORT, LONG)))
+
+
+def places(model: nn.Module) -> int | None:
+    """Return how many tokens a model reads at most, by its table of positions; None if nothing says it."""
     most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return tuple(dict.fromkeys(min(length, int(most or length)) for length in (SHORT, LONG)))
+    tables = (item for name, item in model.named_modules() if name.endswith("position_embeddings"))
+    padding = getattr(next(tables, None), "padding_idx", None)  # RoBERTa counts from its padding on
+    return None if not most else int(most) - (0 if padding is None else int(padding) + 1)
 
 
 def train_tokenizer(text: str, vocabulary: int) -> Any:

@@ -40,10 +40,19 @@ class SentenceTask(Task):
         """
 
     def tokenised(self, texts: list[str], labels: torch.Tensor | None) -> Sentences:
-        """Return texts as the model's tokenizer writes them, at most `LONGEST` tokens each."""
-        found = self.tokenizer(texts, truncation=True, max_length=LONGEST)["input_ids"]
-        padding = self.tokenizer.pad_token_id
-        return Sentences(found, labels, 0 if padding is None else int(padding))
+        """Return texts as the model's tokenizer writes them, at most `longest_sentence` tokens each."""
+        found = self.tokenizer(texts, truncation=True, max_length=self.longest_sentence)["input_ids"]
+        return Sentences(found, labels, self.padding)
+
+    @property
+    def longest_sentence(self) -> int:
+        """Tokens per sentence; the rest is cut."""
+        return LONGEST
+
+    @property
+    def padding(self) -> int:
+        """The token that fills up a batch."""
+        return int(self.tokenizer.pad_token_id)
 
     def pretrained_source(self, scratch: Path) -> Path | None:
         """Return `scratch` with the tokenizer's files."""
