@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from cria_prune.artifact.checkpoint import load
 from cria_prune.cli.main import app
-from cria_prune.errors import ArtifactError, DataError
+from cria_prune.errors import ArtifactError, ConfigError, DataError
 from cria_prune.tasks import Texts, folder_task, hub
 from cria_prune.tasks.corpus import read_dataset
 from cria_prune.tasks.language import train_tokenizer
@@ -296,3 +296,84 @@ def test_only_the_files_of_a_model_are_fetched(monkeypatch: pytest.MonkeyPatch, 
     assert hub.find_folder("some/model") == here / "llama"
     assert asked["name"] == "some/model"
     assert not any(pattern.endswith((".bin", ".py", ".pt", "*")) for pattern in asked["allow_patterns"])
+
+
+def rows_of(folder: str, **files: list[str | None]) -> str:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    Path(folder).mkdir()
+    for name, texts in files.items():
+        pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), f"{folder}/{name}.parquet")
+    return folder
+
+
+def test_what_is_measured_was_not_calibrated_on(here: Path) -> None:
+    data = rows_of("evalonly", test=lines(400, 6), validation=lines(400, 7))
+    task = folder_task(Path("llama"), Texts(dataset=data))
+    one = torch.cat([task.tokens("train"), task.tokens("validation")])  # type: ignore[attr-defined]
+    assert not torch.equal(one, task.tokens("test"))  # type: ignore[attr-defined]
+
+
+def test_shards_are_one_split_and_empty_rows_are_left_out(here: Path) -> None:
+    data = rows_of("shards", **{"0000": lines(30, 1), "0001": [None, *lines(29, 2)], "dev_0": lines(9, 3)})
+    assert {name: len(part) for name, part in read_dataset(data).items()} == {"train": 59, "validation": 9}
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"question": ["a"], "sentence": ["b"], "label": [0]}), "pairs.parquet")
+    with pytest.raises(DataError, match="pairs of texts are not"):
+        read_dataset("pairs.parquet")
+
+
+def test_a_classifier_pads_with_its_own_token(here: Path) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_labels=2, pad_token_id=5, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    transformers.LlamaForSequenceClassification(config).save_pretrained("pads")
+    shutil.copy("llama/tokenizer.json", "pads")
+    shutil.copy("llama/tokenizer_config.json", "pads")
+    task = folder_task(Path("pads"), Texts(dataset="rows"))
+    sentences = task.split("test").rows(torch.arange(20))  # type: ignore[attr-defined]
+    batch = sentences.batch()
+    batch.pop("labels")
+    with torch.no_grad():
+        together = task.model(**batch).logits
+        alone = [task.model(input_ids=torch.tensor([tokens])).logits[0] for tokens in sentences.tokens]
+    assert torch.allclose(together, torch.stack(alone), atol=1e-5)
+    task.model.config.pad_token_id = None
+    task.tokenizer.pad_token = None
+    with pytest.raises(ConfigError, match="Set pad_token_id"):
+        _ = task.padding  # type: ignore[attr-defined]
+
+
+def test_nothing_of_others_is_replaced(here: Path) -> None:
+    shutil.copytree(here / "llama", "mine")
+    for words in (["digits"], ["llama", "--calibration", "text.txt"]):
+        said = error("prune", *words, "--output", "mine", "--overwrite", "--reduce", "0.2", *SMALL)
+        assert "written by Cria" in said
+    assert "current folder" in error("prune", "digits", "--output", ".", *SMALL)
+    said = error("run", "digits", "--reduction", "0.3", "--reduction", "0.30000001", "--output", "twice")
+    assert "Give each share once" in said
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_half_types_are_tuned_in_float32_and_twins_are_left_alone(here: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained("llama").to(torch.bfloat16)
+    model.save_pretrained("half")
+    shutil.copy("llama/tokenizer.json", "half")
+    shutil.copy("llama/tokenizer_config.json", "half")
+    words = ["--calibration", "text.txt", "--export", "padded", "--reduce", "0.2", "--of", "non-embedding"]
+    cria("prune", "half", *words, "--output", "small", *SMALL)
+    cria("recover", "small", "--calibration", "text.txt", "--epochs", "1", "--output", "tuned")
+    one, two = (load_file(f"{name}/model.safetensors") for name in ("small", "tuned"))
+    assert all(value.dtype == torch.bfloat16 for value in two.values())
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert (one[name] != two[name]).float().mean() > 0.5
+    for command in ("recover", "prune"):
+        said = error(command, "small-padded", "--calibration", "text.txt", "--output", "x")
+        assert "without -padded" in said
+    assert "not empty" in error(
+        "recover", "small", "--calibration", "text.txt", "--output", "tuned", "--resume"
+    )
