@@ -93,14 +93,19 @@ def pruned_table(network: str, scope: str) -> list[str]:
     rows = [
         [name]
         + [
-            percent([item["pruned"] for item in pick(cells, criterion=name, reduction=share, rounds=rounds)])
+            figures(network, found, "pruned")
+            if (found := pick(cells, criterion=name, reduction=share, rounds=rounds))
+            else ""
             for share, rounds in columns
         ]
         for name in names
     ]
     head = ["criterion", *(f"{share:.0%}, {plural(rounds, 'round')}" for share, rounds in columns)]
-    width = "inner channels" if scope == "inner" else "inner channels and residual width"
-    title = f"### {network}, {width}: accuracy in % right after pruning, no training"
+    inner = "neurons and heads" if network in SHARE_OF else "inner channels"
+    width = inner if scope == "inner" else f"{inner} and residual width"
+    said = metric_of(network)
+    unit = "accuracy in %" if said == "accuracy" else f"{said} (ratio to dense)"
+    title = f"### {network}, {width}: {unit} right after pruning, no training"
     return [title, "", dense_line(network) + " " + seeds_line(cells), "", *table(head, rows), ""]
 
 
@@ -180,6 +185,7 @@ def readme(text: str) -> str:
     """Return the README with its blocks written again from the result files."""
     shown = ("cifar10-resnet20", "digits", "sst2-minilm", "llama-shakespeare")
     results = [line for network in shown for line in recovered_table(network)]
+    results += pruned_table("llama-shakespeare", "inner")
     for name, lines in (("demo", demo()), ("results", results)):
         start, end = (mark.format(name) for mark in MARKS)
         before, rest = text.split(start)
