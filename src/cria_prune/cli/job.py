@@ -95,10 +95,7 @@ class Job:
 
     def finished(self, described: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the results of a recipe that lie in the output folder, if it was configured like this."""
-        try:
-            manifest = load(self.output).manifest
-        except ArtifactError:
-            return None
+        manifest = self._there()
         results = manifest.get("results")
         if not isinstance(results, dict) or results.get("stage") != RECOVERED:
             return None
@@ -108,11 +105,15 @@ class Job:
 
     def unfinished(self) -> bool:
         """Say whether the output folder holds a checkpoint that an interrupted run of a recipe left."""
+        manifest = {} if self.target.pretrained else self._there()
+        return bool(manifest) and (manifest.get("results") or {}).get("stage") != RECOVERED
+
+    def _there(self) -> Mapping[str, Any]:
+        """Return the manifest of what lies in the output folder; empty if nothing whole does."""
         try:
-            manifest = load(self.output).manifest
+            return load(self.output).manifest
         except ArtifactError:
-            return False
-        return not self.target.pretrained and (manifest.get("results") or {}).get("stage") != RECOVERED
+            return {}
 
     @property
     def recovery(self) -> Path:

@@ -72,6 +72,18 @@ class Task(ABC):
     def calibration(self, examples: int, seed: int = 0) -> list[Batch]:
         """Return the first `examples` of a seeded permutation of the train split, as they are."""
 
+    def drawn(self, count: int, examples: int, seed: int) -> Tensor:
+        """Return (examples,) int64, the first of a seeded permutation of `count` examples.
+
+        Raises:
+            DataError: there are not so many.
+        """
+        if not 1 <= examples <= count:
+            raise DataError(
+                f"{examples} calibration examples", f"{self.name} has {count}", "Ask for 1 to that many"
+            )
+        return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:examples]
+
     @abstractmethod
     def validation_batches(self, limit: int | None = None) -> Iterable[Batch]:
         """Return the validation split, or its first `limit` examples, in order."""

@@ -172,11 +172,7 @@ class ImageTask(Task):
     def calibration(self, examples: int, seed: int = 0) -> list[Batch]:
         """Return the first `examples` of a seeded permutation of the train split, 128 per batch."""
         images = self.split("train")
-        if not 1 <= examples <= len(images):
-            raise DataError(
-                f"{examples} calibration examples", f"{self.name} has {len(images)}", "Ask for 1 to that many"
-            )
-        index = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:examples]
+        index = self.drawn(len(images), examples, seed)
         return list(ImageBatches(images, self.scaling, index, 128))
 
     def validation_batches(self, limit: int | None = None) -> Iterable[Batch]:

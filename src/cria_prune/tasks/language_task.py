@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from cria_prune.batches import Batch
-from cria_prune.errors import DataError
 from cria_prune.progress import Progress
 from cria_prune.tasks.base import EpochBatches, Task, fingerprint
 from cria_prune.tasks.language import BATCH_TOKENS, SHORT, perplexity
@@ -67,13 +66,9 @@ class LanguageTask(Task):
 
     def calibration(self, examples: int, seed: int = 0) -> list[Batch]:
         """Return `examples` random blocks of `short` tokens of the train split, 32 per batch."""
-        found = blocks(self.tokens("train"), self.short)
-        if not 1 <= examples <= len(found):
-            raise DataError(
-                f"{examples} calibration examples", f"{self.name} has {len(found)}", "Ask for 1 to that many"
-            )
-        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:examples]
-        return list(BlockBatches(self.tokens("train"), self.short, AT_ONCE, order))
+        tokens = self.tokens("train")
+        order = self.drawn(len(blocks(tokens, self.short)), examples, seed)
+        return list(BlockBatches(tokens, self.short, AT_ONCE, order))
 
     def validation_batches(self, limit: int | None = None) -> Iterable[Batch]:
         """Return the validation split, or its first `limit` blocks of `short` tokens, in order."""

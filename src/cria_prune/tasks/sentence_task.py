@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from cria_prune.batches import Batch
-from cria_prune.errors import DataError
 from cria_prune.tasks.base import EpochBatches, Task, fingerprint
 from cria_prune.tasks.text import SentenceBatches, Sentences, by_length
 
@@ -74,14 +73,7 @@ class SentenceTask(Task):
     def calibration(self, examples: int, seed: int = 0) -> list[Batch]:
         """Return the first `examples` of a seeded permutation of the train split, 64 per batch."""
         sentences = self.split("train")
-        if not 1 <= examples <= len(sentences):
-            raise DataError(
-                f"{examples} calibration examples",
-                f"{self.name} has {len(sentences)}",
-                "Ask for 1 to that many",
-            )
-        order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(seed))
-        chosen = sentences.rows(order[:examples])
+        chosen = sentences.rows(self.drawn(len(sentences), examples, seed))
         return list(SentenceBatches(chosen, by_length(chosen.lengths(), AT_ONCE, seed)))
 
     def validation_batches(self, limit: int | None = None) -> Iterable[Batch]:
