@@ -19,7 +19,7 @@ from cria_prune.modules import named_tensors
 from cria_prune.pipeline import discover
 from cria_prune.plan import compose, make_plan
 from cria_prune.structure import UnitGroups, shrink, without_residual
-from cria_prune.surgery import apply, verify
+from cria_prune.surgery import Reference, apply
 from generator import Program, network
 
 
@@ -54,12 +54,13 @@ def random_plan(groups: UnitGroups, random: np.random.Generator, share: float = 
 
 def prove(model: torch.nn.Module, groups: UnitGroups, example: Any, seed: int, outcome: Outcome) -> None:
     """Cut at random with and without residual width, then once more; raise where a cut is wrong."""
+    reference = Reference(model, example)
     random = np.random.default_rng(seed)
     for offered, share in ((groups, 1.0), (without_residual(groups), 0.6)):
         kept = random_plan(offered, random, share)
         plan = make_plan(offered, kept)
         smaller = apply(model, plan)
-        outcome.difference = max(outcome.difference, verify(model, plan, smaller, example).difference)
+        outcome.difference = max(outcome.difference, reference.compare(plan, smaller).difference)
         outcome.moved = max(outcome.moved, _moved(model, smaller, example))
         left = shrink(offered, kept)
         shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(smaller).items()}
@@ -67,7 +68,7 @@ def prove(model: torch.nn.Module, groups: UnitGroups, example: Any, seed: int, o
         assert not wrong, f"shrink says {wrong}, the smaller model has {shapes}"
         again = make_plan(left, random_plan(left, random))
         total = compose(plan, again)
-        last = verify(model, total, apply(smaller, again), example).difference
+        last = reference.compare(total, apply(smaller, again)).difference
         outcome.difference = max(outcome.difference, last)
 
 

@@ -15,7 +15,7 @@ from cria_prune.batches import Batch, batch_size, describe, move
 from cria_prune.config import PruneConfig
 from cria_prune.criteria import score
 from cria_prune.criteria.score import find_criterion
-from cria_prune.errors import DataError, SignalError
+from cria_prune.errors import CriaError, DataError, SignalError
 from cria_prune.modules import device_of
 from cria_prune.plan import Allowed, Plan, compose, identity_plan
 from cria_prune.plan import plan as make_round
@@ -26,7 +26,7 @@ from cria_prune.scope import check_target
 from cria_prune.spectrum import Importance
 from cria_prune.structure import UnitGroups, shrink
 from cria_prune.structure import discover as follow
-from cria_prune.surgery import Verification, apply, settle, verify
+from cria_prune.surgery import Reference, Verification, apply, settle
 
 EXAMPLES = 2
 """Examples in the batch that captures and verifies a model."""
@@ -118,7 +118,16 @@ def discover(model: nn.Module, example: Batch) -> UnitGroups:
         DataError: the forward does not accept the example.
     """
     batch = move(cut(example, batch_size(example), EXAMPLES), device_of(model))
-    return settle(model, follow(model, batch), batch)
+    return _discover(model, batch, Reference(model, batch))
+
+
+def _discover(model: nn.Module, example: Batch, reference: Reference) -> UnitGroups:
+    """Find the unit groups by one capture, of the model's copy that the cuts are compared with."""
+    try:
+        traced = reference.trace()
+    except CriaError:  # it may not run in float64; if it cannot be captured at all, the model itself says so
+        traced = None
+    return settle(model, follow(model, example, traced), example, reference)
 
 
 def prune(
@@ -162,13 +171,14 @@ def prune(
     check_finite(model)
     start = time.perf_counter()
     example = first_examples(batches, device_of(model))
-    found = check_target(model, discover(model, example), config.plan)
+    reference = Reference(model, example)
+    found = check_target(model, _discover(model, example, reference), config.plan)
     dense, allowed = found.groups, found.allowed
     result = PruneResult(model, identity_plan(dense), dense, dense, (), config, time.perf_counter() - start)
     rounds = config.plan.rounds
     with (progress or QUIET).bar("prune", rounds) as bar:
         for number in range(1, rounds + 1):
-            result = _round(model, result, number, batches, example, needs, loss, evaluate, allowed)
+            result = _round(model, result, number, batches, reference, needs, loss, evaluate, allowed)
             report = result.report
             bar.update(
                 parameters=f"{report['parameters']:,.0f}",
@@ -185,7 +195,7 @@ def _round(
     before: PruneResult,
     number: int,
     batches: Iterable[Batch],
-    example: Batch,
+    reference: Reference,
     needs: frozenset[str],
     loss: Callable[[nn.Module, Batch], torch.Tensor] | None,
     evaluate: Callable[[nn.Module], float] | None,
@@ -211,7 +221,7 @@ def _round(
     verification = None
     if config.verify:
         with clock(seconds, "verify"):
-            verification = verify(model, total, smaller, example)
+            verification = reference.compare(total, smaller)
     done = Round(
         number=number,
         report=step.report,

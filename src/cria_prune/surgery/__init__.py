@@ -3,6 +3,6 @@
 from cria_prune.surgery.apply import apply
 from cria_prune.surgery.slicing import slice_tensor
 from cria_prune.surgery.trial import settle
-from cria_prune.surgery.verify import Verification, mask, verify
+from cria_prune.surgery.verify import Reference, Verification, mask, verify
 
-__all__ = ["Verification", "apply", "mask", "settle", "slice_tensor", "verify"]
+__all__ = ["Reference", "Verification", "apply", "mask", "settle", "slice_tensor", "verify"]

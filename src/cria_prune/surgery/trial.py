@@ -27,7 +27,7 @@ from cria_prune.surgery.apply import apply
 from cria_prune.surgery.verify import Reference
 
 
-def settle(model: nn.Module, groups: UnitGroups, example: Batch) -> UnitGroups:
+def settle(model: nn.Module, groups: UnitGroups, example: Batch, reference: Reference) -> UnitGroups:
     """Return the groups with every assumption tried: true ones are dropped, false ones freeze their group.
 
     All prunable groups are cut together, those without an assumption too, for a forward can depend on a
@@ -41,7 +41,7 @@ def settle(model: nn.Module, groups: UnitGroups, example: Batch) -> UnitGroups:
     if shapes is not None:
         trials.run(shapes.failure)
     if device_of(model).type != "meta":
-        trials.run(_Values(model, example).failure)
+        trials.run(_Values(reference).failure)
     return trials.settled()
 
 
@@ -179,8 +179,8 @@ class _Trials:
 class _Values:
     """Masked against pruned."""
 
-    def __init__(self, model: nn.Module, example: Batch) -> None:
-        self.reference = Reference(model, example)
+    def __init__(self, reference: Reference) -> None:
+        self.reference = reference
 
     def failure(self, plan: Plan) -> str | None:
         """Cut a copy; an error says how it differs from the masked model."""

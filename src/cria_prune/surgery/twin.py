@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
@@ -24,22 +24,19 @@ from cria_prune.plan.plan import Plan
 from cria_prune.structure.capture import operation_name
 from cria_prune.structure.rules import argument
 from cria_prune.structure.rules_norms import STATISTICS, reduced_dims
-from cria_prune.structure.trace import live_nodes, trace, wrapped_graph
+from cria_prune.structure.trace import Trace, live_nodes, wrapped_graph
 
 
 class Twin:
     """Runs the captured operations of a dense model without the units that a plan removes.
 
     Args:
-        model: the dense model, of the type that the comparison is made in.
+        traced: its trace, of a model of the type that the comparison is made in.
         example: one batch of that type.
-
-    Raises:
-        CaptureError, DataError: see `capture`.
     """
 
-    def __init__(self, model: nn.Module, example: Batch) -> None:
-        self._trace = trace(model, example)
+    def __init__(self, traced: Trace, example: Batch) -> None:
+        self._trace = traced
         self._inputs = [item for item in tree_leaves(model_inputs(example)) if isinstance(item, Tensor)]
 
     def outputs(self, plan: Plan) -> list[Tensor]:

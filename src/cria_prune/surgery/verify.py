@@ -20,6 +20,7 @@ from cria_prune.errors import VerificationError
 from cria_prune.modules import cache_off, copy_of, named_tensors, shared_copy
 from cria_prune.plan.plan import Plan
 from cria_prune.structure.capture import first_line
+from cria_prune.structure.trace import Trace, trace
 from cria_prune.surgery.twin import Twin
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -92,7 +93,17 @@ class Reference:
     def __init__(self, model: nn.Module, example: Batch, *, dtype: torch.dtype = torch.float64) -> None:
         self.dtype, self._example = dtype, example
         self.model = _in_type(copy_of(model), dtype)
-        self._twin: Twin | None = None
+        self._trace: Trace | None = None
+
+    def trace(self) -> Trace:
+        """Return the copy's operations with the axes of each, captured once.
+
+        Raises:
+            CaptureError, DataError: see `capture`.
+        """
+        if self._trace is None:
+            self._trace = trace(self.model, self._batch())
+        return self._trace
 
     def compare(self, plan: Plan, smaller: nn.Module) -> Verification:
         """Compare a pruned model, of any type, with the masked twin.
@@ -128,7 +139,7 @@ class Reference:
             return self.masked_outputs(plan)
         except Exception as error:
             if self.dtype is torch.float64:  # the forward makes tensors of its own type
-                self.dtype, self._twin = torch.float32, None
+                self.dtype, self._trace = torch.float32, None
                 self.model = _in_type(self.model, self.dtype)
                 return self._expected(plan)
             raise VerificationError(
@@ -140,10 +151,7 @@ class Reference:
     def masked_outputs(self, plan: Plan) -> list[Tensor]:
         """Return the outputs of the masked twin."""
         if plan.normed:
-            if self._twin is None:
-                args, kwargs = _cast(model_inputs(self._example), self.dtype)
-                self._twin = Twin(self.model, kwargs if kwargs else args[0])
-            return self._twin.outputs(plan)
+            return Twin(self.trace(), self._batch()).outputs(plan)
         tensors = named_tensors(self.model)
         names = {cut.tensor for cut in plan.cuts if cut.role == "consumes"}
         before = {name: tensors[name].detach().clone() for name in names}
@@ -154,6 +162,10 @@ class Reference:
             with torch.no_grad():
                 for name, values in before.items():
                     tensors[name].copy_(values)
+
+    def _batch(self) -> Batch:
+        args, kwargs = _cast(model_inputs(self._example), self.dtype)
+        return kwargs if kwargs else args[0]
 
     def _run(self, model: nn.Module) -> list[Tensor]:
         args, kwargs = _cast(model_inputs(self._example), self.dtype)
