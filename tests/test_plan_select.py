@@ -68,6 +68,17 @@ def test_global_does_not_depend_on_the_scale_of_a_group():
     assert all((first[name] == second[name]).all() for name in first)
 
 
+def test_loss_takes_the_scores_as_they_are():
+    groups = two_layers(4, 4)
+    scores = {"a": np.array([1.0, 2, 3, 5]), "b": np.array([4.0, 6, 7, 8])}
+    kept = chosen(groups, scores, 0.5, ranking="loss")
+    assert {name: stays.tolist() for name, stays in kept.items()} == {"a": [3], "b": [1, 2, 3]}
+    far = {"a": scores["a"] * 100, "b": scores["b"]}
+    assert chosen(groups, far, 0.3, ranking="loss")["a"].tolist() == [0, 1, 2, 3]
+    with pytest.raises(SignalError, match="negative"):
+        chosen(groups, {"a": -scores["a"], "b": scores["b"]}, 0.5, ranking="loss")
+
+
 @pytest.mark.parametrize("ranking", ["uniform", "global"])
 def test_ties_go_by_group_order_then_index(ranking):
     groups = two_layers()

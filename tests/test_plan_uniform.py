@@ -44,7 +44,7 @@ def networks(draw: st.DrawFn) -> UnitGroups:
 def options(**given_) -> st.SearchStrategy[PlanConfig]:
     values = {
         "uniform": st.just(True),
-        "ranking": st.sampled_from(["uniform", "global"]),
+        "ranking": st.sampled_from(["uniform", "global", "loss"]),
         "multiple": st.sampled_from([1, 2, 3, 8]),
         "floor": st.sampled_from([0.0, 0.1, 0.35]),
         "of": st.sampled_from(["parameters", "macs"]),

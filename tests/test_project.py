@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "record": BASE | {"structure", "graph"},
     "criteria": BASE | {"structure", "graph", "spectrum", "record"},
     "plan": BASE | {"structure"},
-    "surgery": BASE | {"structure", "plan"},
+    "surgery": BASE | {"structure", "plan", "graph"},
     "vanilla": BASE | {"structure"},
     "recover": BASE,
     "artifact": BASE | {"plan", "surgery", "tasks", "structure", "vanilla"},

@@ -81,7 +81,7 @@ class PlanConfig(StageConfig):
     reduction: float = Field(0.5, description="share to remove, between 0 and 1")
     of: Literal["parameters", "prunable", "non-embedding", "macs"] = "parameters"
     rounds: int = Field(4, ge=1)
-    ranking: Literal["uniform", "global"] = "uniform"
+    ranking: Literal["uniform", "global", "loss"] = "uniform"
     residual: bool = Field(False, description="prune the width of residual streams too")
     floor: float = Field(0.1, ge=0, le=1, description="share of each group's units that always stays")
     units: Literal["all", "neurons", "heads"] = Field(
@@ -135,6 +135,10 @@ class PruneConfig(StageConfig):
     score: ScoreConfig = ScoreConfig()
     plan: PlanConfig = PlanConfig()
     verify: bool = True
+    compensate: bool = Field(
+        False,
+        description="repair the consumers in closed form after every cut; not in the paper",
+    )
 
 
 PRESETS: dict[str, dict[str, Any]] = {

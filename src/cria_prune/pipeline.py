@@ -26,7 +26,7 @@ from cria_prune.scope import check_target
 from cria_prune.spectrum import Importance
 from cria_prune.structure import UnitGroups, shrink
 from cria_prune.structure import discover as follow
-from cria_prune.surgery import Reference, Verification, apply, settle
+from cria_prune.surgery import Reference, Repair, Verification, apply, compensate, settle
 
 EXAMPLES = 2
 """Examples in the batch that captures and verifies a model."""
@@ -43,8 +43,10 @@ class Round:
         scores: group name -> one score per unit that was there.
         kept: group name -> the units, of those, that stayed.
         diagnosis: group name -> how far the scores can be trusted.
-        verification: masked against pruned, from the dense model to this one (None if not asked for).
+        verification: masked against pruned (None if not asked for): from the dense model to this one, with
+            `compensate` from the repaired model of this round.
         metric: of the pruned model, if `evaluate` was given.
+        repairs: what `compensate` did, consumer by consumer.
     """
 
     number: int
@@ -55,6 +57,7 @@ class Round:
     diagnosis: Mapping[str, dict[str, Any]]
     verification: Verification | None
     metric: float | None
+    repairs: tuple[Repair, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,9 @@ def prune(
     rounds = config.plan.rounds
     with (progress or QUIET).bar("prune", rounds) as bar:
         for number in range(1, rounds + 1):
-            result = _round(model, result, number, batches, reference, needs, loss, evaluate, allowed)
+            result = _round(
+                model, result, number, batches, example, reference, needs, loss, evaluate, allowed
+            )
             report = result.report
             bar.update(
                 parameters=f"{report['parameters']:,.0f}",
@@ -195,6 +200,7 @@ def _round(
     before: PruneResult,
     number: int,
     batches: Iterable[Batch],
+    example: Batch,
     reference: Reference,
     needs: frozenset[str],
     loss: Callable[[nn.Module, Batch], torch.Tensor] | None,
@@ -204,10 +210,10 @@ def _round(
     config, groups, seconds = before.config, before.groups, dict[str, float]()
     with clock(seconds, "record"):
         states: States | None = None
-        if needs:
+        if needs or config.compensate:
             states = record(
-                before.model, groups, batches, config.record,
-                loss=loss, gradients="gradients" in needs, device=device_of(model),
+                before.model, groups, batches, config.record, loss=loss,
+                gradients="gradients" in needs, consumed=config.compensate, device=device_of(model),
             )  # fmt: skip
     with clock(seconds, "score"):
         scores: dict[str, Importance] = score(before.model, groups, states, config.score)
@@ -216,12 +222,20 @@ def _round(
         target = config.plan.reduction * number / config.plan.rounds
         step = make_round(groups, values, config.plan, dense=before.dense, target=target, allowed=allowed)
         total = compose(before.plan, step)
+    source, repairs = before.model, tuple[Repair, ...]()
+    if config.compensate and states is not None:
+        with clock(seconds, "compensate"):
+            consumed = {name: item.consumed for name, item in states.groups.items()}
+            source, repairs = compensate(before.model, groups, step.kept, consumed)
     with clock(seconds, "surgery"):
-        smaller = apply(before.model, step)
+        smaller = apply(source, step)
     verification = None
     if config.verify:
         with clock(seconds, "verify"):
-            verification = reference.compare(total, smaller)
+            if config.compensate:  # the weights are not the dense ones any more: this round's cut alone
+                verification = Reference(source, example).compare(step, smaller)
+            else:
+                verification = reference.compare(total, smaller)
     done = Round(
         number=number,
         report=step.report,
@@ -231,6 +245,7 @@ def _round(
         diagnosis={name: item.diagnosis.to_dict() for name, item in scores.items()},
         verification=verification,
         metric=None if evaluate is None else evaluate(smaller),
+        repairs=repairs,
     )
     return PruneResult(
         smaller,

@@ -54,11 +54,22 @@ Criterion = Annotated[str | None, Option(help="How units are scored [default: di
 Preset = Annotated[str | None, Option(help="A named configuration to start from: paper.")]
 Rounds = Annotated[int | None, Option(help="Rounds of scoring and cutting [default: 4].")]
 Ranking = Annotated[
-    str | None, Option(help="uniform (default): the same share of every group; global: groups compete.")
+    str | None,
+    Option(
+        help="uniform (default): the same share of every group; global: groups compete by scores relative to "
+        "their mean; loss: by the scores as they are."
+    ),
 ]
 Residual = Annotated[
     bool | None,
     Option("--residual/--no-residual", help="Prune the width of residual streams too [default: no]."),
+]
+Compensate = Annotated[
+    bool | None,
+    Option(
+        "--compensate/--no-compensate",
+        help="Repair the consumers in closed form after every cut, without training [default: no].",
+    ),
 ]
 Floor = Annotated[float | None, Option(help="Share of each group's units that always stays [default: 0.1].")]
 Units = Annotated[

@@ -43,6 +43,8 @@ def select(
       loses the same share.
     - ranking `global`: mean over the units that leave of score / mean score of their group, divided
       by the share of the cost that one unit frees, so that units of all groups, or classes, compete.
+    - ranking `loss`: the same with the scores as they are, for criteria whose scores mean the same in
+      every group (a change of the loss, a squared error).
 
     Of equal priorities the earlier group and the lower index leave first. The overshoot is less
     than what the last step frees. With `uniform`, a last step is left out as long as the steps after it
@@ -63,7 +65,7 @@ def select(
         TargetError: the target is not in (0, 1) or cannot be reached.
         StructureError: nothing is prunable, scores are missing or of the wrong length, or `allowed`
             does not fit, see `stairs`.
-        SignalError: a score is NaN or infinite, or negative under `global`.
+        SignalError: a score is NaN or infinite, or negative unless the ranking is `uniform`.
     """
     check_reachable(groups, target, config, dense=dense, allowed=allowed)
     arrays = {group.name: _checked_scores(group, scores, config.ranking) for group in groups.prunable}
@@ -152,7 +154,7 @@ def _checked_scores(group: UnitGroup, scores: Mapping[str, np.ndarray], ranking:
             f"{int((~np.isfinite(values)).sum())} of {group.size} scores are NaN or infinite",
             "Check the model's weights and the calibration data for NaN",
         )
-    if ranking == "global" and (values < 0).any():
+    if ranking != "uniform" and (values < 0).any():
         raise SignalError(
             f"Ranking the units of group {group.name!r} against other groups",
             f"found negative scores, the lowest {values.min():g}",
@@ -165,9 +167,13 @@ def _order(
     made: Sequence[Stair], scores: Mapping[str, np.ndarray], ranking: str, ledger: Ledger
 ) -> np.ndarray:
     """Return (steps,) the number of the stair that each step goes down, in the order of the steps."""
-    whole = ledger.count() if ranking == "global" else 0.0
+    whole = 0.0
+    if ranking != "uniform":
+        whole = ledger.count()
+        if ranking == "global":
+            scores = {name: _relative(values) for name, values in scores.items()}
     priorities = [
-        _shares_gone(stair) if ranking == "uniform" else _relative_scores(stair, scores, ledger, whole)
+        _shares_gone(stair) if ranking == "uniform" else _scores_per_cost(stair, scores, ledger, whole)
         for stair in made
     ]
     owner = np.repeat(np.arange(len(made)), [len(item) for item in priorities])
@@ -181,17 +187,17 @@ def _shares_gone(stair: Stair) -> np.ndarray:
     return (original - stair.counts[1:]) / original
 
 
-def _relative_scores(
+def _scores_per_cost(
     stair: Stair, scores: Mapping[str, np.ndarray], ledger: Ledger, whole: float
 ) -> np.ndarray:
-    """(steps,) mean relative score of the units that leave with each step / share that one unit frees."""
+    """(steps,) mean score of the units that leave with each step / share that one unit frees."""
     if len(stair.counts) == 1:
         return np.zeros(0)
     size = stair.groups[0].size
     freed = whole - ledger.count(dict.fromkeys(stair.names, size - 1))
     if freed <= 0:  # what frees nothing is the last to leave
         return np.full(len(stair.counts) - 1, np.inf)
-    ranked = np.mean([np.sort(_relative(scores[name])) for name in stair.names], axis=0)
+    ranked = np.mean([np.sort(scores[name]) for name in stair.names], axis=0)
     starts = size - stair.counts
     sums = np.add.reduceat(ranked[: starts[-1]], starts[:-1])
     means = np.maximum.accumulate(sums / np.diff(starts))  # against rounding: steps go down in order

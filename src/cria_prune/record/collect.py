@@ -32,6 +32,7 @@ def record(
     *,
     loss: Loss | None = None,
     gradients: bool = False,
+    consumed: bool = False,
     device: torch.device | str = "cpu",
 ) -> States:
     """Run the model over calibration batches and return what its prunable units do.
@@ -47,6 +48,7 @@ def record(
         config: examples, positions, sketches and the seed.
         loss: (model, batch) to a scalar, for `gradients`; cross-entropy by default.
         gradients: also take first-order Taylor importances, by one backward pass per batch.
+        consumed: also keep the second moments of the features that each consumer reads, for `compensate`.
         device: where the batches go.
 
     Returns:
@@ -64,7 +66,7 @@ def record(
     examples = count = 0
     with unchanged(model), torch.set_grad_enabled(gradients):
         model.eval()
-        collector = Collector(groups.prunable, config)
+        collector = Collector(groups.prunable, config, consumed)
         taylor = TaylorSums(model, groups.prunable, loss or cross_entropy) if gradients else None
         with_taps = Taps(model, collector.wanted, collector.receive)
         for batch in limited(batches, config.examples):

@@ -69,12 +69,14 @@ class Reader:
         tap: where it reads.
         halves: moments of the units, shared by the side's taps.
         sums: moments of the features that this tap reads, where a unit is several features wide.
+        consumed: second moments of those features, where they are asked for and are not the units' own.
     """
 
     group: str
     tap: Tap
     halves: Halves
     sums: FeatureSums | None = None
+    consumed: Buffer | None = None
 
     def __post_init__(self) -> None:
         flat = np.ascontiguousarray(self.tap.positions, dtype=np.int64).reshape(-1)
@@ -103,6 +105,8 @@ class Reader:
         self.halves[half].add(unit_signals(samples, len(self.tap.positions)))
         if self.sums:
             self.sums.add(half, samples)
+        if self.consumed:
+            self.consumed.add(samples.T)
 
 
 class Collector:
@@ -111,13 +115,16 @@ class Collector:
     Args:
         groups: the groups to record.
         config: positions, sketches and the seed.
+        consumed: keep the second moments of the features that each consumer reads.
 
     Attributes:
         wanted: the (tensor, site) pairs to read.
     """
 
-    def __init__(self, groups: Sequence[UnitGroup], config: RecordConfig) -> None:
+    def __init__(self, groups: Sequence[UnitGroup], config: RecordConfig, consumed: bool = False) -> None:
         self._config = config
+        self._consumed: dict[str, dict[str, Buffer]] = {}
+        self._units_alone: dict[str, str] = {}  # group -> its only consumer, which reads the units themselves
         self._sides: dict[str, tuple[Halves, Halves]] = {}
         self._sums: dict[str, dict[str, FeatureSums]] = {}
         self._readers: dict[tuple[str, Site], dict[int, list[Reader]]] = {}
@@ -126,23 +133,30 @@ class Collector:
             wide = any(tap.positions.shape[1] > 1 for tap in group.outputs)
             sums = {tap.tensor: FeatureSums(group.size) for tap in group.outputs if wide}
             self._sides[group.name], self._sums[group.name] = sides, sums
+            kept = self._consumed[group.name] = {}
+            if consumed and not wide and len(group.outputs) == 1:
+                self._units_alone[group.name] = group.outputs[0].tensor
+            elif consumed:
+                kept |= {tap.tensor: self._accumulator(tap.positions.size) for tap in group.outputs}
             for taps, halves in zip((group.inputs, group.outputs), sides, strict=True):
                 for tap in taps:
                     by_dim = self._readers.setdefault((tap.tensor, tap.site), {})
-                    read = sums.get(tap.tensor) if halves is sides[1] else None
-                    by_dim.setdefault(tap.dim, []).append(Reader(group.name, tap, halves, read))
+                    out = halves is sides[1]
+                    reader = Reader(group.name, tap, halves)
+                    if out:
+                        reader.sums, reader.consumed = sums.get(tap.tensor), kept.get(tap.tensor)
+                    by_dim.setdefault(tap.dim, []).append(reader)
         self.wanted = tuple(self._readers)
         self.begin(0, 1, None)
 
     def _accumulators(self, units: int) -> Halves:
         """Return a side's two halves; their sketches must not share signs, for they are merged."""
+        return self._accumulator(units, 0), self._accumulator(units, 1)
+
+    def _accumulator(self, units: int, half: int = 0) -> Buffer:
         config = self._config
         exact = units <= config.exact_units
-        even, odd = (
-            Buffer(MomentAccumulator(units, exact, config.sketch_columns, seed=2 * config.seed + half))
-            for half in (0, 1)
-        )
-        return even, odd
+        return Buffer(MomentAccumulator(units, exact, config.sketch_columns, seed=2 * config.seed + half))
 
     def begin(self, first: int, examples: int, mask: Tensor | None) -> None:
         """Say what comes next: the first example's index, how many, their attention mask (B, tokens)."""
@@ -211,6 +225,9 @@ class Collector:
                 {tensor: found for tensor, sums in self._sums[name].items() if (found := sums.moments(half))}
                 for half in (None, 0, 1)
             )
+            consumed = {tensor: total.flush().moments() for tensor, total in self._consumed[name].items()}
+            if name in self._units_alone:
+                consumed[self._units_alone[name]] = whole_output
             states[name] = GroupStates(
                 name,
                 inputs,
@@ -220,6 +237,7 @@ class Collector:
                 taylor.get(name),
                 features,
                 (even, odd),
+                consumed,
             )
         return states
 

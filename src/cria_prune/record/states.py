@@ -27,6 +27,8 @@ class GroupStates:
         features: consumer's tensor -> moments of each feature that it reads, all examples, where a unit
             is several features wide to some consumer. Empty otherwise: the unit's `output` is it.
         features_by_half: the same of the even examples, then of the odd ones.
+        consumed: consumer's tensor -> moments, second ones included, of all features that it reads
+            (units times width, the features of a unit in a row); empty unless they were asked for.
     """
 
     name: str
@@ -37,6 +39,7 @@ class GroupStates:
     taylor: Tensor | None = None
     features: Features = field(default_factory=dict)
     features_by_half: tuple[Features, Features] = field(default_factory=lambda: ({}, {}))
+    consumed: Mapping[str, Moments] = field(default_factory=dict)
 
     @property
     def units(self) -> int:
