@@ -16,6 +16,7 @@ from cria_prune.config import PruneConfig
 from cria_prune.criteria import score
 from cria_prune.criteria.score import find_criterion
 from cria_prune.errors import CriaError, DataError, SignalError
+from cria_prune.graph import NeuronGraphs, keep_graphs
 from cria_prune.modules import device_of
 from cria_prune.plan import Allowed, Plan, compose, identity_plan
 from cria_prune.plan import plan as make_round
@@ -39,7 +40,7 @@ class Round:
     Attributes:
         number: from 1.
         report: shares asked, reached and reachable; parameters and MACs per example, dense and now.
-        seconds: wall time per stage: record, score, plan, surgery, verify.
+        seconds: wall time per stage: record, score, plan, (graphs,) surgery, verify.
         scores: group name -> one score per unit that was there.
         kept: group name -> the units, of those, that stayed.
         diagnosis: group name -> how far the scores can be trusted.
@@ -68,6 +69,8 @@ class PruneResult:
         rounds: what each round did.
         config: what was asked.
         seconds: wall time of capture and discovery.
+        graphs: group name -> the graphs of the dense model's neurons, of as many groups as `keep_graphs`
+            takes; empty where the criterion records nothing, None if not asked for.
     """
 
     model: nn.Module = field(repr=False)
@@ -77,6 +80,7 @@ class PruneResult:
     rounds: tuple[Round, ...]
     config: PruneConfig
     seconds: float
+    graphs: Mapping[str, NeuronGraphs] | None = field(default=None, repr=False)
 
     @property
     def report(self) -> Mapping[str, float | str]:
@@ -139,6 +143,7 @@ def prune(
     evaluate: Callable[[nn.Module], float] | None = None,
     on_round: Callable[[PruneResult], None] | None = None,
     progress: Progress | None = None,
+    graphs: bool = False,
 ) -> PruneResult:
     """Make a trained model smaller: record, score, plan and cut, round by round; no weight is trained.
 
@@ -152,6 +157,7 @@ def prune(
         evaluate: model -> metric, shown for every round.
         on_round: called with the result so far after every round.
         progress: where to show the rounds; silent if None.
+        graphs: keep the neuron graphs of the dense model, to draw them later.
 
     Raises:
         CriaError: each stage's own; the model is then as it was.
@@ -174,7 +180,10 @@ def prune(
     reference = Reference(model, example)
     found = check_target(model, _discover(model, example, reference), config.plan)
     dense, allowed = found.groups, found.allowed
-    result = PruneResult(model, identity_plan(dense), dense, dense, (), config, time.perf_counter() - start)
+    result = PruneResult(
+        model, identity_plan(dense), dense, dense, (), config, time.perf_counter() - start,
+        graphs={} if graphs else None,
+    )  # fmt: skip
     rounds = config.plan.rounds
     with (progress or QUIET).bar("prune", rounds) as bar:
         for number in range(1, rounds + 1):
@@ -216,6 +225,11 @@ def _round(
         target = config.plan.reduction * number / config.plan.rounds
         step = make_round(groups, values, config.plan, dense=before.dense, target=target, allowed=allowed)
         total = compose(before.plan, step)
+    graphs = before.graphs
+    if number == 1 and graphs is not None and states is not None:
+        with clock(seconds, "graphs"):
+            sides = {name: (item.input, item.output) for name, item in states.groups.items()}
+            graphs = keep_graphs(sides, config.score.neighbors, config.score.ridge)
     with clock(seconds, "surgery"):
         smaller = apply(before.model, step)
     verification = None
@@ -240,6 +254,7 @@ def _round(
         (*before.rounds, done),
         config,
         before.seconds,
+        graphs,
     )
 
 
