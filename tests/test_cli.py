@@ -46,6 +46,7 @@ SURFACE = {
     | DATA,
     "prune": PRUNING | COMMON | SAVING | DATA | {"--export"},
     "recover": TUNING | COMMON | SAVING | DATA | {"--teacher"},
+    "report": {"--layer", "--output", "--overwrite", "--quiet", "-q"},
     "eval": COMMON | DATA | {"--tasks", "--task-folder", "--limit"},
 }
 
@@ -214,6 +215,30 @@ def test_existing_results_stay() -> None:
     assert answer(cria("prune", "digits", *SMALL, "-q"))["output"] == "runs/digits-pruned-2"
     answer(cria("prune", "digits", *SMALL, "-q", "--output", "full", "--overwrite"))
     assert Path("full/mine.txt").read_text() == "mine" and load("full").plan
+
+
+def test_a_run_keeps_what_its_report_needs() -> None:
+    small = ["--examples", "64", "--rounds", "2", "--reduction", "0.3", "--device", "cpu"]
+    first = answer(cria("prune", "digits", *small, "--output", "a"))
+    assert first["memory"]["process"] > 1e6
+    page = Path("a/report.html").read_text()
+    said = answer(cria("report", "a"))
+    assert said == {"folder": "a", "kind": "run", "layer": said["layer"], "output": "a/report.html"}
+    assert Path("a/report.html").read_text() == page  # the run's own page came from the same files
+    answer(cria("report", "a", "--layer", "conv1", "--output", "one.html"))
+    assert "One layer: conv1" in Path("one.html").read_text()
+    assert "it exists" in error("report", "a", "--output", "one.html")
+    answer(cria("report", "a", "--output", "one.html", "--overwrite", "-q"))
+    Path("a/report.html").write_text("mine")
+    assert "it exists" in error("report", "a")
+    assert Path("a/report.html").read_text() == "mine"
+    answer(cria("report", "a", "--overwrite"))
+    answer(cria("recover", "a", "--epochs", "1", "--output", "b"))
+    text = Path("b/report.html").read_text()
+    assert "One layer" in text and "recovered" in text and "Of the run before" in text
+    answer(cria("prune", "digits", *small, "--criterion", "l2", "--output", "a", "--overwrite"))
+    text = Path("a/report.html").read_text()
+    assert "The neuron graphs of" in text and "records no signals" in text
 
 
 def test_a_damaged_checkpoint_is_refused() -> None:

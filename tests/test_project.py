@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "surgery": BASE | {"structure", "plan", "graph"},
     "vanilla": BASE | {"structure"},
     "recover": BASE,
-    "artifact": BASE | {"plan", "surgery", "tasks", "structure", "vanilla"},
+    "artifact": BASE | {"plan", "surgery", "tasks", "structure", "vanilla", "graph", "spectrum"},
     "tasks": BASE | {"recover"},
     "cli": BASE
     | {"pipeline", "artifact", "tasks", "recover", "plan", "structure", "criteria", "record", "scope"},

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cria_prune.artifact import plots, report
+from cria_prune.artifact import html, plots, plots_layer, plots_metric, report
 from cria_prune.artifact.plots import GONE, KEPT, plot_rounds, plot_scores, plot_widths
 from cria_prune.artifact.report import render, write_report
 from cria_prune.errors import ArtifactError
@@ -117,7 +117,7 @@ def test_everything_is_on_the_page(tmp_path):
     ):
         assert piece in text, piece
     assert "device" not in text
-    assert parser.tags.count("svg") == 3
+    assert parser.tags.count("svg") == 4
     assert [entry.name for entry in tmp_path.iterdir()] == ["r.html"]
 
 
@@ -131,7 +131,7 @@ def test_a_folder_gets_a_page(tmp_path):
 def test_any_key_may_be_missing(key, monkeypatch):
     result = full_result()
     if key not in ("rounds", "widths", "scores"):
-        monkeypatch.setattr(report, "_figure", lambda *args: "<figure></figure>")
+        monkeypatch.setattr(report, "figure", lambda *args: "<figure></figure>")
     del result[key]
     check(render(result))
     check(render({**result, key: None}))
@@ -181,10 +181,10 @@ def test_a_metric_that_is_no_share():
 
 
 def test_many_groups_are_cut_off_and_said(monkeypatch):
-    monkeypatch.setattr("cria_prune.artifact.report.SCORE_PLOTS", 2)
+    monkeypatch.setattr("cria_prune.artifact.report_layers.PLOTS", 2)
     entry = {"scores": [0.0, 1.0], "kept": [1]}
     page = render({"scores": {f"g{number}": entry for number in range(4)}})
-    assert "The first 2 of 4 groups are shown." in page and page.count("<svg") == 2
+    assert "2 of 4 layers are shown, evenly over the depth" in page and page.count("<svg") == 2
 
 
 # Plots
@@ -237,7 +237,7 @@ def test_rounds_skip_unknown_metrics():
     assert len(plot_rounds([]).lines) == 0
 
 
-@pytest.mark.parametrize("module", [plots, report])
+@pytest.mark.parametrize("module", [plots, plots_layer, plots_metric, html, report])
 def test_matplotlib_is_imported_inside(module):
     """No statement at the top of the module imports it (type checking aside)."""
     top = ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body

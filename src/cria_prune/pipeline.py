@@ -16,6 +16,7 @@ from cria_prune.config import PruneConfig
 from cria_prune.criteria import score
 from cria_prune.criteria.score import find_criterion
 from cria_prune.errors import CriaError, DataError, SignalError
+from cria_prune.graph import NeuronGraphs, keep_graphs
 from cria_prune.modules import device_of
 from cria_prune.plan import Allowed, Plan, compose, identity_plan
 from cria_prune.plan import plan as make_round
@@ -39,7 +40,7 @@ class Round:
     Attributes:
         number: from 1.
         report: shares asked, reached and reachable; parameters and MACs per example, dense and now.
-        seconds: wall time per stage: record, score, plan, surgery, verify.
+        seconds: wall time per stage: record, score, plan, (graphs,) surgery, verify.
         scores: group name -> one score per unit that was there.
         kept: group name -> the units, of those, that stayed.
         diagnosis: group name -> how far the scores can be trusted.
@@ -71,6 +72,8 @@ class PruneResult:
         rounds: what each round did.
         config: what was asked.
         seconds: wall time of capture and discovery.
+        graphs: group name -> the graphs of the dense model's neurons, of as many groups as `keep_graphs`
+            takes; empty where the criterion records nothing, None if not asked for.
     """
 
     model: nn.Module = field(repr=False)
@@ -80,6 +83,7 @@ class PruneResult:
     rounds: tuple[Round, ...]
     config: PruneConfig
     seconds: float
+    graphs: Mapping[str, NeuronGraphs] | None = field(default=None, repr=False)
 
     @property
     def report(self) -> Mapping[str, float | str]:
@@ -142,6 +146,7 @@ def prune(
     evaluate: Callable[[nn.Module], float] | None = None,
     on_round: Callable[[PruneResult], None] | None = None,
     progress: Progress | None = None,
+    graphs: bool = False,
 ) -> PruneResult:
     """Make a trained model smaller: record, score, plan and cut, round by round; no weight is trained.
 
@@ -155,6 +160,7 @@ def prune(
         evaluate: model -> metric, shown for every round.
         on_round: called with the result so far after every round.
         progress: where to show the rounds; silent if None.
+        graphs: keep the neuron graphs of the dense model, to draw them later.
 
     Raises:
         CriaError: each stage's own; the model is then as it was.
@@ -177,7 +183,10 @@ def prune(
     reference = Reference(model, example)
     found = check_target(model, _discover(model, example, reference), config.plan)
     dense, allowed = found.groups, found.allowed
-    result = PruneResult(model, identity_plan(dense), dense, dense, (), config, time.perf_counter() - start)
+    result = PruneResult(
+        model, identity_plan(dense), dense, dense, (), config, time.perf_counter() - start,
+        graphs={} if graphs else None,
+    )  # fmt: skip
     rounds = config.plan.rounds
     with (progress or QUIET).bar("prune", rounds) as bar:
         for number in range(1, rounds + 1):
@@ -227,6 +236,11 @@ def _round(
         with clock(seconds, "compensate"):
             consumed = {name: item.consumed for name, item in states.groups.items()}
             source, repairs = compensate(before.model, groups, step.kept, consumed)
+    graphs = before.graphs
+    if number == 1 and graphs is not None and states is not None:
+        with clock(seconds, "graphs"):
+            sides = {name: (item.input, item.output) for name, item in states.groups.items()}
+            graphs = keep_graphs(sides, config.score.neighbors, config.score.ridge)
     with clock(seconds, "surgery"):
         smaller = apply(source, step)
     verification = None
@@ -255,6 +269,7 @@ def _round(
         (*before.rounds, done),
         config,
         before.seconds,
+        graphs,
     )
 
 

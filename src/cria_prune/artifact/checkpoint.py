@@ -112,7 +112,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> LoadedCheckpoint:
     folder = Path(path)
     if (folder / CONFIG).exists() and not (folder / MANIFEST).exists():
         return LoadedCheckpoint(*load_folder(folder, model))
-    manifest = _read_manifest(folder / MANIFEST)
+    manifest = read_checkpoint_manifest(folder / MANIFEST)
     plan = Plan.from_dict(manifest["plan"])
     stored = _read_weights(folder / WEIGHTS, manifest)
     dense = _dense(manifest["architecture"]) if model is None else model
@@ -165,7 +165,12 @@ def _to_json(manifest: Mapping[str, Any]) -> str:
         ) from error
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_checkpoint_manifest(path: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint; its plan and its tensors are not checked yet.
+
+    Raises:
+        ArtifactError: it cannot be read, is foreign, or of a newer format.
+    """
     asked, todo = f"Reading {path}", "Give the folder of a checkpoint that Cria saved"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))

@@ -28,7 +28,7 @@ COPIED = (*TOKENIZER, *PROCESSOR, GENERATION)
 OURS = (
     *COPIED,
     *("config.json", "*.safetensors", "model.safetensors.index.json"),
-    *(MANIFEST, CERTIFICATE, CARD, "report.html"),
+    *(MANIFEST, CERTIFICATE, CARD, "report.html", "run.json", "run.tensors"),
 )
 """What a folder may hold to be replaced."""
 

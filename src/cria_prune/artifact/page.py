@@ -24,11 +24,13 @@ tr > :last-child { padding-right: 0; }
 table.words th, table.words td { text-align: left; white-space: normal; min-width: 6rem; }
 table.words { width: 100%; }
 table.words tr > :first-child { width: 30%; }
+table.bench { width: 100%; max-width: 560px; }
 table.times { width: 100%; max-width: 560px; }
 table.times .wide { width: 60%; padding-left: .5rem; vertical-align: middle; }
 table.times i { display: block; height: .7rem; background: #2a6f97; }
 figure { margin: 0; max-width: 560px; }
 figcaption { font-size: .8rem; text-align: center; }
+details { margin-top: .8rem; }
 svg { display: block; width: 100%; height: auto; }
 svg text { font-family: system-ui, sans-serif !important; }
 .pair { display: grid; gap: 1rem 2rem;
@@ -41,6 +43,7 @@ pre { overflow-x: auto; padding: .8rem; background: #f5f5f5; font-size: .85rem; 
   body { padding: .8rem; font-size: 14px; }
   th, td { padding-right: .4rem; }
   table:not(.words) { font-size: .85rem; width: 100%; }
+  table.bench td { white-space: normal; }
 }
 summary { cursor: pointer; }
 </style>

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cria_prune.artifact.canvas import GONE, KEPT, LINE, axes_of, legend, short, size_scale
 from cria_prune.plan.plan import Plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-KEPT, GONE, LINE, INK = "#2a6f97", "#dfa27a", "#b3420f", "#333333"
 
 
 def plot_widths(plan: Plan | Mapping[str, Sequence[int]], ax: Axes | None = None) -> Axes:
@@ -30,7 +29,7 @@ def plot_widths(plan: Plan | Mapping[str, Sequence[int]], ax: Axes | None = None
         if isinstance(plan, Plan)
         else {name: (int(pair[0]), int(pair[1])) for name, pair in plan.items()}
     )
-    ax = _axes(ax, (4.2, 0.7 + 0.19 * max(len(widths), 2)))
+    ax = axes_of(ax, (4.2, 0.7 + 0.19 * max(len(widths), 2)))
     rows = np.arange(len(widths))
     before = np.array([pair[0] for pair in widths.values()])
     after = np.array([pair[1] for pair in widths.values()])
@@ -43,10 +42,10 @@ def plot_widths(plan: Plan | Mapping[str, Sequence[int]], ax: Axes | None = None
         )
     ax.set_xlim(0, edge * 1.25)
     ax.set_ylim(len(widths) - 0.4, -0.6)
-    ax.set_yticks(rows, labels=[_short(name) for name in widths], parse_math=False, fontsize=7.5)
+    ax.set_yticks(rows, labels=[short(name) for name in widths], parse_math=False, fontsize=7.5)
     ax.tick_params(axis="y", length=0)
     ax.set_xlabel("units")
-    _legend(ax, 2)
+    legend(ax, 2)
     return ax
 
 
@@ -58,15 +57,11 @@ def plot_rounds(history: Sequence[Mapping[str, Any]], ax: Axes | None = None, me
         ax: where to draw.
         metric: name of the metric.
     """
-    ax = _axes(ax, (4.2, 2.7))
+    ax = axes_of(ax, (4.2, 2.7))
     places = np.arange(len(history))
     labels = [str(row.get("round", place)) for place, row in enumerate(history)]
     counts = [row.get("parameters") or 0 for row in history]
-    scale, unit = next(
-        (s, u)
-        for s, u in ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""))
-        if max(counts, default=0) >= s or s == 1
-    )
+    scale, unit = size_scale(max(counts, default=0))
     ax.bar(places, np.array(counts, dtype=float) / scale, color=KEPT, alpha=0.3, width=0.6)
     ax.set_xticks(places, labels=labels, parse_math=False)
     ax.set_xlabel("round")
@@ -107,7 +102,7 @@ def plot_scores(scores: Sequence[float] | np.ndarray, kept: Sequence[int], ax: A
         kept: indices of the units that stay.
         ax: where to draw.
     """
-    ax = _axes(ax, (2.6, 1.6))
+    ax = axes_of(ax, (2.6, 1.6))
     values = np.asarray(scores, dtype=float)
     stays = np.zeros(len(values), dtype=bool)
     stays[np.asarray(kept, dtype=int)] = True
@@ -123,24 +118,6 @@ def plot_scores(scores: Sequence[float] | np.ndarray, kept: Sequence[int], ax: A
         )
         if (finite & stays).any() and (finite & ~stays).any():
             ax.axvline(values[finite & stays].min(), color=LINE, linewidth=1.2, linestyle="--")
-    ax.locator_params(axis="both", nbins=4)
+    ax.locator_params(axis="both", nbins=3)
     ax.ticklabel_format(axis="x", scilimits=(-2, 3))
     return ax
-
-
-def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    if ax is None:
-        from matplotlib.figure import Figure
-
-        ax = Figure(figsize=size, layout="constrained").subplots()
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax
-
-
-def _legend(ax: Axes, columns: int) -> None:
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, frameon=False, fontsize=8)
-
-
-def _short(name: str, length: int = 22) -> str:
-    """Keep the ends of a long name: the layer's number is often at one of them."""
-    return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-length // 2 :]}"

@@ -52,6 +52,24 @@ def provenance(
     }
 
 
+def peak_memory(device: torch.device | str | None = None) -> dict[str, int]:
+    """Return the largest memory that was taken so far, in bytes: of this `process`, and of its CUDA `device`.
+
+    A system that does not tell leaves the process out.
+    """
+    found = {}
+    try:
+        import resource
+    except ImportError:  # there is none on Windows
+        pass
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        found["process"] = peak if platform.system() == "Darwin" else 1024 * peak
+    if device is not None and torch.device(device).type == "cuda":
+        found["device"] = torch.cuda.max_memory_allocated(device)
+    return found
+
+
 def _version(distribution: str) -> str | None:
     try:
         return version(distribution)

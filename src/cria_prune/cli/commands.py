@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from cria_prune import pipeline
+from cria_prune.artifact.files import write_text
+from cria_prune.artifact.folder_report import folder_page
 from cria_prune.artifact.folders import check_free
-from cria_prune.artifact.report import write_report
+from cria_prune.artifact.provenance import peak_memory
 from cria_prune.batches import model_inputs, move
-from cria_prune.cli import show, target
+from cria_prune.cli import reports, show, target
 from cria_prune.cli.flow import prune_stage, recover_stage
 from cria_prune.cli.folder import REPORT, claimed
 from cria_prune.cli.job import RECOVERED, Job, padded_folder, rounded
@@ -158,6 +160,7 @@ def recover(params: Params, command: list[str], kept: Kept) -> None:
     with job_of(found, "-recovered", params, command, kept) as job:
         job.results |= {name: found.results[name] for name in inherited if name in found.results}
         job.inherit_dense()
+        before = reports.earlier_run(job)
         counts = ("parameters_dense", "parameters", "macs_dense", "macs")
         job.results |= {name: found.plan.report[name] for name in counts if name in found.plan.report}
         model = found.model(job.device, job.seed, job.talk.progress)
@@ -171,7 +174,7 @@ def recover(params: Params, command: list[str], kept: Kept) -> None:
         job.measure(recovered.model, "recovered")
         show.outcome(job.talk, job.results, found.metric)
         job.save(recovered.model, found.plan, described, RECOVERED)
-        finish(job)
+        finish(job, before=before)
         job.talk.answer(job.results)
 
 
@@ -253,14 +256,21 @@ def dense_model(job: Job) -> nn.Module:
     return model
 
 
-def finish(job: Job, result: PruneResult | None = None) -> None:
-    """Write the report, if there is a pruning to report on; the state of the recovery is not needed now."""
+def finish(job: Job, result: PruneResult | None = None, before: Any = None) -> None:
+    """Keep the run and write its report, if there is a pruning to report on, now or `before`.
+
+    The state of the recovery is not needed any more.
+    """
     shutil.rmtree(job.recovery, ignore_errors=True)
-    job.results["seconds"] = rounded(job.seconds)
+    job.results |= {"seconds": rounded(job.seconds), "memory": peak_memory(job.device)}
     if result is not None:
-        page = show.report(result, job.results, job.target.task.metric, job.origin)
-        path = write_report(Path(job.output) / REPORT, page)
-        job.talk.say(f"report {path}")
+        reports.keep_run(job, result)
+    elif before is not None:
+        reports.keep_recovered(job, before)
+    else:
+        return
+    path = write_text(Path(job.output) / REPORT, folder_page(job.output).html)
+    job.talk.say(f"report {path}")
 
 
 def check_target(found: Target, config: PruneConfig) -> None:

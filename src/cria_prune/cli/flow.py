@@ -42,6 +42,7 @@ def prune_stage(job: Job, model: nn.Module, config: PruneConfig, watch: bool) ->
         evaluate=(lambda smaller: task.evaluate(smaller, held)) if watch else None,
         on_round=on_round,
         progress=job.talk.progress,
+        graphs=True,
     )
     job.seconds["structure"] = result.seconds
     for item in result.rounds:

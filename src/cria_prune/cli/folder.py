@@ -72,12 +72,13 @@ def keep(folder: Path, model: nn.Module, plan: Plan, **described: Any) -> None:
     """Save a checkpoint into the folder in place of the one there; `described` goes to `artifact.save`.
 
     Both files are written aside first and then renamed while Ctrl-C waits, so that an
-    interrupted run leaves a whole checkpoint. A report of an earlier checkpoint is removed.
+    interrupted run leaves a whole checkpoint. What is kept of an earlier run, and its report, is removed.
 
     Raises:
         ArtifactError: the system refuses, or something is no JSON.
     """
     from cria_prune.artifact.checkpoint import MANIFEST, WEIGHTS, save
+    from cria_prune.artifact.history import FILES
 
     try:
         with (
@@ -85,7 +86,8 @@ def keep(folder: Path, model: nn.Module, plan: Plan, **described: Any) -> None:
             tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as aside,
         ):
             save(aside, model, plan, **described)
-            (folder / REPORT).unlink(missing_ok=True)
+            for name in (REPORT, *FILES):
+                (folder / name).unlink(missing_ok=True)
             for name in (WEIGHTS, MANIFEST):
                 os.replace(Path(aside) / name, folder / name)
     except OSError as error:

@@ -175,6 +175,23 @@ def recover(
         commands.recover(context.params, command_line(context), kept)
 
 
+@app.command()
+def report(
+    folder: o.ReportFolder,
+    layer: o.Layer = None,
+    output: o.Page = None,
+    overwrite: o.Overwrite = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Make one HTML page of a run or a bench, from the files in its folder."""
+    with answering():
+        from cria_prune.cli import reports
+
+        reports.report(
+            {"folder": folder, "layer": layer, "output": output, "overwrite": overwrite, "quiet": quiet}
+        )
+
+
 @app.command(name="eval")
 def evaluate(
     context: typer.Context,

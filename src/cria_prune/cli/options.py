@@ -171,4 +171,15 @@ Meta = Annotated[bool, Option("--meta", help="Shapes alone: leave the weights, t
 Tree = Annotated[bool, Option("--tree", help="Along the modules in place of a table.")]
 All = Annotated[bool, Option("--all", help="Every group by itself, repeated layers too, names in full.")]
 Json = Annotated[bool, Option("--json", help="Print everything as one JSON object, and no table.")]
+ReportFolder = Annotated[
+    Path,
+    Argument(
+        help="What cria run or cria prune wrote, or a folder of a bench's result files.", show_default=False
+    ),
+]
+Layer = Annotated[
+    str | None,
+    Option(help="Whose neuron graphs are drawn [default: the widest of at most 256 units that lost any]."),
+]
+Page = Annotated[Path | None, Option(help="HTML file for the page [default: report.html in the folder].")]
 ScoreFile = Annotated[Path | None, Option(help="JSON file for all scores and the whole diagnosis.")]

@@ -161,8 +161,8 @@ def diagnosis(talk: Talk, groups: Mapping[str, Mapping[str, Any]]) -> None:
 def report(
     result: PruneResult, results: Mapping[str, Any], metric: str, origin: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what `artifact.write_report` takes."""
-    last, cost = result.rounds[-1], COSTS[results["of"]]
+    """Return what a run keeps for its page: plain JSON, see `artifact.history.write_run`."""
+    cost = COSTS[results["of"]]
     return {
         **results,
         "title": f"{results['recipe'] or results['model']}: {percent(results['reduction'])} of the {cost} "
@@ -174,6 +174,7 @@ def report(
                 "parameters": item.report["parameters"],
                 "reduction": item.report["reached"],
                 "metric": item.metric,
+                "masked_equals_pruned": None if item.verification is None else item.verification.difference,
                 "seconds": dict(item.seconds),
             }
             for item in result.rounds
@@ -181,10 +182,7 @@ def report(
         "widths": {
             group.name: [group.size, result.groups[group.name].size] for group in result.dense.prunable
         },
-        "scores": {
-            name: {"scores": list(scores), "kept": list(last.kept[name])}
-            for name, scores in last.scores.items()
-        },
+        "diagnosis": [dict(item.diagnosis) for item in result.rounds],
         "frozen": {group.name: group.frozen for group in result.dense if group.frozen is not None},
         "provenance": dict(origin),
         "config": result.config.model_dump(mode="json"),

@@ -1,5 +1,6 @@
 """Two graphs of the same neurons -> the pencil -> one score per neuron."""
 
+from cria_prune.spectrum.embedding import laplacian_embedding
 from cria_prune.spectrum.importance import (
     Diagnosis,
     Importance,
@@ -20,6 +21,7 @@ __all__ = [
     "distortion_embedding",
     "grounded_distortion",
     "innovation",
+    "laplacian_embedding",
     "pcg",
     "rank_correlation",
     "solve_pencil",

@@ -1,0 +1,211 @@
+"""A bench as one HTML page: tables criteria × reductions, pictures with intervals, provenance."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from functools import partial
+from html import escape
+
+from cria_prune.artifact.cells import Bench, CellFile, Points, Setting, curve, distinct
+from cria_prune.artifact.html import Part, count, figure, metric_text, number, page, pictures, share, table
+from cria_prune.artifact.intervals import mean_interval
+from cria_prune.artifact.plots_metric import plot_bench
+from cria_prune.metrics import metric as metric_of
+
+STATES = (("pruned", "Right after pruning"), ("recovered", "After recovery"))
+STAGES = {
+    "scoring": ("record", "discover", "score"),
+    "cutting": ("surgery", "plan", "verify"),
+    "recovery": ("recover",),
+}
+PLURAL = {"rounds": "round", "epochs": "epoch"}
+LISTED = 12  # so many commits or files are named, the others counted
+
+
+def render_bench(bench: Bench, name: str) -> str:
+    """Return the page of a bench.
+
+    Args:
+        bench: what `read_bench` found; at least one cell.
+        name: of the folder, where the cells name no network.
+    """
+    networks = distinct([{"network": item.cell.network or None} for item in bench.cells], "network")
+    settings = sorted(bench.settings(), key=lambda setting: not bench.values(setting, "recovered"))
+    parts: list[Part] = [(setting_title(setting), _setting(bench, setting)) for setting in settings]
+    parts += [("Time", _times(bench)), ("Provenance", _origins(bench)), ("Not on this page", _left(bench))]
+    return page(f"Bench: {', '.join(networks) or name}", _lead(bench), parts)
+
+
+def setting_title(setting: Setting) -> str:
+    """Return a setting in words.
+
+    >>> setting_title((("epochs", "3"), ("rounds", "1"), ("scope", "inner")))
+    'scope inner, 1 round, 3 epochs of recovery'
+    """
+    known = dict(setting)
+    words = [f"scope {known.pop('scope')}"] if "scope" in known else []
+    for key in ("rounds", "epochs"):
+        if key in known:
+            value = known.pop(key)
+            after = " of recovery" if key == "epochs" else ""
+            some = f"{value} {PLURAL[key]}{'' if value == '1' else 's'}{after}"
+            words.append("no recovery" if (key, value) == ("epochs", "0") else some)
+    words += [key if value == "True" else f"{key} {value}" for key, value in known.items()]
+    return ", ".join(words) or "all cells"
+
+
+def _lead(bench: Bench) -> str:
+    shares = sorted({item.cell.reduction for item in bench.cells})
+    asked = ", ".join(f"{100 * item:g} %" for item in shares)
+    return (
+        f"<p class=lead>{_many(len(bench.cells), 'cell')}: "
+        f"{_many(len(bench.criteria), 'criterion', 'criteria')}, "
+        f"asked to remove {asked}. {escape(_seeds_text(bench.cells))}</p>"
+    )
+
+
+def _seeds_text(cells: Sequence[CellFile]) -> str:
+    """Say how many seeds there are, and so whether an interval can be shown."""
+    seeds = sorted({item.cell.seed for item in cells})
+    per_point: dict[tuple[Setting, str, float], int] = {}
+    for item in cells:
+        key = (item.cell.setting(), item.cell.criterion, item.cell.reduction)
+        per_point[key] = per_point.get(key, 0) + 1
+    fewest, most = min(per_point.values()), max(per_point.values())
+    several = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    named = ", ".join(map(str, seeds))
+    if most == 1:
+        return f"One seed per point ({named}): there are no intervals."
+    return f"{several} seeds per point ({named}); ± is half of the 95 % t-interval of the mean."
+
+
+def _setting(bench: Bench, setting: Setting) -> str:
+    cells = bench.of(setting)
+    metric = cells[0].metric
+    drawn: list[str] = []
+    order: list[str] = []
+    ranking = ""
+    for key, title in reversed(STATES):  # ranked after recovery where there was one
+        values = bench.values(setting, key)
+        if not values:
+            continue
+        if not order:
+            last = max(asked for points in values.values() for asked in points)
+            order = _ranked(values, last, metric)
+            ranking = f"Best first at {100 * last:g} %{' after recovery' if key == 'recovered' else ''}."
+        picture = partial(
+            plot_bench,
+            {name: curve(values[name]) for name in sorted(values)},
+            metric=metric,
+            dense=list(bench.dense.values()),
+            names=bench.criteria,
+        )
+        label = f"{title}: {metric} against reduction"
+        drawn = [
+            figure(picture, (4.2, 3.9), label, f"<b>{title}</b>"),
+            _values_table(values, order, ranking, title, metric),
+            *drawn,
+        ]
+    reached = [found for item in cells if (found := number(item.report.get("reached"))) is not None]
+    ends = sorted({share(min(reached)), share(max(reached))}) if reached else []
+    said = f"Reached {' to '.join(ends)}. " if ends else ""
+    dense = [bench.dense[seed] for seed in sorted(bench.dense)]
+    unit = " %" if metric_of(metric).share else ""
+    words = f"Dense: {_with_interval(dense, metric)}{unit}. " if dense else ""
+    note = f"<p>{words}{said}{escape(_seeds_text(cells))}</p>"
+    return note + pictures("pair", drawn)
+
+
+def _values_table(
+    values: dict[str, Points], order: Sequence[str], ranking: str, title: str, metric: str
+) -> str:
+    """Criteria in the rows, in their `order`, which `ranking` explains; reductions in the columns."""
+    shares = sorted({asked for points in values.values() for asked in points})
+    most = max(len(seeds) for points in values.values() for seeds in points.values())
+    rows = []
+    for name in sorted(values, key=lambda name: order.index(name) if name in order else len(order)):
+        cells = []
+        for asked in shares:
+            seeds = values[name].get(asked, {})
+            few = f" ({len(seeds)})" if seeds and len(seeds) < most else ""
+            cells.append(_with_interval(list(seeds.values()), metric) + few if seeds else "–")
+        rows.append([name, *cells])
+    unit = f"{metric} in %" if metric_of(metric).share else metric
+    words = f"<p><b>{title}</b>: {escape(unit)}, by the share asked to remove. {escape(ranking)}</p>"
+    head = ["criterion", *(f"{100 * asked:g} %" for asked in shares)]
+    return f"<div>{words}{table(head, rows, 'bench')}</div>"
+
+
+def _ranked(values: dict[str, Points], last: float, metric: str) -> list[str]:
+    """Return the criteria, the best at the reduction `last` first; those without a value there at the end."""
+    sign = -1 if metric_of(metric).higher_is_better else 1
+
+    def place(name: str) -> tuple[float, str]:
+        seeds = values[name].get(last)
+        return (sign * statistics.fmean(seeds.values()) if seeds else float("inf"), name)
+
+    return sorted(values, key=place)
+
+
+def _with_interval(values: Sequence[float], metric: str) -> str:
+    mean, half = mean_interval(values)
+    shared = metric_of(metric).share
+    text = f"{100 * mean:.2f}" if shared else metric_text(mean, metric)
+    if half is None:
+        return text
+    # On a telephone the line may break before the sign, and not after it.
+    return (
+        f"{text} ±\N{NO-BREAK SPACE}{100 * half:.2f}" if shared else f"{text} ±\N{NO-BREAK SPACE}{half:.3g}"
+    )
+
+
+def _times(bench: Bench) -> str:
+    """Mean seconds per criterion, the stages in three."""
+    rows = []
+    for name in bench.criteria:
+        cells = [item.seconds for item in bench.cells if item.cell.criterion == name]
+        row = [name]
+        for stages in STAGES.values():
+            spent = [sum(item.get(stage, 0.0) for stage in stages) for item in cells if stages[0] in item]
+            row.append(f"{statistics.fmean(spent):.2f}" if spent else "–")
+        rows.append(row)
+    known = any(cell != "–" for row in rows for cell in row[1:])
+    words = "<p>Mean seconds per cell, over all settings; the recovery where there was one.</p>"
+    return words + table(["criterion", *STAGES], rows, "bench") if known else ""
+
+
+def _origins(bench: Bench) -> str:
+    dates = distinct(bench.origins, "time")
+    dirty = sum(bool(item.get("dirty")) for item in bench.origins)
+    rows = [
+        ["dates", dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"] if dates else None,
+        ["commits", _listed(distinct(bench.origins, "commit"))],
+        ["changed after the commit", _many(dirty, "file") if dirty else "none"],
+        *(
+            [title, _listed(distinct(bench.origins, key))]
+            for title, key in (
+                ("platform", "platform"), ("processors", "cpus"), ("device", "device"),
+                ("Cria", "cria_prune"), ("Python", "python"), ("torch", "torch"), ("numpy", "numpy"),
+                ("data", "data"),
+            )
+        ),
+    ]  # fmt: skip
+    return table(["", ""], [row for row in rows if row and row[1]], "words")
+
+
+def _left(bench: Bench) -> str:
+    if not bench.left:
+        return ""
+    said = "".join(f"<li>{escape(words)}</li>" for words in bench.left[:LISTED])
+    more = f"<li>and {count(len(bench.left) - LISTED)} more</li>" if len(bench.left) > LISTED else ""
+    return f"<p>Files in the folder that are no result of this bench.</p><ul>{said}{more}</ul>"
+
+
+def _listed(values: Sequence[str]) -> str:
+    more = f" and {len(values) - LISTED} more" if len(values) > LISTED else ""
+    return ", ".join(values[:LISTED]) + more
+
+
+def _many(items: int, noun: str, plural: str = "") -> str:
+    return f"{items:,} {noun if items == 1 else plural or noun + 's'}"

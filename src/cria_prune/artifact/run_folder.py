@@ -1,0 +1,209 @@
+"""From the folder of a run to what its page shows; from files alone, no model is built.
+
+An older run, or a checkpoint that was saved from Python, has no `run.json`: then the page shows what its
+manifest knows and says what it lacks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cria_prune.artifact.checkpoint import MANIFEST, read_checkpoint_manifest
+from cria_prune.artifact.folders import MANIFEST as PRETRAINED
+from cria_prune.artifact.folders import is_plain_file
+from cria_prune.artifact.history import RUN, Scores, read_run
+from cria_prune.artifact.manifest import read_manifest
+from cria_prune.errors import ArtifactError, ConfigError, CriaError
+from cria_prune.graph import DRAWN_UNITS, NeuronGraphs, choose_layer
+from cria_prune.plan.plan import Plan
+from cria_prune.spectrum import solve_pencil
+from cria_prune.tasks import TASKS, task
+
+ABLATION = "ablation.json"
+SHOWN_VALUES = 32
+
+
+class Curves(BaseModel):
+    """Points (share removed, one value per seed) of the three orders."""
+
+    lowest: list[tuple[float, list[float]]] = []
+    highest: list[tuple[float, list[float]]] = []
+    random: list[tuple[float, list[float]]] = []
+
+
+class Ablation(BaseModel):
+    """`ablation.json`; further keys are left alone."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    metric: str
+    dense: float | None = None
+    curves: Curves
+    criterion: str | None = None
+    provenance: dict[str, Any] | None = None
+
+
+def is_run(folder: Path) -> bool:
+    """Say whether a folder holds what a run leaves: its record, or the manifest of a pruned model."""
+    return any(is_plain_file(folder / name) for name in (RUN, MANIFEST, PRETRAINED))
+
+
+def run_result(folder: Path, layer: str | None = None) -> dict[str, Any]:
+    """Return what `write_report` takes, of the run in a folder.
+
+    Args:
+        folder: of a run, see `is_run`.
+        layer: of which the neuron graphs are drawn; None takes the widest of at most 256 units that lost any.
+
+    Raises:
+        ArtifactError: a file in it is damaged or foreign.
+        ConfigError: there is no such layer.
+    """
+    missing: list[str] = []
+    found = read_run(folder)
+    page, history, graphs = found or ({}, [], {})
+    if found is None:
+        page = _from_manifest(folder)
+        missing.append(
+            f"No {RUN} lies in this folder: the model was saved from Python, or by an older Cria. Rounds, "
+            "scores, spectra and neuron graphs are not known."
+        )
+    widths = page.get("widths") or {}
+    result = {**page, "ablation": _ablation(folder)}
+    if result["ablation"] is None:
+        missing.append(f"No {ABLATION} lies in this folder, so there are no ablation curves.")
+    if history:
+        result["scores"] = history[-1]
+        result["spectra"] = _spectra(page.get("diagnosis") or [], graphs)
+        lacking = sum(not any(item.values()) for item in result["spectra"].values())
+        if lacking:
+            missing.append(
+                f"The spectrum of {lacking} of {len(result['spectra'])} layers: the criterion solves no "
+                "eigenproblem there, or scores all pairs of a wide layer without one."
+            )
+    chosen = _chosen(widths, history, graphs, layer, folder)
+    if chosen is not None:
+        result["layer"] = _layer(chosen, widths, history, graphs)
+        if result["layer"]["graphs"] is None:
+            missing.append(
+                f"The neuron graphs of {chosen}: the criterion records no signals, or the layer is beyond "
+                "the bounds within which a run keeps graphs."
+            )
+    return {**result, "missing": missing}
+
+
+def _chosen(
+    widths: Mapping[str, Any],
+    history: list[Scores],
+    graphs: Mapping[str, NeuronGraphs],
+    layer: str | None,
+    folder: Path,
+) -> str | None:
+    """Return the layer to look at; None where a run kept nothing of any."""
+    if layer is not None and layer not in widths:
+        raise ConfigError(
+            f"The layer {layer!r} of {folder}",
+            "there is none of that name that can be pruned",
+            f"Known layers: {', '.join(widths) or 'none'}",
+        )
+    if layer is not None or not history:
+        return layer if history else None
+    cut = {name: both[0] for name, both in widths.items() if both[1] < both[0]}
+    drawn = {name: len(graphs[name].units) for name in cut if name in graphs}  # dead units are not drawn
+    return choose_layer(drawn or cut)
+
+
+def _layer(
+    name: str, widths: Mapping[str, Any], history: list[Scores], graphs: Mapping[str, NeuronGraphs]
+) -> dict[str, Any]:
+    rounds = [entries[name] for entries in history if name in entries]
+    units = int(widths[name][0])
+    alive = np.arange(units)
+    for entry in rounds:
+        if len(entry["scores"]) != len(alive):
+            break  # the record of another network: mark nothing rather than the wrong ones
+        alive = alive[entry["kept"]]
+    removed = np.setdiff1d(np.arange(units), alive).tolist()
+    return {"name": name, "units": units, "graphs": graphs.get(name), "removed": removed, "rounds": rounds}
+
+
+def _spectra(
+    diagnosis: list[dict[str, dict[str, Any]]], graphs: Mapping[str, NeuronGraphs]
+) -> dict[str, dict[str, list[float]]]:
+    """Return group -> round -> z: of the first and the last round; of the kept graphs if none was solved."""
+    ends = {"first round": diagnosis[0], "last round": diagnosis[-1]} if diagnosis else {}
+    found: dict[str, dict[str, list[float]]] = {}
+    for name in diagnosis[0] if diagnosis else ():
+        known = {title: _numbers(end.get(name, {}).get("values")) for title, end in ends.items()}
+        known = known if len(diagnosis) > 1 else {"first round": known["first round"]}
+        both = graphs.get(name)
+        if not any(known.values()) and both is not None and len(both.units) <= DRAWN_UNITS:
+            known = {"first round": _solved(both)}
+        found[name] = {title: values for title, values in known.items() if values}
+    return found
+
+
+def _solved(both: NeuronGraphs) -> list[float]:
+    if both.output.ridge <= 0:
+        return []
+    values: list[float] = solve_pencil(both.input, both.output).values[:SHOWN_VALUES].tolist()
+    return values
+
+
+def _numbers(values: Any) -> list[float]:
+    return (
+        [float(item) for item in values if isinstance(item, (int, float))] if isinstance(values, list) else []
+    )
+
+
+def _ablation(folder: Path) -> dict[str, Any] | None:
+    path = folder / ABLATION
+    if not is_plain_file(path):
+        return None
+    asked, todo = f"Reading {path}", "Make it again with cria ablate, or remove it"
+    try:
+        return Ablation.model_validate(json.loads(path.read_text(encoding="utf-8"))).model_dump()
+    except OSError as error:
+        raise ArtifactError(asked, f"the system refused, {error}", todo) from error
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise ArtifactError(asked, f"its {where!r} is damaged, {error.errors()[0]['msg']}", todo) from error
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(asked, f"it is no JSON, {error}", todo) from error
+
+
+def _from_manifest(folder: Path) -> dict[str, Any]:
+    """Return what the manifest of a pruned model says of its run."""
+    own = is_plain_file(folder / MANIFEST)
+    manifest = read_checkpoint_manifest(folder / MANIFEST) if own else read_manifest(folder)
+    plan = Plan.from_dict(manifest["plan"])
+    results, config = manifest.get("results"), manifest.get("config")
+    results = results if isinstance(results, dict) else {}
+    name = results.get("recipe") or results.get("model") or manifest.get("architecture") or "A network"
+    numbers = {key: value for key, value in plan.report.items() if key in ("parameters", "parameters_dense")}
+    return {
+        **numbers,
+        **{key: value for key, value in results.items() if key != "rounds"},
+        "title": f"{name}: what its manifest says",
+        "metric": _metric(results),
+        "widths": {group: (size, len(plan.kept[group])) for group, size in plan.sizes.items()},
+        "provenance": manifest.get("provenance"),
+        "config": config,
+    }
+
+
+def _metric(results: Mapping[str, Any]) -> str:
+    """Return the name of a run's metric; manifests name the recipe only."""
+    recipe = results.get("recipe")
+    if recipe in TASKS:
+        try:
+            return task(str(recipe)).metric
+        except CriaError:  # the recipe needs a library that is not here; the number is shown all the same
+            pass
+    return str(results.get("metric") or "metric")

@@ -1,0 +1,72 @@
+"""What `cria report` does, and what a run keeps for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cria_prune.artifact.files import write_text
+from cria_prune.artifact.folder_report import folder_page
+from cria_prune.artifact.history import read_run, write_run
+from cria_prune.artifact.html import is_page
+from cria_prune.cli import show
+from cria_prune.cli.folder import REPORT, check_file
+from cria_prune.cli.settings import Params
+from cria_prune.cli.talk import Talk
+from cria_prune.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from cria_prune.cli.job import Job
+    from cria_prune.pipeline import PruneResult
+
+
+def report(params: Params) -> None:
+    """Make the page of a run or a bench from the files in its folder."""
+    folder, talk = params["folder"], Talk(params["quiet"])
+    found = folder_page(folder, params["layer"])
+    output = params["output"] or folder / REPORT
+    ours = params["output"] is None and written_by_cria(output)
+    check_file(output, params["overwrite"] or ours)
+    write_text(output, found.html)
+    talk.say(f"report {output}")
+    talk.answer({"folder": str(folder), "kind": found.kind, "layer": found.layer, "output": str(output)})
+
+
+def written_by_cria(path: Path) -> bool:
+    """Say whether a file begins as every report does: it may be replaced by a newer one."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return is_page(file.read(4096))
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def keep_run(job: Job, result: PruneResult) -> None:
+    """Write what the report needs into the output folder, of a run that pruned."""
+    page = show.report(result, job.results, job.target.task.metric, job.origin)
+    history = [
+        {name: {"scores": scores, "kept": item.kept[name]} for name, scores in item.scores.items()}
+        for item in result.rounds
+    ]
+    write_run(job.output, page, history, result.graphs or {})
+
+
+def earlier_run(job: Job) -> Any:
+    """Return what the checkpoint that a job goes on from keeps of its run; None if nothing whole."""
+    try:
+        return None if job.target.checkpoint is None else read_run(Path(job.target.checkpoint))
+    except ArtifactError as error:
+        job.talk.note(f"the run before is not carried on in the report: {error}")
+        return None
+
+
+def keep_recovered(job: Job, before: Any) -> None:
+    """Write the run that was pruned before, now recovered, into the output folder."""
+    page, history, graphs = before
+    earlier: list[Mapping[str, Any]] = [*page.get("earlier", []), page["provenance"]]
+    seconds = dict(page.get("seconds", {}))
+    for stage, spent in job.results["seconds"].items():
+        seconds[stage] = round(seconds.get(stage, 0.0) + spent, 3)
+    page = {**page, **job.results, "seconds": seconds, "rounds": page["rounds"]}
+    write_run(job.output, {**page, "provenance": job.origin, "earlier": earlier}, history, graphs)
