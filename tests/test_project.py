@@ -30,8 +30,20 @@ MAY_IMPORT = {
     "recover": BASE,
     "artifact": BASE | {"plan", "surgery", "tasks", "structure", "vanilla", "graph", "spectrum"},
     "tasks": BASE | {"recover"},
+    "bench": BASE | {"pipeline", "criteria", "recover", "tasks", "artifact"},
     "cli": BASE
-    | {"pipeline", "artifact", "tasks", "recover", "plan", "structure", "criteria", "record", "scope"},
+    | {
+        "bench",
+        "pipeline",
+        "artifact",
+        "tasks",
+        "recover",
+        "plan",
+        "structure",
+        "criteria",
+        "record",
+        "scope",
+    },
 }
 
 

@@ -1,4 +1,4 @@
-"""What is kept of the neuron graphs and where their neurons are drawn; the pictures of one layer and of a metric."""
+"""What is kept of the neuron graphs, where neurons are drawn; the pictures of a layer and of a metric."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def _setting(bench: Bench, setting: Setting) -> str:
     said = f"Reached {' to '.join(ends)}. " if ends else ""
     dense = [bench.dense[seed] for seed in sorted(bench.dense)]
     unit = " %" if metric_of(metric).share else ""
-    words = f"Dense: {_with_interval(dense, metric)}{unit}. " if dense else ""
+    words = f"Dense: {with_interval(dense, metric)}{unit}. " if dense else ""
     note = f"<p>{words}{said}{escape(_seeds_text(cells))}</p>"
     return note + pictures("pair", drawn)
 
@@ -129,7 +129,7 @@ def _values_table(
         for asked in shares:
             seeds = values[name].get(asked, {})
             few = f" ({len(seeds)})" if seeds and len(seeds) < most else ""
-            cells.append(_with_interval(list(seeds.values()), metric) + few if seeds else "–")
+            cells.append(with_interval(list(seeds.values()), metric) + few if seeds else "–")
         rows.append([name, *cells])
     unit = f"{metric} in %" if metric_of(metric).share else metric
     words = f"<p><b>{title}</b>: {escape(unit)}, by the share asked to remove. {escape(ranking)}</p>"
@@ -148,7 +148,8 @@ def _ranked(values: dict[str, Points], last: float, metric: str) -> list[str]:
     return sorted(values, key=place)
 
 
-def _with_interval(values: Sequence[float], metric: str) -> str:
+def with_interval(values: Sequence[float], metric: str) -> str:
+    """Return the mean of some values of a metric, with half of its t-interval where there are several."""
     mean, half = mean_interval(values)
     shared = metric_of(metric).share
     text = f"{100 * mean:.2f}" if shared else metric_text(mean, metric)

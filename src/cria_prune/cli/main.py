@@ -192,6 +192,24 @@ def report(
         )
 
 
+@app.command()
+def bench(
+    context: typer.Context,
+    suite: o.Suite,
+    criterion: o.Criteria = None,
+    reduction: o.OnlyReductions = None,
+    seed: o.Seeds = None,
+    device: o.Device = "auto",
+    output: o.Output = None,
+    quiet: o.Quiet = False,
+) -> None:
+    """Measure criteria against each other, one result file per cell; what is there is not measured again."""
+    with answering() as kept:
+        from cria_prune.cli import benches
+
+        benches.bench(context.params, command_line(context), kept)
+
+
 @app.command(name="eval")
 def evaluate(
     context: typer.Context,

@@ -183,3 +183,15 @@ Layer = Annotated[
 ]
 Page = Annotated[Path | None, Option(help="HTML file for the page [default: report.html in the folder].")]
 ScoreFile = Annotated[Path | None, Option(help="JSON file for all scores and the whole diagnosis.")]
+Suite = Annotated[
+    str,
+    Argument(
+        help="digits, resnet20, resnet56, sst2-minilm or llama-shakespeare, or a folder of YAML files.",
+        show_default=False,
+    ),
+]
+Criteria = Annotated[list[str] | None, Option("--criterion", help="Only these criteria of the suite.")]
+OnlyReductions = Annotated[
+    list[float] | None, Option("--reduction", "--reduce", help="Only these reductions of the suite.")
+]
+Seeds = Annotated[list[int] | None, Option("--seed", help="Only these seeds of the suite.")]

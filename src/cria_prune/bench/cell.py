@@ -1,0 +1,75 @@
+"""A cell of a grid: what is measured, under which name, with which configuration."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from cria_prune.bench.suite import Grid
+from cria_prune.config import PruneConfig
+from cria_prune.tasks import Task
+
+Cell = dict[str, Any]
+EXAMPLES = 1024
+
+
+def cells(grid: Grid) -> list[Cell]:
+    """Return the cells of a grid, seed by seed: a bench that is stopped has whole tables of the first seeds.
+
+    What is usual (ranking uniform, no repair, all training data) is not in a cell.
+    """
+    product = itertools.product(
+        grid.seeds, grid.reductions, grid.rounds, grid.ranking, grid.compensate, grid.criteria
+    )
+    return [
+        {
+            "network": grid.network,
+            "scope": grid.scope,
+            "criterion": criterion,
+            "reduction": reduction,
+            "rounds": rounds,
+            "seed": seed,
+            "epochs": grid.epochs,
+            **({"quick": True} if grid.quick and grid.epochs else {}),
+            **({"ranking": ranking} if ranking != "uniform" else {}),
+            **({"compensate": True} if compensate else {}),
+        }
+        for seed, reduction, rounds, ranking, compensate, criterion in product
+    ]
+
+
+def file_name(cell: Cell) -> str:
+    """Return the name of a cell's result file.
+
+    >>> cell = {"scope": "inner", "criterion": "l2", "reduction": 0.5, "rounds": 4, "seed": 0, "epochs": 0}
+    >>> file_name(cell)
+    'inner-l2-0.5-rounds4-seed0-epochs0.json'
+    >>> file_name({**cell, "compensate": True, "ranking": "global"})
+    'inner-l2-0.5-rounds4-seed0-epochs0-global-repair.json'
+    """
+    name = "{scope}-{criterion}-{reduction:g}-rounds{rounds}-seed{seed}-epochs{epochs}".format(**cell)
+    words = [
+        *(["quick"] if cell.get("quick") else []),
+        *([cell["ranking"]] if cell.get("ranking") else []),
+        *(["repair"] if cell.get("compensate") else []),
+    ]
+    return "-".join([name, *words]) + ".json"
+
+
+def config_of(task: Task, cell: Cell, examples: int | None = None) -> PruneConfig:
+    """Return the configuration of a cell: the recipe's own, and what the cell says."""
+    examples = examples or task.prune_defaults.get("record", {}).get("examples", EXAMPLES)
+    plan = {
+        **task.prune_defaults.get("plan", {}),
+        "reduction": cell["reduction"],
+        "rounds": cell["rounds"],
+        "residual": cell["scope"] == "all",
+        "units": "neurons" if cell["scope"] == "neurons" else "all",
+        "ranking": cell.get("ranking", "uniform"),
+    }
+    return PruneConfig(
+        record={"examples": examples, "seed": cell["seed"]},
+        score={"criterion": cell["criterion"], "seed": cell["seed"]},
+        plan=plan,
+        compensate=cell.get("compensate", False),
+    )

@@ -1,0 +1,94 @@
+"""What `cria bench` does: run the missing cells of a suite, and show all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cria_prune.artifact.cells import Bench, Setting, read_bench
+from cria_prune.artifact.files import write_text
+from cria_prune.artifact.report_bench import render_bench, setting_title, with_interval
+from cria_prune.bench import Grid, cells, file_name, read_suite, run_grid
+from cria_prune.cli.folder import REPORT
+from cria_prune.cli.settings import Params, pick_device
+from cria_prune.cli.talk import Kept, Talk
+from cria_prune.errors import ConfigError
+from cria_prune.metrics import metric as metric_of
+
+NARROWED = {"criterion": "criteria", "reduction": "reductions", "seed": "seeds"}
+
+
+def bench(params: Params, command: list[str], kept: Kept) -> None:
+    """Measure what is missing; tables, a page with pictures and one line for programs."""
+    talk, device = Talk(params["quiet"]), pick_device(params["device"])
+    grids = [narrowed(grid, params) for grid in read_suite(params["suite"])]
+    network = grids[0].network
+    folder = params["output"] or Path("bench") / network
+    wanted = {file_name(cell) for grid in grids for cell in cells(grid)}
+    there = sum((folder / name).exists() for name in wanted)
+    talk.say(f"{network}: {len(wanted)} cells in {folder}, {there} of them measured before")
+    kept.text = f"the cells measured so far are in {folder}; the same command goes on"
+
+    def done(number: int, count: int, cell: dict[str, Any], values: dict[str, Any]) -> None:
+        figures = [f"{key} {values[key]:.4f}" for key in ("pruned", "recovered") if key in values]
+        talk.note(f"cell {number} of {count}, {Path(file_name(cell)).stem}: {', '.join(figures)}")
+
+    measured = sum(
+        run_grid(grid, folder, command=command, device=device, progress=talk.progress, on_cell=done)
+        for grid in grids
+    )
+    found = read_bench(folder)
+    for setting in found.settings():
+        show(talk, found, setting)
+    page = write_text(folder / REPORT, render_bench(found, network))
+    talk.say(f"report {page}")
+    talk.answer(
+        {"suite": params["suite"], "network": network, "output": str(folder), "cells": len(wanted),
+         "measured": measured}
+    )  # fmt: skip
+
+
+def narrowed(grid: Grid, params: Params) -> Grid:
+    """Return a grid with only those of its criteria, reductions and seeds that were asked for.
+
+    Raises:
+        ConfigError: none of its values is among them.
+    """
+    values = grid.model_dump()
+    for option, key in NARROWED.items():
+        asked: Sequence[Any] = params[option] or ()
+        if asked:
+            left = tuple(item for item in values[key] if item in asked)
+            if not left:
+                raise ConfigError(
+                    f"--{option} {', '.join(map(str, asked))}",
+                    f"the suite has {', '.join(map(str, values[key]))}",
+                    "Ask for some of these",
+                )
+            values[key] = left
+    return Grid(**values)
+
+
+def show(talk: Talk, found: Bench, setting: Setting) -> None:
+    """Print one setting as a table: criteria in the rows, reductions in the columns."""
+    metric = found.of(setting)[0].metric
+    states = [key for key in ("pruned", "recovered") if found.values(setting, key)]
+    points = {key: found.values(setting, key) for key in states}
+    shares = sorted({share for key in states for rows in points[key].values() for share in rows})
+    names = [name for name in found.criteria if any(name in points[key] for key in states)]
+    rows = [
+        [name]
+        + [
+            with_interval(list(seeds.values()), metric)
+            if (seeds := points[key].get(name, {}).get(share))
+            else ""
+            for key in states
+            for share in shares
+        ]
+        for name in names
+    ]
+    unit = " (%)" if metric_of(metric).share else ""
+    dense = with_interval(list(found.dense.values()), metric) if found.dense else "unknown"
+    talk.heading(f"{setting_title(setting)}: {metric}{unit}, dense {dense}")
+    talk.table(["criterion", *(f"{key} at {100 * share:g} %" for key in states for share in shares)], rows)

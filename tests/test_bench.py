@@ -1,0 +1,153 @@
+"""A bench measures what is missing, once, and says clearly what does not fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cria_prune.bench import Grid, cells, file_name, packaged, read_suite, run_grid
+from cria_prune.bench import run as module
+from cria_prune.cli.main import app
+from cria_prune.errors import ArtifactError, ConfigError
+from cria_prune.tasks import TASKS
+from cria_prune.tasks.images import ImageTask
+from cria_prune.tasks.models import build
+
+GRID = Grid(
+    network="digits", criteria=["random", "innovation"], reductions=[0.5, 0.75], rounds=[1], examples=64,
+    compensate=[False, True], seeds=[0],
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dense model needs no training here: what is tested is the bench."""
+
+    def dense(self: Any, seed: int = 0, progress: Any = None) -> torch.nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return build(self.architecture).eval()
+
+    monkeypatch.setattr(ImageTask, "dense", dense)
+
+
+def values(folder: Path) -> dict[str, dict[str, Any]]:
+    """File name -> what it says, without what differs between two runs."""
+    found = {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    return {
+        name: {k: v for k, v in said.items() if k not in ("provenance", "seconds")}
+        for name, said in found.items()
+    }
+
+
+def test_suites_that_come_along_are_whole_and_name_every_cell_once() -> None:
+    assert packaged() == ["digits", "llama-shakespeare", "resnet20", "resnet56", "sst2-minilm"]
+    for suite in packaged():
+        grids = read_suite(suite)
+        names = [file_name(cell) for grid in grids for cell in cells(grid)]
+        assert grids[0].network in TASKS and len(set(names)) == len(names), suite
+
+
+def test_only_what_is_missing_is_measured_and_comes_out_the_same(tmp_path: Path) -> None:
+    seen: list[str] = []
+    count = run_grid(GRID, tmp_path, on_cell=lambda *args: seen.append(file_name(args[2])))
+    assert count == 8 == len(seen) and seen == [file_name(cell) for cell in cells(GRID)]
+    first = values(tmp_path)
+    assert set(first) == {*seen, "dense-seed0.json"}
+    repaired, plain = (
+        first[f"inner-innovation-0.5-rounds1-seed0-epochs0{end}.json"] for end in ("-repair", "")
+    )
+    assert repaired["kept"] == plain["kept"] and repaired["pruned"] != plain["pruned"]
+    assert plain["report"]["reached"] >= 0.5 and plain["difference"] < 1e-10
+    assert run_grid(GRID, tmp_path) == 0
+    gone = tmp_path / seen[3]
+    before = gone.read_text()
+    gone.unlink()
+    assert run_grid(GRID, tmp_path) == 1
+    assert gone.read_text() != before and values(tmp_path) == first
+
+
+def test_recovery_is_measured_too(tmp_path: Path) -> None:
+    grid = Grid(network="digits", criteria=["l2"], reductions=[0.5], rounds=[1], epochs=1)
+    run_grid(grid, tmp_path)
+    said = values(tmp_path)["inner-l2-0.5-rounds1-seed0-epochs1.json"]
+    assert said["recovered"] > said["pruned"]
+
+
+def test_an_interrupted_bench_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = module.prune
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        if len(list(tmp_path.glob("inner*.json"))) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, "prune", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_grid(GRID, tmp_path)
+    monkeypatch.setattr(module, "prune", real)
+    assert len(list(tmp_path.iterdir())) == 3 and run_grid(GRID, tmp_path) == 6
+
+
+def test_a_file_of_another_configuration_is_refused_before_any_work(tmp_path: Path) -> None:
+    run_grid(GRID, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ArtifactError, match=r"was measured with record\.examples 64, asked is 128"):
+        run_grid(Grid(**{**GRID.model_dump(), "examples": 128}), tmp_path)
+    one = next(tmp_path.glob("inner*.json"))
+    one.write_text(before[one][:50].decode())
+    with pytest.raises(ArtifactError, match="Remove it to measure again"):
+        run_grid(GRID, tmp_path)
+    one.write_bytes(before[one])
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("network: nope\ncriteria: [l2]\nreductions: [0.5]", "no recipe 'nope'"),
+        ("network: digits\ncriteria: [l3]\nreductions: [0.5]", "no criterion 'l3'"),
+        ("network: digits\ncriteria: []\nreductions: [0.5]", "criteria"),
+        ("network: digits\ncriteria: [l2]\nreductions: [1.5]", "reductions.0"),
+        ("network: digits\ncriteria: [l2]\nreductions: [0.5]\nround: [1]", "round"),
+        ("- l2", "found list"),
+    ],
+)
+def test_a_wrong_grid_names_its_file(tmp_path: Path, text: str, found: str) -> None:
+    (tmp_path / "grid.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"grid\.yaml") as caught:
+        read_suite(str(tmp_path))
+    assert found in str(caught.value)
+
+
+def test_a_suite_is_a_folder_of_one_network(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is none"):
+        read_suite(str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match="holds no YAML"):
+        read_suite(str(tmp_path))
+    for network in ("digits", "cifar10-resnet20"):
+        (tmp_path / f"{network}.yaml").write_text(f"network: {network}\ncriteria: [l2]\nreductions: [0.5]")
+    with pytest.raises(ConfigError, match="its grids are of cifar10-resnet20, digits"):
+        read_suite(str(tmp_path))
+    assert len(read_suite(str(tmp_path / "digits.yaml"))) == 1
+
+
+def test_the_command_shows_tables_and_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "grid.yaml").write_text(GRID.to_yaml())
+    words = ["bench", str(tmp_path / "grid.yaml"), "--output", str(tmp_path / "out")]
+    narrow = CliRunner().invoke(app, [*words, "--criterion", "random", "--reduction", "0.5"])
+    assert narrow.exit_code == 0 and json.loads(narrow.stdout.splitlines()[-1])["measured"] == 2
+    whole = CliRunner().invoke(app, words)
+    assert json.loads(whole.stdout.splitlines()[-1]) == {
+        "suite": str(tmp_path / "grid.yaml"), "network": "digits", "output": str(tmp_path / "out"),
+        "cells": 8, "measured": 6,
+    }  # fmt: skip
+    assert "pruned at 75 %" in whole.stdout and "innovation" in whole.stdout
+    assert "<svg" in (tmp_path / "out" / "report.html").read_text()
+    bad = CliRunner().invoke(app, [*words, "--criterion", "l2"])
+    assert bad.exit_code == 2 and "the suite has random, innovation" in bad.stderr
