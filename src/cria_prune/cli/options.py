@@ -160,4 +160,19 @@ Meta = Annotated[bool, Option("--meta", help="Shapes alone: leave the weights, t
 Tree = Annotated[bool, Option("--tree", help="Along the modules in place of a table.")]
 All = Annotated[bool, Option("--all", help="Every group by itself, repeated layers too, names in full.")]
 Json = Annotated[bool, Option("--json", help="Print everything as one JSON object, and no table.")]
+Shares = Annotated[
+    str | None,
+    Option(
+        help="Shares of every group's units to remove, separated by commas [default: 0.1 to 0.9 by 0.1].",
+        show_default=False,
+    ),
+]
+RandomSeeds = Annotated[int, Option(help="Random orders to compare with.")]
+TestLimit = Annotated[
+    int | None,
+    Option(
+        "--limit", help="Test examples at most, for a quick look; results say so [default: all].",
+        show_default=False,
+    ),
+]  # fmt: skip
 ScoreFile = Annotated[Path | None, Option(help="JSON file for all scores and the whole diagnosis.")]
