@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cria_prune.artifact.plots import INK, KEPT, LINE, _axes
+from cria_prune.artifact.plots import INK, KEPT, LINE, _axes, _legend
 from cria_prune.metrics import metric
 
 if TYPE_CHECKING:
@@ -37,22 +37,22 @@ def plot_ablation(result: Mapping[str, Any], ax: Axes | None = None) -> Axes:
     curves = {name: _values(result, name) * factor for name in ("lowest", "highest", "random")}
     means, low, high = (function(curves["random"], axis=1) for function in (np.mean, np.min, np.max))
     runs = curves["random"].shape[1]
-    ax.plot(places, curves["lowest"][:, 0], "o-", color=KEPT, markersize=3.5, label="lowest scores first")
-    label = f"random, {runs} seeds (mean; lowest to highest)" if runs > 1 else "random, 1 seed"
+    ax.plot(places, curves["lowest"][:, 0], "o-", color=KEPT, markersize=3.5, label="lowest first")
+    label = f"random, {runs} seeds (mean and range)" if runs > 1 else "random, 1 seed"
     ax.fill_between(places, low, high, color=RANDOM, alpha=0.3, linewidth=0)
     ax.plot(places, means, "--", color=RANDOM, label=label)
-    ax.plot(places, curves["highest"][:, 0], "s-", color=LINE, markersize=3.5, label="highest scores first")
+    ax.plot(places, curves["highest"][:, 0], "s-", color=LINE, markersize=3.5, label="highest first")
     if found.share:
         ax.set_ylim(0, 103)
     everything = np.concatenate([values.ravel() for values in curves.values()])
     known = everything[np.isfinite(everything)]
     if not found.higher_is_better and len(known) and known.min() > 0 and known.max() > WIDE * known.min():
         ax.set_yscale("log")
-    ax.set_xlim(0, 100)
+    ax.set_xlim(0, places[-1] * 1.02)
     ax.set_xlabel("units removed from every group (%)")
     ax.set_ylabel(f"{found.name} (%)" if found.share else found.name, parse_math=False)
-    ax.set_title(_title(result), fontsize=9, color=INK, parse_math=False)
-    ax.legend(frameon=False, fontsize=8)
+    ax.set_title(_title(result), fontsize=9, color=INK, pad=22, parse_math=False)
+    _legend(ax, 3)
     return ax
 
 
