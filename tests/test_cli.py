@@ -44,6 +44,22 @@ SURFACE = {
     | COMMON
     | SAVING
     | DATA,
+    "ablate": {
+        "--criterion",
+        "--preset",
+        "--residual",
+        "--no-residual",
+        "--examples",
+        "--positions",
+        "--config",
+        "--shares",
+        "--random-seeds",
+        "--limit",
+    }
+    | COMMON
+    | SAVING
+    | DATA,
+    "bench": {"--criterion", "--reduction", "--reduce", "--seed", "--device", "--output", "--quiet", "-q"},
     "prune": PRUNING | COMMON | SAVING | DATA | {"--export"},
     "recover": TUNING | COMMON | SAVING | DATA | {"--teacher"},
     "report": {"--layer", "--output", "--overwrite", "--quiet", "-q"},
@@ -181,6 +197,62 @@ def test_score_writes_scores_and_inspect_groups() -> None:
     assert rows["linear"]["parameters_per_unit"] is None
     assert 0.5 < said["removable"]["parameters"] < 1
     assert "is part of the model's output" in cria("inspect", "digits").stdout
+
+
+def test_ablate_writes_a_table_a_file_and_a_picture() -> None:
+    words = [
+        "--criterion",
+        "l2",
+        "--shares",
+        "0.5,0.25",
+        "--random-seeds",
+        "2",
+        "--seed",
+        "4",
+        "--limit",
+        "200",
+    ]
+    result = cria("ablate", "digits", *words)
+    said, folder = answer(result), Path("runs/digits-ablation")
+    assert said["output"] == str(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["ablation.json", "ablation.png"]
+    values = json.loads((folder / "ablation.json").read_text())
+    assert (values["metric"], values["criterion"], values["target"]) == ("accuracy", "l2", "digits")
+    assert values["shares"] == [0.25, 0.5] and values["random_seeds"] == [4, 5]
+    assert [[share, len(found)] for share, found in values["curves"]["random"]] == [[0.25, 2], [0.5, 2]]
+    assert [[share, len(found)] for share, found in values["curves"]["lowest"]] == [[0.25, 1], [0.5, 1]]
+    assert values["reached"] == said["reached"] and values["masked_equals_pruned"] < 1e-10
+    assert values["limit"] == 200 and values["tested_on"] == "the first 200 test examples"
+    assert values["provenance"]["command"][:3] == ["cria", "ablate", "digits"]
+    assert values["provenance"]["data"] == task("digits").fingerprint() and values["provenance"]["seed"] == 4
+    for text in ("the first 200 test examples", "lowest first", "the criterion holds", "ablation.png"):
+        assert text in result.stdout
+    assert (folder / "ablation.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    batches = task("digits").test_batches(200)
+    assert values["dense"] == task("digits").evaluate(task("digits").dense(), batches)
+    assert "it is not empty" in error("ablate", "digits", "--output", str(folder))
+
+
+def test_an_ablation_of_a_checkpoint_scores_what_is_there() -> None:
+    answer(cria("prune", "digits", *SMALL, "--reduction", "0.3", "--output", "small", "-q"))
+    words = ["--criterion", "innovation", "--examples", "64", "--shares", "0.5", "--random-seeds", "1"]
+    said = answer(cria("ablate", "small", *words, "--output", "small", "--overwrite", "-q"))
+    assert said["target"] == "small" and said["recipe"] == "digits" and load("small").plan
+    found = answer(cria("eval", "small"))
+    assert said["dense"] == found["accuracy"] and said["tested_on"] == "all test examples"
+
+
+def test_an_ablation_refuses_what_it_cannot_do_and_leaves_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "Give numbers between 0 and 1" in error("ablate", "digits", "--shares", "half")
+    assert "it is not between 0 and 1" in error("ablate", "digits", "--shares", "0.5,1")
+    assert "each once" in error("ablate", "digits", "--shares", "0.5,0.5")
+    assert "at least one seed" in error("ablate", "digits", "--random-seeds", "0")
+    assert "found 0" in error("ablate", "digits", "--limit", "0")
+    assert "Known criteria" in error("ablate", "digits", "--criterion", "nope")
+    monkeypatch.setattr(pipeline, "score", interrupt)
+    result = cria("ablate", "digits", "--criterion", "l1")
+    assert result.exit_code == 130 and "nothing was saved" in result.stderr
+    assert not Path("runs").exists()
 
 
 def test_errors_say_what_is_known() -> None:

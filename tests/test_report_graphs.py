@@ -138,7 +138,7 @@ def test_ablation_has_a_band_where_there_are_seeds() -> None:
     curves = {
         "lowest": [[0.1, [0.9]], [0.5, [0.5]]],
         "random": [[0.1, [0.7, 0.9]]],
-        "highest": [[0.1, [math.nan]]],
+        "highest": [[0.1, [math.nan]], [0.5, [None]]],
     }
     ax = plot_ablation({"metric": "accuracy", "dense": 0.95, "curves": curves})
     assert len(ax.collections) == 1

@@ -3,11 +3,12 @@
 One function per step, in the order of the data: `discover` what may be removed, `record` what the
 neurons do, `score` them, `plan` what stays, `apply` the plan, `verify` that masked equals pruned,
 `recover` the task, `save` and `load` the result; `save_pretrained` writes what plain transformers
-loads. `prune` runs discover to verify, round by round.
+loads. `prune` runs discover to verify, round by round; `ablate` measures whether scores are worth anything.
 """
 
 from importlib.metadata import version
 
+from cria_prune.ablation import ablate
 from cria_prune.artifact import LoadedCheckpoint, load, save, save_padded, save_pretrained
 from cria_prune.config import (
     PlanConfig,
@@ -41,6 +42,7 @@ __all__ = [
     "ScoreConfig",
     "UnitGroup",
     "UnitGroups",
+    "ablate",
     "apply",
     "discover",
     "load",

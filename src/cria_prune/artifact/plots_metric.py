@@ -29,8 +29,8 @@ from cria_prune.metrics import metric as metric_of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Curve = Sequence[tuple[float, Sequence[float]]]
-"""Points (share removed, one value of the metric per seed)."""
+Curve = Sequence[tuple[float, Sequence[float | None]]]
+"""Points (share removed, one value of the metric per seed; None for one that is no finite number)."""
 
 TRADEOFF = {"dense": ("s", INK, INK), "pruned": ("v", "white", LINE), "recovered": ("o", KEPT, KEPT)}
 ABLATION = {
@@ -176,11 +176,14 @@ def _finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _finite_seeds(curve: Curve) -> list[tuple[float, list[float]]]:
     """Return the points, in order of the share, that have a finite value."""
-    kept = [(share, [value for value in values if math.isfinite(value)]) for share, values in curve]
+    kept = [
+        (share, [value for value in values if value is not None and math.isfinite(value)])
+        for share, values in curve
+    ]
     return sorted((share, values) for share, values in kept if values)
 
 
-def _intervals(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
+def _intervals(curve: Sequence[tuple[float, Sequence[float]]]) -> tuple[np.ndarray, np.ndarray]:
     """Return means and half widths (points,), NaN where there is one seed."""
     both = [mean_interval(values) for _, values in curve]
     halves = [math.nan if half is None else half for _, half in both]

@@ -24,7 +24,7 @@ from cria_prune.cli.tree import drawn, module_tree
 from cria_prune.config import PlanConfig
 from cria_prune.errors import ConfigError
 from cria_prune.pipeline import clock
-from cria_prune.scope import scope
+from cria_prune.scoring import score_units
 
 
 def inspect(params: Params) -> None:
@@ -65,16 +65,7 @@ def score(params: Params, command: list[str]) -> None:
     with clock(seconds, "model"):
         model = found.model(device, seed, talk.progress)
     batches = found.task.calibration(config.record.examples, config.record.seed)
-    with clock(seconds, "structure"):
-        groups = scope(model, pipeline.discover(model, found.task.example), config.plan).groups
-    needs, states = pipeline.find_criterion(config.score.criterion).needs, None
-    if needs:
-        with clock(seconds, "record"):
-            states = pipeline.record(
-                model, groups, batches, config.record, gradients="gradients" in needs, device=device
-            )
-    with clock(seconds, "score"):
-        scores = pipeline.score(model, groups, states, config.score)
+    _, scores = score_units(model, batches, config, example=found.task.example, seconds=seconds)
     rows = {
         name: {"scores": item.scores.tolist(), "diagnosis": item.diagnosis.to_dict()}
         for name, item in scores.items()
@@ -108,14 +99,10 @@ def evaluate(params: Params) -> None:
     with clock(seconds, "evaluate"):
         if params["tasks"]:
             metrics = harness_of(params, found, model)
-        elif found.task.measured:
+        else:
+            check_measured(found, params["target"])
             value = found.task.evaluate(model, found.task.test_batches(), talk.progress)
             metrics = {found.task.metric: value, **found.task.further(model, talk.progress)}
-        else:
-            raise ConfigError(
-                f"An {found.task.metric} of {params['target']}", "the texts have no labels",
-                "Give --dataset with a column label",
-            )  # fmt: skip
     parameters = sum(item.numel() for item in model.parameters())
     talk.table(["target", "parameters"], [[params["target"], f"{parameters:,}"]])
     show.further(talk, "", metrics)
@@ -130,6 +117,15 @@ def evaluate(params: Params) -> None:
             "seconds": rounded(seconds),
         }
     )
+
+
+def check_measured(found: Target, name: str) -> None:
+    """Raise a ConfigError if the test split lacks what the metric needs."""
+    if not found.task.measured:
+        raise ConfigError(
+            f"An {found.task.metric} of {name}", "the texts have no labels",
+            "Give --dataset with a column label",
+        )  # fmt: skip
 
 
 def harness_of(params: Params, found: Target, model: nn.Module) -> dict[str, float]:

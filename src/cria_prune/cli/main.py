@@ -109,6 +109,35 @@ def score(
 
 
 @app.command()
+def ablate(
+    context: typer.Context,
+    target: o.Target,
+    calibration: o.Calibration = None,
+    dataset: o.Dataset = None,
+    text: o.Text = None,
+    criterion: o.Criterion = None,
+    preset: o.Preset = None,
+    residual: o.Residual = None,
+    examples: o.Examples = None,
+    positions: o.Positions = None,
+    shares: o.Shares = None,
+    random_seeds: o.RandomSeeds = 3,
+    limit: o.TestLimit = None,
+    seed: o.Seed = None,
+    device: o.Device = "auto",
+    output: o.Output = None,
+    overwrite: o.Overwrite = False,
+    config: o.Config = None,
+    quiet: o.Quiet = False,
+) -> None:
+    """Measure a criterion: remove the lowest-scored, the highest-scored and random units, share by share."""
+    with answering():
+        from cria_prune.cli import ablate as command
+
+        command.ablate(context.params, command_line(context))
+
+
+@app.command()
 def prune(
     context: typer.Context,
     target: o.Target,

@@ -182,6 +182,21 @@ Layer = Annotated[
     Option(help="Whose neuron graphs are drawn [default: the widest of at most 256 units that lost any]."),
 ]
 Page = Annotated[Path | None, Option(help="HTML file for the page [default: report.html in the folder].")]
+Shares = Annotated[
+    str | None,
+    Option(
+        help="Shares of every group's units to remove, separated by commas [default: 0.1 to 0.9 by 0.1].",
+        show_default=False,
+    ),
+]
+RandomSeeds = Annotated[int, Option(help="Random orders to compare with.")]
+TestLimit = Annotated[
+    int | None,
+    Option(
+        "--limit", help="Test examples at most, for a quick look; results say so [default: all].",
+        show_default=False,
+    ),
+]  # fmt: skip
 ScoreFile = Annotated[Path | None, Option(help="JSON file for all scores and the whole diagnosis.")]
 Suite = Annotated[
     str,

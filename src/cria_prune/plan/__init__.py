@@ -3,7 +3,7 @@
 from cria_prune.plan.budget import Budget, count_macs, count_parameters, largest_reachable
 from cria_prune.plan.make import compose, identity_plan, make_plan, plan
 from cria_prune.plan.plan import Plan, TensorCut
-from cria_prune.plan.select import check_reachable, select
+from cria_prune.plan.select import check_prunable, check_reachable, check_target, checked_scores, select
 from cria_prune.plan.stairs import Allowed, Stair, reachable, stairs
 
 __all__ = [
@@ -12,7 +12,10 @@ __all__ = [
     "Plan",
     "Stair",
     "TensorCut",
+    "check_prunable",
     "check_reachable",
+    "check_target",
+    "checked_scores",
     "compose",
     "count_macs",
     "count_parameters",

@@ -68,7 +68,7 @@ def select(
         SignalError: a score is NaN or infinite, or negative unless the ranking is `uniform`.
     """
     check_reachable(groups, target, config, dense=dense, allowed=allowed)
-    arrays = {group.name: _checked_scores(group, scores, config.ranking) for group in groups.prunable}
+    arrays = {group.name: checked_scores(group, scores, config.ranking) for group in groups.prunable}
     budget = Budget(groups if dense is None else dense, config.of)
     ledger = budget.ledger(groups)
     made = stairs(groups, config, allowed)
@@ -96,7 +96,7 @@ def check_reachable(
         StructureError: nothing is prunable, or `allowed` does not fit.
     """
     check_target(target)
-    _check_prunable(groups)
+    check_prunable(groups)
     most = reachable(groups, config, dense=dense, allowed=allowed)
     if target > most + SLACK:
         limits = [
@@ -123,7 +123,8 @@ def check_target(target: float) -> None:
         )
 
 
-def _check_prunable(groups: UnitGroups) -> None:
+def check_prunable(groups: UnitGroups) -> None:
+    """Raise a StructureError, with every group's reason, if no group can be pruned."""
     if groups.prunable:
         return
     reasons = [f"{group.name}: {group.frozen or 'one unit is left, which always stays'}" for group in groups]
@@ -134,7 +135,13 @@ def _check_prunable(groups: UnitGroups) -> None:
     )
 
 
-def _checked_scores(group: UnitGroup, scores: Mapping[str, np.ndarray], ranking: str) -> np.ndarray:
+def checked_scores(group: UnitGroup, scores: Mapping[str, np.ndarray], ranking: str) -> np.ndarray:
+    """Return a group's scores, (units,) float64.
+
+    Raises:
+        StructureError: they are missing, or of another length.
+        SignalError: one is NaN or infinite, or negative under the ranking `global`.
+    """
     if group.name not in scores:
         raise StructureError(
             f"Ranking the units of group {group.name!r}",

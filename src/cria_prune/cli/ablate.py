@@ -1,0 +1,129 @@
+"""What `cria ablate` does: one scoring, many cuts, a table, a file and a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from cria_prune.ablation import COLUMNS, SHARES, Ablation, check_seeds, check_shares
+from cria_prune.ablation import ablate as sweep
+from cria_prune.artifact.files import atomic, write_text
+from cria_prune.artifact.plots_metric import plot_ablation
+from cria_prune.artifact.provenance import provenance
+from cria_prune.batches import Batch, batch_size
+from cria_prune.cli import target
+from cria_prune.cli.folder import claimed, interrupts_wait
+from cria_prune.cli.job import rounded
+from cria_prune.cli.looks import check_measured
+from cria_prune.cli.settings import Params, pick_device, prune_config, texts_of
+from cria_prune.cli.talk import Talk
+from cria_prune.cli.target import Target
+from cria_prune.config import PruneConfig
+from cria_prune.errors import ConfigError
+from cria_prune.pipeline import clock
+from cria_prune.scoring import score_units
+
+RESULT, PICTURE = "ablation.json", "ablation.png"
+
+
+def ablate(params: Params, command: list[str]) -> None:
+    """Score the units once, then measure what is left without the lowest, the highest and random ones."""
+    found, talk = target.find(params["target"], texts_of(params)), Talk(params["quiet"])
+    config = prune_config(params, found.prune_defaults())
+    shares, seed, limit = given_shares(params["shares"]), params["seed"] or 0, params["limit"]
+    seeds = check_seeds(range(seed, seed + params["random_seeds"]))
+    if limit is not None and limit < 1:
+        raise ConfigError("A limit of test examples", f"found {limit}", "Give 1 or more, or leave it out")
+    check_measured(found, params["target"])
+    device, seconds = pick_device(params["device"]), dict[str, float]()
+    with claimed(params["output"], f"{found.task.name}-ablation", params["overwrite"]) as folder:
+        with clock(seconds, "data"):
+            origin = provenance(seed, command, found.task.fingerprint(), device)
+            batches, tested_on = test_split(found, limit)
+            calibration = found.task.calibration(config.record.examples, config.record.seed)
+        with clock(seconds, "model"):
+            model = found.model(device, seed, talk.progress)
+        groups, scores = score_units(model, calibration, config, example=found.task.example, seconds=seconds)
+        with clock(seconds, "ablate"):
+            result = sweep(
+                model, groups, scores, lambda network: found.task.evaluate(network, batches), shares,
+                seeds=seeds, measure=found.metric, example=found.task.example, progress=talk.progress,
+            )  # fmt: skip
+        head = {
+            "target": params["target"],
+            **found.named(),
+            "criterion": config.score.criterion,
+            "limit": limit,
+            "tested_on": tested_on,
+        }
+        show(talk, result, head)
+        keep(folder, {**result.to_dict(), **head, **described(config), "provenance": origin})
+        talk.say(f"result {folder / RESULT}, picture {folder / PICTURE}")
+    answer = {key: value for key, value in result.to_dict().items() if key != "curves"}
+    talk.answer(
+        {**head, **answer, "seed": seed, "device": str(device), "output": str(folder),
+         "seconds": rounded(seconds)}
+    )  # fmt: skip
+
+
+def given_shares(text: str | None) -> tuple[float, ...]:
+    """Return the shares that were given, ascending.
+
+    Raises:
+        ConfigError: a share is no number.
+        TargetError: see `check_shares`.
+    """
+    if text is None:
+        return SHARES
+    try:
+        shares = [float(word) for word in text.split(",") if word.strip()]
+    except ValueError as error:
+        raise ConfigError(
+            f"The shares {text!r}", str(error), "Give numbers between 0 and 1, such as 0.25,0.5"
+        ) from error
+    return check_shares(shares)
+
+
+def test_split(found: Target, limit: int | None) -> tuple[Iterable[Batch], str]:
+    """Return the test batches and what they are, in words: a quick look is not to pass for the whole."""
+    batches = found.task.test_batches(limit)
+    if limit is None:
+        return batches, found.task.tested_on
+    return batches, f"the first {sum(map(batch_size, batches)):,} test examples"
+
+
+def show(talk: Talk, result: Ablation, head: dict[str, Any]) -> None:
+    """Print the table, what was removed in it and what it says of the criterion."""
+    name = result.metric.name
+    talk.say(f"dense {name:<14} {result.metric.text(result.dense):>9}  ({head['tested_on']})")
+    talk.table(COLUMNS, result.rows(), left=0)
+    talk.say(
+        f"{name} after removing units by {head['criterion']}, lowest or highest first, or in "
+        f"{len(result.seeds)} random orders (mean, lowest to highest);"
+    )
+    talk.say("units removed: the same share of every group, rounded to whole units, one at least stays")
+    talk.say(f"largest difference between masked and pruned: {result.difference:.0e}")
+    talk.say(result.verdict)
+
+
+def described(config: PruneConfig) -> dict[str, Any]:
+    """Return the parts of the configuration that an ablation uses."""
+    values = config.model_dump(mode="json")
+    return {"config": {"record": values["record"], "score": values["score"]}}
+
+
+def keep(folder: Path, values: dict[str, Any]) -> None:
+    """Write the result and the picture, each whole or not at all."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.4, 3.6), layout="constrained")
+    figure.suptitle(
+        f"{values['target']}, {values['criterion']}: {values['tested_on']}", fontsize=8, parse_math=False
+    )
+    plot_ablation(values, figure.subplots())
+    with interrupts_wait():
+        with atomic(folder / PICTURE) as temporary:
+            figure.savefig(temporary, format="png", dpi=160)
+        write_text(folder / RESULT, json.dumps(values, indent=1, allow_nan=False) + "\n")
