@@ -176,7 +176,10 @@ def _rounds(result: Result) -> str:
         ]
         for row in rounds
     ]
-    figures = table(["round", "parameters", "removed", metric, "time"], rows)
+    head = ["round", "parameters", "removed", metric, "time"]
+    if all(number(row.get("metric")) is None for row in rounds):  # no round was measured: no empty column
+        head, rows = [*head[:3], head[4]], [[*row[:3], row[4]] for row in rows]
+    figures = table(head, rows)
     picture = figure(
         partial(plot_rounds, history, metric=metric), (4.2, 2.7), "Parameters and metric over rounds"
     )
