@@ -23,6 +23,7 @@ SMALL = ["--examples", "64", "--rounds", "2", "--criterion", "l1", "--device", "
 PRUNING = {
     "--reduction", "--reduce", "--units", "--policy",
     "--of", "--criterion", "--preset", "--rounds", "--ranking", "--residual", "--no-residual",
+    "--compensate", "--no-compensate",
     "--floor", "--uniform", "--no-uniform", "--multiple", "--examples", "--positions", "--watch", "--config",
 }  # fmt: skip
 TUNING = {"--epochs", "--lr", "--distill", "--lora", "--resume"}

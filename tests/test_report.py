@@ -180,6 +180,13 @@ def test_a_metric_that_is_no_share():
     assert "12.35" in words and "88" in words and "points" not in words
 
 
+def test_rounds_without_a_metric_have_no_column_for_it():
+    result = full_result()
+    assert "removed accuracy time" in " ".join(" ".join(check(render(result)).words).split())
+    result["rounds"] = [{**row, "metric": None} for row in result["rounds"]]
+    assert "removed time" in " ".join(" ".join(check(render(result)).words).split())
+
+
 def test_many_groups_are_cut_off_and_said(monkeypatch):
     monkeypatch.setattr("cria_prune.artifact.report_layers.PLOTS", 2)
     entry = {"scores": [0.0, 1.0], "kept": [1]}

@@ -1,4 +1,4 @@
-"""What is kept of the neuron graphs, where neurons are drawn; the pictures of a layer and of a metric."""
+"""What is kept of the neuron graphs, where neurons are drawn, and the pictures of a layer and a metric."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_tradeoff_draws_what_is_finite() -> None:
     assert ax.get_xlabel() == "parameters (M)"
     drawn = {line.get_label(): line.get_ydata().tolist() for line in ax.lines}
     assert drawn["dense"] == [90] and drawn["recovered"] == [80]
-    assert [line.get_ydata() for line in ax.lines if line.get_linestyle() == ":"] == [[50, 80]]
+    assert [list(line.get_ydata()) for line in ax.lines if line.get_linestyle() == ":"] == [[50, 80]]
     assert plot_tradeoff({}, ax) is ax
 
 

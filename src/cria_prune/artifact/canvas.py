@@ -7,7 +7,7 @@ two things apart by colour alone: markers, dashes or places differ too.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import cycle, islice
+from itertools import cycle, islice, takewhile
 from typing import TYPE_CHECKING
 
 from cria_prune.metrics import Metric
@@ -41,6 +41,19 @@ def legend(ax: Axes, columns: int) -> None:
 def short(name: str, length: int = 22) -> str:
     """Keep the ends of a long name: the layer's number is often at one of them."""
     return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-length // 2 :]}"
+
+
+def common_prefix(names: Sequence[str]) -> str:
+    """Return what all names begin with, up to a dot: said once, it leaves room for what differs.
+
+    >>> common_prefix(["model.layers.0.up", "model.layers.11.up"])
+    'model.layers.'
+    """
+    if len(names) < 2:
+        return ""
+    pairs = zip(min(names), max(names), strict=False)  # all others lie between the two
+    shared = "".join(left for left, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return shared[: shared.rfind(".") + 1]
 
 
 def styles(names: Sequence[str]) -> dict[str, tuple[str, str, str]]:

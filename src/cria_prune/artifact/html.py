@@ -128,6 +128,12 @@ def count(value: Any) -> str:
     return "–" if found is None else f"{found:,.0f}"
 
 
+def few(value: Any) -> str:
+    """Return a number in full, or with four digits where it has more than eight: for narrow columns."""
+    found = number(value)
+    return brief(found) if found is not None and found >= 1e8 else count(found)
+
+
 def brief(value: Any, unit: str = "") -> str:
     """Return a large number with four digits and k, M, G or T."""
     found = number(value)

@@ -43,7 +43,7 @@ pre { overflow-x: auto; padding: .8rem; background: #f5f5f5; font-size: .85rem; 
   body { padding: .8rem; font-size: 14px; }
   th, td { padding-right: .4rem; }
   table:not(.words) { font-size: .85rem; width: 100%; }
-  table.bench td { white-space: normal; }
+  table:not(.words) th, table.bench td { white-space: normal; overflow-wrap: normal; }
 }
 summary { cursor: pointer; }
 </style>

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cria_prune.artifact.canvas import GONE, KEPT, LINE, axes_of, legend, short, size_scale
+from cria_prune.artifact.canvas import GONE, KEPT, LINE, axes_of, common_prefix, legend, short, size_scale
 from cria_prune.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -42,9 +42,11 @@ def plot_widths(plan: Plan | Mapping[str, Sequence[int]], ax: Axes | None = None
         )
     ax.set_xlim(0, edge * 1.25)
     ax.set_ylim(len(widths) - 0.4, -0.6)
-    ax.set_yticks(rows, labels=[short(name) for name in widths], parse_math=False, fontsize=7.5)
+    prefix = common_prefix(list(widths))
+    labels = [short(name[len(prefix) :]) for name in widths]
+    ax.set_yticks(rows, labels=labels, parse_math=False, fontsize=7.5)
     ax.tick_params(axis="y", length=0)
-    ax.set_xlabel("units")
+    ax.set_xlabel(f"units of {prefix}…" if prefix else "units", parse_math=False)
     legend(ax, 2)
     return ax
 

@@ -71,7 +71,7 @@ def plot_neuron_graph(graph: Graph, removed: Iterable[int] = (), ax: Axes | None
     ends = np.stack([places[rows], places[cols], np.full((len(rows), 2), np.nan)], axis=1).reshape(-1, 2)
     # One line with gaps, because a page holds one path far better than thousands.
     ax.plot(ends[:, 0], ends[:, 1], color=GREY, linewidth=0.4, alpha=0.5, zorder=1)
-    size = float(np.clip(1500 / max(graph.units, 1), 6, 28))
+    size = float(np.clip(1500 / max(graph.units, 1), 11, 28))
     for chosen, colour, mark, name in ((~gone, KEPT, "o", "kept"), (gone, LINE, "x", "removed")):
         where = places[chosen & np.isfinite(places[:, 0])]
         look: dict[str, Any] = {"s": size, "c": colour, "marker": mark, "linewidths": 1}

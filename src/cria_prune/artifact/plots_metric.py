@@ -114,7 +114,7 @@ def plot_ablation(ablation: Mapping[str, Any], ax: Axes | None = None) -> Axes:
             ax.fill_between(
                 x, (means - half) * factor, (means + half) * factor, color=colour, alpha=0.18, linewidth=0
             )
-    ax.set_xlabel("units removed of every layer (%)")
+    ax.set_xlabel("units removed (%)")
     _within(ax, metric_of(str(ablation.get("metric"))).share)
     legend(ax, 2)
     return ax

@@ -13,6 +13,7 @@ from cria_prune.artifact.files import write_text
 from cria_prune.artifact.html import (
     brief,
     count,
+    few,
     figure,
     json_text,
     metric_text,
@@ -30,6 +31,11 @@ from cria_prune.artifact.report_layers import ablation_curves, all_scores, all_s
 from cria_prune.metrics import metric
 
 Result = Mapping[str, Any]
+COSTS = {
+    "macs": "MACs",
+    "non-embedding": "parameters without embeddings",
+    "prunable": "prunable parameters",
+}
 ROWS = 60  # layers in one picture of widths
 
 
@@ -76,7 +82,8 @@ def render(result: Result) -> str:
 
 
 def _lead(result: Result) -> str:
-    cost = escape(str(result.get("of") or "parameters"))
+    of = str(result.get("of") or "parameters")
+    cost = escape(COSTS.get(of, of))
     said = [
         f"{word} <b>{share(result[key])}</b>"
         for key, word in (("asked", "asked"), ("reduction", "removed"), ("reachable", "at most possible"))
@@ -162,14 +169,17 @@ def _rounds(result: Result) -> str:
     rows = [
         [
             str(row.get("round", "")),
-            count(row.get("parameters")),
+            few(row.get("parameters")),
             share(row.get("reduction")),
             metric_text(row.get("metric"), metric),
             seconds_text(sum(_stages(row).values())) if _stages(row) else "–",
         ]
         for row in rounds
     ]
-    figures = table(["round", "parameters", "removed", metric, "time"], rows)
+    head = ["round", "parameters", "removed", metric, "time"]
+    if all(number(row.get("metric")) is None for row in rounds):  # no round was measured: no empty column
+        head, rows = [*head[:3], head[4]], [[*row[:3], row[4]] for row in rows]
+    figures = table(head, rows)
     picture = figure(
         partial(plot_rounds, history, metric=metric), (4.2, 2.7), "Parameters and metric over rounds"
     )
