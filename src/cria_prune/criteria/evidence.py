@@ -130,6 +130,11 @@ class Evidence:
         """d."""
         return self.weights.group.size
 
+    def both_sides(self) -> tuple[Moments, Moments]:
+        """Return the moments of the input and the output side; `score` has checked that they are there."""
+        assert self.input is not None and self.output is not None
+        return self.input, self.output
+
     def read_features(self) -> Iterator[tuple[FeatureMoments, ConsumerNorms]]:
         """Yield, for each consumer, the moments of the features it reads and the norms of their weights.
 
