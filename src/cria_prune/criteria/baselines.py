@@ -12,7 +12,10 @@ from torch import Tensor
 
 from cria_prune.config import ScoreConfig
 from cria_prune.criteria.evidence import Evidence
+from cria_prune.errors import CriterionError
 from cria_prune.spectrum import Diagnosis, Importance
+
+DISTANCE_ROWS = 1024  # units whose distances to all others are held at a time
 
 
 def plain(scores: Tensor) -> Importance:
@@ -35,6 +38,69 @@ def l1(evidence: Evidence, config: ScoreConfig) -> Importance:
 def l2(evidence: Evidence, config: ScoreConfig) -> Importance:
     """Euclidean norm of the weights that produce the unit."""
     return plain(evidence.weights.producer_l2)
+
+
+def bn_scale(evidence: Evidence, config: ScoreConfig) -> Importance:
+    """|γ|, the scale of the unit's own batch norm: Network Slimming, the criterion only.
+
+    The original trains with an L1 penalty on γ first, which is not part of the score: without it the
+    scales say less. Where a unit passes several batch norms (a depthwise convolution, the branches of a
+    residual sum, the features of a flattened channel) it is the sum of their |γ|; a branch without a batch
+    norm then adds nothing.
+
+    Raises:
+        CriterionError: no batch norm with a scale lies in the group.
+    """
+    scale = evidence.weights.batch_norm_scale
+    if scale is None:
+        group = evidence.weights.group
+        raise CriterionError(
+            f"The criterion 'bn-scale' for group {evidence.name!r}",
+            f"its {evidence.units} units of kind {group.kind!r} pass no batch norm with a scale",
+            "Use a criterion of any layer's weights, such as 'l2' or 'lamp', or freeze the group",
+        )
+    return plain(scale)
+
+
+def fpgm(evidence: Evidence, config: ScoreConfig) -> Importance:
+    """Σ_q ‖w_p − w_q‖ over all units q of the group: far from the others is kept.
+
+    w_p holds all weights that produce unit p, of all its producers and features, one behind the other. For
+    heads the features are compared in the order in which they lie: two heads that do the same with
+    features in another order count as far apart. Distances come from inner products in float64, so that
+    those of duplicates are about 1e-8 of the weights' norm and not 0.
+    """
+    units = evidence.units
+    total = torch.zeros(units, dtype=torch.float64)
+    for start in range(0, units, DISTANCE_ROWS):
+        block = slice(start, start + DISTANCE_ROWS)
+        square = torch.zeros(len(total[block]), units, dtype=torch.float64)
+        for stored in evidence.weights.producer_rows():
+            rows = stored.to(torch.float64)
+            rows = rows - rows.mean(dim=0)  # what all share is no distance, and costs digits
+            norm2 = rows.square().sum(dim=1)
+            square += (norm2[block, None] + norm2 - 2 * rows[block] @ rows.T).cpu()
+        distances = square.clamp_(min=0).sqrt_()
+        own = torch.arange(len(distances))
+        distances[own, own + start] = 0
+        total[block] = distances.sum(dim=1)
+    return plain(total)
+
+
+def lamp(evidence: Evidence, config: ScoreConfig) -> Importance:
+    """‖w_p‖² / Σ ‖w_q‖² over the units q with ‖w_q‖ >= ‖w_p‖, w_p the weights that produce unit p.
+
+    LAMP scores single weights of a layer; here the units of a group take their place. Within a group the
+    order is that of `l2`; against other groups it counts what a unit is among those that would outlive
+    it. Units of equal norm get equal scores, where the original, which sorts, puts one above the other; a
+    norm of 0 scores 0. Ranking `global` divides by the group's mean score, as for every criterion: the
+    layerwise shares of the paper are those of the bare scores.
+    """
+    square = evidence.weights.producer_l2.square()
+    ascending = square.sort().values
+    outliving = ascending.flip(0).cumsum(0).flip(0)
+    first = torch.searchsorted(ascending, square)  # of several equal ones the lowest: all are in the sum
+    return plain(torch.where(square > 0, square / outliving[first], 0.0))
 
 
 def activation_norm(evidence: Evidence, config: ScoreConfig) -> Importance:

@@ -76,6 +76,27 @@ CRITERIA: dict[str, Criterion] = {
             "variance times the consumers' squared norm, per feature that the consumers read",
         ),
         Criterion(
+            "bn-scale",
+            baselines.bn_scale,
+            "Network Slimming, the criterion only: Liu et al., ICCV 2017 (arXiv 1708.06519)",
+            frozenset(),
+            "scale of the unit's own batch norm",
+        ),
+        Criterion(
+            "fpgm",
+            baselines.fpgm,
+            "filter pruning via geometric median: He et al., CVPR 2019 (arXiv 1811.00250)",
+            frozenset(),
+            "sum of the distances from the unit's weights to those of all others",
+        ),
+        Criterion(
+            "lamp",
+            baselines.lamp,
+            "Lee et al., ICLR 2021 (arXiv 2010.07611); units in the place of weights, as Torch-Pruning does",
+            frozenset(),
+            "squared norm over that of all units that are as large",
+        ),
+        Criterion(
             "taylor",
             baselines.taylor,
             "Molchanov et al., CVPR 2019 (arXiv 1906.10771), group form",
