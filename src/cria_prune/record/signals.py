@@ -122,7 +122,7 @@ class Collector:
         self._sums: dict[str, dict[str, FeatureSums]] = {}
         self._readers: dict[tuple[str, Site], dict[int, list[Reader]]] = {}
         for group in groups:
-            sides = (self._accumulators(group.size), self._accumulators(group.size))
+            sides = self._accumulators(group.size), self._accumulators(group.size, positive=True)
             wide = any(tap.positions.shape[1] > 1 for tap in group.outputs)
             sums = {tap.tensor: FeatureSums(group.size) for tap in group.outputs if wide}
             self._sides[group.name], self._sums[group.name] = sides, sums
@@ -134,12 +134,12 @@ class Collector:
         self.wanted = tuple(self._readers)
         self.begin(0, 1, None)
 
-    def _accumulators(self, units: int) -> Halves:
+    def _accumulators(self, units: int, positive: bool = False) -> Halves:
         """Return a side's two halves; their sketches must not share signs, for they are merged."""
         config = self._config
         exact = units <= config.exact_units
         even, odd = (
-            Buffer(MomentAccumulator(units, exact, config.sketch_columns, seed=2 * config.seed + half))
+            Buffer(MomentAccumulator(units, exact, config.sketch_columns, 2 * config.seed + half, positive))
             for half in (0, 1)
         )
         return even, odd
