@@ -13,7 +13,7 @@ from torch import Tensor
 from cria_prune.config import ScoreConfig
 from cria_prune.criteria.evidence import Evidence
 from cria_prune.errors import CriterionError
-from cria_prune.spectrum import Diagnosis, Importance
+from cria_prune.spectrum import Diagnosis, Importance, channel_independence
 
 DISTANCE_ROWS = 1024  # units whose distances to all others are held at a time
 
@@ -137,6 +137,33 @@ def fluctuation(evidence: Evidence, config: ScoreConfig) -> Importance:
     for features, weights in evidence.read_features():
         total += (weights.square * features.variance).sum(dim=1)
     return plain(total)
+
+
+def apoz(evidence: Evidence, config: ScoreConfig) -> Importance:
+    """Share of the unit's outputs that are above 0: one minus the average percentage of zeros.
+
+    The outputs are what the consumers read, all features and samples of the unit alike, so that a channel
+    counts with all its positions as in the original. After a ReLU, above 0 is not 0. Activations that keep
+    the sign of what enters them (GELU, SiLU, leaky ReLU, tanh) are never exactly 0: there it is the share
+    of samples on the side where a ReLU would let the unit pass. The outputs of gated units and of heads
+    have no such side: the share is defined, near one half, and says little; use another criterion there.
+    """
+    _, output = evidence.both_sides()
+    assert output.positive is not None
+    return plain(output.positive)
+
+
+def chip(evidence: Evidence, config: ScoreConfig) -> Importance:
+    """(‖Y‖_* − ‖Y without row p‖_*) / √M: what the nuclear norm of the output signals loses with unit p.
+
+    CHIP's channel independence of one matrix of all samples, exact from the moments. It is not the mean
+    over images of CHIP, which needs the feature maps of each image whole, and one decomposition for each
+    image and unit: a channel that is alike to others within every image but not from image to image is
+    independent here and redundant there. A row holds all features of a unit; two heads are compared
+    feature by feature, in the order in which they lie. Sketched groups score their sketch.
+    """
+    _, output = evidence.both_sides()
+    return plain(channel_independence(output, name=f"group {evidence.name!r}"))
 
 
 def taylor(evidence: Evidence, config: ScoreConfig) -> Importance:

@@ -97,6 +97,20 @@ CRITERIA: dict[str, Criterion] = {
             "squared norm over that of all units that are as large",
         ),
         Criterion(
+            "apoz",
+            baselines.apoz,
+            "average percentage of zeros, its complement: Hu et al. 2016 (arXiv 1607.03250)",
+            _STATES,
+            "share of the outputs that are above zero",
+        ),
+        Criterion(
+            "chip",
+            baselines.chip,
+            "CHIP's channel independence over all samples: Sui et al., NeurIPS 2021 (arXiv 2110.13981)",
+            _STATES,
+            "what the nuclear norm of the output signals loses with the unit",
+        ),
+        Criterion(
             "taylor",
             baselines.taylor,
             "Molchanov et al., CVPR 2019 (arXiv 1906.10771), group form",
