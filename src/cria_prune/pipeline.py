@@ -207,7 +207,8 @@ def _round(
         if needs:
             states = record(
                 before.model, groups, batches, config.record,
-                loss=loss, gradients="gradients" in needs, device=device_of(model),
+                loss=loss, gradients="gradients" in needs, per_example="examples" in needs,
+                device=device_of(model),
             )  # fmt: skip
     with clock(seconds, "score"):
         scores: dict[str, Importance] = score(before.model, groups, states, config.score)

@@ -71,8 +71,9 @@ def score(params: Params, command: list[str]) -> None:
     if needs:
         with clock(seconds, "record"):
             states = pipeline.record(
-                model, groups, batches, config.record, gradients="gradients" in needs, device=device
-            )
+                model, groups, batches, config.record,
+                gradients="gradients" in needs, per_example="examples" in needs, device=device,
+            )  # fmt: skip
     with clock(seconds, "score"):
         scores = pipeline.score(model, groups, states, config.score)
     rows = {

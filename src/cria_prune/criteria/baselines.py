@@ -170,3 +170,16 @@ def taylor(evidence: Evidence, config: ScoreConfig) -> Importance:
     """(Σ g·w)² over the parameters of the unit, summed over batches when the signals were recorded."""
     assert evidence.taylor is not None
     return plain(evidence.taylor)
+
+
+def fisher(evidence: Evidence, config: ScoreConfig) -> Importance:
+    """(Σ x · ∂L/∂x)² over the positions and features of the unit's input-side signal x, summed over examples.
+
+    Where `taylor` squares the gradient of a batch, this squares that of each example: gradients of
+    opposite signs do not cancel, and the score does not depend on the batches. What is tied to a unit by
+    its group (both projections of a gated unit; queries, keys and values of a head) is added before the
+    square, as Liu et al. do for coupled layers. Their divisors (twice the examples, the cost that the
+    unit frees) are left out: the first changes no order, the second is the planner's.
+    """
+    assert evidence.fisher is not None
+    return plain(evidence.fisher)

@@ -159,6 +159,7 @@ class Evidence:
         taylor: (d,) float64, first-order Taylor importances; None where no gradients were recorded.
         features: consumer's tensor -> moments of each feature that it reads; empty where every unit is
             one feature wide.
+        fisher: (d,) float64, Fisher importances; None where no gradients per example were recorded.
     """
 
     name: str
@@ -167,6 +168,7 @@ class Evidence:
     output: Moments | None = None
     taylor: Tensor | None = None
     features: Mapping[str, FeatureMoments] = field(default_factory=dict)
+    fisher: Tensor | None = None
 
     @property
     def units(self) -> int:

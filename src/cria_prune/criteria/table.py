@@ -11,7 +11,7 @@ from cria_prune.criteria import baselines, spectral
 from cria_prune.criteria.evidence import Evidence
 from cria_prune.spectrum import Importance
 
-Need = Literal["states", "gradients"]
+Need = Literal["states", "gradients", "examples"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Criterion:
         name: key in `CRITERIA`.
         function: (evidence, config) to the importance of a group's units.
         source: where it comes from.
-        needs: `states` (recorded signals) and `gradients` (recorded with gradients).
+        needs: `states` (recorded signals), `gradients` (recorded with gradients) and `examples` (recorded
+            with the gradients of each example).
         summary: one line.
     """
 
@@ -116,6 +117,13 @@ CRITERIA: dict[str, Criterion] = {
             "Molchanov et al., CVPR 2019 (arXiv 1906.10771), group form",
             frozenset({"states", "gradients"}),
             "first-order effect of removal on the loss",
+        ),
+        Criterion(
+            "fisher",
+            baselines.fisher,
+            "Theis et al. 2018 (arXiv 1801.05787); group form: Liu et al., ICML 2021 (arXiv 2108.00708)",
+            frozenset({"states", "gradients", "examples"}),
+            "diagonal Fisher information of the unit's gate, per example",
         ),
         Criterion(
             "distortion", spectral.distortion, _WANG, _STATES, "spectral distortion between the two graphs"

@@ -197,8 +197,8 @@ class Collector:
             self._drawn[shape] = torch.from_numpy(drawn).to(activation.device)
         return self._drawn[shape]
 
-    def states(self, taylor: Mapping[str, Tensor]) -> dict[str, GroupStates]:
-        """Return the states of every group.
+    def states(self, taylor: Mapping[str, Tensor], fisher: Mapping[str, Tensor]) -> dict[str, GroupStates]:
+        """Return the states of every group, with what the gradients gave by its name.
 
         Raises:
             SignalError: a side was never reached, has an empty half, or holds NaN or infinity.
@@ -220,6 +220,7 @@ class Collector:
                 taylor.get(name),
                 features,
                 (even, odd),
+                fisher.get(name),
             )
         return states
 

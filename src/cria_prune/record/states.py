@@ -27,6 +27,7 @@ class GroupStates:
         features: consumer's tensor -> moments of each feature that it reads, all examples, where a unit
             is several features wide to some consumer. Empty otherwise: the unit's `output` is it.
         features_by_half: the same of the even examples, then of the odd ones.
+        fisher: (units,) float64, Fisher importance, or None where no gradients per example were taken.
     """
 
     name: str
@@ -37,6 +38,7 @@ class GroupStates:
     taylor: Tensor | None = None
     features: Features = field(default_factory=dict)
     features_by_half: tuple[Features, Features] = field(default_factory=lambda: ({}, {}))
+    fisher: Tensor | None = None
 
     @property
     def units(self) -> int:
@@ -57,6 +59,7 @@ class States:
         seconds: wall time of the pass.
         device: where the pass ran.
         gradients: whether Taylor importances were taken.
+        per_example: whether Fisher importances were taken.
     """
 
     groups: Mapping[str, GroupStates]
@@ -67,6 +70,7 @@ class States:
     seconds: float
     device: str
     gradients: bool
+    per_example: bool = False
 
     def __getitem__(self, name: str) -> GroupStates:
         return self.groups[name]

@@ -19,7 +19,7 @@ STEP, REACH = 0.5, 60.0  # of the trapezoidal rule, in log t: its error is below
 def channel_independence(moments: Moments, *, name: str = "group") -> Tensor:
     """Return (‖Y‖_* − ‖Y without row p‖_*) / √M for every unit p: (d,) float64 on the CPU, >= 0.
 
-    This is the channel independence of CHIP (Sui et al., NeurIPS 2021, arXiv 2110.13981, equation 3) of
+    This is the channel independence of CHIP (Sui et al., NeurIPS 2021, arXiv 2110.13981) of
     one matrix that holds all samples; CHIP takes it of each image's feature maps apart and averages. The
     nuclear norm ‖Y‖_* is the sum of the square roots of the eigenvalues λ of G = Y Yᵀ, so the moments
     know it. Without a decomposition for each p: √x = (1/π) ∫ x / (x + t) dt / √t, and
