@@ -22,7 +22,8 @@ DEMO = RESULTS / "digits" / "demo.txt"
 NETWORKS = ("digits", "cifar10-resnet20", "cifar10-resnet56", "sst2-minilm", "llama-shakespeare")
 SHARE_OF = {"sst2-minilm": "encoder parameters", "llama-shakespeare": "parameters without embeddings"}
 ORDER = (
-    *("random", "l1", "l2", "activation-norm", "wanda-sp", "fluctuation", "taylor"),
+    *("random", "l1", "l2", "activation-norm", "wanda-sp", "fluctuation"),
+    *("bn-scale", "fpgm", "lamp", "apoz", "chip", "taylor", "fisher"),
     *("distortion", "distortion-weighted", "grounded-distortion", "innovation"),
 )
 Cells = list[dict[str, Any]]

@@ -52,6 +52,21 @@ def test_merge_is_exact_and_leaves_its_arguments_alone():
     close(a.merge(MomentAccumulator(6)).moments().covariance, before)
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_positive_share_is_counted_and_merged_where_asked_for(exact):
+    X = signals(6, 150) - 3
+    X[2, ::3] = 0  # a zero is not positive
+    expected = [sum(value > 0 for value in row) / 150 for row in X.tolist()]
+    a, b = (gather(part, exact=exact, positive=True) for part in (X[:, :50], X[:, 50:]))
+    assert a.merge(b).moments().positive.tolist() == pytest.approx(expected)
+    assert gather(X, exact=exact).moments().positive is None
+    assert a.merge(gather(X, exact=exact)).moments().positive is None
+    assert Moments.from_signals(X).positive.tolist() == pytest.approx(expected)
+    assert Moments.from_signals(X).select(torch.tensor([4, 2])).positive[1] == expected[2]
+    if exact:
+        assert a.moments().merge(b.moments()).positive.tolist() == pytest.approx(expected)
+
+
 def test_sketch_is_exact_up_to_its_columns():
     X = signals(8, 60)
     sketch = gather(X, exact=False, columns=64).moments().sketch.double()

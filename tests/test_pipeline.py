@@ -27,10 +27,19 @@ def config(**values: object) -> PruneConfig:
     return PruneConfig(plan=plan, record={"examples": 48})
 
 
+def normed() -> nn.Sequential:
+    """Batch norms in every group."""
+    first, second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3)
+    return nn.Sequential(
+        *(first, nn.BatchNorm2d(8), nn.ReLU(), second, nn.BatchNorm2d(6), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)),
+    )
+
+
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_every_criterion_prunes_and_leaves_the_model(criterion: str) -> None:
     torch.manual_seed(0)
-    model = randomize(Plain()).train()
+    model = randomize(normed() if criterion == "bn-scale" else Plain()).train()
     before, state = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
     result = prune(
         model, BATCHES, PruneConfig(**{**config().model_dump(), "score": {"criterion": criterion}})

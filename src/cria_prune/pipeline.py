@@ -222,7 +222,8 @@ def _round(
         if needs or config.compensate:
             states = record(
                 before.model, groups, batches, config.record, loss=loss,
-                gradients="gradients" in needs, consumed=config.compensate, device=device_of(model),
+                gradients="gradients" in needs, per_example="examples" in needs,
+                consumed=config.compensate, device=device_of(model),
             )  # fmt: skip
     with clock(seconds, "score"):
         scores: dict[str, Importance] = score(before.model, groups, states, config.score)

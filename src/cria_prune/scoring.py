@@ -54,7 +54,8 @@ def score_units(
         with pipeline.clock(spent, "record"):
             states = pipeline.record(
                 model, groups, batches, config.record,
-                loss=loss, gradients="gradients" in needs, device=device,
+                loss=loss, gradients="gradients" in needs,
+                per_example="examples" in needs, device=device,
             )  # fmt: skip
     with pipeline.clock(spent, "score"):
         return groups, pipeline.score(model, groups, states, config.score)

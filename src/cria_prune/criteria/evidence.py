@@ -61,6 +61,30 @@ class UnitWeights:
         return self._sum_powers(self.group.producers, 2).sqrt()
 
     @cached_property
+    def batch_norm_scale(self) -> Tensor | None:
+        """(d,) float64, the sum of |γ| over the batch norms that a unit passes; None without any.
+
+        A batch norm is told by its running mean, which leaves with the unit as its scale does.
+        """
+        follow = {item.tensor: item for item in self.group.slices if item.role == "follows"}
+        scales = [
+            follow[name]
+            for name in (f"{mean.removesuffix('running_mean')}weight" for mean in follow if _is_mean(mean))
+            if name in follow
+        ]
+        return self._sum_powers(scales, 1) if scales else None
+
+    def producer_rows(self) -> Iterator[Tensor]:
+        """Yield the weights of each producer, (d, its weights per unit), as stored.
+
+        The features of a unit lie in a row; biases are left out, as in the norms.
+        """
+        for item in self.group.producers:
+            rows = self._rows(item)[torch.from_numpy(item.positions)].flatten(1)
+            self._check_finite(item, rows)
+            yield rows
+
+    @cached_property
     def consumers(self) -> tuple[ConsumerNorms, ...]:
         """The norms of each consumer's weights, per feature."""
         found = []
@@ -85,6 +109,16 @@ class UnitWeights:
             StructureError: the slice does not fit the model.
             SignalError: a weight holds NaN or infinity.
         """
+        line = torch.linalg.vector_norm(self._rows(item), order, dim=1, dtype=torch.float64) ** order
+        self._check_finite(item, line)
+        return line.cpu()[torch.from_numpy(item.positions)]
+
+    def _rows(self, item: ParameterSlice) -> Tensor:
+        """Return all weights of a slice's tensor, (n, the rest): one row for each position, of any unit.
+
+        Raises:
+            StructureError: the slice does not fit the model.
+        """
         tensor = self._tensors.get(item.tensor)
         if tensor is None or item.dim >= tensor.ndim or item.positions.max() >= tensor.shape[item.dim]:
             raise StructureError(
@@ -93,15 +127,24 @@ class UnitWeights:
                 f"and the group reaches position {item.positions.max()} of dimension {item.dim}",
                 "Discover the unit groups of this model again",
             )
-        rows = tensor.detach().movedim(item.dim, 0).reshape(tensor.shape[item.dim], -1)
-        line = torch.linalg.vector_norm(rows, order, dim=1, dtype=torch.float64) ** order
-        if not torch.isfinite(line).all():
+        return tensor.detach().movedim(item.dim, 0).reshape(tensor.shape[item.dim], -1)
+
+    def _check_finite(self, item: ParameterSlice, values: Tensor) -> None:
+        """Check numbers that were read off a slice.
+
+        Raises:
+            SignalError: a weight holds NaN or infinity.
+        """
+        if not torch.isfinite(values).all():
             raise SignalError(
                 f"The weights of group {self.group.name!r}",
                 f"{item.tensor!r} holds NaN or infinity",
                 "Repair the checkpoint, or train it again",
             )
-        return line.cpu()[torch.from_numpy(item.positions)]
+
+
+def _is_mean(tensor: str) -> bool:
+    return tensor.rpartition(".")[2] == "running_mean"
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +159,7 @@ class Evidence:
         taylor: (d,) float64, first-order Taylor importances; None where no gradients were recorded.
         features: consumer's tensor -> moments of each feature that it reads; empty where every unit is
             one feature wide.
+        fisher: (d,) float64, Fisher importances; None where no gradients per example were recorded.
     """
 
     name: str
@@ -124,11 +168,17 @@ class Evidence:
     output: Moments | None = None
     taylor: Tensor | None = None
     features: Mapping[str, FeatureMoments] = field(default_factory=dict)
+    fisher: Tensor | None = None
 
     @property
     def units(self) -> int:
         """d."""
         return self.weights.group.size
+
+    def both_sides(self) -> tuple[Moments, Moments]:
+        """Return the moments of the input and the output side; `score` has checked that they are there."""
+        assert self.input is not None and self.output is not None
+        return self.input, self.output
 
     def read_features(self) -> Iterator[tuple[FeatureMoments, ConsumerNorms]]:
         """Yield, for each consumer, the moments of the features it reads and the norms of their weights.

@@ -64,18 +64,20 @@ def find_criterion(name: str) -> Criterion:
 
 def _check_needs(criterion: Criterion, states: States | None) -> None:
     """Check that what a criterion needs was recorded."""
+    asked = f"The criterion {criterion.name!r}"
+    if "examples" in criterion.needs:
+        how = "record(model, groups, batches, per_example=True)"
+    else:
+        how = f"record(model, groups, batches{', gradients=True' if 'gradients' in criterion.needs else ''})"
     if criterion.needs and states is None:
-        how = "record(model, groups, batches" + (
-            ", gradients=True)" if "gradients" in criterion.needs else ")"
-        )
-        raise CriterionError(
-            f"The criterion {criterion.name!r}", "no recorded states were given", f"Pass states={how}"
-        )
+        raise CriterionError(asked, "no recorded states were given", f"Pass states={how}")
     if "gradients" in criterion.needs and states is not None and not states.gradients:
+        raise CriterionError(asked, "the states were recorded without gradients", f"Record again with {how}")
+    if "examples" in criterion.needs and states is not None and not states.per_example:
         raise CriterionError(
-            f"The criterion {criterion.name!r}",
-            "the states were recorded without gradients",
-            "Record again with record(model, groups, batches, gradients=True)",
+            asked,
+            "the states were recorded without the gradients of each example",
+            f"Record again with {how}",
         )
 
 
@@ -98,7 +100,9 @@ def _score_group(
     name = weights.group.name
     if states is None:
         return criterion.function(Evidence(name, weights), config)
-    whole = Evidence(name, weights, states.input, states.output, states.taylor, states.features)
+    whole = Evidence(
+        name, weights, states.input, states.output, states.taylor, states.features, states.fisher
+    )
     importance = criterion.function(whole, config)
     if not config.split_half or "gradients" in criterion.needs:
         return importance

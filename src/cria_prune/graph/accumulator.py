@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cria_prune.errors import SignalError
-from cria_prune.graph.moments import Moments, centred_gram
+from cria_prune.graph.moments import Moments, centred_gram, positive_samples
 
 
 class MomentAccumulator:
@@ -25,6 +25,7 @@ class MomentAccumulator:
         exact: keep the covariance (d, d); otherwise a sketch (d, r).
         columns: r.
         seed: of buckets and signs.
+        positive: also count the samples above 0.
 
     Example:
         >>> total = MomentAccumulator(2)
@@ -33,7 +34,9 @@ class MomentAccumulator:
         [1.0, 0.0]
     """
 
-    def __init__(self, units: int, exact: bool = True, columns: int = 2048, seed: int = 0) -> None:
+    def __init__(
+        self, units: int, exact: bool = True, columns: int = 2048, seed: int = 0, positive: bool = False
+    ) -> None:
         if units < 1 or columns < 1:
             raise SignalError(
                 "A MomentAccumulator", f"found units={units}, columns={columns}", "Both must be at least 1"
@@ -45,6 +48,7 @@ class MomentAccumulator:
         self._mean = torch.zeros(units, dtype=torch.float64)
         self._square = torch.zeros(units, dtype=torch.float64)  # sum of squared centred values
         self._gram: Tensor | None = None  # (d, d) float64
+        self._positive = self._mean if positive else None  # (d,) float64, samples above 0
         self._shift = self._mean  # what is subtracted before a sample enters its bucket
         self._buckets: Tensor | None = None  # (r, d) float32
         self._signs: Tensor | None = None  # (r,) float64, sum of the signs of a bucket
@@ -61,6 +65,8 @@ class MomentAccumulator:
             )
         if X.shape[1] == 0:
             return
+        if self._positive is not None:
+            self._positive = self._positive.to(X.device) + positive_samples(X)
         if self.exact:
             mean, gram = centred_gram(X)
             self._pool(X.shape[1], mean, gram.diagonal(), gram)
@@ -96,7 +102,9 @@ class MomentAccumulator:
                 f"{self.columns} and {other.columns} columns",
                 "Make both with the same arguments",
             )
+        one, two = self._positive, other._positive
         total = MomentAccumulator(self.units, self.exact, self.columns, self.seed)
+        total._positive = None if one is None or two is None else one + two.to(one.device)
         total._generator.manual_seed(hash((self.seed, self.samples, other.samples)) % 2**63)
         for part in (self, other):
             if part.samples:
@@ -114,17 +122,19 @@ class MomentAccumulator:
         if not self.samples:
             raise SignalError("The moments of signals", "found no sample", "Add at least one batch")
         variance = self._square / self.samples
+        positive = None if self._positive is None else self._positive / self.samples
         if self.exact:
             assert self._gram is not None
             covariance = self._gram / self.samples
-            return Moments(self.samples, self._mean.clone(), covariance.diagonal().clone(), covariance)
+            variance = covariance.diagonal().clone()
+            return Moments(self.samples, self._mean.clone(), variance, covariance, positive=positive)
         assert self._buckets is not None and self._signs is not None
         step = (self._mean - self._shift).to(torch.float32)
         sketch = self._buckets - torch.outer(self._signs.to(torch.float32), step)
         norm = sketch.square().sum(dim=0, dtype=torch.float64).sqrt()
         scale = torch.where(norm > 0, self._square.sqrt() / norm.clamp(min=1e-300), 0.0)
         sketch = (sketch * scale.to(torch.float32)).T.contiguous()
-        return Moments(self.samples, self._mean.clone(), variance, sketch=sketch)
+        return Moments(self.samples, self._mean.clone(), variance, sketch=sketch, positive=positive)
 
     def _pool(self, samples: int, mean: Tensor, square: Tensor, gram: Tensor | None) -> None:
         """Pool count, mean, squares and Gram of other samples into this accumulator."""

@@ -27,6 +27,7 @@ class Moments:
         covariance: (d, d) float64, X_c X_c^T / M of the centred rows; None where a sketch stands in.
         sketch: (d, r) float32 centred countsketch S, S S^T / M ~ covariance, rows scaled to their
             exact variance; None where the covariance is kept.
+        positive: (d,) float64, the share of the samples above 0; None where it was not counted.
 
     Example:
         >>> Moments.from_signals(torch.tensor([[1.0, 3.0], [2.0, 2.0]]))
@@ -38,6 +39,7 @@ class Moments:
     variance: Tensor
     covariance: Tensor | None = None
     sketch: Tensor | None = None
+    positive: Tensor | None = None
 
     @property
     def units(self) -> int:
@@ -57,13 +59,14 @@ class Moments:
             )
         mean, covariance = centred_gram(X)
         covariance = covariance / X.shape[1]
-        return cls(X.shape[1], mean, covariance.diagonal().clone(), covariance)
+        positive = positive_samples(X) / X.shape[1]
+        return cls(X.shape[1], mean, covariance.diagonal().clone(), covariance, positive=positive)
 
     def merge(self, other: Moments) -> Moments:
         """Return the moments of both sets of samples together (Chan, Golub and LeVeque's formula).
 
-        Exact for mean, variance and covariance. Two sketches cannot be told from raw sums any more: use
-        `MomentAccumulator.merge`, which keeps them.
+        Exact for mean, variance, covariance and, where both counted it, the positive share. Two sketches
+        cannot be told from raw sums any more: use `MomentAccumulator.merge`, which keeps them.
 
         Raises:
             SignalError: the numbers of units differ, or one side holds a sketch.
@@ -78,7 +81,11 @@ class Moments:
         a, b = self.samples / total, other.samples / total
         step = other.mean - self.mean
         covariance = a * self.covariance + b * other.covariance + a * b * torch.outer(step, step)
-        return Moments(total, self.mean + b * step, covariance.diagonal().clone(), covariance)
+        positive = None
+        if self.positive is not None and other.positive is not None:
+            positive = a * self.positive + b * other.positive
+        variance = covariance.diagonal().clone()
+        return Moments(total, self.mean + b * step, variance, covariance, positive=positive)
 
     def select(self, indices: Tensor) -> Moments:
         """Return the moments of the units at `indices` (n,) int64, in that order."""
@@ -90,6 +97,7 @@ class Moments:
             variance=self.variance[indices],
             covariance=None if covariance is None else covariance[indices][:, indices],
             sketch=None if self.sketch is None else self.sketch[indices],
+            positive=None if self.positive is None else self.positive[indices],
         )
 
     def check_finite(self, name: str) -> None:
@@ -124,6 +132,11 @@ def centred_gram(X: Tensor) -> tuple[Tensor, Tensor]:
     mean = X.mean(dim=1)
     centred = X - mean[:, None]
     return mean, centred @ centred.T
+
+
+def positive_samples(X: Tensor) -> Tensor:
+    """Return how many samples of each unit of X (d, M) are above 0: (d,) float64."""
+    return (X.detach() > 0).sum(dim=1).to(torch.float64)
 
 
 def dead_units(moments: Moments) -> Tensor:

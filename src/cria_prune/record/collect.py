@@ -16,6 +16,7 @@ from cria_prune.batches import Batch, batch_size, describe, map_tensors, model_i
 from cria_prune.config import RecordConfig
 from cria_prune.errors import CriaError, DataError
 from cria_prune.loss import Loss, cross_entropy
+from cria_prune.record.fisher import FisherSums
 from cria_prune.record.keep import unchanged
 from cria_prune.record.signals import Collector
 from cria_prune.record.states import States
@@ -33,6 +34,7 @@ def record(
     loss: Loss | None = None,
     gradients: bool = False,
     consumed: bool = False,
+    per_example: bool = False,
     device: torch.device | str = "cpu",
 ) -> States:
     """Run the model over calibration batches and return what its prunable units do.
@@ -49,6 +51,9 @@ def record(
         loss: (model, batch) to a scalar, for `gradients`; cross-entropy by default.
         gradients: also take first-order Taylor importances, by one backward pass per batch.
         consumed: also keep the second moments of the features that each consumer reads, for `compensate`.
+        per_example: with `gradients`, which it switches on, also take Fisher importances, from the
+            gradients of each example; the loss is then a mean over the batch. It holds a copy of every
+            input-side signal of a batch.
         device: where the batches go.
 
     Returns:
@@ -58,30 +63,37 @@ def record(
     Raises:
         DataError: no batches, batches of a wrong kind, or the model fails on one.
         SignalError: a signal holds NaN or infinity, or a group was never reached.
-        CriterionError: `gradients` without a target or a usable loss.
+        CriterionError: `gradients` without a target or a usable loss; `per_example` where a batch's
+            examples share a signal.
         StructureError: the groups are those of another model.
     """
     config = config or RecordConfig()
+    gradients = gradients or per_example
     start = time.perf_counter()
     examples = count = 0
     with unchanged(model), torch.set_grad_enabled(gradients):
         model.eval()
         collector = Collector(groups.prunable, config, consumed)
         taylor = TaylorSums(model, groups.prunable, loss or cross_entropy) if gradients else None
-        with_taps = Taps(model, collector.wanted, collector.receive)
+        fisher = FisherSums(groups.prunable) if per_example else None
+        with_taps = Taps(model, collector.wanted, collector.receive, fisher.watch if fisher else None)
         for batch in limited(batches, config.examples):
             size = batch_size(batch)
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
             collector.begin(examples, size, mask)
+            if fisher:
+                fisher.begin(size)
             # A copy: a forward may write into its input, and the next round needs it as it was.
             batch = map_tensors(batch, lambda item: item.to(device, copy=True))
             with with_taps:
                 run(model, batch, taylor)
+            if fisher:
+                fisher.finish()
             examples, count = examples + size, count + 1
     if not count:
         raise DataError("Recording the model's signals", "the batches are empty", "Pass two examples or more")
     return States(
-        groups=collector.states(taylor.sums if taylor else {}),
+        groups=collector.states(taylor.sums if taylor else {}, fisher.sums if fisher else {}),
         examples=examples,
         batches=count,
         positions=config.positions,
@@ -89,6 +101,7 @@ def record(
         seconds=time.perf_counter() - start,
         device=str(device),
         gradients=gradients,
+        per_example=per_example,
     )
 
 

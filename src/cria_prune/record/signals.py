@@ -129,7 +129,7 @@ class Collector:
         self._sums: dict[str, dict[str, FeatureSums]] = {}
         self._readers: dict[tuple[str, Site], dict[int, list[Reader]]] = {}
         for group in groups:
-            sides = (self._accumulators(group.size), self._accumulators(group.size))
+            sides = self._accumulators(group.size), self._accumulators(group.size, positive=True)
             wide = any(tap.positions.shape[1] > 1 for tap in group.outputs)
             sums = {tap.tensor: FeatureSums(group.size) for tap in group.outputs if wide}
             self._sides[group.name], self._sums[group.name] = sides, sums
@@ -149,14 +149,16 @@ class Collector:
         self.wanted = tuple(self._readers)
         self.begin(0, 1, None)
 
-    def _accumulators(self, units: int) -> Halves:
+    def _accumulators(self, units: int, positive: bool = False) -> Halves:
         """Return a side's two halves; their sketches must not share signs, for they are merged."""
-        return self._accumulator(units, 0), self._accumulator(units, 1)
+        return self._accumulator(units, 0, positive), self._accumulator(units, 1, positive)
 
-    def _accumulator(self, units: int, half: int = 0) -> Buffer:
+    def _accumulator(self, units: int, half: int = 0, positive: bool = False) -> Buffer:
         config = self._config
         exact = units <= config.exact_units
-        return Buffer(MomentAccumulator(units, exact, config.sketch_columns, seed=2 * config.seed + half))
+        return Buffer(
+            MomentAccumulator(units, exact, config.sketch_columns, 2 * config.seed + half, positive)
+        )
 
     def begin(self, first: int, examples: int, mask: Tensor | None) -> None:
         """Say what comes next: the first example's index, how many, their attention mask (B, tokens)."""
@@ -211,8 +213,8 @@ class Collector:
             self._drawn[shape] = torch.from_numpy(drawn).to(activation.device)
         return self._drawn[shape]
 
-    def states(self, taylor: Mapping[str, Tensor]) -> dict[str, GroupStates]:
-        """Return the states of every group.
+    def states(self, taylor: Mapping[str, Tensor], fisher: Mapping[str, Tensor]) -> dict[str, GroupStates]:
+        """Return the states of every group, with what the gradients gave by its name.
 
         Raises:
             SignalError: a side was never reached, has an empty half, or holds NaN or infinity.
@@ -238,6 +240,7 @@ class Collector:
                 features,
                 (even, odd),
                 consumed,
+                fisher.get(name),
             )
         return states
 

@@ -29,6 +29,7 @@ class GroupStates:
         features_by_half: the same of the even examples, then of the odd ones.
         consumed: consumer's tensor -> moments, second ones included, of all features that it reads
             (units times width, the features of a unit in a row); empty unless they were asked for.
+        fisher: (units,) float64, Fisher importance, or None where no gradients per example were taken.
     """
 
     name: str
@@ -40,6 +41,7 @@ class GroupStates:
     features: Features = field(default_factory=dict)
     features_by_half: tuple[Features, Features] = field(default_factory=lambda: ({}, {}))
     consumed: Mapping[str, Moments] = field(default_factory=dict)
+    fisher: Tensor | None = None
 
     @property
     def units(self) -> int:
@@ -60,6 +62,7 @@ class States:
         seconds: wall time of the pass.
         device: where the pass ran.
         gradients: whether Taylor importances were taken.
+        per_example: whether Fisher importances were taken.
     """
 
     groups: Mapping[str, GroupStates]
@@ -70,6 +73,7 @@ class States:
     seconds: float
     device: str
     gradients: bool
+    per_example: bool = False
 
     def __getitem__(self, name: str) -> GroupStates:
         return self.groups[name]

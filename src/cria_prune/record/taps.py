@@ -86,6 +86,8 @@ class Taps(TorchFunctionMode):
         model: the live model; it is only looked at.
         wanted: (name of a parameter or buffer, site) pairs, as `Tap` has them.
         receive: called with (name, site, activation), the activation detached.
+        watch: called, after `receive`, with what an operation made, still in the graph of gradients; the
+            model goes on with what it returns.
 
     Raises:
         StructureError: the model has no tensor of a wanted name.
@@ -96,8 +98,10 @@ class Taps(TorchFunctionMode):
         model: nn.Module,
         wanted: Iterable[tuple[str, Site]],
         receive: Callable[[str, Site, Tensor], None],
+        watch: Callable[[str, Site, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
+        self._watch = watch
         tensors = named_tensors(model)
         self._receive = receive
         self._sites: dict[int, list[tuple[str, Site]]] = {}
@@ -130,6 +134,8 @@ class Taps(TorchFunctionMode):
         for name, site in sites:
             if site != "input":
                 self._receive(name, site, result.detach())
+                if self._watch is not None:
+                    result = self._watch(name, site, result)
         return result
 
     def _wanted(

@@ -33,9 +33,16 @@ class TaylorSums:
 
     def __init__(self, model: nn.Module, groups: Iterable[UnitGroup], loss: Loss) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
+        groups = tuple(groups)
         self._model, self._loss = model, loss
         self._slices = {group.name: _signal_slices(group, parameters) for group in groups}
         names = dict.fromkeys(item.tensor for slices in self._slices.values() for item in slices)
+        # A signal that no parameter makes last (a batch norm without scale): its gradient is computed only
+        # on the way to the layer before it.
+        bare = [group for group in groups if any(tap.tensor not in parameters for tap in group.inputs)]
+        names |= dict.fromkeys(
+            item.tensor for group in bare for item in group.producers if item.tensor in parameters
+        )
         self._parameters = {name: parameters[name].requires_grad_(True) for name in names}
         self.sums = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
 

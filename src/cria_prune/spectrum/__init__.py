@@ -9,6 +9,7 @@ from cria_prune.spectrum.importance import (
     innovation,
     rank_correlation,
 )
+from cria_prune.spectrum.nuclear import channel_independence
 from cria_prune.spectrum.pcg import distortion_embedding, pcg
 from cria_prune.spectrum.pencil import Eigenpairs, count_pairs, solve_pencil
 
@@ -16,6 +17,7 @@ __all__ = [
     "Diagnosis",
     "Eigenpairs",
     "Importance",
+    "channel_independence",
     "count_pairs",
     "distortion",
     "distortion_embedding",

@@ -1,0 +1,60 @@
+"""The spectral criteria: what the graphs of a group's signals say of its units.
+
+Legend: d = units of a group, W_out = its consumers' weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cria_prune.config import ScoreConfig
+from cria_prune.criteria.evidence import Evidence
+from cria_prune.spectrum import Importance
+from cria_prune.spectrum import distortion as spectral_distortion
+from cria_prune.spectrum import grounded_distortion as spectral_grounded_distortion
+from cria_prune.spectrum import innovation as spectral_innovation
+
+
+def spectral_options(config: ScoreConfig) -> dict[str, Any]:
+    """Return what both distortions take from the configuration."""
+    return {
+        "neighbors": config.neighbors,
+        "pairs": config.pairs,
+        "sketch": config.sketch,
+        "seed": config.seed,
+    }
+
+
+def distortion(evidence: Evidence, config: ScoreConfig) -> Importance:
+    """Share in the spectral distortion between the input-side and the output-side graph."""
+    options = spectral_options(config)
+    return spectral_distortion(
+        *evidence.both_sides(), ridge=config.ridge, name=f"group {evidence.name!r}", **options
+    )
+
+
+def distortion_weighted(evidence: Evidence, config: ScoreConfig) -> Importance:
+    """`distortion` times ‖W_out[:, p]‖²."""
+    return spectral_distortion(
+        *evidence.both_sides(),
+        ridge=config.ridge,
+        consumer_norm2=evidence.weights.consumer_norm2,
+        name=f"group {evidence.name!r}",
+        **spectral_options(config),
+    )
+
+
+def grounded_distortion(evidence: Evidence, config: ScoreConfig) -> Importance:
+    """Distance to removal between the grounded graphs, times ‖W_out[:, p]‖²; no ridge is needed or used."""
+    return spectral_grounded_distortion(
+        *evidence.both_sides(),
+        consumer_norm2=evidence.weights.consumer_norm2,
+        name=f"group {evidence.name!r}",
+        **spectral_options(config),
+    )
+
+
+def innovation(evidence: Evidence, config: ScoreConfig) -> Importance:
+    """‖W_out[:, p]‖² / Θ[p, p]: what the consumers lose of unit p after the best linear repair."""
+    _, output = evidence.both_sides()
+    return spectral_innovation(output, evidence.weights.consumer_norm2, name=f"group {evidence.name!r}")

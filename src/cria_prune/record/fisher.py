@@ -1,0 +1,88 @@
+"""Diagonal Fisher information: what each example's own gradient says of each unit, squared per example.
+
+Legend: B = examples of a batch, d = units of a group, x = an input-side signal, L = the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from cria_prune.errors import CriterionError
+from cria_prune.structure.groups import Site, Tap, UnitGroup
+
+
+class FisherSums:
+    """Adds up, over examples, (Σ x · ∂L/∂x)² of each unit: its gate's empirical Fisher information.
+
+    Theis et al. 2018 (arXiv 1801.05787) and Liu et al. 2021 ("Group Fisher Pruning", arXiv
+    2108.00708): the sum is over all positions and features of the unit before the square, and
+    over examples after it. x is the input-side signal, the one whose Σ g·w `TaylorSums` takes: with
+    batches of one example both are equal. The cited works put the gate behind the activation; before and
+    behind a ReLU x · ∂L/∂x is the same.
+
+    Per-example gradients come from one backward pass of the batch: an example's positions of x act on its
+    own loss alone, as the model runs in evaluation mode. The loss has to be a mean over the examples, so an
+    example's gradient is B times that of the batch; of a mean over tokens, each example takes its part.
+
+    Args:
+        groups: the groups to score.
+    """
+
+    def __init__(self, groups: Iterable[UnitGroup]) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self._taps: dict[tuple[str, Site], list[tuple[str, Tap]]] = {}
+        for group in groups:
+            self.sums[group.name] = torch.zeros(group.size, dtype=torch.float64)
+            for tap in group.inputs:
+                self._taps.setdefault((tap.tensor, tap.site), []).append((group.name, tap))
+        self.begin(1)
+
+    def begin(self, examples: int) -> None:
+        """Say how many examples come next."""
+        self._examples = examples
+        self._firsts: dict[str, Tensor] = {}  # group -> (B, d) float64, Σ x · ∂L/∂x of each example
+
+    def watch(self, name: str, site: Site, signal: Tensor) -> Tensor:
+        """Keep a signal that has just been made, (rows, ...), until its gradient comes.
+
+        Returns:
+            A copy for the model to go on with: an activation may overwrite it in place, and of a view, as
+            a linear layer of tokens returns, no hook would then be called.
+
+        Raises:
+            CriterionError: the rows of the signal do not go by examples.
+        """
+        if (name, site) not in self._taps or not signal.requires_grad:
+            return signal
+        if len(signal) % self._examples:
+            raise CriterionError(
+                f"Per-example gradients at {name!r}",
+                f"the signal has {len(signal)} rows for {self._examples} examples: they share it",
+                "Pass batches of one example, or use 'taylor', which takes the gradient of a batch",
+            )
+        held, copy = signal.detach(), signal.clone()
+        copy.register_hook(lambda gradient: self._add(name, site, held, gradient))
+        return copy
+
+    def finish(self) -> None:
+        """Square what the backward pass of the batch has left, and forget it."""
+        for name, first in self._firsts.items():
+            self.sums[name] += (first * self._examples).square().sum(dim=0)
+        self._firsts = {}
+
+    def _add(self, name: str, site: Site, signal: Tensor, gradient: Tensor) -> None:
+        """Add Σ x · ∂L/∂x over positions and features to every group that reads this signal."""
+        if signal.dtype not in (torch.float32, torch.float64):
+            signal, gradient = signal.float(), gradient.float()
+        product = signal * gradient
+        by_dim: dict[int, Tensor] = {}
+        for group, tap in self._taps[name, site]:
+            if tap.dim not in by_dim:
+                rows = product.movedim(tap.dim, 1)
+                rows = rows.reshape(self._examples, len(rows) // self._examples, rows.shape[1], -1)
+                by_dim[tap.dim] = rows.sum(dim=(1, 3), dtype=torch.float64).cpu()
+            first = by_dim[tap.dim][:, torch.from_numpy(tap.positions)].sum(dim=2)
+            self._firsts[group] = self._firsts[group] + first if group in self._firsts else first
