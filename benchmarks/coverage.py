@@ -18,7 +18,7 @@ from pathlib import Path
 import zoo
 from coverage_table import PEER_LIMIT, result_path
 from cria_prune.artifact.provenance import provenance
-from criteria import RESULTS, write
+from result_files import RESULTS, write
 from staged import collect
 
 LIMIT = 900.0

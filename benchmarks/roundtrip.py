@@ -38,7 +38,7 @@ from cria_prune.structure.alike import counted_together
 from cria_prune.tasks.examples import example_inputs
 from cria_prune.tasks.pretrained import find_library, quiet
 from cria_prune.vanilla import Holdable, holdable
-from criteria import RESULTS, write
+from result_files import RESULTS, write
 from roundtrip_families import FAMILIES, SEED, UNEVEN, build
 from staged import said
 

@@ -23,7 +23,7 @@ from cria_prune.batches import model_inputs
 from cria_prune.config import PlanConfig, RecordConfig, ScoreConfig
 from cria_prune.structure import without_residual
 from cria_prune.tasks import TASKS, task
-from criteria import RESULTS, write
+from result_files import RESULTS, write
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
