@@ -205,6 +205,7 @@ def test_a_text_without_labels_calibrates_a_classifier(here: Path) -> None:
     assert "the texts have no labels" in error("eval", "small", "--calibration", "text.txt")
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_datasets_of_every_shape(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = read_dataset("rows")
     assert {name: len(part) for name, part in parts.items()} == {"train": 200, "validation": 60}

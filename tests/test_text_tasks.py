@@ -200,6 +200,7 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPat
     assert cache_file("a", {"seed": 0}) != cache_file("a", {"seed": 1})
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_run_eval_and_recover_sst2(here: Path) -> None:
     words = ["--examples", "64", "--rounds", "2", "--reduction", "0.3", "--device", "cpu"]
     said = cria("run", "sst2-minilm", "--quick", "--base", str(here / "encoder"), *words, "--output", "out")
