@@ -24,6 +24,7 @@ SHARE_OF = {"sst2-minilm": "encoder parameters", "llama-shakespeare": "parameter
 ORDER = (
     *("random", "l1", "l2", "activation-norm", "wanda-sp", "fluctuation"),
     *("bn-scale", "fpgm", "lamp", "apoz", "chip", "taylor", "fisher"),
+    *("tp-magnitude", "tp-bn-scale", "tp-fpgm", "tp-lamp", "tp-taylor", "tp-hessian"),
     *("distortion", "distortion-weighted", "grounded-distortion", "innovation"),
 )
 Cells = list[dict[str, Any]]

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "recover": BASE,
     "artifact": BASE | {"plan", "surgery", "tasks", "structure", "vanilla", "graph", "spectrum"},
     "tasks": BASE | {"recover"},
-    "bench": BASE | {"pipeline", "criteria", "recover", "tasks", "artifact"},
+    "bench": BASE | {"pipeline", "criteria", "recover", "tasks", "artifact", "structure", "plan"},
     "scoring": BASE | {"pipeline", "scope", "structure", "spectrum"},
     "ablation": BASE | {"structure", "plan", "surgery"},
     "torch_pruning": BASE | {"pipeline", "scoring", "structure", "spectrum"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from cria_prune.bench.peer import IMPORTANCES
 from cria_prune.bench.suite import Grid
 from cria_prune.config import PruneConfig
 from cria_prune.tasks import Task
@@ -16,7 +17,8 @@ EXAMPLES = 1024
 def cells(grid: Grid) -> list[Cell]:
     """Return the cells of a grid, seed by seed: a bench that is stopped has whole tables of the first seeds.
 
-    What is usual (ranking uniform, no repair, all training data) is not in a cell.
+    What is usual (ranking uniform, no repair, all training data) is not in a cell. Importances of
+    Torch-Pruning have the usual cells only.
     """
     product = itertools.product(
         grid.seeds, grid.reductions, grid.rounds, grid.ranking, grid.compensate, grid.criteria
@@ -35,6 +37,7 @@ def cells(grid: Grid) -> list[Cell]:
             **({"compensate": True} if compensate else {}),
         }
         for seed, reduction, rounds, ranking, compensate, criterion in product
+        if criterion not in IMPORTANCES or (ranking == "uniform" and not compensate)
     ]
 
 

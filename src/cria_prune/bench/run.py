@@ -14,6 +14,7 @@ from torch import nn
 from cria_prune.artifact.files import write_text
 from cria_prune.artifact.provenance import provenance
 from cria_prune.bench.cell import Cell, cells, config_of, file_name
+from cria_prune.bench.peer import IMPORTANCES, prune_by_peer
 from cria_prune.bench.suite import Grid
 from cria_prune.config import PruneConfig
 from cria_prune.errors import ArtifactError
@@ -115,33 +116,41 @@ def _measure(
     chosen: Task, model: nn.Module, cell: Cell, config: PruneConfig, progress: Progress
 ) -> dict[str, Any]:
     """Prune, measure, recover and measure again."""
-    result = prune(model, chosen.calibration(config.record.examples, cell["seed"]), config, progress=progress)
+    batches = chosen.calibration(config.record.examples, cell["seed"])
+    start = time.perf_counter()
+    if cell["criterion"] in IMPORTANCES:
+        peer = prune_by_peer(cell["criterion"], model, batches, config)
+        smaller, found = peer.model, {"report": peer.report, "difference": None}
+        seconds = {"prune": round(time.perf_counter() - start, 4)}
+    else:
+        result = prune(model, batches, config, progress=progress)
+        smaller, found, seconds = result.model, _found(result), _stage_seconds(result)
     figures = {
         "metric": chosen.metric,
-        "pruned": chosen.evaluate(result.model, chosen.test_batches(), progress),
+        "pruned": chosen.evaluate(smaller, chosen.test_batches(), progress),
     }
-    seconds = _stage_seconds(result)
     if cell["epochs"]:
         start = time.perf_counter()
         settings = chosen.recover_defaults.model_copy(update={"epochs": cell["epochs"], "seed": cell["seed"]})
         source = task(cell["network"], quick=True) if cell.get("quick") else chosen
         # No metric while training: some published weights have seen the validation split, so the last
         # epoch is what is reported.
-        recover(result.model, source.train_batches(cell["seed"]), settings, progress=progress)
+        recover(smaller, source.train_batches(cell["seed"]), settings, progress=progress)
         seconds["recover"] = round(time.perf_counter() - start, 1)
-        figures["recovered"] = chosen.evaluate(result.model, chosen.test_batches(), progress)
+        figures["recovered"] = chosen.evaluate(smaller, chosen.test_batches(), progress)
+    return {"cell": cell, **figures, **found, "seconds": seconds, "config": config.model_dump(mode="json")}
+
+
+def _found(result: PruneResult) -> dict[str, Any]:
+    """Return what a cell keeps of a pruning beside its figures."""
     halves = [item["split_half"] for item in result.rounds[0].diagnosis.values()]
     known = [value for value in halves if value is not None]
     verification = result.rounds[-1].verification
     return {
-        "cell": cell,
-        **figures,
         "report": dict(result.report),
         "difference": None if verification is None else verification.difference,
         "split_half": sum(known) / len(known) if known else None,
         "kept": {name: len(stays) for name, stays in result.plan.kept.items()},
-        "seconds": seconds,
-        "config": config.model_dump(mode="json"),
     }
 
 

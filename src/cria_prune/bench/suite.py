@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from cria_prune.bench.peer import IMPORTANCES
 from cria_prune.config import StageConfig
 from cria_prune.criteria import CRITERIA
 from cria_prune.errors import ConfigError
@@ -21,7 +22,9 @@ class Grid(StageConfig):
     """All combinations of its lists are measured."""
 
     network: str = Field(description="a recipe")
-    criteria: tuple[str, ...] = Field(min_length=1, description="names of criteria")
+    criteria: tuple[str, ...] = Field(
+        min_length=1, description="names of criteria, or of Torch-Pruning's importances"
+    )
     reductions: tuple[Share, ...] = Field(min_length=1, description="shares to remove")
     rounds: tuple[Annotated[int, Field(ge=1)], ...] = Field((4,), min_length=1)
     seeds: tuple[int, ...] = Field(
@@ -41,9 +44,10 @@ class Grid(StageConfig):
     def _names_are_known(self) -> Self:
         if self.network not in TASKS:
             raise ValueError(f"no recipe {self.network!r}; known: {', '.join(sorted(TASKS))}")
-        unknown = [name for name in self.criteria if name not in CRITERIA]
+        known = (*CRITERIA, *IMPORTANCES)
+        unknown = [name for name in self.criteria if name not in known]
         if unknown:
-            raise ValueError(f"no criterion {unknown[0]!r}; known: {', '.join(CRITERIA)}")
+            raise ValueError(f"no criterion {unknown[0]!r}; known: {', '.join(known)}")
         return self
 
 

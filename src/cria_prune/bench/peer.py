@@ -1,0 +1,168 @@
+"""Torch-Pruning's own pruner and importances on the same network, layers and budget.
+
+Its code prunes; ours only chooses the layers (those whose units Cria may cut), finds the ratio that frees
+about the same share, and takes the gradients that an importance asks for. Tested with release 1.6.1.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+from cria_prune import pipeline
+from cria_prune.batches import Batch, batch_size, map_tensors
+from cria_prune.config import PruneConfig
+from cria_prune.errors import ConfigError
+from cria_prune.loss import cross_entropy
+from cria_prune.modules import device_of, modes_kept
+from cria_prune.plan.budget import count_macs
+from cria_prune.structure import UnitGroups
+from cria_prune.structure import discover as structure
+
+IMPORTANCES = {
+    "tp-magnitude": "GroupMagnitudeImportance",
+    "tp-bn-scale": "BNScaleImportance",
+    "tp-fpgm": "FPGMImportance",
+    "tp-lamp": "LAMPImportance",
+    "tp-taylor": "GroupTaylorImportance",
+    "tp-hessian": "GroupHessianImportance",
+}
+"""Name in a suite -> class in torch_pruning.importance, with its own defaults."""
+
+HALVINGS, FAR = 12, 0.05
+
+
+@dataclass(frozen=True)
+class PeerResult:
+    """The network that the peer left, and what it cost: `report` as in a plan."""
+
+    model: nn.Module
+    report: dict[str, Any]
+
+
+def prune_by_peer(name: str, model: nn.Module, batches: list[Batch], config: PruneConfig) -> PeerResult:
+    """Prune a copy of a network by an importance of Torch-Pruning, the same share of every layer.
+
+    The ratio is the one, to 1/4096, that frees the share most nearly, more or less. Gradients are
+    those of the cross-entropy over the calibration batches in evaluation mode, taken anew before every step;
+    for the Hessian example by example, as its documentation shows.
+
+    Args:
+        name: key of IMPORTANCES.
+        model: the dense network; it is left as it was.
+        batches: the calibration.
+        config: reduction, of, rounds and what may be cut, as for Cria.
+
+    Raises:
+        ConfigError: Torch-Pruning is not installed, its pruner frees no share near that one, or the share is
+            of something that we do not count for it.
+    """
+    try:
+        library = import_module("torch_pruning")
+    except ImportError as error:
+        raise ConfigError(
+            f"The criterion {name}", "torch-pruning is not installed", "pip install --no-deps torch-pruning"
+        ) from error
+    if config.plan.of not in ("parameters", "macs"):
+        raise ConfigError(
+            f"{name} on a share of the {config.plan.of}",
+            "we count parameters or MACs for it",
+            "Leave it out",
+        )
+    example = pipeline.first_examples(batches, device_of(model))
+    found = pipeline.check_target(model, pipeline.discover(model, example), config.plan).groups
+    inputs = example[0] if isinstance(example, (tuple, list)) else example
+
+    def pruned(ratio: float, importance: Any, steps: int, before: Callable[[nn.Module], None]) -> nn.Module:
+        smaller = copy.deepcopy(model)
+        with warnings.catch_warnings(), modes_kept(smaller):
+            warnings.simplefilter("ignore")
+            pruner = library.pruner.BasePruner(
+                smaller, inputs, importance=importance, pruning_ratio=ratio, iterative_steps=steps,
+                ignored_layers=_others(smaller, found),
+            )  # fmt: skip
+            for _ in range(steps):
+                before(smaller)
+                pruner.step()
+        smaller.zero_grad()
+        return smaller
+
+    dense = _cost(model, example, config)
+
+    def freed(ratio: float) -> float:
+        sized = pruned(ratio, library.importance.RandomImportance(), 1, lambda _model: None)
+        return 1 - _cost(sized, example, config) / dense
+
+    low, high = 0.0, 1.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if freed(middle) >= config.plan.reduction else (middle, high)
+    nearest = min(low, high, key=lambda ratio: abs(freed(ratio) - config.plan.reduction))
+    importance = getattr(library.importance, IMPORTANCES[name])()
+    smaller = pruned(nearest, importance, config.plan.rounds, _gradients(importance, batches))
+    report = _report(model, smaller, example, config)
+    if abs(report["reached"] - config.plan.reduction) > FAR:
+        raise ConfigError(
+            f"{name}: {config.plan.reduction:.1%} of the {config.plan.of}",
+            f"the nearest that Torch-Pruning frees is {report['reached']:.1%}",
+            "Leave it out, or ask for another share",
+        )
+    return PeerResult(smaller, report)
+
+
+def _others(model: nn.Module, groups: UnitGroups) -> list[nn.Module]:
+    """Return the layers whose outputs Cria would not cut: it is not to cut them either."""
+    cut = {item.tensor.rpartition(".")[0] for group in groups.prunable for item in group.producers}
+    kinds = (nn.Linear, nn.modules.conv._ConvNd)
+    return [layer for name, layer in model.named_modules() if isinstance(layer, kinds) and name not in cut]
+
+
+def _cost(model: nn.Module, example: Batch, config: PruneConfig) -> float:
+    """Return what the share is of: MACs, or parameters."""
+    if config.plan.of == "macs":
+        return count_macs(structure(model, example))
+    return float(sum(item.numel() for item in model.parameters()))
+
+
+def _report(dense: nn.Module, smaller: nn.Module, example: Batch, config: PruneConfig) -> dict[str, Any]:
+    """Return asked, reached and counts; the MACs of both networks are counted by our own structure."""
+    parameters = [sum(item.numel() for item in model.parameters()) for model in (dense, smaller)]
+    macs = [count_macs(structure(model, example)) for model in (dense, smaller)]
+    one, other = macs if config.plan.of == "macs" else parameters
+    return {
+        "asked": config.plan.reduction, "reached": 1 - other / one, "of": config.plan.of,
+        "parameters_dense": parameters[0], "parameters": parameters[1],
+        "macs_dense": macs[0], "macs": macs[1],
+    }  # fmt: skip
+
+
+def _one(place: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda item: item[place : place + 1]
+
+
+def _gradients(importance: Any, batches: Iterable[Batch]) -> Callable[[nn.Module], None]:
+    """Return what is to be done before a step: nothing, one gradient, or one per example."""
+    kind = type(importance).__name__
+
+    def before(model: nn.Module) -> None:
+        model.eval()
+        model.zero_grad()
+        if kind == "GroupTaylorImportance":
+            for batch in batches:
+                cross_entropy(model, batch).backward()
+        elif kind == "GroupHessianImportance":
+            importance.zero_grad()
+            for batch in batches:
+                for place in range(batch_size(batch)):
+                    model.zero_grad()
+                    cross_entropy(model, map_tensors(batch, _one(place))).backward()
+                    importance.accumulate_grad(model)
+
+    return before

@@ -1,0 +1,93 @@
+"""Torch-Pruning in a bench: its pruner, our layers, about our share."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+
+from cria_prune.bench import Grid, cells, config_of
+from cria_prune.bench import peer as module
+from cria_prune.bench.peer import IMPORTANCES, prune_by_peer
+from cria_prune.errors import ConfigError
+from cria_prune.tasks import build, task
+
+pytest.importorskip("torch_pruning", reason="torch-pruning is not installed (make test installs it)")
+GRID = Grid(
+    network="cifar10-resnet20",
+    criteria=["l2", "tp-lamp"],
+    reductions=[0.5],
+    rounds=[2],
+    compensate=[False, True],
+)
+
+
+def batches(examples: int) -> list[Any]:
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(examples, 3, 32, 32, generator=generator)
+    return [(images, torch.randint(0, 10, (examples,), generator=generator))]
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return build("cifar10-resnet20").eval()
+
+
+def widths(model: torch.nn.Module, end: str) -> list[int]:
+    return [layer.out_channels for name, layer in model.named_modules() if name.endswith(end)]
+
+
+@pytest.mark.parametrize("name", sorted(IMPORTANCES))
+def test_inner_channels_leave_and_the_network_stays_as_it_was(name: str) -> None:
+    dense = network()
+    before = {key: value.clone() for key, value in dense.state_dict().items()}
+    config = config_of(task("cifar10-resnet20"), cells(GRID)[0], 64)
+    found = prune_by_peer(name, dense, batches(6), config)
+    assert abs(found.report["reached"] - 0.5) < 0.02
+    assert found.report["parameters"] == sum(item.numel() for item in found.model.parameters())
+    assert widths(found.model, "conv1")[1:] == [8, 8, 8, 16, 16, 16, 32, 32, 32]  # the first is the stem
+    assert widths(found.model, "conv2") == widths(dense, "conv2")
+    assert found.model(torch.randn(2, 3, 32, 32)).shape == (2, 10) and not found.model.training
+    assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())
+    assert all(item.grad is None for item in dense.parameters())
+    assert all(item.grad is None for item in found.model.parameters())
+
+
+def test_magnitude_takes_the_weakest_and_taylor_needs_the_gradients() -> None:
+    dense = network()
+    layer = dense.get_submodule("layer1.0.conv1")
+    with torch.no_grad():
+        for part in ("layer1.0.conv1.weight", "layer1.0.bn1.weight"):
+            dense.get_parameter(part)[:8] *= 1e-3
+        dense.get_parameter("layer1.0.conv2.weight")[:, :8] *= 1e-3
+    config = config_of(task("cifar10-resnet20"), cells(GRID)[0], 64)
+    found = prune_by_peer("tp-magnitude", dense, batches(6), config)
+    assert torch.equal(found.model.get_submodule("layer1.0.conv1").weight, layer.weight[8:])
+    one, other = (
+        prune_by_peer("tp-taylor", dense, given, config).model.get_submodule("layer3.0.conv1").weight
+        for given in (batches(6), batches(9))
+    )
+    assert not torch.equal(one, other)
+
+
+def test_only_usual_cells_are_compared() -> None:
+    assert [(cell["criterion"], cell.get("compensate", False)) for cell in cells(GRID)] == [
+        ("l2", False), ("tp-lamp", False), ("l2", True),
+    ]  # fmt: skip
+
+
+def test_what_cannot_be_compared_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(task("cifar10-resnet20"), cells(GRID)[0], 64)
+    prunable = config.model_copy(update={"plan": config.plan.model_copy(update={"of": "prunable"})})
+    with pytest.raises(ConfigError, match="we count parameters or MACs"):
+        prune_by_peer("tp-lamp", network(), batches(4), prunable)
+
+    def missing(name: str) -> Any:
+        raise ImportError(name)
+
+    monkeypatch.setattr(module, "import_module", missing)
+    with pytest.raises(ConfigError, match="torch-pruning is not installed"):
+        prune_by_peer("tp-lamp", network(), batches(4), config)
+    assert importlib.import_module("torch_pruning")
