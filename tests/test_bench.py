@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cria_prune.bench import Grid, cells, file_name, packaged, read_suite, run_grid
+from cria_prune.bench import Grid, cells, file_name, packaged, read_suite, run_grids
 from cria_prune.bench import run as module
 from cria_prune.cli.main import app
 from cria_prune.errors import ArtifactError, ConfigError
@@ -36,6 +36,13 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ImageTask, "dense", dense)
 
 
+def measured(grid: Grid, folder: Path, **options: Any) -> int:
+    """Run one grid of which every cell can be measured."""
+    count, failed = run_grids([grid], folder, **options)
+    assert not failed
+    return count
+
+
 def values(folder: Path) -> dict[str, dict[str, Any]]:
     """File name -> what it says, without what differs between two runs."""
     found = {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
@@ -55,7 +62,7 @@ def test_suites_that_come_along_are_whole_and_name_every_cell_once() -> None:
 
 def test_only_what_is_missing_is_measured_and_comes_out_the_same(tmp_path: Path) -> None:
     seen: list[str] = []
-    count = run_grid(GRID, tmp_path, on_cell=lambda *args: seen.append(file_name(args[2])))
+    count = measured(GRID, tmp_path, on_cell=lambda *args: seen.append(file_name(args[2])))
     assert count == 8 == len(seen) and seen == [file_name(cell) for cell in cells(GRID)]
     first = values(tmp_path)
     assert set(first) == {*seen, "dense-seed0.json"}
@@ -64,17 +71,17 @@ def test_only_what_is_missing_is_measured_and_comes_out_the_same(tmp_path: Path)
     )
     assert repaired["kept"] == plain["kept"] and repaired["pruned"] != plain["pruned"]
     assert plain["report"]["reached"] >= 0.5 and plain["difference"] < 1e-10
-    assert run_grid(GRID, tmp_path) == 0
+    assert measured(GRID, tmp_path) == 0
     gone = tmp_path / seen[3]
     before = gone.read_text()
     gone.unlink()
-    assert run_grid(GRID, tmp_path) == 1
+    assert measured(GRID, tmp_path) == 1
     assert gone.read_text() != before and values(tmp_path) == first
 
 
 def test_recovery_is_measured_too(tmp_path: Path) -> None:
     grid = Grid(network="digits", criteria=["l2"], reductions=[0.5], rounds=[1], epochs=1)
-    run_grid(grid, tmp_path)
+    measured(grid, tmp_path)
     said = values(tmp_path)["inner-l2-0.5-rounds1-seed0-epochs1.json"]
     assert said["recovered"] > said["pruned"]
 
@@ -89,22 +96,65 @@ def test_an_interrupted_bench_keeps_what_it_has(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(module, "prune", killed)
     with pytest.raises(KeyboardInterrupt):
-        run_grid(GRID, tmp_path)
+        measured(GRID, tmp_path)
     monkeypatch.setattr(module, "prune", real)
-    assert len(list(tmp_path.iterdir())) == 3 and run_grid(GRID, tmp_path) == 6
+    assert len(list(tmp_path.iterdir())) == 3 and measured(GRID, tmp_path) == 6
 
 
 def test_a_file_of_another_configuration_is_refused_before_any_work(tmp_path: Path) -> None:
-    run_grid(GRID, tmp_path)
+    measured(GRID, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ArtifactError, match=r"was measured with record\.examples 64, asked is 128"):
-        run_grid(Grid(**{**GRID.model_dump(), "examples": 128}), tmp_path)
+    with pytest.raises(ArtifactError, match=r"was measured with config\.record\.examples 64, asked is 128"):
+        measured(Grid(**{**GRID.model_dump(), "examples": 128}), tmp_path)
     one = next(tmp_path.glob("inner*.json"))
     one.write_text(before[one][:50].decode())
     with pytest.raises(ArtifactError, match="Remove it to measure again"):
-        run_grid(GRID, tmp_path)
+        measured(GRID, tmp_path)
     one.write_bytes(before[one])
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_files_of_another_network_or_of_other_data_are_not_taken_for_these(tmp_path: Path) -> None:
+    measured(GRID, tmp_path)
+    one = next(tmp_path.glob("inner*.json"))
+    whole = one.read_text()
+    for key, value, found in (("cell", {"network": "cifar10-resnet20"}, "cell.network 'cifar10"),
+                              ("provenance", {"data": "0" * 64}, "other data")):  # fmt: skip
+        said = json.loads(whole)
+        said[key] |= value
+        one.write_text(json.dumps(said))
+        with pytest.raises(ArtifactError, match=found):
+            measured(GRID, tmp_path)
+
+
+def test_another_recovery_is_another_measurement(tmp_path: Path) -> None:
+    grid = Grid(network="digits", criteria=["l2"], reductions=[0.5], rounds=[1], epochs=1)
+    measured(grid, tmp_path)
+    path = tmp_path / "inner-l2-0.5-rounds1-seed0-epochs1.json"
+    said = json.loads(path.read_text())
+    said["recover"]["lr"] = 1.0
+    path.write_text(json.dumps(said))
+    with pytest.raises(ArtifactError, match=r"recover\.lr 1\.0, asked is 0\.02"):
+        measured(grid, tmp_path)
+
+
+def test_a_cell_that_cannot_be_measured_does_not_stop_the_others(tmp_path: Path) -> None:
+    grid = Grid(network="digits", criteria=["random"], reductions=[0.98, 0.5], rounds=[1], examples=64)
+    count, failed = run_grids([grid], tmp_path)
+    assert count == 1 and list(failed) == ["inner-random-0.98-rounds1-seed0-epochs0.json"]
+    assert "can be removed" in str(*failed.values()) and len(list(tmp_path.glob("inner*"))) == 1
+    (tmp_path / "grid.yaml").write_text(grid.to_yaml())
+    words = ["bench", str(tmp_path / "grid.yaml"), "--output", str(tmp_path)]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2 and "can be removed" in done.stderr and '"failed": 1' in done.stdout
+
+
+def test_a_suite_of_several_grids_is_narrowed_to_those_that_have_the_value(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(GRID.to_yaml())
+    (tmp_path / "b.yaml").write_text(Grid(**{**GRID.model_dump(), "criteria": ["l2"]}).to_yaml())
+    only = ["--criterion", "l2", "--reduction", "0.5"]
+    done = CliRunner().invoke(app, ["bench", str(tmp_path), "--output", str(tmp_path / "out"), *only])
+    assert done.exit_code == 0 and json.loads(done.stdout.splitlines()[-1])["cells"] == 2
 
 
 @pytest.mark.parametrize(
@@ -145,9 +195,9 @@ def test_the_command_shows_tables_and_goes_on(tmp_path: Path) -> None:
     whole = CliRunner().invoke(app, words)
     assert json.loads(whole.stdout.splitlines()[-1]) == {
         "suite": str(tmp_path / "grid.yaml"), "network": "digits", "output": str(tmp_path / "out"),
-        "cells": 8, "measured": 6,
+        "cells": 8, "measured": 6, "failed": 0,
     }  # fmt: skip
     assert "pruned at 75 %" in whole.stdout and "innovation" in whole.stdout
     assert "<svg" in (tmp_path / "out" / "report.html").read_text()
     bad = CliRunner().invoke(app, [*words, "--criterion", "l2"])
-    assert bad.exit_code == 2 and "the suite has random, innovation" in bad.stderr
+    assert bad.exit_code == 2 and "criteria innovation, random" in bad.stderr

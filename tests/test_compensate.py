@@ -126,6 +126,23 @@ def test_a_biased_convolution_takes_the_means_of_all_its_places() -> None:
     assert repairs[0].bias and torch.allclose(fixed[2].bias, model[2].bias + steps, atol=1e-6)
 
 
+def test_a_strided_transposed_convolution_keeps_its_bias() -> None:
+    """Every output place sees one place of the kernel: their sum is no constant that it loses."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.ConvTranspose2d(6, 2, 2, stride=2)).double()
+    with torch.no_grad():
+        model[0].weight[2], model[0].bias[2] = 0, 1.5
+    batch, kept = seeded(4, 3, 5, 5), [0, 1, 3, 4, 5]
+    groups = discover(model.eval(), batch)
+    fixed, repairs = repaired(model, batch, {"0": kept})
+    assert torch.equal(fixed[2].bias, model[2].bias) and not repairs[0].bias
+    wrong, right = (
+        (apply(item, make_plan(groups, {"0": kept}))(batch) - model(batch)).square().mean().item()
+        for item in (model, fixed)
+    )
+    assert right < wrong
+
+
 def tokens() -> dict[str, Tensor]:
     return {"input_ids": torch.randint(0, 50, (6, 9), generator=torch.Generator().manual_seed(2))}
 

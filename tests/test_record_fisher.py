@@ -183,3 +183,22 @@ def test_a_signal_that_examples_share_is_an_error_with_a_way_out():
         record(model, groups, [X], loss=cube, per_example=True)
     states = record(model, groups, X.split(1), loss=cube, per_example=True)
     torch.testing.assert_close(states["first"].fisher, slow(model, ["first", "place"], 6, X.split(1), cube))
+
+
+class TimeFirst(nn.Module):
+    """Its layers see (time, batch, features)."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x.transpose(0, 1)))).mean(0)
+
+
+def test_a_layout_with_time_first_is_refused():
+    torch.manual_seed(0)
+    model = TimeFirst().double().eval()
+    X, y = torch.randn(4, 8, 3, dtype=torch.float64), torch.randint(0, 2, (4,))
+    with pytest.raises(CriterionError, match=r"\(8, 4, 4\): its second dimension goes by the 4 examples"):
+        record(model, discover(model, X), [(X, y)], per_example=True)

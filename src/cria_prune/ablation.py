@@ -20,6 +20,7 @@ from torch import nn
 from cria_prune.batches import Batch
 from cria_prune.errors import ConfigError, TargetError
 from cria_prune.metrics import Metric, metric
+from cria_prune.modules import copy_of
 from cria_prune.plan import Budget, check_prunable, check_target, checked_scores
 from cria_prune.plan.make import make_plan
 from cria_prune.progress import QUIET, Progress
@@ -196,7 +197,7 @@ def ablate(
     values: dict[str, list[list[float]]] = {order: [] for order in ORDERS}
     reached, units, differences = [], [], []
     with (progress or QUIET).bar("ablate", 1 + len(shares) * len(orders)) as bar:
-        dense = float(evaluate(model))
+        dense = float(evaluate(copy_of(model)))
         bar.update(metric=dense)
         for share in shares:
             gone = {name: leaving(size, share) for name, size in sizes.items()}

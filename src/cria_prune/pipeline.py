@@ -182,6 +182,9 @@ def prune(
     example = first_examples(batches, device_of(model))
     reference = Reference(model, example)
     found = check_target(model, _discover(model, example, reference), config.plan)
+    # With repair every round is compared with its own repaired model: the dense copy is not held for it.
+    dense_copy = None if config.compensate else reference
+    del reference
     dense, allowed = found.groups, found.allowed
     result = PruneResult(
         model, identity_plan(dense), dense, dense, (), config, time.perf_counter() - start,
@@ -191,7 +194,7 @@ def prune(
     with (progress or QUIET).bar("prune", rounds) as bar:
         for number in range(1, rounds + 1):
             result = _round(
-                model, result, number, batches, example, reference, needs, loss, evaluate, allowed
+                model, result, number, batches, example, dense_copy, needs, loss, evaluate, allowed
             )
             report = result.report
             bar.update(
@@ -210,7 +213,7 @@ def _round(
     number: int,
     batches: Iterable[Batch],
     example: Batch,
-    reference: Reference,
+    dense_copy: Reference | None,
     needs: frozenset[str],
     loss: Callable[[nn.Module, Batch], torch.Tensor] | None,
     evaluate: Callable[[nn.Module], float] | None,
@@ -247,10 +250,10 @@ def _round(
     verification = None
     if config.verify:
         with clock(seconds, "verify"):
-            if config.compensate:  # the weights are not the dense ones any more: this round's cut alone
+            if dense_copy is None:  # the weights are not the dense ones any more: this round's cut alone
                 verification = Reference(source, example).compare(step, smaller)
             else:
-                verification = reference.compare(total, smaller)
+                verification = dense_copy.compare(total, smaller)
     done = Round(
         number=number,
         report=step.report,

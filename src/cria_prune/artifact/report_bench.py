@@ -16,7 +16,8 @@ from cria_prune.metrics import metric as metric_of
 STATES = (("pruned", "Right after pruning"), ("recovered", "After recovery"))
 STAGES = {
     "scoring": ("record", "discover", "score"),
-    "cutting": ("surgery", "plan", "verify"),
+    "cutting": ("surgery", "plan", "compensate", "verify"),
+    "Torch-Pruning": ("prune",),
     "recovery": ("recover",),
 }
 PLURAL = {"rounds": "round", "epochs": "epoch"}

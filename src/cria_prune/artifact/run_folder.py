@@ -46,6 +46,8 @@ class Ablation(BaseModel):
     dense: float | None = None
     curves: Curves
     criterion: str | None = None
+    target: str | None = None
+    tested_on: str | None = None
     provenance: dict[str, Any] | None = None
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from cria_prune import pipeline
-from cria_prune.batches import Batch, batch_size, map_tensors
+from cria_prune.batches import Batch, batch_size, map_tensors, move
 from cria_prune.config import PruneConfig
 from cria_prune.errors import ConfigError
 from cria_prune.loss import cross_entropy
@@ -76,17 +76,20 @@ def prune_by_peer(name: str, model: nn.Module, batches: list[Batch], config: Pru
             "we count parameters or MACs for it",
             "Leave it out",
         )
+    batches = [move(batch, device_of(model)) for batch in batches]
     example = pipeline.first_examples(batches, device_of(model))
     found = pipeline.check_target(model, pipeline.discover(model, example), config.plan).groups
     inputs = example[0] if isinstance(example, (tuple, list)) else example
 
     def pruned(ratio: float, importance: Any, steps: int, before: Callable[[nn.Module], None]) -> nn.Module:
         smaller = copy.deepcopy(model)
-        with warnings.catch_warnings(), modes_kept(smaller):
+        with warnings.catch_warnings(), modes_kept(smaller), torch.random.fork_rng():
             warnings.simplefilter("ignore")
             pruner = library.pruner.BasePruner(
                 smaller, inputs, importance=importance, pruning_ratio=ratio, iterative_steps=steps,
                 ignored_layers=_others(smaller, found),
+                # its defaults are shared between calls, and filled
+                in_channel_groups={}, out_channel_groups={}, num_heads={}, channel_groups={},
             )  # fmt: skip
             for _ in range(steps):
                 before(smaller)

@@ -1,4 +1,4 @@
-"""Runs the cells of a grid that have no result file yet."""
+"""Runs the cells of grids that have no result file yet."""
 
 from __future__ import annotations
 
@@ -16,59 +16,67 @@ from cria_prune.artifact.provenance import provenance
 from cria_prune.bench.cell import Cell, cells, config_of, file_name
 from cria_prune.bench.peer import IMPORTANCES, prune_by_peer
 from cria_prune.bench.suite import Grid
-from cria_prune.config import PruneConfig
-from cria_prune.errors import ArtifactError
+from cria_prune.config import PruneConfig, RecoverConfig
+from cria_prune.errors import ArtifactError, CriaError
 from cria_prune.pipeline import PruneResult, prune
 from cria_prune.progress import QUIET, Progress
 from cria_prune.recover import recover
 from cria_prune.tasks import Task, task
 
 
-def run_grid(
-    grid: Grid,
+def run_grids(
+    grids: Sequence[Grid],
     folder: Path,
     *,
     command: Sequence[str] = (),
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     on_cell: Callable[[int, int, Cell, dict[str, Any]], None] | None = None,
-) -> int:
-    """Measure the missing cells of a grid, one result file each, and return how many were measured.
+) -> tuple[int, dict[str, CriaError]]:
+    """Measure the missing cells of grids, one result file each.
 
-    A file of the same cell is kept if it was measured with the same configuration. Each file is written
-    whole under a temporary name and renamed: a bench that is killed goes on with the same command.
+    A file of the same cell is kept if it was measured with the same configuration and data. Each file is
+    written whole under a temporary name and renamed: a bench that is killed goes on with the same command.
+    A cell that cannot be measured is passed over.
 
     Args:
-        grid: what to measure.
+        grids: what to measure, on one network.
         folder: where the result files are; it is made.
         command: the command line, for the provenance.
         device: where the models run.
         progress: where to show long steps.
         on_cell: called after every cell with its number, how many there are, the cell and its values.
 
+    Returns:
+        How many cells were measured; file name -> why it could not be.
+
     Raises:
-        ArtifactError: a file of the folder was measured with another configuration, or cannot be read.
-        CriaError: each stage's own; the files that are there stay.
+        ArtifactError: a file of the folder is of another network, configuration or data, or cannot be read.
     """
-    chosen = task(grid.network)
-    progress = progress or QUIET
-    missing = list(_missing(grid, chosen, folder))
+    chosen, progress = task(grids[0].network), progress or QUIET
+    data = chosen.fingerprint()
+    missing = [item for grid in grids for item in _missing(grid, chosen, folder, data)]
+    failed: dict[str, CriaError] = {}
     folder.mkdir(parents=True, exist_ok=True)
-    data, models = chosen.fingerprint("test"), dict[int, nn.Module]()
-    for number, (cell, config) in enumerate(missing, 1):
+    models: dict[int, nn.Module] = {}
+    for number, (cell, config) in enumerate(sorted(missing, key=lambda item: item[0]["seed"]), 1):
         seed = cell["seed"]
         if seed not in models:
             models = {seed: chosen.dense(seed, progress).to(device)}  # one at a time
-            _dense(chosen, models[seed], seed, folder, data, progress)
-        values = _measure(chosen, models[seed], cell, config, progress)
+            _dense(chosen, models[seed], seed, folder, command, data, device, progress)
+        try:
+            values = _measure(chosen, models[seed], cell, config, progress)
+        except CriaError as error:
+            failed[file_name(cell)] = error
+            continue
         origin = provenance(seed=seed, command=command, data_fingerprint=data, device=device)
         _write(folder / file_name(cell), {**values, "provenance": origin})
         if on_cell is not None:
             on_cell(number, len(missing), cell, values)
-    return len(missing)
+    return len(missing) - len(failed), failed
 
 
-def _missing(grid: Grid, chosen: Task, folder: Path) -> Iterator[tuple[Cell, PruneConfig]]:
+def _missing(grid: Grid, chosen: Task, folder: Path, data: str) -> Iterator[tuple[Cell, PruneConfig]]:
     """Yield the cells without a file, once those that have one are seen to be the same."""
     for cell in cells(grid):
         path, config = folder / file_name(cell), config_of(chosen, cell, grid.examples)
@@ -76,24 +84,37 @@ def _missing(grid: Grid, chosen: Task, folder: Path) -> Iterator[tuple[Cell, Pru
             yield cell, config
             continue
         try:
-            found = PruneConfig(**json.loads(path.read_text())["config"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            said = json.loads(path.read_text(encoding="utf-8"))
+            found, measured = PruneConfig(**said["config"]), said["cell"]
+            known = said["provenance"].get("data") in (data, chosen.fingerprint("test"))
+            tuned = said.get("recover")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, CriaError) as error:
             raise ArtifactError(
                 f"The result file {path}", f"{type(error).__name__}: {error}", "Remove it to measure again"
             ) from error
-        if found != config:
+        asked: dict[str, Any] = {"cell": cell, "config": config.model_dump(mode="json")}
+        there: dict[str, Any] = {"cell": measured, "config": found.model_dump(mode="json")}
+        if cell["epochs"] and tuned is not None:  # files of the first benches do not say it
+            asked["recover"], there["recover"] = tuning(chosen, cell).model_dump(mode="json"), tuned
+        differs = _difference(there, asked)
+        if differs or not known:
             raise ArtifactError(
                 f"The cell {path.stem}",
-                f"{path.name} was measured with {_difference(found, config)}",
+                f"{path.name} was measured with {differs or 'other data'}",
                 "Choose another --output, or remove the file",
             )
 
 
-def _difference(found: PruneConfig, asked: PruneConfig) -> str:
-    """Say in which values two configurations differ."""
-    one, other = (_flat(item.model_dump(mode="json")) for item in (found, asked))
-    differing = [key for key in other if one.get(key) != other[key]]
-    return ", ".join(f"{key} {one.get(key)!r}, asked is {other[key]!r}" for key in differing)
+def tuning(chosen: Task, cell: Cell) -> RecoverConfig:
+    """Return the recovery of a cell: the recipe's own, for the epochs and with the seed of the cell."""
+    return chosen.recover_defaults.model_copy(update={"epochs": cell["epochs"], "seed": cell["seed"]})
+
+
+def _difference(found: dict[str, Any], asked: dict[str, Any]) -> str:
+    """Say in which values what was measured and what is asked differ."""
+    one, other = _flat(found), _flat(asked)
+    differing = [key for key in sorted({*one, *other}) if one.get(key) != other.get(key)]
+    return ", ".join(f"{key} {one.get(key)!r}, asked is {other.get(key)!r}" for key in differing)
 
 
 def _flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
@@ -103,12 +124,21 @@ def _flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
     return flat
 
 
-def _dense(chosen: Task, model: nn.Module, seed: int, folder: Path, data: str, progress: Progress) -> None:
+def _dense(
+    chosen: Task,
+    model: nn.Module,
+    seed: int,
+    folder: Path,
+    command: Sequence[str],
+    data: str,
+    device: torch.device | str,
+    progress: Progress,
+) -> None:
     """Measure the dense model of a seed, unless its file is there."""
     path = folder / f"dense-seed{seed}.json"
     if not path.exists():
         value = chosen.evaluate(model, chosen.test_batches(), progress)
-        origin = provenance(seed=seed, data_fingerprint=data)
+        origin = provenance(seed=seed, command=command, data_fingerprint=data, device=device)
         _write(path, {"metric": chosen.metric, "dense": value, "provenance": origin})
 
 
@@ -131,7 +161,8 @@ def _measure(
     }
     if cell["epochs"]:
         start = time.perf_counter()
-        settings = chosen.recover_defaults.model_copy(update={"epochs": cell["epochs"], "seed": cell["seed"]})
+        settings = tuning(chosen, cell)
+        found["recover"] = settings.model_dump(mode="json")
         source = task(cell["network"], quick=True) if cell.get("quick") else chosen
         # No metric while training: some published weights have seen the validation split, so the last
         # epoch is what is reported.

@@ -111,7 +111,8 @@ def show(talk: Talk, result: Ablation, head: dict[str, Any]) -> None:
 def described(config: PruneConfig) -> dict[str, Any]:
     """Return the parts of the configuration that an ablation uses."""
     values = config.model_dump(mode="json")
-    return {"config": {"record": values["record"], "score": values["score"]}}
+    scope = {key: values["plan"][key] for key in ("residual", "units", "vanilla")}
+    return {"config": {"record": values["record"], "score": values["score"], "plan": scope}}
 
 
 def keep(folder: Path, values: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from cria_prune.artifact.cells import Bench, Setting, read_bench
 from cria_prune.artifact.files import write_text
 from cria_prune.artifact.report_bench import render_bench, setting_title, with_interval
-from cria_prune.bench import Grid, cells, file_name, read_suite, run_grid
+from cria_prune.bench import Grid, cells, file_name, read_suite, run_grids
 from cria_prune.cli.folder import REPORT
 from cria_prune.cli.settings import Params, pick_device
 from cria_prune.cli.talk import Kept, Talk
@@ -22,7 +22,7 @@ NARROWED = {"criterion": "criteria", "reduction": "reductions", "seed": "seeds"}
 def bench(params: Params, command: list[str], kept: Kept) -> None:
     """Measure what is missing; tables, a page with pictures and one line for programs."""
     talk, device = Talk(params["quiet"]), pick_device(params["device"])
-    grids = [narrowed(grid, params) for grid in read_suite(params["suite"])]
+    grids = narrowed(read_suite(params["suite"]), params)
     network = grids[0].network
     folder = params["output"] or Path("bench") / network
     wanted = {file_name(cell) for grid in grids for cell in cells(grid)}
@@ -34,40 +34,48 @@ def bench(params: Params, command: list[str], kept: Kept) -> None:
         figures = [f"{key} {values[key]:.4f}" for key in ("pruned", "recovered") if key in values]
         talk.note(f"cell {number} of {count}, {Path(file_name(cell)).stem}: {', '.join(figures)}")
 
-    measured = sum(
-        run_grid(grid, folder, command=command, device=device, progress=talk.progress, on_cell=done)
-        for grid in grids
+    measured, failed = run_grids(
+        grids, folder, command=command, device=device, progress=talk.progress, on_cell=done
     )
     found = read_bench(folder)
     for setting in found.settings():
         show(talk, found, setting)
     page = write_text(folder / REPORT, render_bench(found, network))
     talk.say(f"report {page}")
+    for name, error in failed.items():
+        talk.note(f"{name} could not be measured: {error}")
     talk.answer(
         {"suite": params["suite"], "network": network, "output": str(folder), "cells": len(wanted),
-         "measured": measured}
+         "measured": measured, "failed": len(failed)}
     )  # fmt: skip
+    if failed:
+        raise next(iter(failed.values()))
 
 
-def narrowed(grid: Grid, params: Params) -> Grid:
-    """Return a grid with only those of its criteria, reductions and seeds that were asked for.
+def narrowed(grids: Sequence[Grid], params: Params) -> list[Grid]:
+    """Return the grids with only those of their criteria, reductions and seeds that were asked for.
 
     Raises:
-        ConfigError: none of its values is among them.
+        ConfigError: no grid has a value of each.
     """
-    values = grid.model_dump()
-    for option, key in NARROWED.items():
-        asked: Sequence[Any] = params[option] or ()
-        if asked:
-            left = tuple(item for item in values[key] if item in asked)
-            if not left:
-                raise ConfigError(
-                    f"--{option} {', '.join(map(str, asked))}",
-                    f"the suite has {', '.join(map(str, values[key]))}",
-                    "Ask for some of these",
-                )
-            values[key] = left
-    return Grid(**values)
+    left = []
+    for grid in grids:
+        values = grid.model_dump()
+        for option, key in NARROWED.items():
+            asked: Sequence[Any] = params[option] or values[key]
+            values[key] = tuple(item for item in values[key] if item in asked)
+        if all(values[key] for key in NARROWED.values()):
+            left.append(Grid(**values))
+    if not left:
+        has = {
+            key: sorted({item for grid in grids for item in getattr(grid, key)}) for key in NARROWED.values()
+        }
+        raise ConfigError(
+            f"The suite {params['suite']} with these options alone",
+            "the suite has " + "; ".join(f"{key} {', '.join(map(str, items))}" for key, items in has.items()),
+            "Ask for some of these",
+        )
+    return left
 
 
 def show(talk: Talk, found: Bench, setting: Setting) -> None:

@@ -86,7 +86,7 @@ def keep(folder: Path, model: nn.Module, plan: Plan, **described: Any) -> None:
             tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as aside,
         ):
             save(aside, model, plan, **described)
-            for name in (REPORT, *FILES):
+            for name in (REPORT, "ablation.json", "ablation.png", *FILES):
                 (folder / name).unlink(missing_ok=True)
             for name in (WEIGHTS, MANIFEST):
                 os.replace(Path(aside) / name, folder / name)

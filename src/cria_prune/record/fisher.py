@@ -63,6 +63,13 @@ class FisherSums:
                 f"the signal has {len(signal)} rows for {self._examples} examples: they share it",
                 "Pass batches of one example, or use 'taylor', which takes the gradient of a batch",
             )
+        if signal.ndim > 2 and len(signal) != self._examples == signal.shape[1]:
+            raise CriterionError(
+                f"Per-example gradients at {name!r}",
+                f"the signal is {tuple(signal.shape)}: its second dimension goes by the "
+                f"{self._examples} examples",
+                "Use a layout with the examples first, or 'taylor', which takes the gradient of a batch",
+            )
         held, copy = signal.detach(), signal.clone()
         copy.register_hook(lambda gradient: self._add(name, site, held, gradient))
         return copy

@@ -134,9 +134,11 @@ class Collector:
             sums = {tap.tensor: FeatureSums(group.size) for tap in group.outputs if wide}
             self._sides[group.name], self._sums[group.name] = sides, sums
             kept = self._consumed[group.name] = {}
-            if consumed and not wide and len(group.outputs) == 1:
+            if not consumed or group.normed:  # those are never repaired
+                pass
+            elif not wide and len(group.outputs) == 1:
                 self._units_alone[group.name] = group.outputs[0].tensor
-            elif consumed:
+            else:
                 kept |= {tap.tensor: self._accumulator(tap.positions.size) for tap in group.outputs}
             for taps, halves in zip((group.inputs, group.outputs), sides, strict=True):
                 for tap in taps:

@@ -20,6 +20,7 @@ from cria_prune.structure.groups import ParameterSlice, UnitGroup, UnitGroups
 
 RIDGE = 1e-4
 _BIASED = (nn.Linear, nn.modules.conv._ConvNd)
+_TRANSPOSED = nn.modules.conv._ConvTransposeNd
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,12 @@ def _along_signal(group: UnitGroup, item: ParameterSlice) -> bool:
 def _bias_of(
     item: ParameterSlice, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
 ) -> Tensor | None:
-    """Return the bias that is added to what a weight gives, for layers of which that is known."""
+    """Return the bias that is added once to the sum over all kernel places, where that is known."""
     path, _, name = item.tensor.rpartition(".")
     layer = modules.get(path)
     known = isinstance(layer, _BIASED) or type(layer).__name__ == "Conv1D"
+    if isinstance(layer, _TRANSPOSED) and max(layer.stride) > 1:  # not every output sees every kernel place
+        return None
     return tensors.get(f"{path}.bias") if known and name == "weight" else None
 
 

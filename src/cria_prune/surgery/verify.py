@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from cria_prune.batches import Batch, map_tensors, model_inputs
+from cria_prune.batches import Batch, map_tensors, model_inputs, move
 from cria_prune.errors import VerificationError
-from cria_prune.modules import cache_off, copy_of, named_tensors, shared_copy
+from cria_prune.modules import cache_off, copy_of, device_of, named_tensors, shared_copy
 from cria_prune.plan.plan import Plan
 from cria_prune.structure.capture import first_line
 from cria_prune.structure.trace import Trace, trace
@@ -91,7 +91,7 @@ class Reference:
     """
 
     def __init__(self, model: nn.Module, example: Batch, *, dtype: torch.dtype = torch.float64) -> None:
-        self.dtype, self._example = dtype, example
+        self.dtype, self._example = dtype, move(example, device_of(model))
         self.model = _in_type(copy_of(model), dtype)
         self._trace: Trace | None = None
 
