@@ -94,10 +94,14 @@ def ablation_curves(result: Result) -> str:
     curves = ablation["curves"].items()
     seeds = {name: max((len(found) for _, found in curve), default=0) for name, curve in curves}
     said = ", ".join(f"{escape(str(name))} {number}" for name, number in seeds.items())
+
+    def said_of(key: str, otherwise: str) -> str:
+        return escape(str(ablation.get(key) or otherwise))
+
     words = (
-        f"<p>Units taken out of {escape(str(ablation.get('target') or 'the trained network'))} by their score "
-        f"(criterion {escape(str(ablation.get('criterion') or 'not known'))}), no training after it, measured on "
-        f"{escape(str(ablation.get('tested_on') or 'what the file does not say'))}. Seeds: {said}. "
+        f"<p>Units taken out of {said_of('target', 'the trained network')} by their score (criterion "
+        f"{said_of('criterion', 'not known')}), no training after it, measured on "
+        f"{said_of('tested_on', 'what the file does not say')}. Seeds: {said}. "
         "Lines are means, bands their 95 % t-intervals where there are at least two seeds. A criterion is "
         "worth its name where its lowest scores first lies above random, and highest first below it "
         "(the other way round where lower is better).</p>"
