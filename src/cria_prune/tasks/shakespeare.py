@@ -55,7 +55,7 @@ class ShakespeareTask(LanguageTask):
     reductions: tuple[float, ...] = (0.2, 0.3, 0.5)
 
     recover_defaults = RecoverConfig(
-        epochs=2, lr=1e-3, optimizer="adamw", weight_decay=0.1, warmup=0.05, clip=1.0, precision="auto"
+        epochs=1, lr=1e-3, optimizer="adamw", weight_decay=0.1, warmup=0.05, clip=1.0, precision="auto"
     )
     prune_defaults: Mapping[str, Mapping[str, Any]] = field(
         default_factory=lambda: {
