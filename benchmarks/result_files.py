@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from cria_prune.artifact.files import write_text
+from cria_prune.artifact.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -14,4 +13,4 @@ RESULTS = Path(__file__).parent / "results"
 def write(path: Path, values: dict[str, Any]) -> None:
     """Write a result file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(values, indent=1) + "\n")
+    write_json(path, values)

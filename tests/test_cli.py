@@ -30,36 +30,14 @@ TUNING = {"--epochs", "--lr", "--distill", "--lora", "--resume"}
 COMMON = {"--seed", "--device", "--quiet", "-q"}
 SAVING = {"--output", "--overwrite"}
 DATA = {"--calibration", "--dataset", "--text"}
+SCORING = {
+    "--criterion", "--preset", "--residual", "--no-residual", "--examples", "--positions", "--config",
+}  # fmt: skip
 SURFACE = {
     "run": PRUNING | TUNING | COMMON | SAVING | {"--quick", "--base"},
     "inspect": {"--example", "--meta", "--floor", "--tree", "--all", "--json", "--quiet", "-q"},
-    "score": {
-        "--criterion",
-        "--preset",
-        "--residual",
-        "--no-residual",
-        "--examples",
-        "--positions",
-        "--config",
-    }
-    | COMMON
-    | SAVING
-    | DATA,
-    "ablate": {
-        "--criterion",
-        "--preset",
-        "--residual",
-        "--no-residual",
-        "--examples",
-        "--positions",
-        "--config",
-        "--shares",
-        "--random-seeds",
-        "--limit",
-    }
-    | COMMON
-    | SAVING
-    | DATA,
+    "score": SCORING | COMMON | SAVING | DATA,
+    "ablate": SCORING | COMMON | SAVING | DATA | {"--shares", "--random-seeds", "--limit"},
     "bench": {"--criterion", "--reduction", "--reduce", "--seed", "--device", "--output", "--quiet", "-q"},
     "prune": PRUNING | COMMON | SAVING | DATA | {"--export"},
     "recover": TUNING | COMMON | SAVING | DATA | {"--teacher"},

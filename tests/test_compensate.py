@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from cria_prune import PruneConfig, RecordConfig, discover, preset, prune, record
 from cria_prune.errors import SignalError
 from cria_prune.plan import make_plan
 from cria_prune.surgery import Repair, apply, compensate
 from networks import Mixed, Plain, randomize
+from test_criteria_weights import llama
 
 TINY = 1e-12
 
@@ -149,29 +150,23 @@ def tokens() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("width", ["neurons", "heads"])
 def test_transformers_are_repaired_feature_by_feature(width: str) -> None:
-    torch.manual_seed(0)
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=50, hidden_size=24, intermediate_size=20, num_hidden_layers=1, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=4,
-        )
-    ).double().eval()  # fmt: skip
+    model = llama()
     group, layer, kept = {
         "neurons": ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.down_proj", list(range(0, 20, 2))),
         "heads": ("model.layers.0.self_attn", "model.layers.0.self_attn.o_proj", [1]),
     }[width]
-    groups = discover(llama, tokens())
+    groups = discover(model, tokens())
     found = next(item for item in groups.prunable if f"{layer}.weight" in {s.tensor for s in item.consumers})
-    fixed, repairs = repaired(llama, tokens(), {found.name: kept})
-    y = read_by(llama, layer, tokens()).flatten(0, 1)
+    fixed, repairs = repaired(model, tokens(), {found.name: kept})
+    y = read_by(model, layer, tokens()).flatten(0, 1)
     slices = next(item for item in found.consumers if item.tensor == f"{layer}.weight")
     features = torch.from_numpy(np.sort(slices.positions[kept].ravel()))
-    old, new = llama.get_submodule(layer).weight, fixed.get_submodule(layer).weight
+    old, new = model.get_submodule(layer).weight, fixed.get_submodule(layer).weight
     weight, _ = twin(old.T, y, features, None)
     assert torch.allclose(y[:, features] @ new[:, features].T, y[:, features] @ weight, atol=1e-6)
     assert [item.tensor for item in repairs] == [f"{layer}.weight"] and group in found.name
     smaller = apply(fixed, make_plan(groups, {found.name: kept}))
-    assert not torch.equal(smaller(**tokens()).logits, llama(**tokens()).logits)
+    assert not torch.equal(smaller(**tokens()).logits, model(**tokens()).logits)
 
 
 def test_units_under_a_norm_are_passed_over() -> None:

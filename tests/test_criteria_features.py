@@ -15,6 +15,7 @@ from cria_prune.record.features import FeatureMoments
 from cria_prune.spectrum import rank_correlation
 from cria_prune.structure.groups import ParameterSlice, Tap, UnitGroup
 from networks import Plain, randomize
+from test_criteria_weights import llama
 from test_record import hooked
 from test_record_nets import conv_net, each, gather, images, mlp, slices
 
@@ -153,17 +154,7 @@ def transformer_states(model, batch, consumers):
 
 
 def test_groups_of_query_heads_and_gated_neurons_of_a_llama():
-    config = transformers.LlamaConfig(
-        vocab_size=50,
-        hidden_size=24,
-        intermediate_size=20,
-        num_hidden_layers=1,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        head_dim=4,
-    )
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).double().eval()
+    model = llama()
     o, down = "model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj"
     groups, states, seen = transformer_states(model, tokens(50), [o, down])
     names = {item.tensor: group.name for group in groups.prunable for item in group.consumers}

@@ -90,6 +90,15 @@ class PruneResult:
         """Shares and counts after the last round."""
         return self.rounds[-1].report
 
+    @property
+    def seconds_by_stage(self) -> dict[str, float]:
+        """Wall time of discovery, and of each stage over all rounds."""
+        total = {"discover": self.seconds}
+        for item in self.rounds:
+            for stage, spent in item.seconds.items():
+                total[stage] = total.get(stage, 0.0) + spent
+        return total
+
     def __str__(self) -> str:
         of = self.config.plan.of
         lines = [
@@ -223,11 +232,9 @@ def _round(
     with clock(seconds, "record"):
         states: States | None = None
         if needs or config.compensate:
-            states = record(
-                before.model, groups, batches, config.record, loss=loss,
-                gradients="gradients" in needs, per_example="examples" in needs,
-                consumed=config.compensate, device=device_of(model),
-            )  # fmt: skip
+            states = record_for(
+                needs, before.model, groups, batches, config, loss=loss, consumed=config.compensate
+            )
     with clock(seconds, "score"):
         scores: dict[str, Importance] = score(before.model, groups, states, config.score)
     values = {name: item.scores.numpy() for name, item in scores.items()}
@@ -275,6 +282,23 @@ def _round(
         before.seconds,
         graphs,
     )
+
+
+def record_for(
+    needs: frozenset[str],
+    model: nn.Module,
+    groups: UnitGroups,
+    batches: Iterable[Batch],
+    config: PruneConfig,
+    *,
+    loss: Callable[[nn.Module, Batch], torch.Tensor] | None = None,
+    consumed: bool = False,
+) -> States:
+    """Record what a criterion needs, and what the consumers read if it is `consumed`; see `record`."""
+    return record(
+        model, groups, batches, config.record, loss=loss, gradients="gradients" in needs,
+        per_example="examples" in needs, consumed=consumed, device=device_of(model),
+    )  # fmt: skip
 
 
 @contextmanager

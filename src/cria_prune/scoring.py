@@ -52,10 +52,6 @@ def score_units(
         groups = scope(model, pipeline.discover(model, example), config.plan).groups
     if needs:
         with pipeline.clock(spent, "record"):
-            states = pipeline.record(
-                model, groups, batches, config.record,
-                loss=loss, gradients="gradients" in needs,
-                per_example="examples" in needs, device=device,
-            )  # fmt: skip
+            states = pipeline.record_for(needs, model, groups, batches, config, loss=loss)
     with pipeline.clock(spent, "score"):
         return groups, pipeline.score(model, groups, states, config.score)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from cria_prune.errors import ArtifactError
 
@@ -45,6 +47,20 @@ def write_text(path: str | Path, text: str) -> Path:
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
     return Path(path)
+
+
+def write_json(path: str | Path, values: Mapping[str, Any], *, allow_nan: bool = True) -> Path:
+    """Write a JSON file that people read too, whole or not at all, and return its path.
+
+    Args:
+        path: the file.
+        values: what it holds.
+        allow_nan: write NaN and infinity as Python does; otherwise they are a ValueError.
+
+    Raises:
+        ArtifactError: the system refuses.
+    """
+    return write_text(path, json.dumps(values, indent=1, allow_nan=allow_nan) + "\n")
 
 
 def new_folder(path: str | Path, overwrite: bool = False) -> Path:

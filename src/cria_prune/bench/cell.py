@@ -11,7 +11,6 @@ from cria_prune.config import PruneConfig
 from cria_prune.tasks import Task
 
 Cell = dict[str, Any]
-EXAMPLES = 1024
 
 
 def cells(grid: Grid) -> list[Cell]:
@@ -61,7 +60,9 @@ def file_name(cell: Cell) -> str:
 
 def config_of(task: Task, cell: Cell, examples: int | None = None) -> PruneConfig:
     """Return the configuration of a cell: the recipe's own, and what the cell says."""
-    examples = examples or task.prune_defaults.get("record", {}).get("examples", EXAMPLES)
+    record = {**task.prune_defaults.get("record", {}), "seed": cell["seed"]}
+    if examples is not None:
+        record["examples"] = examples
     plan = {
         **task.prune_defaults.get("plan", {}),
         "reduction": cell["reduction"],
@@ -71,7 +72,7 @@ def config_of(task: Task, cell: Cell, examples: int | None = None) -> PruneConfi
         "ranking": cell.get("ranking", "uniform"),
     }
     return PruneConfig(
-        record={"examples": examples, "seed": cell["seed"]},
+        record=record,
         score={"criterion": cell["criterion"], "seed": cell["seed"]},
         plan=plan,
         compensate=cell.get("compensate", False),

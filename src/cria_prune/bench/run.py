@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cria_prune.artifact.files import write_text
+from cria_prune.artifact.files import write_json
 from cria_prune.artifact.provenance import provenance
 from cria_prune.bench.cell import Cell, cells, config_of, file_name
 from cria_prune.bench.peer import IMPORTANCES, prune_by_peer
@@ -70,7 +70,7 @@ def run_grids(
             failed[file_name(cell)] = error
             continue
         origin = provenance(seed=seed, command=command, data_fingerprint=data, device=device)
-        _write(folder / file_name(cell), {**values, "provenance": origin})
+        write_json(folder / file_name(cell), {**values, "provenance": origin})
         if on_cell is not None:
             on_cell(number, len(missing), cell, values)
     return len(missing) - len(failed), failed
@@ -139,7 +139,7 @@ def _dense(
     if not path.exists():
         value = chosen.evaluate(model, chosen.test_batches(), progress)
         origin = provenance(seed=seed, command=command, data_fingerprint=data, device=device)
-        _write(path, {"metric": chosen.metric, "dense": value, "provenance": origin})
+        write_json(path, {"metric": chosen.metric, "dense": value, "provenance": origin})
 
 
 def _measure(
@@ -154,7 +154,11 @@ def _measure(
         seconds = {"prune": round(time.perf_counter() - start, 4)}
     else:
         result = prune(model, batches, config, progress=progress)
-        smaller, found, seconds = result.model, _found(result), _stage_seconds(result)
+        smaller, found, seconds = (
+            result.model,
+            _found(result),
+            {stage: round(spent, 4) for stage, spent in result.seconds_by_stage.items()},
+        )
     figures = {
         "metric": chosen.metric,
         "pruned": chosen.evaluate(smaller, chosen.test_batches(), progress),
@@ -183,15 +187,3 @@ def _found(result: PruneResult) -> dict[str, Any]:
         "split_half": sum(known) / len(known) if known else None,
         "kept": {name: len(stays) for name, stays in result.plan.kept.items()},
     }
-
-
-def _stage_seconds(result: PruneResult) -> dict[str, float]:
-    total: dict[str, float] = {"discover": result.seconds}
-    for item in result.rounds:
-        for stage, seconds in item.seconds.items():
-            total[stage] = total.get(stage, 0.0) + seconds
-    return {stage: round(seconds, 4) for stage, seconds in total.items()}
-
-
-def _write(path: Path, values: dict[str, Any]) -> None:
-    write_text(path, json.dumps(values, indent=1) + "\n")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from cria_prune.ablation import COLUMNS, SHARES, Ablation, check_seeds, check_shares
 from cria_prune.ablation import ablate as sweep
-from cria_prune.artifact.files import atomic, write_text
+from cria_prune.artifact.files import atomic, write_json
 from cria_prune.artifact.plots_metric import plot_ablation
 from cria_prune.artifact.provenance import provenance
 from cria_prune.batches import Batch, batch_size
@@ -127,4 +126,4 @@ def keep(folder: Path, values: dict[str, Any]) -> None:
     with interrupts_wait():
         with atomic(folder / PICTURE) as temporary:
             figure.savefig(temporary, format="png", dpi=160)
-        write_text(folder / RESULT, json.dumps(values, indent=1, allow_nan=False) + "\n")
+        write_json(folder / RESULT, values, allow_nan=False)

@@ -44,10 +44,10 @@ def prune_stage(job: Job, model: nn.Module, config: PruneConfig, watch: bool) ->
         progress=job.talk.progress,
         graphs=True,
     )
-    job.seconds["structure"] = result.seconds
-    for item in result.rounds:
-        for stage, spent in item.seconds.items():
-            job.seconds[stage] = job.seconds.get(stage, 0.0) + spent
+    stages = result.seconds_by_stage
+    job.seconds["structure"] = stages.pop("discover")
+    for stage, spent in stages.items():
+        job.seconds[stage] = job.seconds.get(stage, 0.0) + spent
     job.seconds["forward"] = forward_seconds(model, batches, job.device)
     milliseconds = 1000 / sum(map(batch_size, batches))
     job.results["milliseconds_before"] = job.seconds["forward"] * milliseconds

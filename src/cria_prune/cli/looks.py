@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import redirect_stdout
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from cria_prune import pipeline
-from cria_prune.artifact.files import write_text
+from cria_prune.artifact.files import write_json
 from cria_prune.cli import show, target
 from cria_prune.cli.folder import check_file
 from cria_prune.cli.inventory import inventory
@@ -73,7 +72,7 @@ def score(params: Params, command: list[str]) -> None:
     show.diagnosis(talk, rows)
     head = {"target": params["target"], **found.named(), "criterion": config.score.criterion}
     if output is not None:
-        write_text(output, json.dumps({**head, "command": command, "groups": rows}, indent=1) + "\n")
+        write_json(output, {**head, "command": command, "groups": rows})
         talk.say(f"scores written to {output}")
     units = sum(len(item["scores"]) for item in rows.values())
     talk.answer(
