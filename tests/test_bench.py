@@ -53,7 +53,14 @@ def values(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def test_suites_that_come_along_are_whole_and_name_every_cell_once() -> None:
-    assert packaged() == ["digits", "llama-shakespeare", "resnet20", "resnet56", "sst2-minilm"]
+    assert packaged() == [
+        "digits",
+        "llama-shakespeare",
+        "resnet20",
+        "resnet56",
+        "resnet56-macs",
+        "sst2-minilm",
+    ]
     for suite in packaged():
         grids = read_suite(suite)
         names = [file_name(cell) for grid in grids for cell in cells(grid)]
@@ -201,3 +208,44 @@ def test_the_command_shows_tables_and_goes_on(tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "out" / "report.html").read_text()
     bad = CliRunner().invoke(app, [*words, "--criterion", "l2"])
     assert bad.exit_code == 2 and "criteria innovation, random" in bad.stderr
+
+
+def test_cells_of_another_dense_model_are_not_joined_with_these(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured(GRID, tmp_path)
+    dense, gone = tmp_path / "dense-seed0.json", next(tmp_path.glob("inner*.json"))
+    said = json.loads(dense.read_text())
+    gone.unlink()
+    dense.write_text(json.dumps({key: value for key, value in said.items() if key != "weights"}))
+    assert measured(GRID, tmp_path) == 1  # a file of the first benches: the figure is the same
+    assert json.loads(dense.read_text()) == said
+    gone.unlink()
+    one = TASKS["digits"]().dense(0)
+    with torch.no_grad():
+        next(one.parameters()).add_(1)
+    monkeypatch.setattr(ImageTask, "dense", lambda *args: one)
+    with pytest.raises(ArtifactError, match="another one: accuracy"):
+        measured(GRID, tmp_path)
+    assert not gone.exists() and json.loads(dense.read_text()) == said
+
+
+def test_one_dense_model_for_several_seeds_and_shares_of_the_macs(tmp_path: Path) -> None:
+    grid = Grid(
+        network="digits", criteria=["random"], reductions=[0.4], rounds=[1], examples=64, seeds=[1, 2],
+        dense_seed=3, of="macs", batch_norm=[False, True],
+    )  # fmt: skip
+    assert measured(grid, tmp_path) == 4
+    found = values(tmp_path)
+    names = [
+        f"inner-random-0.4-rounds1-seed{seed}-epochs0{norms}-macs-dense3.json"
+        for seed in (1, 2)
+        for norms in ("", "-norms")
+    ]
+    assert set(found) == {*names, "dense-seed3.json"}
+    assert all(found[name]["report"]["of"] == "macs" for name in names)
+    configs = [found[name]["config"] for name in names]
+    assert [(item["score"]["seed"], item["batch_norm"]) for item in configs] == [
+        (1, False), (1, True), (2, False), (2, True),
+    ]  # fmt: skip
+    assert len({found[name]["pruned"] for name in names}) > 2  # near chance two may be level

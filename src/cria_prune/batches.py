@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cria_prune.errors import DataError
+from cria_prune.errors import CriaError, DataError
 
 Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
@@ -37,6 +37,29 @@ def model_inputs(batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         "Pass a tensor, an (inputs, target) pair of tensors, or a mapping of keyword arguments "
         "(for several inputs)",
     )
+
+
+def forward(model: Callable[..., Any], batch: Batch, step: Callable[[Batch], Any] | None = None) -> None:
+    """Run a model on a calibration batch, or `step` on the batch, which runs it in its own way.
+
+    Raises:
+        DataError: the model raised; its own text is kept.
+    """
+    args, kwargs = model_inputs(batch)
+    try:
+        if step is None:
+            model(*args, **kwargs)
+        else:
+            step(batch)
+    except (CriaError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        shapes = [describe(value) for value in (*args, *kwargs.values())]
+        raise DataError(
+            f"Running {type(model).__name__} on a calibration batch ({', '.join(shapes)})",
+            f"{type(error).__name__}: {error}",
+            "Pass batches that the model's forward accepts",
+        ) from error
 
 
 def batch_target(batch: Batch) -> Tensor | None:

@@ -139,6 +139,10 @@ class PruneConfig(StageConfig):
         False,
         description="repair the consumers in closed form after every cut; not in the paper",
     )
+    batch_norm: bool = Field(
+        False,
+        description="measure the statistics of batch norms again after every cut; not in the paper",
+    )
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -22,12 +22,12 @@ from cria_prune.plan import Allowed, Plan, compose, identity_plan
 from cria_prune.plan import plan as make_round
 from cria_prune.progress import QUIET, Progress
 from cria_prune.record import States, record
-from cria_prune.record.collect import cut
+from cria_prune.record.collect import cut, limited
 from cria_prune.scope import check_target
 from cria_prune.spectrum import Importance
 from cria_prune.structure import UnitGroups, shrink
 from cria_prune.structure import discover as follow
-from cria_prune.surgery import Reference, Repair, Verification, apply, compensate, settle
+from cria_prune.surgery import Reference, Repair, Verification, apply, compensate, remeasure, settle
 
 EXAMPLES = 2
 """Examples in the batch that captures and verifies a model."""
@@ -44,8 +44,8 @@ class Round:
         scores: group name -> one score per unit that was there.
         kept: group name -> the units, of those, that stayed.
         diagnosis: group name -> how far the scores can be trusted.
-        verification: masked against pruned (None if not asked for): from the dense model to this one, with
-            `compensate` from the repaired model of this round.
+        verification: masked against pruned (None if not asked for): from the dense model to this one; with
+            `compensate` or `batch_norm` of this round's cut alone.
         metric: of the pruned model, if `evaluate` was given.
         repairs: what `compensate` did, consumer by consumer.
     """
@@ -192,7 +192,7 @@ def prune(
     reference = Reference(model, example)
     found = check_target(model, _discover(model, example, reference), config.plan)
     # With repair every round is compared with its own repaired model: the dense copy is not held for it.
-    dense_copy = None if config.compensate else reference
+    dense_copy = None if config.compensate or config.batch_norm else reference
     del reference
     dense, allowed = found.groups, found.allowed
     result = PruneResult(
@@ -261,6 +261,9 @@ def _round(
                 verification = Reference(source, example).compare(step, smaller)
             else:
                 verification = dense_copy.compare(total, smaller)
+    if config.batch_norm:
+        with clock(seconds, "batch norms"):
+            smaller = remeasure(smaller, limited(batches, config.record.examples))
     done = Round(
         number=number,
         report=step.report,

@@ -16,7 +16,7 @@ from cria_prune.metrics import metric as metric_of
 STATES = (("pruned", "Right after pruning"), ("recovered", "After recovery"))
 STAGES = {
     "scoring": ("record", "discover", "score"),
-    "cutting": ("surgery", "plan", "compensate", "verify"),
+    "cutting": ("surgery", "plan", "compensate", "batch norms", "verify"),
     "Torch-Pruning": ("prune",),
     "recovery": ("recover",),
 }

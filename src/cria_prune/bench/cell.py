@@ -16,11 +16,18 @@ Cell = dict[str, Any]
 def cells(grid: Grid) -> list[Cell]:
     """Return the cells of a grid, seed by seed: a bench that is stopped has whole tables of the first seeds.
 
-    What is usual (ranking uniform, no repair, all training data) is not in a cell. Importances of
-    Torch-Pruning have the usual cells only.
+    What is usual (a dense model of the cell's own seed, the recipe's kind of share, ranking uniform, no
+    repair, statistics as they are, all training data) is not in a cell. Importances of Torch-Pruning have no
+    cells with another ranking, repair or statistics.
     """
     product = itertools.product(
-        grid.seeds, grid.reductions, grid.rounds, grid.ranking, grid.compensate, grid.criteria
+        grid.seeds,
+        grid.reductions,
+        grid.rounds,
+        grid.ranking,
+        grid.compensate,
+        grid.batch_norm,
+        grid.criteria,
     )
     return [
         {
@@ -34,10 +41,19 @@ def cells(grid: Grid) -> list[Cell]:
             **({"quick": True} if grid.quick and grid.epochs else {}),
             **({"ranking": ranking} if ranking != "uniform" else {}),
             **({"compensate": True} if compensate else {}),
+            **({"batch_norm": True} if batch_norm else {}),
+            **({} if grid.of is None else {"of": grid.of}),
+            **({} if grid.dense_seed is None else {"dense_seed": grid.dense_seed}),
         }
-        for seed, reduction, rounds, ranking, compensate, criterion in product
-        if criterion not in IMPORTANCES or (ranking == "uniform" and not compensate)
+        for seed, reduction, rounds, ranking, compensate, batch_norm, criterion in product
+        if criterion not in IMPORTANCES or (ranking == "uniform" and not (compensate or batch_norm))
     ]
+
+
+def dense_seed(cell: Cell) -> int:
+    """Return the seed of the dense model that a cell starts from."""
+    seed: int = cell.get("dense_seed", cell["seed"])
+    return seed
 
 
 def file_name(cell: Cell) -> str:
@@ -54,6 +70,9 @@ def file_name(cell: Cell) -> str:
         *(["quick"] if cell.get("quick") else []),
         *([cell["ranking"]] if cell.get("ranking") else []),
         *(["repair"] if cell.get("compensate") else []),
+        *(["norms"] if cell.get("batch_norm") else []),
+        *([cell["of"]] if cell.get("of") else []),
+        *([f"dense{cell['dense_seed']}"] if "dense_seed" in cell else []),
     ]
     return "-".join([name, *words]) + ".json"
 
@@ -70,10 +89,12 @@ def config_of(task: Task, cell: Cell, examples: int | None = None) -> PruneConfi
         "residual": cell["scope"] == "all",
         "units": "neurons" if cell["scope"] == "neurons" else "all",
         "ranking": cell.get("ranking", "uniform"),
+        **({"of": cell["of"]} if cell.get("of") else {}),
     }
     return PruneConfig(
         record=record,
         score={"criterion": cell["criterion"], "seed": cell["seed"]},
         plan=plan,
         compensate=cell.get("compensate", False),
+        batch_norm=cell.get("batch_norm", False),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 
 from cria_prune.artifact.files import write_json
 from cria_prune.artifact.provenance import provenance
-from cria_prune.bench.cell import Cell, cells, config_of, file_name
+from cria_prune.bench.cell import Cell, cells, config_of, dense_seed, file_name
 from cria_prune.bench.peer import IMPORTANCES, prune_by_peer
 from cria_prune.bench.suite import Grid
 from cria_prune.config import PruneConfig, RecoverConfig
@@ -22,6 +23,7 @@ from cria_prune.pipeline import PruneResult, prune
 from cria_prune.progress import QUIET, Progress
 from cria_prune.recover import recover
 from cria_prune.tasks import Task, task
+from cria_prune.tasks.base import fingerprint
 
 
 def run_grids(
@@ -59,8 +61,8 @@ def run_grids(
     failed: dict[str, CriaError] = {}
     folder.mkdir(parents=True, exist_ok=True)
     models: dict[int, nn.Module] = {}
-    for number, (cell, config) in enumerate(sorted(missing, key=lambda item: item[0]["seed"]), 1):
-        seed = cell["seed"]
+    for number, (cell, config) in enumerate(sorted(missing, key=lambda item: dense_seed(item[0])), 1):
+        seed = dense_seed(cell)
         if seed not in models:
             models = {seed: chosen.dense(seed, progress).to(device)}  # one at a time
             _dense(chosen, models[seed], seed, folder, command, data, device, progress)
@@ -69,7 +71,7 @@ def run_grids(
         except CriaError as error:
             failed[file_name(cell)] = error
             continue
-        origin = provenance(seed=seed, command=command, data_fingerprint=data, device=device)
+        origin = provenance(seed=cell["seed"], command=command, data_fingerprint=data, device=device)
         write_json(folder / file_name(cell), {**values, "provenance": origin})
         if on_cell is not None:
             on_cell(number, len(missing), cell, values)
@@ -134,12 +136,28 @@ def _dense(
     device: torch.device | str,
     progress: Progress,
 ) -> None:
-    """Measure the dense model of a seed, unless its file is there."""
-    path = folder / f"dense-seed{seed}.json"
-    if not path.exists():
-        value = chosen.evaluate(model, chosen.test_batches(), progress)
+    """Measure the dense model of a seed, or see that it is the one that the folder's cells started from.
+
+    A training ends with other weights on another machine, or with another number of threads.
+
+    Raises:
+        ArtifactError: it is another one.
+    """
+    path, weights = folder / f"dense-seed{seed}.json", fingerprint(*model.state_dict().values())
+    said = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if said.get("weights") == weights:
+        return
+    value = chosen.evaluate(model, chosen.test_batches(), progress)
+    if said and ("weights" in said or not math.isclose(said["dense"], value, rel_tol=1e-6)):
+        raise ArtifactError(
+            f"Measuring on the dense model of seed {seed}",
+            f"{path.name} is of another one: {chosen.metric} {said['dense']:.6g}, this one has {value:.6g}",
+            "Choose another --output or other seeds: cells of two dense models are no comparison",
+        )
+    if not said:
         origin = provenance(seed=seed, command=command, data_fingerprint=data, device=device)
-        write_json(path, {"metric": chosen.metric, "dense": value, "provenance": origin})
+        said = {"metric": chosen.metric, "dense": value, "provenance": origin}
+    write_json(path, {**said, "weights": weights})
 
 
 def _measure(

@@ -30,13 +30,20 @@ class Grid(StageConfig):
     seeds: tuple[int, ...] = Field(
         (0,), min_length=1, description="of the dense model, the draw, the recovery"
     )
+    dense_seed: int | None = Field(None, description="one dense model for all seeds; each its own if None")
     epochs: int = Field(0, ge=0, description="epochs of recovery, 0 for none")
     scope: Literal["inner", "all", "neurons"] = Field(
         "inner",
         description="inner: without residual width; all: with it; neurons: feed-forward neurons alone",
     )
+    of: Literal["parameters", "prunable", "non-embedding", "macs"] | None = Field(
+        None, description="what the reductions are shares of; the recipe's own if None"
+    )
     ranking: tuple[Literal["uniform", "global", "loss"], ...] = Field(("uniform",), min_length=1)
     compensate: tuple[bool, ...] = Field((False,), min_length=1, description="without and with repair")
+    batch_norm: tuple[bool, ...] = Field(
+        (False,), min_length=1, description="without and with batch-norm statistics measured again"
+    )
     quick: bool = Field(False, description="recover on the recipe's --quick training data")
     examples: int | None = Field(None, ge=2, description="for the calibration; the recipe's, else 1,024")
 

@@ -71,6 +71,13 @@ Compensate = Annotated[
         help="Repair the consumers in closed form after every cut, without training [default: no].",
     ),
 ]
+BatchNorm = Annotated[
+    bool | None,
+    Option(
+        "--batch-norm/--no-batch-norm",
+        help="Measure the statistics of batch norms again after every cut, without training [default: no].",
+    ),
+]
 Floor = Annotated[float | None, Option(help="Share of each group's units that always stays [default: 0.1].")]
 Units = Annotated[
     str | None,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Params = Mapping[str, Any]
 
+STEPS = ("compensate", "batch_norm")
 SECTIONS: dict[str, type[StageConfig]] = {"record": RecordConfig, "score": ScoreConfig, "plan": PlanConfig}
 OPTIONS = {
     "record": ("examples", "positions", "seed"),
@@ -55,8 +56,7 @@ def prune_config(params: Params, defaults: Mapping[str, Any] | None = None) -> P
         layers.append(_read(params["config"]).model_dump(exclude_unset=True))
     layers.append({"plan": policy(params.get("policy"))})
     layers.append({section: given(params, section) for section in SECTIONS})
-    if params.get("compensate") is not None:
-        layers.append({"compensate": params["compensate"]})
+    layers.append({key: params[key] for key in STEPS if params.get(key) is not None})
     values: dict[str, Any] = {key: layer[key] for layer in layers for key in layer if key not in SECTIONS}
     for section, kind in SECTIONS.items():
         merged: dict[str, Any] = {}

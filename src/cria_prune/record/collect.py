@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cria_prune.batches import Batch, batch_size, describe, map_tensors, model_inputs
+from cria_prune.batches import Batch, batch_size, describe, forward, map_tensors
 from cria_prune.config import RecordConfig
-from cria_prune.errors import CriaError, DataError
+from cria_prune.errors import DataError
 from cria_prune.loss import Loss, cross_entropy
 from cria_prune.record.fisher import FisherSums
 from cria_prune.record.keep import unchanged
@@ -86,7 +86,7 @@ def record(
             # A copy: a forward may write into its input, and the next round needs it as it was.
             batch = map_tensors(batch, lambda item: item.to(device, copy=True))
             with with_taps:
-                run(model, batch, taylor)
+                forward(model, batch, taylor.add if taylor else None)
             if fisher:
                 fisher.finish()
             examples, count = examples + size, count + 1
@@ -103,29 +103,6 @@ def record(
         gradients=gradients,
         per_example=per_example,
     )
-
-
-def run(model: nn.Module, batch: Batch, taylor: TaylorSums | None) -> None:
-    """Run the model on a batch, forwards or (with `taylor`) backwards too.
-
-    Raises:
-        DataError: the model raised; its own text is kept.
-    """
-    args, kwargs = model_inputs(batch)
-    try:
-        if taylor:
-            taylor.add(batch)
-        else:
-            model(*args, **kwargs)
-    except (CriaError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        shapes = [describe(value) for value in (*args, *kwargs.values())]
-        raise DataError(
-            f"Running {type(model).__name__} on a calibration batch ({', '.join(shapes)})",
-            f"{type(error).__name__}: {error}",
-            "Pass batches that the model's forward accepts",
-        ) from error
 
 
 def limited(batches: Iterable[Batch], examples: int) -> Iterator[Batch]:
