@@ -52,8 +52,7 @@ def cells(grid: Grid) -> list[Cell]:
 
 def dense_seed(cell: Cell) -> int:
     """Return the seed of the dense model that a cell starts from."""
-    seed: int = cell.get("dense_seed", cell["seed"])
-    return seed
+    return int(cell["dense_seed" if "dense_seed" in cell else "seed"])
 
 
 def file_name(cell: Cell) -> str:
