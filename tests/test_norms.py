@@ -87,7 +87,7 @@ def test_no_batch_and_one_example_are_told() -> None:
         remeasure(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), [torch.randn(1, 4)])
 
 
-def test_pruning_with_it_measures_after_every_cut_and_its_own_cut_is_verified() -> None:
+def test_pruning_with_it_measures_after_the_last_cut_and_every_cut_is_verified() -> None:
     net, batches = network(), [torch.randn(32, 3, 6, 6).double() for _ in range(2)]
     config = {"score": {"criterion": "l2"}, "plan": {"reduction": 0.3, "rounds": 2}}
     plain = prune(net, batches, PruneConfig(**config))

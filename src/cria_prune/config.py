@@ -141,7 +141,7 @@ class PruneConfig(StageConfig):
     )
     batch_norm: bool = Field(
         False,
-        description="measure the statistics of batch norms again after every cut; not in the paper",
+        description="measure the statistics of batch norms again after the last cut; not in the paper",
     )
 
 

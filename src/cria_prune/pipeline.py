@@ -44,8 +44,8 @@ class Round:
         scores: group name -> one score per unit that was there.
         kept: group name -> the units, of those, that stayed.
         diagnosis: group name -> how far the scores can be trusted.
-        verification: masked against pruned (None if not asked for): from the dense model to this one; with
-            `compensate` or `batch_norm` of this round's cut alone.
+        verification: masked against pruned (None if not asked for): from the dense model to this one, with
+            `compensate` from the repaired model of this round; before batch norms are measured again.
         metric: of the pruned model, if `evaluate` was given.
         repairs: what `compensate` did, consumer by consumer.
     """
@@ -192,7 +192,7 @@ def prune(
     reference = Reference(model, example)
     found = check_target(model, _discover(model, example, reference), config.plan)
     # With repair every round is compared with its own repaired model: the dense copy is not held for it.
-    dense_copy = None if config.compensate or config.batch_norm else reference
+    dense_copy = None if config.compensate else reference
     del reference
     dense, allowed = found.groups, found.allowed
     result = PruneResult(
@@ -261,7 +261,7 @@ def _round(
                 verification = Reference(source, example).compare(step, smaller)
             else:
                 verification = dense_copy.compare(total, smaller)
-    if config.batch_norm:
+    if config.batch_norm and number == config.plan.rounds:
         with clock(seconds, "batch norms"):
             smaller = remeasure(smaller, limited(batches, config.record.examples))
     done = Round(
