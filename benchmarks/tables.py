@@ -15,6 +15,8 @@ import coverage_table
 import roundtrip_table
 from coverage_table import table
 
+from cria_prune.artifact.intervals import mean_interval
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MARKS = ("<!-- {}: written by benchmarks/tables.py -->", "<!-- end of {} -->")
@@ -39,17 +41,27 @@ def pick(cells: Cells, **wanted: Any) -> Cells:
     return [item for item in cells if all(item["cell"][key] == value for key, value in wanted.items())]
 
 
-def usual(item: dict[str, Any]) -> bool:
-    """Whether a cell ranks uniformly and repairs nothing."""
-    return not (item["cell"].get("compensate") or item["cell"].get("ranking"))
+def way(item: dict[str, Any]) -> tuple[Any, ...]:
+    """What a cell does beside scoring and cutting: repair, batch norms again, another ranking."""
+    cell = item["cell"]
+    return bool(cell.get("compensate")), bool(cell.get("batch_norm")), cell.get("ranking", "uniform")
+
+
+WAYS = {
+    (False, False, "uniform"): "right after pruning, no training",
+    (False, True, "uniform"): "with batch norms measured again, no training",
+    (True, False, "uniform"): "with closed-form repair, no training",
+    (True, True, "uniform"): "with closed-form repair and batch norms measured again, no training",
+}
+PLAIN = (False, False, "uniform")
 
 
 def percent(values: Sequence[float]) -> str:
-    """Mean in percent, with the spread (smallest to largest) where there are several seeds."""
+    """Mean in percent, with the half width of its 95 % t-interval where there are several seeds."""
     if not values:
         return ""
-    mean = f"{100 * statistics.mean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ({100 * min(values):.1f} to {100 * max(values):.1f})"
+    mean, half = mean_interval([100 * value for value in values])
+    return f"{mean:.2f}" + ("" if half is None else f" ± {half:.1f}")
 
 
 def plural(count: int, noun: str) -> str:
@@ -91,9 +103,8 @@ def seeds_line(cells: Cells) -> str:
     return f"Seeds {', '.join(map(str, seeds))}; {count}; code of commit {', '.join(commits)}."
 
 
-def pruned_table(network: str, scope: str, repaired: bool = False) -> list[str]:
-    chosen = [item for item in read(network) if bool(item["cell"].get("compensate")) is repaired]
-    cells = [item for item in pick(chosen, scope=scope, epochs=0) if not item["cell"].get("ranking")]
+def pruned_table(network: str, scope: str, how: tuple[Any, ...] = PLAIN) -> list[str]:
+    cells = [item for item in pick(read(network), scope=scope, epochs=0) if way(item) == how]
     if not cells:
         return []
     columns = sorted({(item["cell"]["reduction"], item["cell"]["rounds"]) for item in cells})
@@ -113,13 +124,12 @@ def pruned_table(network: str, scope: str, repaired: bool = False) -> list[str]:
     width = inner if scope == "inner" else f"{inner} and residual width"
     said = metric_of(network)
     unit = "accuracy in %" if said == "accuracy" else f"{said} (ratio to dense)"
-    after = "after closed-form repair" if repaired else "right after pruning"
-    title = f"### {network}, {width}: {unit} {after}, no training"
+    title = f"### {network}, {width}: {unit} {WAYS[how]}"
     return [title, "", dense_line(network) + " " + seeds_line(cells), "", *table(head, rows), ""]
 
 
 def recovered_table(network: str) -> list[str]:
-    cells = [item for item in read(network) if item["cell"]["epochs"] and usual(item)]
+    cells = [item for item in read(network) if item["cell"]["epochs"] and way(item) == PLAIN]
     lines: list[str] = []
     said = metric_of(network)
     unit = (
@@ -181,7 +191,7 @@ def render() -> str:
     ]
     for network in NETWORKS:
         for scope in ("inner", "all"):
-            lines += [*pruned_table(network, scope), *pruned_table(network, scope, repaired=True)]
+            lines += [line for how in WAYS for line in pruned_table(network, scope, how)]
         lines += recovered_table(network)
     lines += timing_table()
     return "\n".join(lines).rstrip() + "\n"
