@@ -14,7 +14,6 @@ from typing import Any
 import coverage_table
 import roundtrip_table
 from coverage_table import table
-
 from cria_prune.artifact.intervals import mean_interval
 
 ROOT = Path(__file__).parents[1]

@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+CODE = (":(top)*.py", ":(top)*.yaml", ":(top)*.toml")
+"""What makes a result: a bench that adds to a tracked result file runs the same code as before."""
+
 
 def provenance(
     seed: int | None,
@@ -30,8 +33,8 @@ def provenance(
         device: where the model ran.
 
     Returns:
-        `cria_prune`, `python`, `torch` and `numpy` versions; `commit` and `dirty` of the code
-        where it runs from a git checkout, else None; `platform`, `cpus`, `device`; `seed`,
+        `cria_prune`, `python`, `torch` and `numpy` versions; `commit` of the code and `dirty` (code
+        differs from it) where it runs from a git checkout, else None; `platform`, `cpus`, `device`; `seed`,
         `command`, `data`; `time` in UTC (ISO 8601). No user, host or folder is named.
     """
     commit, dirty = _git()
@@ -87,7 +90,7 @@ def _device(device: torch.device | str | None) -> str | None:
 
 
 def _git() -> tuple[str | None, bool | None]:
-    """Commit and dirty flag of this file's checkout; (None, None) where git does not track it."""
+    """Commit of this file's checkout, and whether code differs from it; (None, None) where git has none."""
     here = Path(__file__).resolve()
 
     def git(*arguments: str) -> str:
@@ -97,6 +100,8 @@ def _git() -> tuple[str | None, bool | None]:
 
     try:
         git("ls-files", "--error-unmatch", here.name)
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+        return git("rev-parse", "HEAD"), bool(
+            git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
+        )
     except (OSError, subprocess.SubprocessError):
         return None, None

@@ -75,7 +75,7 @@ BatchNorm = Annotated[
     bool | None,
     Option(
         "--batch-norm/--no-batch-norm",
-        help="Measure the statistics of batch norms again after the last cut, without training [default: no].",
+        help="Measure batch-norm statistics again after the last cut, without training [default: no].",
     ),
 ]
 Floor = Annotated[float | None, Option(help="Share of each group's units that always stays [default: 0.1].")]
