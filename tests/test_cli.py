@@ -23,7 +23,7 @@ SMALL = ["--examples", "64", "--rounds", "2", "--criterion", "l1", "--device", "
 PRUNING = {
     "--reduction", "--reduce", "--units", "--policy",
     "--of", "--criterion", "--preset", "--rounds", "--ranking", "--residual", "--no-residual",
-    "--compensate", "--no-compensate",
+    "--compensate", "--no-compensate", "--batch-norm", "--no-batch-norm",
     "--floor", "--uniform", "--no-uniform", "--multiple", "--examples", "--positions", "--watch", "--config",
 }  # fmt: skip
 TUNING = {"--epochs", "--lr", "--distill", "--lora", "--resume"}
@@ -287,7 +287,11 @@ def test_a_run_keeps_what_its_report_needs() -> None:
     answer(cria("recover", "a", "--epochs", "1", "--output", "b"))
     text = Path("b/report.html").read_text()
     assert "One layer" in text and "recovered" in text and "Of the run before" in text
-    answer(cria("prune", "digits", *small, "--criterion", "l2", "--output", "a", "--overwrite"))
+    answer(
+        cria(
+            "prune", "digits", *small, "--criterion", "l2", "--no-compensate", "--output", "a", "--overwrite"
+        )
+    )
     text = Path("a/report.html").read_text()
     assert "The neuron graphs of" in text and "records no signals" in text
 

@@ -217,7 +217,8 @@ def test_prune_repairs_every_round_and_verifies_each_cut() -> None:
         for result in (plain, better)
     )
     assert right < 0.5 * wrong
-    assert not preset("paper").compensate and not PruneConfig().compensate
+    assert not preset("paper").compensate and not preset("paper").batch_norm
+    assert PruneConfig().compensate and PruneConfig().batch_norm
 
 
 def test_bad_input_is_told() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import UserDict
+
 import pytest
 import torch
 from torch import nn
@@ -23,10 +25,23 @@ def network() -> nn.Sequential:
     return net.double().eval()
 
 
+class Named(nn.Module):
+    """A network that takes its input by name."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.net(input)
+        return out
+
+
 def test_statistics_are_the_means_over_the_batches_as_the_layers_before_now_give_them() -> None:
-    net, batches = network(), [torch.randn(16, 3, 6, 6).double() + shift for shift in range(3)]
+    net, batches = network(), [torch.randn(40, 3, 6, 6).double() + shift for shift in range(3)]
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    found = remeasure(net, batches)
+    found, count = remeasure(net, batches)
+    assert count == 2
     means: list[list[torch.Tensor]] = [[], []]
     for x in batches:
         for place, (norm, layer) in enumerate(((net[1], net[0]), (net[5], net[4]))):
@@ -49,7 +64,7 @@ def test_modes_come_along_and_the_random_state_is_left() -> None:
     net = network().train()
     net[5].eval()
     state = torch.get_rng_state()
-    found = remeasure(net, [torch.ones(4, 3, 6, 6).double() * torch.arange(4.0)[:, None, None, None]])
+    found, _ = remeasure(net, [torch.ones(40, 3, 6, 6).double() * torch.arange(40.0)[:, None, None, None]])
     assert [m.training for m in found.modules()] == [m.training for m in net.modules()]
     assert torch.equal(state, torch.get_rng_state())
 
@@ -60,7 +75,8 @@ def test_norms_without_statistics_and_models_without_norms_need_no_batch() -> No
         yield
 
     net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False))
-    assert remeasure(net, never()) is not net
+    found, count = remeasure(net.train(), never())
+    assert found is not net and count == 0 and found.training
 
 
 def test_a_norm_that_no_batch_reaches_keeps_its_statistics() -> None:
@@ -75,26 +91,43 @@ def test_a_norm_that_no_batch_reaches_keeps_its_statistics() -> None:
     net = Forked()
     with torch.no_grad():
         net.spare.running_mean += 3
-    found = remeasure(net, [torch.randn(8, 4)])
+    found, count = remeasure(net, [torch.randn(32, 4)])
+    assert count == 1
     assert torch.equal(found.spare.running_mean, net.spare.running_mean)
     assert not torch.equal(found.used.running_mean, net.used.running_mean)
 
 
-def test_no_batch_and_one_example_are_told() -> None:
-    with pytest.raises(DataError, match="found no batch"):
-        remeasure(network(), [])
-    with pytest.raises(DataError, match="more than 1 value per channel"):
-        remeasure(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), [torch.randn(1, 4)])
+def test_small_batches_are_joined_and_too_few_examples_change_nothing() -> None:
+    net, images = network(), torch.randn(70, 3, 6, 6).double()
+    whole, _ = remeasure(net, [images[:32], images[32:64]])
+    parts, count = remeasure(net, [(item, None) for item in images.split(1)])
+    assert count == 2
+    for one, other in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    kinds = [UserDict({"input": item}) for item in images.split(8)]
+    named, count = remeasure(Named(net), kinds)  # type: ignore[arg-type]
+    assert count == 2
+    for one, other in zip(whole.state_dict().values(), named.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    for few in ([], [images[:31]], [torch.randn(20, 3, size, size).double() for size in (6, 6, 7)][1:]):
+        found, count = remeasure(net, few)
+        assert count == 0
+        pairs = zip(found.state_dict().values(), net.state_dict().values(), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+    with pytest.raises(DataError, match="Running Sequential"):
+        remeasure(net, [torch.randn(40, 5, 6, 6).double()])
 
 
 def test_pruning_with_it_measures_after_the_last_cut_and_every_cut_is_verified() -> None:
     net, batches = network(), [torch.randn(32, 3, 6, 6).double() for _ in range(2)]
-    config = {"score": {"criterion": "l2"}, "plan": {"reduction": 0.3, "rounds": 2}}
-    plain = prune(net, batches, PruneConfig(**config))
+    config = {"score": {"criterion": "l2"}, "plan": {"reduction": 0.3, "rounds": 2}, "compensate": False}
+    plain = prune(net, batches, PruneConfig(**config, batch_norm=False))
     found = prune(net, batches, PruneConfig(**config, batch_norm=True))
     assert found.plan.kept == plain.plan.kept
     assert all(item.verification.difference < 1e-10 for item in found.rounds)  # type: ignore[union-attr]
-    again = remeasure(plain.model, batches)
+    again, _ = remeasure(plain.model, batches)
+    assert [item.batch_norms for item in found.rounds] == [0, 2] and plain.changed == ""
+    assert "2 batch norms measured again" in str(found)
     for one, other in zip(found.model.state_dict().values(), again.state_dict().values(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     fewer = prune(net, batches, PruneConfig(**config, batch_norm=True, record={"examples": 32}))

@@ -36,17 +36,31 @@ def normed() -> nn.Sequential:
     )
 
 
+@pytest.mark.parametrize("repair", [False, True])
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_every_criterion_prunes_and_leaves_the_model(criterion: str) -> None:
+def test_every_criterion_prunes_and_leaves_the_model(criterion: str, repair: bool) -> None:
     torch.manual_seed(0)
     model = randomize(normed() if criterion == "bn-scale" else Plain()).train()
     before, state = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
     result = prune(
-        model, BATCHES, PruneConfig(**{**config().model_dump(), "score": {"criterion": criterion}})
+        model,
+        BATCHES,
+        PruneConfig(
+            **{
+                **config().model_dump(),
+                "score": {"criterion": criterion},
+                "compensate": repair,
+                "batch_norm": repair,
+            }
+        ),
     )
     assert result.report["reached"] >= 0.5
     assert sum(item.numel() for item in result.model.parameters()) == result.report["parameters"]
-    assert verify(model, result.plan, result.model, BATCHES[0]).difference <= 1e-10
+    if repair:
+        differences = [item.verification.difference for item in result.rounds if item.verification]
+        assert len(differences) == 2 and max(differences) <= 1e-10 and all(i.repairs for i in result.rounds)
+    else:
+        assert verify(model, result.plan, result.model, BATCHES[0]).difference <= 1e-10
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert model.training and torch.equal(torch.random.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from cria_prune.errors import CriaError, DataError
 
@@ -93,6 +94,42 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(batch, (tuple, list)):
         return type(batch)(map_tensors(value, function) for value in batch)
     return batch
+
+
+def joined(batches: Iterable[Batch], least: int) -> Iterator[Batch]:
+    """Yield batches of at least `least` examples: smaller ones are joined, where they are of one shape.
+
+    The last may be smaller. Tensors that are not of a batch's length are those of its first part.
+    """
+    waiting: Batch | None = None
+    for batch in batches:
+        whole = batch if waiting is None else _together(waiting, batch)
+        if whole is None:
+            assert waiting is not None
+            yield waiting
+            whole = batch
+        waiting = whole
+        if batch_size(whole) >= least:
+            yield whole
+            waiting = None
+    if waiting is not None:
+        yield waiting
+
+
+def _together(one: Any, other: Any) -> Any:
+    """Return two batches as one; None where they are not of one kind and shape."""
+    ours, theirs = (tree_flatten(map_tensors(item, lambda tensor: tensor)) for item in (one, other))
+    if ours[1] != theirs[1]:
+        return None
+    sizes, leaves = (batch_size(one), batch_size(other)), []
+    for left, right in zip(ours[0], theirs[0], strict=True):
+        if isinstance(left, Tensor) and left.ndim and len(left) == sizes[0]:
+            if left.shape[1:] != right.shape[1:] or len(right) != sizes[1]:
+                return None
+            leaves.append(torch.cat([left, right]))
+        else:
+            leaves.append(left)
+    return tree_unflatten(leaves, ours[1])
 
 
 def move(batch: Any, device: torch.device | str) -> Any:

@@ -136,11 +136,11 @@ class PruneConfig(StageConfig):
     plan: PlanConfig = PlanConfig()
     verify: bool = True
     compensate: bool = Field(
-        False,
+        True,
         description="repair the consumers in closed form after every cut; not in the paper",
     )
     batch_norm: bool = Field(
-        False,
+        True,
         description="measure the statistics of batch norms again after the last cut; not in the paper",
     )
 
@@ -149,6 +149,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "score": {"criterion": "distortion", "pairs": "all"},
         "plan": {"ranking": "uniform", "rounds": 4},
+        "compensate": False,
+        "batch_norm": False,
     },
 }
 

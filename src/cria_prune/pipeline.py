@@ -48,6 +48,7 @@ class Round:
             `compensate` from the repaired model of this round; before batch norms are measured again.
         metric: of the pruned model, if `evaluate` was given.
         repairs: what `compensate` did, consumer by consumer.
+        batch_norms: how many batch norms were measured again; 0 but in the last round.
     """
 
     number: int
@@ -59,6 +60,7 @@ class Round:
     verification: Verification | None
     metric: float | None
     repairs: tuple[Repair, ...] = ()
+    batch_norms: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,17 @@ class PruneResult:
                 total[stage] = total.get(stage, 0.0) + spent
         return total
 
+    @property
+    def changed(self) -> str:
+        """What was done to the parts that stay, in words; empty for nothing."""
+        repaired = len({repair.tensor for item in self.rounds for repair in item.repairs})
+        norms = self.rounds[-1].batch_norms
+        said = [
+            *([f"{repaired} consumers repaired in closed form"] if repaired else []),
+            *([f"{norms} batch norms measured again"] if norms else []),
+        ]
+        return ", ".join(said)
+
     def __str__(self) -> str:
         of = self.config.plan.of
         lines = [
@@ -119,6 +132,8 @@ class PruneResult:
             f"dense {last['parameters_dense']:,.0f} parameters, "
             f"{last['macs_dense']:,.0f} MACs"
         )
+        if self.changed:
+            lines.append(self.changed)
         return "\n".join(lines)
 
 
@@ -261,9 +276,10 @@ def _round(
                 verification = Reference(source, example).compare(step, smaller)
             else:
                 verification = dense_copy.compare(total, smaller)
+    batch_norms = 0
     if config.batch_norm and number == config.plan.rounds:
         with clock(seconds, "batch norms"):
-            smaller = remeasure(smaller, limited(batches, config.record.examples))
+            smaller, batch_norms = remeasure(smaller, limited(batches, config.record.examples))
     done = Round(
         number=number,
         report=step.report,
@@ -274,6 +290,7 @@ def _round(
         verification=verification,
         metric=None if evaluate is None else evaluate(smaller),
         repairs=repairs,
+        batch_norms=batch_norms,
     )
     return PruneResult(
         smaller,

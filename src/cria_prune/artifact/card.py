@@ -32,11 +32,13 @@ class Card:
         base: name of the dense model, such as `organisation/model`.
         command: the command or call that made the model.
         measured: rows of a table, all with the same keys: `{"model": "pruned", "perplexity": 7.1}`.
+        changed: what was done, without training, to the parts that stayed; empty for nothing.
     """
 
     base: str | None = None
     command: str | Sequence[str] | None = None
     measured: Sequence[Mapping[str, Any]] = ()
+    changed: str = ""
 
 
 def render_card(
@@ -61,6 +63,7 @@ def render_card(
         _use(certificate),
         "## What was removed",
         _removed(plan),
+        *([f"Without training, in what stays: {_text(card.changed)}."] if card.changed else []),
     ]
     if card.measured:
         columns = list(card.measured[0])

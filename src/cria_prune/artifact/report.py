@@ -89,7 +89,8 @@ def _lead(result: Result) -> str:
         for key, word in (("asked", "asked"), ("reduction", "removed"), ("reachable", "at most possible"))
         if number(result.get(key)) is not None
     ]
-    return f"<p class=lead>Share of the {cost}: {', '.join(said)}.</p>" if said else ""
+    changed = f" Without training: {escape(str(result['changed']))}." if result.get("changed") else ""
+    return f"<p class=lead>Share of the {cost}: {', '.join(said)}.{changed}</p>" if said else changed
 
 
 def _outcome(result: Result) -> str:

@@ -156,7 +156,7 @@ def recover(params: Params, command: list[str], kept: Kept) -> None:
             "Give --dataset with a column label",
         )
     inherited = ("parameters_dense", "parameters", "macs_dense", "macs", "reduction", "asked", "of",
-                 "criterion", "scoring_over_forward")  # fmt: skip
+                 "criterion", "changed", "scoring_over_forward")  # fmt: skip
     with job_of(found, "-recovered", params, command, kept) as job:
         job.results |= {name: found.results[name] for name in inherited if name in found.results}
         job.inherit_dense()

@@ -73,6 +73,8 @@ def note_costs(job: Job, result: PruneResult, plan: Plan) -> None:
         "macs": said["macs"],
         "rounds": len(result.rounds),
     }
+    if result.changed:
+        job.results["changed"] = result.changed
     checks = [item.verification.difference for item in result.rounds if item.verification is not None]
     if checks:
         job.results["masked_equals_pruned"] = max(checks)

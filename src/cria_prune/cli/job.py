@@ -190,6 +190,7 @@ class Job:
             base=self.target.base,
             command=self.command,
             measured=show.measured(self.results, self.target.metric),
+            changed=str(self.results.get("changed", "")),
         )
         with TemporaryDirectory(prefix="cria-") as scratch:
             common: dict[str, Any] = {

@@ -68,14 +68,14 @@ Compensate = Annotated[
     bool | None,
     Option(
         "--compensate/--no-compensate",
-        help="Repair the consumers in closed form after every cut, without training [default: no].",
+        help="Repair the consumers in closed form after every cut, without training [default: yes].",
     ),
 ]
 BatchNorm = Annotated[
     bool | None,
     Option(
         "--batch-norm/--no-batch-norm",
-        help="Measure batch-norm statistics again after the last cut, without training [default: no].",
+        help="Measure batch-norm statistics again after the last cut, without training [default: yes].",
     ),
 ]
 Floor = Annotated[float | None, Option(help="Share of each group's units that always stays [default: 0.1].")]

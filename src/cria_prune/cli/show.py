@@ -56,6 +56,8 @@ def outcome(talk: Talk, results: Mapping[str, Any], metric: Metric) -> None:
             f"removed {percent(results['reduction'])}; criterion {results['criterion']}, "
             f"scoring took {results['scoring_over_forward']:g} times a forward pass"
         )
+    if "changed" in results:
+        talk.say(f"without training: {results['changed']}")
     if "milliseconds" in results:
         before, now = results["milliseconds_before"], results["milliseconds"]
         talk.say(
