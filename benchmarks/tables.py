@@ -52,7 +52,7 @@ WAYS = {
     (True, False, "uniform"): "with closed-form repair, no training",
     (True, True, "uniform"): "with closed-form repair and batch norms measured again, no training",
 }
-PLAIN = (False, False, "uniform")
+PLAIN, ALL = (False, False, "uniform"), (True, True, "uniform")
 
 
 def percent(values: Sequence[float]) -> str:
@@ -85,7 +85,8 @@ def figures(network: str, cells: Cells, key: str) -> str:
         return percent(values)
     dense = dense_of(network)
     ratios = [item[key] / dense[item["cell"]["seed"]]["dense"] for item in cells]
-    return f"{statistics.mean(values):.1f} ({statistics.mean(ratios):.2f} ×)"
+    mean, half = mean_interval(ratios)
+    return f"{statistics.mean(values):.1f} ({mean:.2f}{'' if half is None else f' ± {half:.2f}'} ×)"
 
 
 def dense_line(network: str) -> str:
@@ -127,8 +128,37 @@ def pruned_table(network: str, scope: str, how: tuple[Any, ...] = PLAIN) -> list
     return [title, "", dense_line(network) + " " + seeds_line(cells), "", *table(head, rows), ""]
 
 
-def recovered_table(network: str) -> list[str]:
-    cells = [item for item in read(network) if item["cell"]["epochs"] and way(item) == PLAIN]
+def compact_table(network: str) -> list[str]:
+    """The criteria that the README compares, with and without what the default does beside cutting."""
+    cells = pick(read(network), scope="inner", epochs=0, rounds=4)
+    repaired = (True, network not in SHARE_OF, "uniform")
+    named = [(name, PLAIN) for name in ORDER if name.startswith("tp-")]
+    named += [(name, how) for how in (PLAIN, repaired) for name in COMPARED]
+    shares = sorted({item["cell"]["reduction"] for item in cells} & set(SHARES))
+    rows = []
+    for name, how in named:
+        found = [
+            [item for item in pick(cells, criterion=name, reduction=share) if way(item) == how]
+            for share in shares
+        ]
+        if any(found):
+            label = name + (" + repair" if how != PLAIN else "")
+            rows.append([label, *(figures(network, group, "pruned") if group else "" for group in found)])
+    if not rows:
+        return []
+    fewer = SHARE_OF.get(network, "parameters")
+    title = f"### {network}: {metric_of(network)} with fewer {fewer}, no training"
+    chosen = [item for item in cells if item["cell"]["reduction"] in shares]
+    head = ["criterion", *(f"{share:.0%}" for share in shares)]
+    return [title, "", dense_line(network) + " " + seeds_line(chosen), "", *table(head, rows), ""]
+
+
+COMPARED = ("random", "l2", "wanda-sp", "taylor", "distortion", "distortion-weighted", "innovation")
+SHARES = (0.2, 0.3, 0.4, 0.5)
+
+
+def recovered_table(network: str, how: tuple[Any, ...] = PLAIN) -> list[str]:
+    cells = [item for item in read(network) if item["cell"]["epochs"] and way(item) == how]
     lines: list[str] = []
     said = metric_of(network)
     unit = (
@@ -143,10 +173,11 @@ def recovered_table(network: str) -> list[str]:
             for item in pick(cells, epochs=epochs, rounds=rounds)
             if item["cell"].get("quick", False) == quick
         ]
-        how = f"{plural(rounds, 'round')}, {plural(epochs, 'epoch')}" + (
+        length = f"{plural(rounds, 'round')}, {plural(epochs, 'epoch')}" + (
             " of 8,000 sentences" if quick else ""
         )
-        title = f"### {network}: recovered, {how}, {unit}"
+        start = "" if how == PLAIN else f" {WAYS[how].removesuffix(', no training')}"
+        title = f"### {network}: recovered{start}, {length}, {unit}"
         rows = [
             [name + (" (neurons alone)" if scope == "neurons" else ""), f"{share:.0%}",
              figures(network, found, "pruned"), figures(network, found, "recovered"),
@@ -191,7 +222,7 @@ def render() -> str:
     for network in NETWORKS:
         for scope in ("inner", "all"):
             lines += [line for how in WAYS for line in pruned_table(network, scope, how)]
-        lines += recovered_table(network)
+        lines += [line for how in WAYS for line in recovered_table(network, how)]
     lines += timing_table()
     return "\n".join(lines).rstrip() + "\n"
 
@@ -203,9 +234,9 @@ def demo() -> list[str]:
 
 def readme(text: str) -> str:
     """Return the README with its blocks written again from the result files."""
-    shown = ("cifar10-resnet20", "digits", "sst2-minilm", "llama-shakespeare")
-    results = [line for network in shown for line in recovered_table(network)]
-    results += pruned_table("llama-shakespeare", "inner")
+    results = [line for network in NETWORKS[1:] for line in compact_table(network)]
+    results += [line for network in ("digits", "cifar10-resnet20") for line in recovered_table(network, ALL)]
+    results += recovered_table("sst2-minilm")
     for name, lines in (("demo", demo()), ("results", results)):
         start, end = (mark.format(name) for mark in MARKS)
         before, rest = text.split(start)
