@@ -26,7 +26,7 @@ ORDER = (
     *("random", "l1", "l2", "activation-norm", "wanda-sp", "fluctuation"),
     *("bn-scale", "fpgm", "lamp", "apoz", "chip", "taylor", "fisher"),
     *("tp-magnitude", "tp-bn-scale", "tp-fpgm", "tp-lamp", "tp-taylor", "tp-hessian"),
-    *("distortion", "distortion-weighted", "grounded-distortion", "innovation"),
+    *("distortion", "distortion-weighted", "consumed-distortion", "grounded-distortion", "innovation"),
 )
 Cells = list[dict[str, Any]]
 
@@ -153,7 +153,8 @@ def compact_table(network: str) -> list[str]:
     return [title, "", dense_line(network) + " " + seeds_line(chosen), "", *table(head, rows), ""]
 
 
-COMPARED = ("random", "l2", "wanda-sp", "taylor", "distortion", "distortion-weighted", "innovation")
+COMPARED = ("random", "l2", "wanda-sp", "taylor", "distortion", "distortion-weighted",
+            "consumed-distortion", "innovation")  # fmt: skip
 SHARES = (0.2, 0.3, 0.4, 0.5)
 
 

@@ -86,6 +86,9 @@ def test_spectral_criteria_are_those_of_spectrum():
     expected = {
         "distortion": distortion(group.input, group.output, ridge=0.1, **options).scores,
         "distortion-weighted": distortion(group.input, group.output, ridge=0.1, **options).scores * norm2,
+        "consumed-distortion": distortion(
+            group.input, group.output.scaled(norm2.sqrt()), ridge=0.1, **options
+        ).scores,
         "grounded-distortion": grounded_distortion(group.input, group.output, **options).scores * norm2,
         "innovation": innovation(group.output).scores * norm2,
     }

@@ -148,3 +148,18 @@ def test_errors_tell_the_mend():
         SignalError, match=r"layer3: found NaN or infinity in 1 of 4 units, the first is unit 2"
     ):
         MomentAccumulator.moments(gather(X, exact=False, columns=8)).check_finite("layer3")
+
+
+def test_scaled_moments_are_those_of_scaled_signals() -> None:
+    X = torch.randn(5, 40, generator=torch.Generator().manual_seed(3)).double() + 1
+    factors = torch.tensor([0.0, 0.5, 1.0, 2.0, 3.0]).double()
+    found, expected = Moments.from_signals(X).scaled(factors), Moments.from_signals(X * factors[:, None])
+    for name in ("mean", "variance", "covariance"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-12, atol=1e-12)
+    accumulator = MomentAccumulator(5, exact=False, columns=8)
+    accumulator.add(X)
+    plain = accumulator.moments()
+    assert plain.sketch is not None
+    sketched = plain.scaled(factors)
+    torch.testing.assert_close(sketched.sketch, plain.sketch * factors.float()[:, None])
+    assert dead_units(sketched).tolist() == [True, False, False, False, False]

@@ -44,6 +44,22 @@ def distortion_weighted(evidence: Evidence, config: ScoreConfig) -> Importance:
     )
 
 
+def consumed_distortion(evidence: Evidence, config: ScoreConfig) -> Importance:
+    """`distortion` with the output side as the consumers take it: each signal times ‖W_out[:, p]‖.
+
+    The weight is inside the output graph, not outside the score: two neurons are far apart where what their
+    consumers make of them is.
+    """
+    before, after = evidence.both_sides()
+    return spectral_distortion(
+        before,
+        after.scaled(evidence.weights.consumer_norm2.sqrt()),
+        ridge=config.ridge,
+        name=f"group {evidence.name!r}",
+        **spectral_options(config),
+    )
+
+
 def grounded_distortion(evidence: Evidence, config: ScoreConfig) -> Importance:
     """Distance to removal between the grounded graphs, times ‖W_out[:, p]‖²; no ridge is needed or used."""
     return spectral_grounded_distortion(

@@ -136,6 +136,13 @@ CRITERIA: dict[str, Criterion] = {
             "spectral distortion times the consumers' squared norm",
         ),
         Criterion(
+            "consumed-distortion",
+            spectral.consumed_distortion,
+            f"{_WANG}; the consumers' factor in the output graph is Cria's",
+            _STATES,
+            "spectral distortion between the graph before the layer and that of what the consumers take",
+        ),
+        Criterion(
             "grounded-distortion",
             spectral.grounded_distortion,
             "Cria, METHOD section 3",

@@ -100,6 +100,18 @@ class Moments:
             positive=None if self.positive is None else self.positive[indices],
         )
 
+    def scaled(self, factors: Tensor) -> Moments:
+        """Return the moments of the signals times `factors` (units,), one for each unit, not negative."""
+        by = factors.to(self.mean)
+        sketch = None if self.sketch is None else self.sketch * by.to(self.sketch)[:, None]
+        return replace(
+            self,
+            mean=self.mean * by,
+            variance=self.variance * by.square(),
+            covariance=None if self.covariance is None else self.covariance * torch.outer(by, by),
+            sketch=sketch,
+        )
+
     def check_finite(self, name: str) -> None:
         """Check that every moment is a finite number.
 
