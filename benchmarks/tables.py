@@ -15,6 +15,7 @@ import coverage_table
 import roundtrip_table
 from coverage_table import table
 from cria_prune.artifact.intervals import mean_interval
+from cria_prune.metrics import metric
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -194,6 +195,35 @@ def recovered_table(network: str, how: tuple[Any, ...] = PLAIN) -> list[str]:
     return lines
 
 
+def ablation_tables(network: str) -> list[str]:
+    """What is left without the lowest-scored, the highest-scored and random units, per criterion."""
+    lines: list[str] = []
+    for path in sorted((RESULTS / network).glob("ablation-*.json")):
+        item = json.loads(path.read_text())
+        known = metric(item["metric"])
+        curves = [[values for _, values in item["curves"][order]] for order in ORDERS]
+        rows = [
+            [f"{share:.0%}", f"{reached:.1%}", *map(known.text, (low[0], *spread(random), high[0]))]
+            for share, reached, low, random, high in zip(
+                item["shares"], item["reached"], *curves, strict=True
+            )
+        ]
+        head = ["units gone", "prunable parameters gone", "lowest first", "random, mean", "random, lowest"]
+        head += ["random, highest", "highest first"]
+        title = f"### {network}: ablation of `{item['criterion']}`, {item['metric']}"
+        dense = f"Dense: {known.text(item['dense'])}, {item['tested_on']}; {item['verdict']}."
+        lines += [title, "", dense, "", *table(head, rows), ""]
+    return lines
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, lowest and highest."""
+    return statistics.mean(values), min(values), max(values)
+
+
+ORDERS = ("lowest", "random", "highest")
+
+
 def timing_table() -> list[str]:
     rows = []
     for network in NETWORKS:
@@ -224,6 +254,7 @@ def render() -> str:
         for scope in ("inner", "all"):
             lines += [line for how in WAYS for line in pruned_table(network, scope, how)]
         lines += [line for how in WAYS for line in recovered_table(network, how)]
+        lines += ablation_tables(network)
     lines += timing_table()
     return "\n".join(lines).rstrip() + "\n"
 
