@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "artifact": BASE | {"plan", "surgery", "tasks", "structure", "vanilla", "graph", "spectrum"},
     "tasks": BASE | {"recover"},
     "bench": BASE | {"pipeline", "criteria", "recover", "tasks", "artifact", "structure", "plan"},
+    "result": BASE | {"structure", "plan", "surgery", "graph"},
     "scoring": BASE | {"pipeline", "scope", "structure", "spectrum"},
     "ablation": BASE | {"structure", "plan", "surgery"},
     "torch_pruning": BASE | {"pipeline", "scoring", "structure", "spectrum"},

@@ -1,0 +1,119 @@
+"""What pruning gives back: what each round did, and the smaller model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from cria_prune.config import PruneConfig
+from cria_prune.graph import NeuronGraphs
+from cria_prune.plan import Plan
+from cria_prune.structure import UnitGroups
+from cria_prune.surgery import Repair, Verification
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round did.
+
+    Attributes:
+        number: from 1.
+        report: shares asked, reached and reachable; parameters and MACs per example, dense and now.
+        seconds: wall time per stage: record, score, plan, (graphs,) surgery, verify.
+        scores: group name -> one score per unit that was there.
+        kept: group name -> the units, of those, that stayed.
+        diagnosis: group name -> how far the scores can be trusted.
+        verification: masked against pruned (None if not asked for): from the dense model to this one, with
+            `compensate` from the repaired model of this round; before batch norms are measured again.
+        metric: of the pruned model, if `evaluate` was given.
+        repairs: what `compensate` did, consumer by consumer.
+        batch_norms: how many batch norms were measured again; 0 but in the last round.
+    """
+
+    number: int
+    report: Mapping[str, float | str]
+    seconds: Mapping[str, float]
+    scores: Mapping[str, tuple[float, ...]]
+    kept: Mapping[str, tuple[int, ...]]
+    diagnosis: Mapping[str, dict[str, Any]]
+    verification: Verification | None
+    metric: float | None
+    repairs: tuple[Repair, ...] = ()
+    batch_norms: int = 0
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What `prune` gives back; prints as a table of the rounds.
+
+    Attributes:
+        model: the smaller model.
+        plan: what stays, relative to the dense model.
+        dense: structure of the dense model; groups: structure of the smaller one.
+        rounds: what each round did.
+        config: what was asked.
+        seconds: wall time of capture and discovery.
+        graphs: group name -> the graphs of the dense model's neurons, of as many groups as `keep_graphs`
+            takes; empty where the criterion records nothing, None if not asked for.
+    """
+
+    model: nn.Module = field(repr=False)
+    plan: Plan
+    dense: UnitGroups = field(repr=False)
+    groups: UnitGroups = field(repr=False)
+    rounds: tuple[Round, ...]
+    config: PruneConfig
+    seconds: float
+    graphs: Mapping[str, NeuronGraphs] | None = field(default=None, repr=False)
+
+    @property
+    def report(self) -> Mapping[str, float | str]:
+        """Shares and counts after the last round."""
+        return self.rounds[-1].report
+
+    @property
+    def seconds_by_stage(self) -> dict[str, float]:
+        """Wall time of discovery, and of each stage over all rounds."""
+        total = {"discover": self.seconds}
+        for item in self.rounds:
+            for stage, spent in item.seconds.items():
+                total[stage] = total.get(stage, 0.0) + spent
+        return total
+
+    @property
+    def changed(self) -> str:
+        """What was done to the parts that stay, in words; empty for nothing."""
+        repaired = len({repair.tensor for item in self.rounds for repair in item.repairs})
+        norms = self.rounds[-1].batch_norms
+        said = [
+            *([f"{repaired} consumers repaired in closed form"] if repaired else []),
+            *([f"{norms} batch norms measured again"] if norms else []),
+        ]
+        return ", ".join(said)
+
+    def __str__(self) -> str:
+        of = self.config.plan.of
+        lines = [
+            f"{'round':>5} {'parameters':>12} {'MACs':>14} {'reduction':>10} "
+            f"{'masked=pruned':>14} {'metric':>8}"
+        ]
+        for item in self.rounds:
+            check = "" if item.verification is None else f"{item.verification.difference:.1e}"
+            metric = "" if item.metric is None else f"{item.metric:.4f}"
+            lines.append(
+                f"{item.number:>5} {item.report['parameters']:>12,.0f} {item.report['macs']:>14,.0f} "
+                f"{item.report['reached']:>10.1%} {check:>14} {metric:>8}"
+            )
+        last = self.report
+        lines.append(
+            f"{self.config.score.criterion}: asked {last['asked']:.1%} of {of}, "
+            f"reached {last['reached']:.1%}, reachable {last['reachable']:.1%}; "
+            f"dense {last['parameters_dense']:,.0f} parameters, "
+            f"{last['macs_dense']:,.0f} MACs"
+        )
+        if self.changed:
+            lines.append(self.changed)
+        return "\n".join(lines)
