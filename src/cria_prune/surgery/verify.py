@@ -26,8 +26,8 @@ from cria_prune.surgery.twin import Twin
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 ROUNDED = 1e-6
-"""Tolerance in float64 where the forward rounds to float32 on its way, as the norms of transformers' Llama do:
-sums that differ in their last bit can round apart there."""
+"""Tolerance in float64 where the forward rounds to float32 on its way, as the norms of transformers' Llama
+do: sums that differ in their last bit can round apart there."""
 
 
 @dataclass(frozen=True)
