@@ -212,7 +212,9 @@ def ablation_tables(network: str) -> list[str]:
         head += ["random, highest", "highest first"]
         title = f"### {network}: ablation of `{item['criterion']}`, {item['metric']}"
         dense = f"Dense: {known.text(item['dense'])}, {item['tested_on']}; {item['verdict']}."
-        lines += [title, "", dense, "", *table(head, rows), ""]
+        picture = f"pictures/ablation-{network}-{item['criterion']}.png"
+        drawn = [f"![the curves]({picture})", ""] if (ROOT / "docs" / picture).exists() else []
+        lines += [title, "", dense, "", *table(head, rows), "", *drawn]
     return lines
 
 
