@@ -66,7 +66,7 @@ class RecordConfig(StageConfig):
 class ScoreConfig(StageConfig):
     """How units are scored."""
 
-    criterion: str = "distortion-weighted"
+    criterion: str = "innovation"
     neighbors: int = Field(32, ge=1, description="nearest neighbours per unit above 64 units")
     ridge: float = Field(1e-2, gt=0, description="ridge on both Laplacians, in mean degrees")
     pairs: int | float | Literal["all"] = "all"

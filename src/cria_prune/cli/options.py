@@ -50,7 +50,7 @@ Of = Annotated[
     str | None,
     Option(help="What it is a share of: parameters (default), prunable, non-embedding or macs."),
 ]
-Criterion = Annotated[str | None, Option(help="How units are scored [default: distortion-weighted].")]
+Criterion = Annotated[str | None, Option(help="How units are scored [default: innovation].")]
 Preset = Annotated[str | None, Option(help="A named configuration to start from: paper.")]
 Rounds = Annotated[int | None, Option(help="Rounds of scoring and cutting [default: 4].")]
 Ranking = Annotated[
