@@ -7,6 +7,7 @@ from collections import UserDict
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from cria_prune import PruneConfig, prune
 from cria_prune.errors import DataError
@@ -63,7 +64,14 @@ def test_statistics_are_the_means_over_the_batches_as_the_layers_before_now_give
 def test_modes_come_along_and_the_random_state_is_left() -> None:
     net = network().train()
     net[5].eval()
+    batches: DataLoader[torch.Tensor] = DataLoader(
+        torch.ones(40, 3, 6, 6).double(),  # type: ignore[arg-type]
+        batch_size=40,
+        shuffle=True,
+    )
     state = torch.get_rng_state()
+    remeasure(net, batches)
+    assert torch.equal(state, torch.get_rng_state())
     found, _ = remeasure(net, [torch.ones(40, 3, 6, 6).double() * torch.arange(40.0)[:, None, None, None]])
     assert [m.training for m in found.modules()] == [m.training for m in net.modules()]
     assert torch.equal(state, torch.get_rng_state())

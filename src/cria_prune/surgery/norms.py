@@ -43,7 +43,7 @@ def remeasure(model: nn.Module, batches: Iterable[Batch]) -> tuple[nn.Module, in
         item.reset_running_stats()
         item.momentum = None  # the plain mean over the batches
         item.train()
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):  # a shuffling loader draws from the generator
         for batch in joined(batches, ENOUGH):
             if batch_size(batch) >= ENOUGH:
                 forward(measured, move(batch, device_of(measured)))
