@@ -85,13 +85,21 @@ def figures(network: str, cells: Cells, key: str) -> str:
     if metric_of(network) == "accuracy":
         return percent(values)
     dense = dense_of(network)
-    ratios = [item[key] / dense[item["cell"]["seed"]]["dense"] for item in cells]
+    ratios = [item[key] / dense[dense_seed(item)]["dense"] for item in cells]
     mean, half = mean_interval(ratios)
     return f"{statistics.mean(values):.1f} ({mean:.2f}{'' if half is None else f' ± {half:.2f}'} ×)"
 
 
-def dense_line(network: str) -> str:
-    values = sorted({round(item["dense"], 6) for item in dense_of(network).values()})
+def dense_seed(item: dict[str, Any]) -> int:
+    seed: int = item["cell"].get("dense_seed", item["cell"]["seed"])
+    return seed
+
+
+def dense_line(network: str, cells: Cells) -> str:
+    """The dense models that the cells start from."""
+    started = {dense_seed(item) for item in cells}
+    dense = {seed: item for seed, item in dense_of(network).items() if seed in started}
+    values = sorted({round(item["dense"], 6) for item in dense.values()})
     if metric_of(network) == "accuracy":
         return f"Dense: {percent(values)} %."
     return f"Dense: {', '.join(f'{value:.2f}' for value in values)}."
@@ -126,7 +134,7 @@ def pruned_table(network: str, scope: str, how: tuple[Any, ...] = PLAIN) -> list
     said = metric_of(network)
     unit = "accuracy in %" if said == "accuracy" else f"{said} (ratio to dense)"
     title = f"### {network}, {width}: {unit} {WAYS[how]}"
-    return [title, "", dense_line(network) + " " + seeds_line(cells), "", *table(head, rows), ""]
+    return [title, "", dense_line(network, cells) + " " + seeds_line(cells), "", *table(head, rows), ""]
 
 
 def compact_table(network: str) -> list[str]:
@@ -151,7 +159,7 @@ def compact_table(network: str) -> list[str]:
     title = f"### {network}: {metric_of(network)} with fewer {fewer}, no training"
     chosen = [item for item in cells if item["cell"]["reduction"] in shares]
     head = ["criterion", *(f"{share:.0%}" for share in shares)]
-    return [title, "", dense_line(network) + " " + seeds_line(chosen), "", *table(head, rows), ""]
+    return [title, "", dense_line(network, chosen) + " " + seeds_line(chosen), "", *table(head, rows), ""]
 
 
 COMPARED = ("random", "l2", "wanda-sp", "taylor", "distortion", "distortion-weighted",
@@ -191,7 +199,14 @@ def recovered_table(network: str, how: tuple[Any, ...] = PLAIN) -> list[str]:
         ]  # fmt: skip
         fewer = f"fewer {SHARE_OF.get(network, 'parameters')}"
         head = ["criterion", fewer, "pruned", "recovered", "reached", "parameters left"]
-        lines += [title, "", dense_line(network) + " " + seeds_line(chosen), "", *table(head, rows), ""]
+        lines += [
+            title,
+            "",
+            dense_line(network, chosen) + " " + seeds_line(chosen),
+            "",
+            *table(head, rows),
+            "",
+        ]
     return lines
 
 
