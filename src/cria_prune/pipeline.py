@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from cria_prune.criteria.score import find_criterion
 from cria_prune.errors import CriaError, DataError, SignalError
 from cria_prune.graph import keep_graphs
 from cria_prune.modules import device_of
-from cria_prune.plan import Allowed, compose, identity_plan
+from cria_prune.plan import Allowed, Plan, compose, identity_plan
 from cria_prune.plan import plan as make_round
 from cria_prune.progress import QUIET, Progress
 from cria_prune.record import States, record
@@ -26,7 +27,7 @@ from cria_prune.scope import check_target
 from cria_prune.spectrum import Importance
 from cria_prune.structure import UnitGroups, shrink
 from cria_prune.structure import discover as follow
-from cria_prune.surgery import Reference, Repair, apply, compensate, remeasure, settle
+from cria_prune.surgery import Reference, Repair, Verification, apply, compensate, remeasure, settle
 
 EXAMPLES = 2
 """Examples in the batch that captures and verifies a model."""
@@ -69,7 +70,8 @@ def prune(
 ) -> PruneResult:
     """Make a trained model smaller: record, score, plan and cut, round by round; no weight is trained.
 
-    The model is left untouched. In every round masked equals pruned is verified against it.
+    The model is left untouched. In every round masked equals pruned is verified against it, or with repair
+    against the repaired model of that round.
 
     Args:
         model: the trained model, on the device where the work is to be done.
@@ -110,11 +112,10 @@ def prune(
         graphs={} if graphs else None,
     )  # fmt: skip
     rounds = config.plan.rounds
+    run = _Run(batches, example, dense_copy, needs, loss, evaluate, allowed)
     with (progress or QUIET).bar("prune", rounds) as bar:
         for number in range(1, rounds + 1):
-            result = _round(
-                model, result, number, batches, example, dense_copy, needs, loss, evaluate, allowed
-            )
+            result = run.round(result, number)
             report = result.report
             bar.update(
                 parameters=f"{report['parameters']:,.0f}",
@@ -126,77 +127,90 @@ def prune(
     return result
 
 
-def _round(
-    model: nn.Module,
-    before: PruneResult,
-    number: int,
-    batches: Iterable[Batch],
-    example: Batch,
-    dense_copy: Reference | None,
-    needs: frozenset[str],
-    loss: Callable[[nn.Module, Batch], torch.Tensor] | None,
-    evaluate: Callable[[nn.Module], float] | None,
-    allowed: Allowed,
-) -> PruneResult:
-    config, groups, seconds = before.config, before.groups, dict[str, float]()
-    with clock(seconds, "record"):
-        states: States | None = None
-        if needs or config.compensate:
-            states = record_for(
-                needs, before.model, groups, batches, config, loss=loss, consumed=config.compensate
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same over the rounds; `dense_copy` is None where each round has its own reference."""
+
+    batches: Iterable[Batch]
+    example: Batch
+    dense_copy: Reference | None
+    needs: frozenset[str]
+    loss: Callable[[nn.Module, Batch], torch.Tensor] | None
+    evaluate: Callable[[nn.Module], float] | None
+    allowed: Allowed
+
+    def round(self, before: PruneResult, number: int) -> PruneResult:
+        """Record, score, plan, cut, verify."""
+        config, groups, seconds = before.config, before.groups, dict[str, float]()
+        states = self._recorded(before, seconds)
+        with clock(seconds, "score"):
+            scores: dict[str, Importance] = score(before.model, groups, states, config.score)
+        values = {name: item.scores.numpy() for name, item in scores.items()}
+        with clock(seconds, "plan"):
+            target = config.plan.reduction * number / config.plan.rounds
+            step = make_round(
+                groups, values, config.plan, dense=before.dense, target=target, allowed=self.allowed
             )
-    with clock(seconds, "score"):
-        scores: dict[str, Importance] = score(before.model, groups, states, config.score)
-    values = {name: item.scores.numpy() for name, item in scores.items()}
-    with clock(seconds, "plan"):
-        target = config.plan.reduction * number / config.plan.rounds
-        step = make_round(groups, values, config.plan, dense=before.dense, target=target, allowed=allowed)
-        total = compose(before.plan, step)
-    source, repairs = before.model, tuple[Repair, ...]()
-    if config.compensate and states is not None:
-        with clock(seconds, "compensate"):
-            consumed = {name: item.consumed for name, item in states.groups.items()}
-            source, repairs = compensate(before.model, groups, step.kept, consumed)
-    graphs = before.graphs
-    if number == 1 and graphs is not None and states is not None:
-        with clock(seconds, "graphs"):
-            sides = {name: (item.input, item.output) for name, item in states.groups.items()}
-            graphs = keep_graphs(sides, config.score.neighbors, config.score.ridge)
-    with clock(seconds, "surgery"):
-        smaller = apply(source, step)
-    verification = None
-    if config.verify:
+            total = compose(before.plan, step)
+        graphs = before.graphs
+        if number == 1 and graphs is not None and states is not None:
+            with clock(seconds, "graphs"):
+                sides = {name: (item.input, item.output) for name, item in states.groups.items()}
+                graphs = keep_graphs(sides, config.score.neighbors, config.score.ridge)
+        smaller, repairs, verification = self._cut(before, states, step, total, seconds)
+        batch_norms = 0
+        if config.batch_norm and number == config.plan.rounds:
+            with clock(seconds, "batch norms"):
+                smaller, batch_norms = remeasure(smaller, limited(self.batches, config.record.examples))
+        done = Round(
+            number=number,
+            report=step.report,
+            seconds=seconds,
+            scores={name: tuple(item.tolist()) for name, item in values.items()},
+            kept=dict(step.kept),
+            diagnosis={name: item.diagnosis.to_dict() for name, item in scores.items()},
+            verification=verification,
+            metric=None if self.evaluate is None else self.evaluate(smaller),
+            repairs=repairs,
+            batch_norms=batch_norms,
+        )
+        return replace(
+            before,
+            model=smaller,
+            plan=total,
+            groups=shrink(groups, step.kept),
+            rounds=(*before.rounds, done),
+            graphs=graphs,
+        )
+
+    def _recorded(self, before: PruneResult, seconds: dict[str, float]) -> States | None:
+        """Record what the criterion and the repair need; None where neither needs anything."""
+        config = before.config
+        with clock(seconds, "record"):
+            if not (self.needs or config.compensate):
+                return None
+            return record_for(
+                self.needs, before.model, before.groups, self.batches, config, loss=self.loss,
+                consumed=config.compensate,
+            )  # fmt: skip
+
+    def _cut(
+        self, before: PruneResult, states: States | None, step: Plan, total: Plan, seconds: dict[str, float]
+    ) -> tuple[nn.Module, tuple[Repair, ...], Verification | None]:
+        """Repair the consumers if asked to, cut, and compare the cut with the mask."""
+        source, repairs = before.model, tuple[Repair, ...]()
+        if before.config.compensate and states is not None:
+            with clock(seconds, "compensate"):
+                consumed = {name: item.consumed for name, item in states.groups.items()}
+                source, repairs = compensate(before.model, before.groups, step.kept, consumed)
+        with clock(seconds, "surgery"):
+            smaller = apply(source, step)
+        if not before.config.verify:
+            return smaller, repairs, None
         with clock(seconds, "verify"):
-            if dense_copy is None:  # the weights are not the dense ones any more: this round's cut alone
-                verification = Reference(source, example).compare(step, smaller)
-            else:
-                verification = dense_copy.compare(total, smaller)
-    batch_norms = 0
-    if config.batch_norm and number == config.plan.rounds:
-        with clock(seconds, "batch norms"):
-            smaller, batch_norms = remeasure(smaller, limited(batches, config.record.examples))
-    done = Round(
-        number=number,
-        report=step.report,
-        seconds=seconds,
-        scores={name: tuple(item.tolist()) for name, item in values.items()},
-        kept=dict(step.kept),
-        diagnosis={name: item.diagnosis.to_dict() for name, item in scores.items()},
-        verification=verification,
-        metric=None if evaluate is None else evaluate(smaller),
-        repairs=repairs,
-        batch_norms=batch_norms,
-    )
-    return PruneResult(
-        smaller,
-        total,
-        before.dense,
-        shrink(groups, step.kept),
-        (*before.rounds, done),
-        config,
-        before.seconds,
-        graphs,
-    )
+            if self.dense_copy is None:  # the weights are not the dense ones any more: this round's cut alone
+                return smaller, repairs, Reference(source, self.example).compare(step, smaller)
+            return smaller, repairs, self.dense_copy.compare(total, smaller)
 
 
 def record_for(
