@@ -33,8 +33,9 @@ Cells = list[dict[str, Any]]
 
 
 def read(network: str) -> Cells:
+    """All cells but those on a share of something else than the recipe's own."""
     files = sorted((RESULTS / network).glob("*-epochs*.json"))
-    return [json.loads(path.read_text()) for path in files]
+    return [item for item in (json.loads(path.read_text()) for path in files) if "of" not in item["cell"]]
 
 
 def pick(cells: Cells, **wanted: Any) -> Cells:
@@ -141,6 +142,7 @@ def compact_table(network: str) -> list[str]:
     """The criteria that the README compares, with and without what the default does beside cutting."""
     cells = pick(read(network), scope="inner", epochs=0, rounds=4)
     repaired = (True, network not in SHARE_OF, "uniform")
+    most = max((len({item["cell"]["seed"] for item in cells}), 1))
     named = [(name, PLAIN) for name in ORDER if name.startswith("tp-")]
     named += [(name, how) for how in (PLAIN, repaired) for name in COMPARED]
     shares = sorted({item["cell"]["reduction"] for item in cells} & set(SHARES))
@@ -151,8 +153,10 @@ def compact_table(network: str) -> list[str]:
             for share in shares
         ]
         if any(found):
-            label = name + (" + repair" if how != PLAIN else "")
-            rows.append([label, *(figures(network, group, "pruned") if group else "" for group in found)])
+            label = name + ("" if how == PLAIN else REPAIRED[how])
+            draws = (f", n = {len(group)}" if fixed(name, how) < len(group) < most else "" for group in found)
+            figure = [figures(network, group, "pruned") if group else "" for group in found]
+            rows.append([label, *(text + draw for text, draw in zip(figure, draws, strict=True))])
     if not rows:
         return []
     fewer = SHARE_OF.get(network, "parameters")
@@ -162,6 +166,13 @@ def compact_table(network: str) -> list[str]:
     return [title, "", dense_line(network, chosen) + " " + seeds_line(chosen), "", *table(head, rows), ""]
 
 
+def fixed(name: str, how: tuple[Any, ...]) -> int:
+    """How many draws are all there is: one where only weights are read."""
+    weights = name.removeprefix("tp-") in ("l1", "l2", "magnitude", "bn-scale", "fpgm", "lamp")
+    return 1 if weights and how == PLAIN else 0
+
+
+REPAIRED = {(True, False, "uniform"): " + repair", (True, True, "uniform"): " + repair, norms"}
 COMPARED = ("random", "l2", "wanda-sp", "taylor", "distortion", "distortion-weighted",
             "consumed-distortion", "innovation")  # fmt: skip
 SHARES = (0.2, 0.3, 0.4, 0.5)

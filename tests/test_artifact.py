@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import resource
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -412,3 +413,22 @@ def test_provenance_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     found = provenance(None)
     assert found["commit"] is None and found["dirty"] is None
+
+
+def test_a_result_is_dirty_when_code_differs_not_when_results_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cria_prune.artifact import provenance as module
+
+    place = sys.modules["cria_prune.artifact.provenance"]
+    code, result = tmp_path / "code.py", tmp_path / "result.json"
+    for path in (code, result):
+        path.write_text("1\n")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(place, "__file__", str(code))
+    result.write_text("2\n")
+    assert module(seed=0)["dirty"] is False
+    code.write_text("2\n")
+    assert module(seed=0)["dirty"] is True

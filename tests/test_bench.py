@@ -221,6 +221,14 @@ def test_cells_of_another_dense_model_are_not_joined_with_these(
     assert measured(GRID, tmp_path) == 1  # a file of the first benches: the figure is the same
     assert json.loads(dense.read_text()) == said
     gone.unlink()
+    for damaged in ("{bad", "[]", '{"weights": "x"}'):
+        dense.write_text(damaged)
+        with pytest.raises(ArtifactError, match="Remove it to measure again"):
+            measured(GRID, tmp_path)
+    dense.write_text(json.dumps({**said, "dense": said["dense"] + 0.01, "weights": None}))
+    with pytest.raises(ArtifactError, match="another one: accuracy"):
+        measured(GRID, tmp_path)
+    dense.write_text(json.dumps(said))
     one = TASKS["digits"]().dense(0)
     with torch.no_grad():
         next(one.parameters()).add_(1)

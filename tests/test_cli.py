@@ -141,6 +141,7 @@ def test_stages_alone_and_a_second_cut() -> None:
     assert len(result.stdout.splitlines()) == 1 and result.stderr == ""
     assert twice["parameters_dense"] == once["parameters_dense"] == 127082
     assert twice["parameters_before"] == once["parameters"] > twice["parameters"]
+    assert "repaired" in once["changed"] and f"before this cut {once['changed']}" in twice["changed"]
     assert twice["dense"] == once["dense"] and twice["before"] == once["pruned"]
     assert load("b").plan.sizes["conv1"] == 32
     tuned = answer(cria("recover", "b", "--epochs", "1", "--output", "c", "--distill", "0.5"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -231,3 +232,14 @@ def test_bad_input_is_told() -> None:
     with pytest.raises(SignalError, match="moments of 3 features, it reads 6"):
         compensate(model, groups, {"0": [0]}, {"0": {"2.weight": wrong}})
     assert not record(model, groups, [x])["0"].consumed
+
+
+def test_too_few_samples_and_too_many_features_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = perceptron()
+    config = {"plan": {"reduction": 0.5, "rounds": 1}, "score": {"criterion": "l2"}}
+    few = prune(model, [seeded(31, 4)], PruneConfig(**config))
+    enough = prune(model, [seeded(32, 4)], PruneConfig(**config))
+    assert not few.rounds[0].repairs and enough.rounds[0].repairs
+    assert few.changed == "" and "repaired in closed form" in enough.changed
+    monkeypatch.setattr(sys.modules["cria_prune.surgery.compensate"], "WIDEST", 2)
+    assert not prune(model, [seeded(32, 4)], PruneConfig(**config)).rounds[0].repairs

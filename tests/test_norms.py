@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from collections import UserDict
+from typing import Any
 
-import pytest
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from cria_prune import PruneConfig, prune
-from cria_prune.errors import DataError
-from cria_prune.surgery import remeasure
+from cria_prune.batches import batch_size, joined
+from cria_prune.record.norms import remeasure as remeasured
 
 
 def network() -> nn.Sequential:
@@ -24,6 +26,12 @@ def network() -> nn.Sequential:
         net[1].running_mean += 5
         net[1].weight.uniform_(0.5, 2)
     return net.double().eval()
+
+
+def remeasure(model: nn.Module, batches: Any) -> tuple[Any, int]:
+    """The model and how many norms were measured."""
+    found = remeasured(model, batches)
+    return found.model, found.norms
 
 
 class Named(nn.Module):
@@ -122,8 +130,82 @@ def test_small_batches_are_joined_and_too_few_examples_change_nothing() -> None:
         assert count == 0
         pairs = zip(found.state_dict().values(), net.state_dict().values(), strict=True)
         assert all(torch.equal(one, other) for one, other in pairs)
-    with pytest.raises(DataError, match="Running Sequential"):
-        remeasure(net, [torch.randn(40, 5, 6, 6).double()])
+    wrong = remeasured(net, [torch.randn(40, 5, 6, 6).double()])
+    assert wrong.norms == 0 and "RuntimeError" in wrong.reason
+    assert "no 32 examples" in remeasured(net, [images[:31]]).reason
+
+
+class Rough(nn.Module):
+    """Draws from every generator, writes into its input, counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        torch.rand(1), np.random.rand(), random.random()
+        out: torch.Tensor = self.norm(x.mul_(2.0))
+        return out
+
+
+def test_inputs_generators_and_other_buffers_are_left() -> None:
+    x = torch.randn(40, 4)
+    before, net = x.clone(), Rough()
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[union-attr]
+    found, count = remeasure(net, [x])
+    assert count == 1 and torch.equal(x, before) and found.calls == 0 == net.calls
+    torch.testing.assert_close(found.norm.running_mean, 2 * x.mean(0))
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[2]
+    assert np.random.get_state()[1].tolist() == states[1]  # type: ignore[union-attr]
+
+
+class Frozen(nn.BatchNorm1d):
+    """Always normalises by the statistics that it has."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, eps=self.eps)
+
+
+def test_what_follows_a_frozen_norm_sees_its_own_statistics() -> None:
+    net = nn.Sequential(Frozen(4), nn.BatchNorm1d(4)).double()
+    with torch.no_grad():
+        net[0].running_mean += 3  # type: ignore[operator]
+        net[0].running_var *= 9  # type: ignore[operator]
+    x = torch.randn(64, 4).double()
+    found, count = remeasure(net, [x])
+    assert count == 1 and torch.equal(found[0].running_mean, net[0].running_mean)
+    torch.testing.assert_close(found[1].running_var, x.var(0) / (9 + 1e-5))
+
+
+def test_a_norm_with_one_value_per_channel_keeps_its_statistics_and_says_so() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm = nn.Linear(4, 8), nn.BatchNorm1d(8)
+            self.last = nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.last(self.norm(torch.relu(self.first(x)).mean(0, keepdim=True)))
+            return out
+
+    found = remeasured(Pooled().eval(), [torch.randn(40, 4)])
+    assert found.norms == 0 and "more than 1 value per channel" in found.reason
+
+
+def test_only_what_plainly_belongs_together_is_joined() -> None:
+    def sizes(*batches: Any) -> list[int]:
+        return [batch_size(item) for item in joined(batches, 32)]
+
+    x = torch.randn(8, 4)
+    table = torch.randn(8, 4)
+    assert sizes((x, torch.zeros(8, 3)), (x + 1, torch.zeros(8, 5)), (x, None), (x, torch.tensor(0))) == [32]
+    assert sizes(x, x.double()) == [8, 8] and sizes(x, torch.randn(8, 5)) == [8, 8] and sizes(x, x) == [16]
+    assert sizes({"x": x, "e": torch.zeros(2, 5)}, {"x": x + 1, "e": torch.ones(2, 5)}) == [8, 8]
+    assert sizes({"x": x, "table": table}, {"x": x + 1, "table": table}) == [8, 8]
+    assert sizes({"x": x, "size": 3}, {"x": x, "size": 4}) == [8, 8]
+    assert sizes({"x": x, "size": 3, "labels": None}, {"x": x, "size": 3, "labels": x}) == [16]
 
 
 def test_pruning_with_it_measures_after_the_last_cut_and_every_cut_is_verified() -> None:

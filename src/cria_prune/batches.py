@@ -97,17 +97,20 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def joined(batches: Iterable[Batch], least: int) -> Iterator[Batch]:
-    """Yield batches of at least `least` examples: smaller ones are joined, where they are of one shape.
+    """Yield the inputs of batches, without targets, in batches of at least `least` examples.
 
-    The last may be smaller. Tensors that are not of a batch's length are those of its first part.
+    Smaller ones are joined where it is plain that they belong together: the same names, shapes, types and
+    devices, and all that is not per example equal. The last may be smaller.
     """
     waiting: Batch | None = None
     for batch in batches:
-        whole = batch if waiting is None else _together(waiting, batch)
+        args, kwargs = model_inputs(batch)
+        inputs: Batch = map_tensors(kwargs, lambda item: item) if kwargs else args[0]
+        whole = inputs if waiting is None else _together(waiting, inputs)
         if whole is None:
             assert waiting is not None
             yield waiting
-            whole = batch
+            whole = inputs
         waiting = whole
         if batch_size(whole) >= least:
             yield whole
@@ -116,20 +119,30 @@ def joined(batches: Iterable[Batch], least: int) -> Iterator[Batch]:
         yield waiting
 
 
-def _together(one: Any, other: Any) -> Any:
-    """Return two batches as one; None where they are not of one kind and shape."""
-    ours, theirs = (tree_flatten(map_tensors(item, lambda tensor: tensor)) for item in (one, other))
-    if ours[1] != theirs[1]:
+def _together(one: Batch, other: Batch) -> Any:
+    """Return two batches' inputs as one; None where they do not plainly belong together."""
+    (ours, structure), (theirs, same) = tree_flatten(one), tree_flatten(other)
+    if structure != same:
         return None
-    sizes, leaves = (batch_size(one), batch_size(other)), []
-    for left, right in zip(ours[0], theirs[0], strict=True):
-        if isinstance(left, Tensor) and left.ndim and len(left) == sizes[0]:
-            if left.shape[1:] != right.shape[1:] or len(right) != sizes[1]:
+    sizes, leaves = (batch_size(one), batch_size(other)), list[Any]()
+    for left, right in zip(ours, theirs, strict=True):
+        if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
+            if isinstance(left, Tensor) or isinstance(right, Tensor) or left != right:
                 return None
-            leaves.append(torch.cat([left, right]))
-        else:
             leaves.append(left)
-    return tree_unflatten(leaves, ours[1])
+            continue
+        alike = (left.dtype, left.device, left.shape[1:]) == (right.dtype, right.device, right.shape[1:])
+        if not alike or left.ndim != right.ndim:
+            return None
+        equal = left.shape == right.shape and torch.equal(left, right)
+        per_example = left.ndim > 0 and (len(left), len(right)) == sizes
+        if per_example and (not equal or not any(isinstance(item, Tensor) for item in leaves)):
+            leaves.append(torch.cat([left, right]))
+        elif equal and not per_example:
+            leaves.append(left)
+        else:  # a table of the batch's length, or something of each batch's own
+            return None
+    return tree_unflatten(leaves, structure)
 
 
 def move(batch: Any, device: torch.device | str) -> Any:

@@ -141,7 +141,7 @@ class PruneConfig(StageConfig):
     )
     batch_norm: bool = Field(
         True,
-        description="measure the statistics of batch norms again after the last cut; not in the paper",
+        description="measure batch norms again after the last cut, on 32 examples or more; not in the paper",
     )
 
 

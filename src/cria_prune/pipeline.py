@@ -22,12 +22,13 @@ from cria_prune.plan import plan as make_round
 from cria_prune.progress import QUIET, Progress
 from cria_prune.record import States, record
 from cria_prune.record.collect import cut, limited
+from cria_prune.record.norms import Remeasured, remeasure
 from cria_prune.result import PruneResult, Round
 from cria_prune.scope import check_target
 from cria_prune.spectrum import Importance
 from cria_prune.structure import UnitGroups, shrink
 from cria_prune.structure import discover as follow
-from cria_prune.surgery import Reference, Repair, Verification, apply, compensate, remeasure, settle
+from cria_prune.surgery import Reference, Repair, Verification, apply, compensate, settle
 
 EXAMPLES = 2
 """Examples in the batch that captures and verifies a model."""
@@ -158,10 +159,10 @@ class _Run:
                 sides = {name: (item.input, item.output) for name, item in states.groups.items()}
                 graphs = keep_graphs(sides, config.score.neighbors, config.score.ridge)
         smaller, repairs, verification = self._cut(before, states, step, total, seconds)
-        batch_norms = 0
+        norms = Remeasured(smaller, 0)
         if config.batch_norm and number == config.plan.rounds:
             with clock(seconds, "batch norms"):
-                smaller, batch_norms = remeasure(smaller, limited(self.batches, config.record.examples))
+                norms = remeasure(smaller, limited(self.batches, config.record.examples))
         done = Round(
             number=number,
             report=step.report,
@@ -170,13 +171,14 @@ class _Run:
             kept=dict(step.kept),
             diagnosis={name: item.diagnosis.to_dict() for name, item in scores.items()},
             verification=verification,
-            metric=None if self.evaluate is None else self.evaluate(smaller),
+            metric=None if self.evaluate is None else self.evaluate(norms.model),
             repairs=repairs,
-            batch_norms=batch_norms,
+            batch_norms=norms.norms,
+            batch_norms_kept=norms.reason,
         )
         return replace(
             before,
-            model=smaller,
+            model=norms.model,
             plan=total,
             groups=shrink(groups, step.kept),
             rounds=(*before.rounds, done),

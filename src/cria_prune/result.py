@@ -31,6 +31,7 @@ class Round:
         metric: of the pruned model, if `evaluate` was given.
         repairs: what `compensate` did, consumer by consumer.
         batch_norms: how many batch norms were measured again; 0 but in the last round.
+        batch_norms_kept: why none was, where that was asked for and there are some.
     """
 
     number: int
@@ -43,6 +44,7 @@ class Round:
     metric: float | None
     repairs: tuple[Repair, ...] = ()
     batch_norms: int = 0
+    batch_norms_kept: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,11 @@ class PruneResult:
     def changed(self) -> str:
         """What was done to the parts that stay, in words; empty for nothing."""
         repaired = len({repair.tensor for item in self.rounds for repair in item.repairs})
-        norms = self.rounds[-1].batch_norms
+        norms, reason = self.rounds[-1].batch_norms, self.rounds[-1].batch_norms_kept
         said = [
             *([f"{repaired} consumers repaired in closed form"] if repaired else []),
             *([f"{norms} batch norms measured again"] if norms else []),
+            *([f"batch norms as they were ({reason})"] if reason else []),
         ]
         return ", ".join(said)
 

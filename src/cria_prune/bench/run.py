@@ -138,13 +138,14 @@ def _dense(
 ) -> None:
     """Measure the dense model of a seed, or see that it is the one that the folder's cells started from.
 
-    A training ends with other weights on another machine, or with another number of threads.
+    A training ends with other weights on another machine, or with another number of threads. A file of the
+    first benches has no hash of the weights: there the metric has to be the same.
 
     Raises:
         ArtifactError: it is another one.
     """
     path, weights = folder / f"dense-seed{seed}.json", fingerprint(*model.state_dict().values())
-    said = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    said = _dense_file(path) if path.exists() else {}
     if said.get("weights") == weights:
         return
     value = chosen.evaluate(model, chosen.test_batches(), progress)
@@ -158,6 +159,18 @@ def _dense(
         origin = provenance(seed=seed, command=command, data_fingerprint=data, device=device)
         said = {"metric": chosen.metric, "dense": value, "provenance": origin}
     write_json(path, {**said, "weights": weights})
+
+
+def _dense_file(path: Path) -> dict[str, Any]:
+    """Return what the file of a dense model says."""
+    try:
+        said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        float(said["dense"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"The result file {path}", f"{type(error).__name__}: {error}", "Remove it to measure again"
+        ) from error
+    return said
 
 
 def _measure(

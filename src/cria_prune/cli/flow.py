@@ -73,8 +73,10 @@ def note_costs(job: Job, result: PruneResult, plan: Plan) -> None:
         "macs": said["macs"],
         "rounds": len(result.rounds),
     }
-    if result.changed:
-        job.results["changed"] = result.changed
+    earlier = job.target.results.get("changed")
+    changed = [result.changed, f"before this cut {earlier}" if earlier else ""]
+    if any(changed):
+        job.results["changed"] = ", ".join(filter(None, changed))
     checks = [item.verification.difference for item in result.rounds if item.verification is not None]
     if checks:
         job.results["masked_equals_pruned"] = max(checks)

@@ -2,7 +2,6 @@
 
 from cria_prune.surgery.apply import apply
 from cria_prune.surgery.compensate import Repair, compensate
-from cria_prune.surgery.norms import remeasure
 from cria_prune.surgery.slicing import slice_tensor
 from cria_prune.surgery.trial import settle
 from cria_prune.surgery.verify import Reference, Verification, mask, verify
@@ -14,7 +13,6 @@ __all__ = [
     "apply",
     "compensate",
     "mask",
-    "remeasure",
     "settle",
     "slice_tensor",
     "verify",

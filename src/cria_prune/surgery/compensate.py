@@ -19,6 +19,8 @@ from cria_prune.modules import copy_of, named_tensors
 from cria_prune.structure.groups import ParameterSlice, UnitGroup, UnitGroups
 
 RIDGE = 1e-4
+FEWEST, WIDEST = 32, 16384
+"""Samples that say how features go together; features whose second moments are one matrix (2 GB)."""
 _BIASED = (nn.Linear, nn.modules.conv._ConvNd)
 _TRANSPOSED = nn.modules.conv._ConvTransposeNd
 
@@ -55,7 +57,8 @@ def compensate(
 
     Groups whose units a normalisation takes its statistics over are passed over (other units change when
     some leave), and so are consumers whose weight does not lie along the signal that was recorded (grouped
-    convolutions). The removed units are still there: `apply` cuts them.
+    convolutions), those with fewer than 32 samples, and those that read more than 16,384 features. The
+    removed units are still there: `apply` cuts them.
 
     Args:
         model: the model that the groups are of; it is left as it was.
@@ -79,6 +82,8 @@ def compensate(
         for item in group.consumers:
             moments = consumed.get(group.name, {}).get(item.tensor)
             if moments is None or not _along_signal(group, item):
+                continue
+            if moments.samples < FEWEST or moments.units > WIDEST:
                 continue
             bias = _bias_of(item, modules, tensors)
             repairs.append(_repair(group, item, tensors[item.tensor], bias, stays, moments, ridge))
