@@ -15,6 +15,7 @@ import coverage_table
 import roundtrip_table
 from coverage_table import table
 from cria_prune.artifact.intervals import mean_interval
+from cria_prune.bench.cell import dense_seed
 from cria_prune.metrics import metric
 
 ROOT = Path(__file__).parents[1]
@@ -86,19 +87,14 @@ def figures(network: str, cells: Cells, key: str) -> str:
     if metric_of(network) == "accuracy":
         return percent(values)
     dense = dense_of(network)
-    ratios = [item[key] / dense[dense_seed(item)]["dense"] for item in cells]
+    ratios = [item[key] / dense[dense_seed(item["cell"])]["dense"] for item in cells]
     mean, half = mean_interval(ratios)
     return f"{statistics.mean(values):.1f} ({mean:.2f}{'' if half is None else f' ± {half:.2f}'} ×)"
 
 
-def dense_seed(item: dict[str, Any]) -> int:
-    seed: int = item["cell"].get("dense_seed", item["cell"]["seed"])
-    return seed
-
-
 def dense_line(network: str, cells: Cells) -> str:
     """The dense models that the cells start from."""
-    started = {dense_seed(item) for item in cells}
+    started = {dense_seed(item["cell"]) for item in cells}
     dense = {seed: item for seed, item in dense_of(network).items() if seed in started}
     values = sorted({round(item["dense"], 6) for item in dense.values()})
     if metric_of(network) == "accuracy":
@@ -111,6 +107,13 @@ def seeds_line(cells: Cells) -> str:
     commits = sorted({str(item["provenance"].get("commit"))[:9] for item in cells})
     count = plural(len(cells), "cell")
     return f"Seeds {', '.join(map(str, seeds))}; {count}; code of commit {', '.join(commits)}."
+
+
+def section(
+    network: str, title: str, cells: Cells, head: Sequence[str], rows: Sequence[Sequence[str]]
+) -> list[str]:
+    """A table of cells under its title, with where the cells come from."""
+    return [title, "", f"{dense_line(network, cells)} {seeds_line(cells)}", "", *table(head, rows), ""]
 
 
 def pruned_table(network: str, scope: str, how: tuple[Any, ...] = PLAIN) -> list[str]:
@@ -135,14 +138,14 @@ def pruned_table(network: str, scope: str, how: tuple[Any, ...] = PLAIN) -> list
     said = metric_of(network)
     unit = "accuracy in %" if said == "accuracy" else f"{said} (ratio to dense)"
     title = f"### {network}, {width}: {unit} {WAYS[how]}"
-    return [title, "", dense_line(network, cells) + " " + seeds_line(cells), "", *table(head, rows), ""]
+    return section(network, title, cells, head, rows)
 
 
 def compact_table(network: str) -> list[str]:
     """The criteria that the README compares, with and without what the default does beside cutting."""
     cells = pick(read(network), scope="inner", epochs=0, rounds=4)
     repaired = (True, network not in SHARE_OF, "uniform")
-    most = max((len({item["cell"]["seed"] for item in cells}), 1))
+    most = len({item["cell"]["seed"] for item in cells})
     named = [(name, PLAIN) for name in ORDER if name.startswith("tp-")]
     named += [(name, how) for how in (PLAIN, repaired) for name in COMPARED]
     shares = sorted({item["cell"]["reduction"] for item in cells} & set(SHARES))
@@ -163,7 +166,7 @@ def compact_table(network: str) -> list[str]:
     title = f"### {network}: {metric_of(network)} with fewer {fewer}, no training"
     chosen = [item for item in cells if item["cell"]["reduction"] in shares]
     head = ["criterion", *(f"{share:.0%}" for share in shares)]
-    return [title, "", dense_line(network, chosen) + " " + seeds_line(chosen), "", *table(head, rows), ""]
+    return section(network, title, chosen, head, rows)
 
 
 def fixed(name: str, how: tuple[Any, ...]) -> int:
@@ -210,14 +213,7 @@ def recovered_table(network: str, how: tuple[Any, ...] = PLAIN) -> list[str]:
         ]  # fmt: skip
         fewer = f"fewer {SHARE_OF.get(network, 'parameters')}"
         head = ["criterion", fewer, "pruned", "recovered", "reached", "parameters left"]
-        lines += [
-            title,
-            "",
-            dense_line(network, chosen) + " " + seeds_line(chosen),
-            "",
-            *table(head, rows),
-            "",
-        ]
+        lines += section(network, title, chosen, head, rows)
     return lines
 
 

@@ -105,6 +105,7 @@ def joined(batches: Iterable[Batch], least: int) -> Iterator[Batch]:
     waiting: Batch | None = None
     for batch in batches:
         args, kwargs = model_inputs(batch)
+        # The map makes plain dictionaries of inner mappings, which alone can be taken apart and compared.
         inputs: Batch = map_tensors(kwargs, lambda item: item) if kwargs else args[0]
         whole = inputs if waiting is None else _together(waiting, inputs)
         if whole is None:

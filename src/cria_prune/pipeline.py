@@ -22,7 +22,7 @@ from cria_prune.plan import plan as make_round
 from cria_prune.progress import QUIET, Progress
 from cria_prune.record import States, record
 from cria_prune.record.collect import cut, limited
-from cria_prune.record.norms import Remeasured, remeasure
+from cria_prune.record.norms import Remeasured, batch_norms, remeasure
 from cria_prune.result import PruneResult, Round
 from cria_prune.scope import check_target
 from cria_prune.spectrum import Importance
@@ -160,7 +160,7 @@ class _Run:
                 graphs = keep_graphs(sides, config.score.neighbors, config.score.ridge)
         smaller, repairs, verification = self._cut(before, states, step, total, seconds)
         norms = Remeasured(smaller, 0)
-        if config.batch_norm and number == config.plan.rounds:
+        if config.batch_norm and number == config.plan.rounds and batch_norms(smaller):
             with clock(seconds, "batch norms"):
                 norms = remeasure(smaller, limited(self.batches, config.record.examples))
         done = Round(

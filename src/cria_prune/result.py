@@ -59,7 +59,7 @@ class PruneResult:
         config: what was asked.
         seconds: wall time of capture and discovery.
         graphs: group name -> the graphs of the dense model's neurons, of as many groups as `keep_graphs`
-            takes; empty where the criterion records nothing, None if not asked for.
+            takes; empty where nothing is recorded, None if not asked for.
     """
 
     model: nn.Module = field(repr=False)

@@ -89,8 +89,10 @@ def _lead(result: Result) -> str:
         for key, word in (("asked", "asked"), ("reduction", "removed"), ("reachable", "at most possible"))
         if number(result.get(key)) is not None
     ]
-    changed = f" Without training: {escape(str(result['changed']))}." if result.get("changed") else ""
-    return f"<p class=lead>Share of the {cost}: {', '.join(said)}.{changed}</p>" if said else changed
+    lines = [f"Share of the {cost}: {', '.join(said)}."] if said else []
+    if result.get("changed"):
+        lines.append(f"Without training: {escape(str(result['changed']))}.")
+    return f"<p class=lead>{' '.join(lines)}</p>" if lines else ""
 
 
 def _outcome(result: Result) -> str:

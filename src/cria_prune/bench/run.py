@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,15 +86,11 @@ def _missing(grid: Grid, chosen: Task, folder: Path, data: str) -> Iterator[tupl
         if not path.exists():
             yield cell, config
             continue
-        try:
+        with _reading(path):
             said = json.loads(path.read_text(encoding="utf-8"))
             found, measured = PruneConfig(**said["config"]), said["cell"]
             known = said["provenance"].get("data") in (data, chosen.fingerprint("test"))
             tuned = said.get("recover")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, CriaError) as error:
-            raise ArtifactError(
-                f"The result file {path}", f"{type(error).__name__}: {error}", "Remove it to measure again"
-            ) from error
         asked: dict[str, Any] = {"cell": cell, "config": config.model_dump(mode="json")}
         there: dict[str, Any] = {"cell": measured, "config": found.model_dump(mode="json")}
         if cell["epochs"] and tuned is not None:  # files of the first benches do not say it
@@ -105,6 +102,17 @@ def _missing(grid: Grid, chosen: Task, folder: Path, data: str) -> Iterator[tupl
                 f"{path.name} was measured with {differs or 'other data'}",
                 "Choose another --output, or remove the file",
             )
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Name the result file that is damaged, or holds something else, and what to do."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, CriaError) as error:
+        raise ArtifactError(
+            f"The result file {path}", f"{type(error).__name__}: {error}", "Remove it to measure again"
+        ) from error
 
 
 def tuning(chosen: Task, cell: Cell) -> RecoverConfig:
@@ -145,7 +153,11 @@ def _dense(
         ArtifactError: it is another one.
     """
     path, weights = folder / f"dense-seed{seed}.json", fingerprint(*model.state_dict().values())
-    said = _dense_file(path) if path.exists() else {}
+    said: dict[str, Any] = {}
+    if path.exists():
+        with _reading(path):
+            said = json.loads(path.read_text(encoding="utf-8"))
+            float(said["dense"])
     if said.get("weights") == weights:
         return
     value = chosen.evaluate(model, chosen.test_batches(), progress)
@@ -159,18 +171,6 @@ def _dense(
         origin = provenance(seed=seed, command=command, data_fingerprint=data, device=device)
         said = {"metric": chosen.metric, "dense": value, "provenance": origin}
     write_json(path, {**said, "weights": weights})
-
-
-def _dense_file(path: Path) -> dict[str, Any]:
-    """Return what the file of a dense model says."""
-    try:
-        said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        float(said["dense"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(
-            f"The result file {path}", f"{type(error).__name__}: {error}", "Remove it to measure again"
-        ) from error
-    return said
 
 
 def _measure(

@@ -48,7 +48,7 @@ def remeasure(model: nn.Module, batches: Iterable[Batch]) -> Remeasured:
             and left out otherwise.
     """
     measured = copy_of(model)
-    norms: list[Any] = [item for item in measured.modules() if _keeps_statistics(item)]
+    norms = batch_norms(measured)
     if not norms:
         return Remeasured(measured, 0)
     buffers = [(buffer, buffer.clone()) for buffer in measured.buffers()]
@@ -85,6 +85,13 @@ def _measure(model: nn.Module, norms: list[Any], batches: Iterable[Batch]) -> No
                 forward(model, map_tensors(batch, lambda item: item.to(device, copy=True)))
 
 
-def _keeps_statistics(module: nn.Module) -> bool:
-    norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
-    return norm and module.running_mean is not None and module.num_batches_tracked is not None
+def batch_norms(model: nn.Module) -> list[Any]:
+    """Return the batch norms of a model that keep statistics of their own process."""
+    return [
+        item
+        for item in model.modules()
+        if isinstance(item, nn.modules.batchnorm._BatchNorm)
+        and not isinstance(item, nn.SyncBatchNorm)
+        and item.running_mean is not None
+        and item.num_batches_tracked is not None
+    ]

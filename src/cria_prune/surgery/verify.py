@@ -146,8 +146,9 @@ class Reference:
             raise VerificationError(
                 "A forward pass of the pruned model", f"{type(error).__name__}: {first_line(error)}", ADVICE
             ) from error
+        difference = _difference(expected, found)
         result = Verification(
-            difference := _difference(expected, found),
+            difference,
             self._tolerance(difference),
             str(self.dtype).removeprefix("torch."),
             "operations" if plan.normed else "weights",
