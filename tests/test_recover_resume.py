@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import nn
 from torch.utils.data import DataLoader
 
+from cria_prune import store
 from cria_prune.config import RecoverConfig
 from cria_prune.errors import ArtifactError
 from cria_prune.loss import cross_entropy
@@ -124,7 +125,7 @@ def half_written(tensors, path, metadata):
     kill()
 
 
-save = states.save_file
+save = store.save_file
 replace = os.replace
 
 
@@ -166,7 +167,7 @@ def children(folder):
     for name, (optimizer, step, patches) in KILLS.items():
         child = os.fork()
         if child == 0:
-            states.save_file = patches.get("save_file", save)
+            store.save_file = patches.get("save_file", save)
             os.replace = patches.get("replace", replace)
             tuned(CONFIGS[optimizer], Path(folder) / name, StopAt(step, kill))
             os._exit(0)

@@ -14,10 +14,11 @@ from cria_prune.config import RecoverConfig
 from cria_prune.errors import DataError, SignalError
 from cria_prune.loss import Loss
 from cria_prune.progress import Bar, Progress
-from cria_prune.recover.guard import State, generators, lower_precision, put_back, set_generators, snapshot
+from cria_prune.recover.guard import generators, lower_precision, put_back, set_generators, snapshot
 from cria_prune.recover.result import Epoch
 from cria_prune.recover.schedule import make_optimizer, moments, rate, set_moments
 from cria_prune.recover.state import BATCHES, Facts, Keeper
+from cria_prune.store import State
 
 Batches = Iterable[Batch] | Callable[[int], Iterable[Batch]]
 Metric = Callable[[nn.Module], float]
