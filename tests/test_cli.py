@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner, Result
 
@@ -26,7 +27,7 @@ PRUNING = {
     "--compensate", "--no-compensate", "--batch-norm", "--no-batch-norm",
     "--floor", "--uniform", "--no-uniform", "--multiple", "--examples", "--positions", "--watch", "--config",
 }  # fmt: skip
-TUNING = {"--epochs", "--lr", "--distill", "--lora", "--resume"}
+TUNING = {"--epochs", "--lr", "--distill", "--lora"}
 COMMON = {"--seed", "--device", "--quiet", "-q"}
 SAVING = {"--output", "--overwrite"}
 DATA = {"--calibration", "--dataset", "--text"}
@@ -34,13 +35,13 @@ SCORING = {
     "--criterion", "--preset", "--residual", "--no-residual", "--examples", "--positions", "--config",
 }  # fmt: skip
 SURFACE = {
-    "run": PRUNING | TUNING | COMMON | SAVING | {"--quick", "--base"},
+    "run": PRUNING | TUNING | COMMON | SAVING | {"--quick", "--base", "--resume"},
     "inspect": {"--example", "--meta", "--floor", "--tree", "--all", "--json", "--quiet", "-q"},
     "score": SCORING | COMMON | SAVING | DATA,
     "ablate": SCORING | COMMON | SAVING | DATA | {"--shares", "--random-seeds", "--limit"},
     "bench": {"--criterion", "--reduction", "--reduce", "--seed", "--device", "--output", "--quiet", "-q"},
-    "prune": PRUNING | COMMON | SAVING | DATA | {"--export"},
-    "recover": TUNING | COMMON | SAVING | DATA | {"--teacher"},
+    "prune": PRUNING | COMMON | SAVING | DATA | {"--export", "--resume"},
+    "recover": TUNING | COMMON | SAVING | DATA | {"--teacher", "--resume"},
     "report": {"--layer", "--output", "--overwrite", "--quiet", "-q"},
     "eval": COMMON | DATA | {"--tasks", "--task-folder", "--limit"},
 }
@@ -315,10 +316,52 @@ def test_ctrl_c_in_round_two_keeps_round_one(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(pipeline, "score", stopped)
     result = cria("run", "digits", *SMALL, "--output", "out", "--quiet")
     assert result.exit_code == 130 and result.stdout == ""
-    assert result.stderr == ("interrupted: round 1 of 2 is kept in out (go on with: cria recover out)\n")
+    assert result.stderr == (
+        "interrupted: round 1 of 2 is kept (go on with: the same command, --output out --resume)\n"
+    )
     saved = load("out")
     assert saved.manifest["results"]["stage"] == "round 1 of 2"
     assert 0 < len(saved.plan.kept["conv1"]) < 32
+
+
+def test_a_run_that_was_stopped_in_a_round_and_in_the_recovery_ends_with_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ["run", "digits", *SMALL, "--rounds", "3", "--epochs", "1", "--quiet"]
+    assert cria(*words, "--output", "whole").exit_code == 0
+    honest, calls = pipeline.score, list[int]()
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return honest(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "score", counted)
+    assert cria(*words, "--output", "out").exit_code == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageTask, "_augment", interrupt)
+        assert cria(*words, "--output", "out", "--resume").exit_code == 130
+    assert len(calls) == 4
+    again = answer(cria(*words, "--output", "out", "--resume"))
+    assert len(calls) == 4
+    whole, out = load("whole"), load("out")
+    assert whole.plan == out.plan
+    states = whole.model.state_dict(), out.model.state_dict()
+    assert all(torch.equal(*pair) for pair in zip(*(state.values() for state in states), strict=True))
+    assert not [path.name for path in Path().iterdir() if path.name.startswith(".")]
+    assert answer(cria(*words, "--output", "out", "--resume"))["recovered"] == again["recovered"]
+    said = error(*words[:-1], "--output", "out", "--resume", "--seed", "3")
+    assert "it holds the recovered model of another command" in said
+
+
+def test_a_new_command_does_not_go_on_from_an_old_state() -> None:
+    words = ["prune", "digits", *SMALL, "--output", "out", "--quiet"]
+    Path(".out.rounds").mkdir()
+    Path(".out.rounds/rounds.safetensors").write_text("damaged")
+    assert "Reading the state of a pruning" in error(*words, "--resume")
+    assert answer(cria(*words))["parameters"] > 0
+    assert not Path(".out.rounds").exists()
 
 
 def test_ctrl_c_in_the_recovery_keeps_the_best_epoch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,6 +26,7 @@ from cria_prune.record import States, record
 from cria_prune.record.collect import cut, limited
 from cria_prune.record.norms import Remeasured, batch_norms, remeasure
 from cria_prune.result import PruneResult, Round
+from cria_prune.rounds import RoundStore
 from cria_prune.scope import check_target
 from cria_prune.spectrum import Importance
 from cria_prune.structure import UnitGroups, shrink
@@ -68,11 +71,16 @@ def prune(
     on_round: Callable[[PruneResult], None] | None = None,
     progress: Progress | None = None,
     graphs: bool = False,
+    state: str | Path | None = None,
+    data: str | None = None,
 ) -> PruneResult:
     """Make a trained model smaller: record, score, plan and cut, round by round; no weight is trained.
 
     The model is left untouched. In every round masked equals pruned is verified against it, or with repair
     against the repaired model of that round.
+
+    With a `state`, the same call in another process goes on after the last finished round, also after a
+    SIGKILL, and ends with the same bits. That asks of `batches` to be the same in every pass.
 
     Args:
         model: the trained model, on the device where the work is to be done.
@@ -83,9 +91,14 @@ def prune(
         on_round: called with the result so far after every round.
         progress: where to show the rounds; silent if None.
         graphs: keep the neuron graphs of the dense model, to draw them later.
+        state: a folder for the finished rounds, of this pruning alone; the caller removes it. Once all are
+            finished, the same call returns the same result and records nothing.
+        data: fingerprint of the calibration data: a state of other data is refused. The first two examples
+            are compared in any case.
 
     Raises:
         CriaError: each stage's own; the model is then as it was.
+        ArtifactError: the state cannot be kept, is damaged, or is of another pruning.
 
     Example:
         >>> import torch
@@ -114,9 +127,24 @@ def prune(
     )  # fmt: skip
     rounds = config.plan.rounds
     run = _Run(batches, example, dense_copy, needs, loss, evaluate, allowed)
+    store = None
+    if state is not None:
+        said = {
+            "data": data,
+            "device": device_of(model).type,
+            "graphs": graphs,
+            "watched": evaluate is not None,
+        }
+        store = RoundStore(state, model, config, example, **said)
+        result = store.resume(result, run.step)
+    done = len(result.rounds)
     with (progress or QUIET).bar("prune", rounds) as bar:
-        for number in range(1, rounds + 1):
-            result = run.round(result, number)
+        bar.update(max(done - 1, 0))
+        for number in range(max(done, 1), rounds + 1):  # the last of those that were kept is shown again
+            if number > done:
+                result = run.round(result, number)
+                if store is not None:
+                    store.write(result)
             report = result.report
             bar.update(
                 parameters=f"{report['parameters']:,.0f}",
@@ -148,10 +176,7 @@ class _Run:
             scores: dict[str, Importance] = score(before.model, groups, states, config.score)
         values = {name: item.scores.numpy() for name, item in scores.items()}
         with clock(seconds, "plan"):
-            target = config.plan.reduction * number / config.plan.rounds
-            step = make_round(
-                groups, values, config.plan, dense=before.dense, target=target, allowed=self.allowed
-            )
+            step = self.step(before, values, number)
             total = compose(before.plan, step)
         graphs = before.graphs
         if number == 1 and graphs is not None and states is not None:
@@ -183,6 +208,14 @@ class _Run:
             groups=shrink(groups, step.kept),
             rounds=(*before.rounds, done),
             graphs=graphs,
+        )
+
+    def step(self, before: PruneResult, scores: Mapping[str, np.ndarray], number: int) -> Plan:
+        """Return the plan of a round, relative to the model before it."""
+        plan = before.config.plan
+        target = plan.reduction * number / plan.rounds
+        return make_round(
+            before.groups, scores, plan, dense=before.dense, target=target, allowed=self.allowed
         )
 
     def _recorded(self, before: PruneResult, seconds: dict[str, float]) -> States | None:

@@ -31,10 +31,13 @@ def prune_stage(job: Job, model: nn.Module, config: PruneConfig, watch: bool) ->
         stage = f"round {len(result.rounds)} of {config.plan.rounds}"
         with clock(job.seconds, "save"):
             job.keep(result.model, whole(result), {"prune": config.model_dump(mode="json")}, stage)
+        job.kept.text = f"{stage} is kept (go on with: the same command, --output {job.output} --resume)"
 
     with clock(job.seconds, "data"):
         batches = task.calibration(config.record.examples, config.record.seed)
     held = list(task.validation_batches()) if watch else []
+    if not job.resume:
+        job.forget()
     result = prune(
         model,
         batches,
@@ -43,6 +46,8 @@ def prune_stage(job: Job, model: nn.Module, config: PruneConfig, watch: bool) ->
         on_round=on_round,
         progress=job.talk.progress,
         graphs=True,
+        state=job.rounds,
+        data=job.origin["data"],
     )
     stages = result.seconds_by_stage
     job.seconds["structure"] = stages.pop("discover")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from cria_prune.loss import logits_of
 from cria_prune.pipeline import clock
 from cria_prune.plan import Plan
 
-RECOVERED = "the recovered model"
+RECOVERED, PRUNED = "the recovered model", "the pruned model"
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Job:
         kept: told what an interruption would leave.
         command: the command line, for the provenance.
         padded: also write the padded twin of a Hugging Face model.
-        resume: go on with the fine-tune that was interrupted.
+        resume: go on with the rounds or the fine-tune that were interrupted.
         overwrite: replace what Cria wrote to the output folder.
         seconds: stage -> wall time.
         results: the JSON object so far.
@@ -91,22 +92,43 @@ class Job:
 
     def may_replace(self) -> bool:
         """Say whether the output folder may be overwritten: asked for, or left by an interrupted run."""
-        return self.overwrite or (self.resume and self.recovery.exists())
+        return self.overwrite or (self.resume and (self.rounds.exists() or self.recovery.exists()))
 
-    def finished(self, described: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return the results of a recipe that lie in the output folder, if it was configured like this."""
+    def finished(self, described: Mapping[str, Any], stage: str = RECOVERED) -> dict[str, Any] | None:
+        """Return the results that lie in the output folder, if they are of this stage and configuration."""
         manifest = self._there()
         results = manifest.get("results")
-        if not isinstance(results, dict) or results.get("stage") != RECOVERED:
+        if not isinstance(results, dict) or results.get("stage") != stage:
             return None
-        same = all(results.get(key) == self.results.get(key) for key in ("recipe", "options", "seed"))
+        keys = ("recipe", "model", "options", "seed", "checkpoint")
+        same = all(results.get(key) == self.results.get(key) for key in keys)
         data = (manifest.get("provenance") or {}).get("data") == self.origin["data"]
         return results if same and data and manifest.get("config") == described else None
 
-    def unfinished(self) -> bool:
-        """Say whether the output folder holds a checkpoint that an interrupted run of a recipe left."""
-        manifest = {} if self.target.pretrained else self._there()
-        return bool(manifest) and (manifest.get("results") or {}).get("stage") != RECOVERED
+    def done(self, described: Mapping[str, Any], stage: str) -> dict[str, Any] | None:
+        """Return the results of the same command, if it is to be resumed and had ended already.
+
+        Raises:
+            ArtifactError: the output folder holds the result of another command.
+        """
+        if not self.resume:
+            return None
+        found = self.finished(described, stage)
+        results = self._there().get("results") or {}
+        if found is None and not self.may_replace() and results.get("stage") in (RECOVERED, PRUNED):
+            raise ArtifactError(
+                f"Resuming in {self.output}",
+                f"it holds {results['stage']} of another command, or of other settings",
+                "Name another --output, or pass --overwrite to start anew",
+            )
+        if found is not None:
+            self.forget()
+            self.talk.say(f"already in {self.output}")
+        return found
+
+    def holds_result(self) -> bool:
+        """Say whether a whole model of Cria's lies in the output folder."""
+        return bool(self._there())
 
     def _there(self) -> Mapping[str, Any]:
         """Return the manifest of what lies in the output folder; empty if nothing whole does."""
@@ -119,6 +141,16 @@ class Job:
     def recovery(self) -> Path:
         """Where the fine-tune keeps its state until the result is saved: hidden, beside the output."""
         return self.output.with_name(f".{self.output.name}.recovery")
+
+    @property
+    def rounds(self) -> Path:
+        """Where the pruning keeps its rounds until the result is saved: hidden, beside the output."""
+        return self.output.with_name(f".{self.output.name}.rounds")
+
+    def forget(self) -> None:
+        """Remove the states of the rounds and of the fine-tune: they are not needed any more."""
+        for folder in (self.rounds, self.recovery):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def measure(self, model: nn.Module, name: str) -> None:
         """Evaluate a model on the test split, print and note the metric and what else there is to say."""

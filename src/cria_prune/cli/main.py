@@ -163,6 +163,7 @@ def prune(
     examples: o.Examples = None,
     positions: o.Positions = None,
     watch: o.Watch = False,
+    resume: o.Resume = False,
     seed: o.Seed = None,
     device: o.Device = "auto",
     output: o.Output = None,
