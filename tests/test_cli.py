@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from cria_prune import pipeline
 from cria_prune.artifact.checkpoint import load
+from cria_prune.artifact.scores import load_scores
 from cria_prune.cli.main import app
 from cria_prune.config import RecoverConfig
 from cria_prune.recover import recover
@@ -37,10 +38,11 @@ SCORING = {
 SURFACE = {
     "run": PRUNING | TUNING | COMMON | SAVING | {"--quick", "--base", "--resume"},
     "inspect": {"--example", "--meta", "--floor", "--tree", "--all", "--json", "--quiet", "-q"},
-    "score": SCORING | COMMON | SAVING | DATA,
+    "score": SCORING | COMMON | SAVING | DATA | {"--compensate", "--no-compensate"},
     "ablate": SCORING | COMMON | SAVING | DATA | {"--shares", "--random-seeds", "--limit"},
     "bench": {"--criterion", "--reduction", "--reduce", "--seed", "--device", "--output", "--quiet", "-q"},
-    "prune": PRUNING | COMMON | SAVING | DATA | {"--export", "--resume"},
+    "prune": PRUNING | COMMON | SAVING | DATA | {"--export", "--resume", "--scores"},
+    "sweep": (PRUNING - {"--rounds", "--watch"}) | COMMON | SAVING | DATA | {"--scores", "--resume"},
     "recover": TUNING | COMMON | SAVING | DATA | {"--teacher", "--resume"},
     "report": {"--layer", "--output", "--overwrite", "--quiet", "-q"},
     "eval": COMMON | DATA | {"--tasks", "--task-folder", "--limit"},
@@ -162,14 +164,18 @@ def test_recovery_of_no_epochs_and_a_config_file() -> None:
 
 
 def test_score_writes_scores_and_inspect_groups() -> None:
-    result = cria("score", "digits", "--examples", "64", "--output", "s.json")
+    result = cria("score", "digits", "--examples", "64", "--output", "kept")
     assert answer(result)["groups"] == 3 and "split-half" in result.stdout
-    groups = json.loads(Path("s.json").read_text())["groups"]
-    assert {name: len(item["scores"]) for name, item in groups.items()} == {
+    said, scored = json.loads(Path("kept/scores.json").read_text()), load_scores("kept")
+    assert {name: len(item.scores) for name, item in scored.importances.items()} == {
         "conv1": 32, "conv3": 64, "hidden": 128,
     }  # fmt: skip
-    assert groups["conv1"]["diagnosis"]["status"] == "converged"
-    assert "it exists" in error("score", "digits", "--output", "s.json")
+    assert said["diagnosis"]["conv1"]["status"] == "converged" and said["recipe"] == "digits"
+    assert said["provenance"]["seed"] == 0
+    assert "not empty" in error("score", "digits", "--output", "kept", "--quiet")
+    assert (
+        answer(cria("score", "digits", "--examples", "64", "--criterion", "l1", "--quiet"))["output"] is None
+    )
     said = answer(cria("inspect", "digits", "--json"))
     rows = {item["name"]: item for item in said["groups"]}
     assert rows["conv1"]["parameters_per_unit"] == 9 + 2 + 64 * 9
@@ -212,6 +218,74 @@ def test_ablate_writes_a_table_a_file_and_a_picture() -> None:
     batches = task("digits").test_batches(200)
     assert values["dense"] == task("digits").evaluate(task("digits").dense(), batches)
     assert "it is not empty" in error("ablate", "digits", "--output", str(folder))
+
+
+def test_prune_by_scores_is_one_round_of_prune(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--examples", "64", "--device", "cpu", "--quiet"]
+    answer(cria("score", "digits", *words, "--output", "kept"))
+    cria("prune", "digits", *words, "--rounds", "1", "--reduce", "0.4", "--output", "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "record_for", lambda *_, **__: pytest.fail("recorded"))
+        said = answer(cria("prune", "digits", "--scores", "kept", "--reduce", "0.4", "--output", "cut"))
+    assert said["rounds"] == 1 and "scoring_over_forward" not in said
+    one, two = load("whole"), load("cut")
+    assert one.plan == two.plan
+    states = one.model.state_dict(), two.model.state_dict()
+    assert all(torch.equal(*pair) for pair in zip(*(state.values() for state in states), strict=True))
+    by = ["prune", "digits", "--scores", "kept", "--output", "x", "--quiet"]
+    assert "theirs is criterion 'innovation', asked is 'l1'" in error(*by, "--criterion", "l1")
+    assert "theirs is examples 64, asked is 65" in error(*by, "--examples", "65")
+    assert "Ask for one round" in error(*by, "--rounds", "3")
+    assert "holds no scores.json" in error(*by[:3], "cut", *by[4:])
+    assert "of a model with other weights" in error("prune", "cut", *by[2:])
+
+
+def test_a_sweep_scores_once_and_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded, honest = list[int](), pipeline.record_for
+
+    def counted(*args, **kwargs):
+        recorded.append(1)
+        return honest(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "record_for", counted)
+    words = ["sweep", "digits", "--examples", "64", "--reduce", "0.2", "--reduce", "0.5", "--output", "out"]
+    with monkeypatch.context() as patch:
+        evaluated, real = list[int](), ImageTask.evaluate
+
+        def stopped(*args, **kwargs):
+            evaluated.append(1)
+            if len(evaluated) == 3:  # the dense model, the first size, the second
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+
+        patch.setattr(ImageTask, "evaluate", stopped)
+        assert cria(*words).exit_code == 130
+    first = Path("out/reduced-20/manifest.json").stat().st_mtime_ns
+    assert [item["asked"] for item in json.loads(Path("out/sweep.json").read_text())["family"]] == [0.2]
+    said = answer(cria(*words, "--resume"))
+    assert len(recorded) == 1 and Path("out/reduced-20/manifest.json").stat().st_mtime_ns == first
+    assert [item["asked"] for item in said["family"]] == [0.2, 0.5]
+    assert all(item["rounds"] == 1 and item["criterion"] == "innovation" for item in said["family"])
+    kept = json.loads(Path("out/sweep.json").read_text())
+    assert kept["dense"] == said["dense"] and kept["provenance"]["commit"]
+    assert Path("out/sweep.png").read_bytes()[:4] == b"\x89PNG"
+    assert sorted(path.name for path in Path("out").iterdir()) == [
+        "reduced-20", "reduced-50", "scores", "sweep.json", "sweep.png",
+    ]  # fmt: skip
+    answer(cria(*words, "--resume", "--criterion", "l1"))  # other scores: nothing of the old family is taken
+    assert json.loads(Path("out/reduced-20/manifest.json").read_text())["results"]["criterion"] == "l1"
+    assert answer(cria("sweep", "digits", "--scores", "out/scores", "--reduce", "0.3", "--output", "more"))
+    assert not Path("more/scores").exists()
+    for share, match in (("0.99", "at most"), ("0.2", "Give each share once")):
+        said = error(*words[:2], "--reduce", share, "--reduce", "0.2", "--output", "no", "--quiet")
+        assert match in said
+
+
+def test_the_usual_sizes_that_are_beyond_reach_are_left_out() -> None:
+    words = ["sweep", "digits", "--examples", "64", "--criterion", "l1", "--no-compensate", "--floor", "0.6"]
+    result = cria(*words, "--no-batch-norm", "--output", "out")
+    assert [item["asked"] for item in answer(result)["family"]] == [0.1, 0.2, 0.3]
+    assert "left out, beyond what can be removed: 40 %, 50 %, 60 %, 70 %" in result.stderr
 
 
 def test_an_ablation_of_a_checkpoint_scores_what_is_there() -> None:

@@ -28,16 +28,18 @@ MAY_IMPORT = {
     "surgery": BASE | {"structure", "plan", "graph"},
     "vanilla": BASE | {"structure"},
     "recover": BASE,
-    "artifact": BASE | {"plan", "surgery", "tasks", "structure", "vanilla", "graph", "spectrum"},
+    "artifact": BASE | {"scored", "plan", "surgery", "tasks", "structure", "vanilla", "graph", "spectrum"},
     "tasks": BASE | {"recover"},
     "bench": BASE | {"pipeline", "criteria", "recover", "tasks", "artifact", "structure", "plan"},
     "result": BASE | {"structure", "plan", "surgery", "graph"},
-    "scoring": BASE | {"pipeline", "scope", "structure", "spectrum"},
+    "scored": BASE | {"graph", "spectrum", "structure"},
+    "rounds": BASE | {"graph", "plan", "result", "structure", "surgery"},
+    "scoring": BASE | {"pipeline", "scope", "scored", "record", "structure", "spectrum"},
     "ablation": BASE | {"structure", "plan", "surgery"},
     "torch_pruning": BASE | {"pipeline", "scoring", "structure", "spectrum"},
     "cli": BASE
     | {"pipeline", "artifact", "tasks", "recover", "plan", "structure", "criteria", "record", "scope"}
-    | {"bench", "scoring", "ablation"},
+    | {"bench", "scored", "scoring", "ablation"},
 }
 
 
@@ -88,9 +90,9 @@ def test_public_names_are_frozen_and_documented() -> None:
 
 PUBLIC = [
     *["CRITERIA", "CriaError", "LoadedCheckpoint", "Plan", "PlanConfig", "PruneConfig"],
-    *["PruneResult", "RecordConfig", "RecoverConfig", "ScoreConfig", "UnitGroup", "UnitGroups", "ablate"],
-    *["apply", "discover", "load", "plan", "preset", "prune", "record", "recover", "save", "save_padded"],
-    *["save_pretrained", "score", "verify"],
+    *["PruneResult", "RecordConfig", "RecoverConfig", "ScoreConfig", "Scored", "UnitGroup", "UnitGroups"],
+    *["ablate", "apply", "discover", "load", "load_scores", "plan", "preset", "prune", "record", "recover"],
+    *["save", "save_padded", "save_pretrained", "save_scores", "score", "score_once", "verify"],
 ]
 
 

@@ -28,7 +28,9 @@ from cria_prune.record.norms import Remeasured, batch_norms, remeasure
 from cria_prune.result import PruneResult, Round
 from cria_prune.rounds import RoundStore
 from cria_prune.scope import check_target
+from cria_prune.scored import Consumed, Scored
 from cria_prune.spectrum import Importance
+from cria_prune.store import digest
 from cria_prune.structure import UnitGroups, shrink
 from cria_prune.structure import discover as follow
 from cria_prune.surgery import Reference, Repair, Verification, apply, compensate, settle
@@ -73,6 +75,7 @@ def prune(
     graphs: bool = False,
     state: str | Path | None = None,
     data: str | None = None,
+    scores: Scored | None = None,
 ) -> PruneResult:
     """Make a trained model smaller: record, score, plan and cut, round by round; no weight is trained.
 
@@ -95,6 +98,7 @@ def prune(
             finished, the same call returns the same result and records nothing.
         data: fingerprint of the calibration data: a state of other data is refused. The first two examples
             are compared in any case.
+        scores: of this model, from `score_once` or `load_scores`: nothing is recorded, in one round.
 
     Raises:
         CriaError: each stage's own; the model is then as it was.
@@ -110,6 +114,7 @@ def prune(
         True
     """
     config = config or PruneConfig()
+    config = config if scores is None else scores.applied(config)
     needs = find_criterion(config.score.criterion).needs
     batches = again(batches)
     check_finite(model)
@@ -121,20 +126,20 @@ def prune(
     dense_copy = None if config.compensate else reference
     del reference
     dense, allowed = found.groups, found.allowed
+    if scores is not None:
+        scores.check(model, dense)
     result = PruneResult(
         model, identity_plan(dense), dense, dense, (), config, time.perf_counter() - start,
         graphs={} if graphs else None,
     )  # fmt: skip
     rounds = config.plan.rounds
-    run = _Run(batches, example, dense_copy, needs, loss, evaluate, allowed)
+    run = _Run(batches, example, dense_copy, needs, loss, evaluate, allowed, scores)
     store = None
     if state is not None:
-        said = {
-            "data": data,
-            "device": device_of(model).type,
-            "graphs": graphs,
-            "watched": evaluate is not None,
-        }
+        said = {"data": data, "device": device_of(model).type, "graphs": graphs, "scores": None}
+        said["metric of every round"] = evaluate is not None
+        if scores is not None:
+            said["scores"] = digest("", {name: item.scores for name, item in scores.importances.items()})
         store = RoundStore(state, model, config, example, **said)
         result = store.resume(result, run.step)
     done = len(result.rounds)
@@ -167,13 +172,14 @@ class _Run:
     loss: Callable[[nn.Module, Batch], torch.Tensor] | None
     evaluate: Callable[[nn.Module], float] | None
     allowed: Allowed
+    given: Scored | None = None
 
     def round(self, before: PruneResult, number: int) -> PruneResult:
         """Record, score, plan, cut, verify."""
         config, groups, seconds = before.config, before.groups, dict[str, float]()
         states = self._recorded(before, seconds)
         with clock(seconds, "score"):
-            scores: dict[str, Importance] = score(before.model, groups, states, config.score)
+            scores = self._scores(before, states)
         values = {name: item.scores.numpy() for name, item in scores.items()}
         with clock(seconds, "plan"):
             step = self.step(before, values, number)
@@ -183,7 +189,7 @@ class _Run:
             with clock(seconds, "graphs"):
                 sides = {name: (item.input, item.output) for name, item in states.groups.items()}
                 graphs = keep_graphs(sides, config.score.neighbors, config.score.ridge)
-        smaller, repairs, verification = self._cut(before, states, step, total, seconds)
+        smaller, repairs, verification = self._cut(before, self._consumed(states), step, total, seconds)
         norms = Remeasured(smaller, 0)
         if config.batch_norm and number == config.plan.rounds and batch_norms(smaller):
             with clock(seconds, "batch norms"):
@@ -222,21 +228,37 @@ class _Run:
         """Record what the criterion and the repair need; None where neither needs anything."""
         config = before.config
         with clock(seconds, "record"):
-            if not (self.needs or config.compensate):
+            if self.given is not None or not (self.needs or config.compensate):
                 return None
             return record_for(
                 self.needs, before.model, before.groups, self.batches, config, loss=self.loss,
                 consumed=config.compensate,
             )  # fmt: skip
 
+    def _scores(self, before: PruneResult, states: States | None) -> dict[str, Importance]:
+        """Score the units, or take the scores that were given."""
+        if self.given is None:
+            return score(before.model, before.groups, states, before.config.score)
+        return {group.name: self.given.importances[group.name] for group in before.groups.prunable}
+
+    def _consumed(self, states: States | None) -> Consumed | None:
+        """Return the second moments of what the consumers read, of the groups that may be cut."""
+        if self.given is not None:
+            return self.given.consumed
+        return None if states is None else {name: item.consumed for name, item in states.groups.items()}
+
     def _cut(
-        self, before: PruneResult, states: States | None, step: Plan, total: Plan, seconds: dict[str, float]
+        self,
+        before: PruneResult,
+        consumed: Consumed | None,
+        step: Plan,
+        total: Plan,
+        seconds: dict[str, float],
     ) -> tuple[nn.Module, tuple[Repair, ...], Verification | None]:
         """Repair the consumers if asked to, cut, and compare the cut with the mask."""
         source, repairs = before.model, tuple[Repair, ...]()
-        if before.config.compensate and states is not None:
+        if before.config.compensate and consumed is not None:
             with clock(seconds, "compensate"):
-                consumed = {name: item.consumed for name, item in states.groups.items()}
                 source, repairs = compensate(before.model, before.groups, step.kept, consumed)
         with clock(seconds, "surgery"):
             smaller = apply(source, step)

@@ -20,6 +20,7 @@ from cria_prune.cli import reports, show, target
 from cria_prune.cli.flow import prune_stage, recover_stage
 from cria_prune.cli.folder import REPORT, claimed
 from cria_prune.cli.job import PRUNED, RECOVERED, Job, padded_folder, rounded
+from cria_prune.cli.scores import config_from, given_scores
 from cria_prune.cli.settings import Params, pick_device, prune_config, recover_config, texts_of
 from cria_prune.cli.talk import Kept, Talk
 from cria_prune.cli.target import Target
@@ -27,6 +28,7 @@ from cria_prune.config import PruneConfig, RecoverConfig
 from cria_prune.errors import ConfigError
 from cria_prune.loss import logits_of
 from cria_prune.pipeline import PruneResult, clock
+from cria_prune.scored import Scored
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -117,7 +119,8 @@ def prune(params: Params, command: list[str], kept: Kept) -> None:
             f"A padded twin of {params['target']}", "it is no model of transformers", "Leave out --export"
         )
     found.check_changeable()
-    config = prune_config(params, found.prune_defaults())
+    scored = given_scores(params)
+    config = config_from(params, found.prune_defaults(), scored)
     if padded and config.plan.residual:
         raise ConfigError(
             "A padded twin of a model with less residual width",
@@ -132,15 +135,22 @@ def prune(params: Params, command: list[str], kept: Kept) -> None:
         if done is not None:
             job.talk.answer(done)
             return
-        model = dense_model(job)
-        result, plan = prune_stage(job, model, config, params["watch"])
-        show.rounds(job.talk, result, found.metric)
-        show.left_alone(job.talk, result.dense)
-        job.measure(result.model, "pruned")
-        show.outcome(job.talk, job.results, found.metric)
-        job.save(result.model, plan, described, PRUNED)
-        finish(job, result)
+        whole_pruning(job, dense_model(job), config, params["watch"], scored)
         job.talk.answer(job.results)
+
+
+def whole_pruning(
+    job: Job, model: nn.Module, config: PruneConfig, watch: bool, scored: Scored | None
+) -> None:
+    """Prune a model, save and report."""
+    metric = job.target.metric
+    result, plan = prune_stage(job, model, config, watch, scored)
+    show.rounds(job.talk, result, metric)
+    show.left_alone(job.talk, result.dense)
+    job.measure(result.model, "pruned")
+    show.outcome(job.talk, job.results, metric)
+    job.save(result.model, plan, {"prune": config.model_dump(mode="json")}, PRUNED)
+    finish(job, result)
 
 
 def recover(params: Params, command: list[str], kept: Kept) -> None:

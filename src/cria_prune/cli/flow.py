@@ -17,9 +17,12 @@ from cria_prune.config import PruneConfig, RecoverConfig
 from cria_prune.pipeline import PruneResult, clock, compose, prune
 from cria_prune.plan import Plan
 from cria_prune.recover import RecoverResult, recover
+from cria_prune.scored import Scored
 
 
-def prune_stage(job: Job, model: nn.Module, config: PruneConfig, watch: bool) -> tuple[PruneResult, Plan]:
+def prune_stage(
+    job: Job, model: nn.Module, config: PruneConfig, watch: bool, scored: Scored | None = None
+) -> tuple[PruneResult, Plan]:
     """Prune, keep every finished round; return the result and the plan relative to the dense network."""
     task, before = job.target.task, job.target.plan
 
@@ -48,6 +51,7 @@ def prune_stage(job: Job, model: nn.Module, config: PruneConfig, watch: bool) ->
         graphs=True,
         state=job.rounds,
         data=job.origin["data"],
+        scores=scored,
     )
     stages = result.seconds_by_stage
     job.seconds["structure"] = stages.pop("discover")
@@ -57,9 +61,10 @@ def prune_stage(job: Job, model: nn.Module, config: PruneConfig, watch: bool) ->
     milliseconds = 1000 / sum(map(batch_size, batches))
     job.results["milliseconds_before"] = job.seconds["forward"] * milliseconds
     job.results["milliseconds"] = forward_seconds(result.model, batches, job.device) * milliseconds
-    first = result.rounds[0].seconds
-    scoring = first.get("record", 0.0) + first.get("score", 0.0)
-    job.results["scoring_over_forward"] = round(scoring / max(job.seconds["forward"], 1e-9), 2)
+    if scored is None:
+        first = result.rounds[0].seconds
+        scoring = first.get("record", 0.0) + first.get("score", 0.0)
+        job.results["scoring_over_forward"] = round(scoring / max(job.seconds["forward"], 1e-9), 2)
     return result, whole(result)
 
 

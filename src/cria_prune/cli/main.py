@@ -93,20 +93,24 @@ def score(
     criterion: o.Criterion = None,
     preset: o.Preset = None,
     residual: o.Residual = None,
+    compensate: o.Compensate = None,
     examples: o.Examples = None,
     positions: o.Positions = None,
     seed: o.Seed = None,
     device: o.Device = "auto",
-    output: o.ScoreFile = None,
+    output: o.ScoreFolder = None,
     overwrite: o.Overwrite = False,
     config: o.Config = None,
     quiet: o.Quiet = False,
 ) -> None:
-    """Score the units of every group and show how far the scores can be trusted; cut nothing."""
-    with answering():
-        from cria_prune.cli import looks
+    """Score the units of every group and show how far the scores can be trusted; cut nothing.
 
-        looks.score(context.params, command_line(context))
+    With --output the scores are kept, and what repair needs, to prune to any size later.
+    """
+    with answering():
+        from cria_prune.cli import scores
+
+        scores.score(context.params, command_line(context))
 
 
 @app.command()
@@ -146,6 +150,7 @@ def prune(
     dataset: o.Dataset = None,
     text: o.Text = None,
     export: o.Export = None,
+    scores: o.Scores = None,
     reduction: o.Reduction = None,
     of: o.Of = None,
     criterion: o.Criterion = None,
@@ -179,6 +184,44 @@ def prune(
         from cria_prune.cli import commands
 
         commands.prune(context.params, command_line(context), kept)
+
+
+@app.command()
+def sweep(
+    context: typer.Context,
+    target: o.Target,
+    calibration: o.Calibration = None,
+    dataset: o.Dataset = None,
+    text: o.Text = None,
+    scores: o.Scores = None,
+    reduction: o.SweepReductions = None,
+    of: o.Of = None,
+    criterion: o.Criterion = None,
+    preset: o.Preset = None,
+    ranking: o.Ranking = None,
+    residual: o.Residual = None,
+    compensate: o.Compensate = None,
+    batch_norm: o.BatchNorm = None,
+    floor: o.Floor = None,
+    units: o.Units = None,
+    policy: o.Policy = None,
+    uniform: o.Uniform = None,
+    multiple: o.Multiple = None,
+    examples: o.Examples = None,
+    positions: o.Positions = None,
+    resume: o.Resume = False,
+    seed: o.Seed = None,
+    device: o.Device = "auto",
+    output: o.Output = None,
+    overwrite: o.Overwrite = False,
+    config: o.Config = None,
+    quiet: o.Quiet = False,
+) -> None:
+    """Score a network once and prune it to several sizes, each in one round: a family, and its trade-off."""
+    with answering() as kept:
+        from cria_prune.cli import sweep as command
+
+        command.sweep(context.params, command_line(context), kept)
 
 
 @app.command()
