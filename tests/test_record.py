@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.overrides import _get_current_function_mode_stack
 
 from cria_prune.config import RecordConfig
-from cria_prune.errors import CriterionError, DataError, SignalError, StructureError
+from cria_prune.errors import CriterionError, DataError, ResourceError, SignalError, StructureError
 from cria_prune.record import Taps, record, signals
 from cria_prune.structure.groups import Tap, UnitGroup
 from test_record_nets import conv_net, each, gather, images, mlp, slices
@@ -394,3 +394,30 @@ def test_taps_hand_over_the_activation_before_it_is_overwritten():
         expected = model[1](model[0](images(2)[0][0]))
     assert (expected < 0).any()
     torch.testing.assert_close(kept[0], expected)
+
+
+def test_a_lack_of_memory_names_the_batch_the_group_and_what_to_lower(monkeypatch):
+    model, groups = mlp()
+    batches = [torch.randn(32, 7) for _ in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "forward", lambda *_: torch.empty(2**50, dtype=torch.uint8))
+        with pytest.raises(
+            ResourceError, match=r"calibration batch \(Tensor \(32, 7\)\).*not suffice.*smaller"
+        ):
+            record(model, groups, batches)
+
+    def failing(error):
+        def add(*_args):
+            raise error
+
+        return add
+
+    for buffered in (signals.BUFFERED, 1):  # at the end, and in the forward
+        monkeypatch.setattr(signals, "BUFFERED", buffered)
+        for error in (torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError()):
+            monkeypatch.setattr(signals.MomentAccumulator, "add", failing(error))
+            with pytest.raises(ResourceError, match=r"group 'first' from 32 examples .*exact_units \(2048\)"):
+                record(model, groups, batches)
+    monkeypatch.setattr(signals.MomentAccumulator, "add", failing(ZeroDivisionError("mine")))
+    with pytest.raises(DataError, match="ZeroDivisionError: mine"):
+        record(model, groups, batches)

@@ -33,6 +33,10 @@ class CriterionError(CriaError, ValueError):
     """A criterion is unknown, or lacks what it needs."""
 
 
+class ResourceError(CriaError):
+    """The device or the machine has not enough memory for what was asked."""
+
+
 class TargetError(CriaError, ValueError):
     """A reduction is out of range or cannot be reached."""
 

@@ -6,14 +6,16 @@ Legend: B = examples of a batch, n = features of an activation, S = samples, d =
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cria_prune.batches import SMALLER, ran_out, short_of
 from cria_prune.config import RecordConfig
-from cria_prune.errors import SignalError, StructureError
+from cria_prune.errors import ResourceError, SignalError, StructureError
 from cria_prune.graph import MomentAccumulator, Moments
 from cria_prune.record.features import FeatureSums
 from cria_prune.record.sampling import draw_positions, gather_positions, unit_signals
@@ -174,7 +176,29 @@ class Collector:
             for dim, readers in self._readers[name, site].items():
                 for half, samples in self._halves(activation, dim, name):
                     for reader in readers:
-                        reader.add(half, samples)
+                        with self._named(reader.group, reader.halves[0].total.units):
+                            reader.add(half, samples)
+
+    @contextmanager
+    def _named(self, group: str, units: int) -> Iterator[None]:
+        """Name the group and the batch where the memory does not suffice.
+
+        Raises:
+            ResourceError: that is so.
+        """
+        try:
+            yield
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            config = self._config
+            raise ResourceError(
+                f"Recording the {units} units of group {group!r} from {self._examples} examples at once",
+                short_of(error),
+                f"{SMALLER}; wide groups take less with a lower record.exact_units ({config.exact_units}) or "
+                f"record.sketch_columns ({config.sketch_columns}), and all without the repair (compensate, "
+                "--no-compensate)",
+            ) from error
 
     def _halves(self, activation: Tensor, dim: int, name: str) -> Iterator[tuple[int, Tensor]]:
         """Yield (half, samples (S, n)) of an activation whose features lie along `dim`.
@@ -223,28 +247,34 @@ class Collector:
         """
         states = {}
         for name, (before, after) in self._sides.items():
-            inputs, whole_input = _moments(name, "input", before)
-            outputs, whole_output = _moments(name, "output", after)
-            features, even, odd = (
-                {tensor: found for tensor, sums in self._sums[name].items() if (found := sums.moments(half))}
-                for half in (None, 0, 1)
-            )
-            consumed = {tensor: total.flush().moments() for tensor, total in self._consumed[name].items()}
-            if name in self._units_alone:
-                consumed[self._units_alone[name]] = whole_output
-            states[name] = GroupStates(
-                name,
-                inputs,
-                outputs,
-                whole_input,
-                whole_output,
-                taylor.get(name),
-                features,
-                (even, odd),
-                consumed,
-                fisher.get(name),
-            )
+            with self._named(name, before[0].total.units):
+                states[name] = self._state(name, before, after, taylor.get(name), fisher.get(name))
         return states
+
+    def _state(
+        self, name: str, before: Halves, after: Halves, taylor: Tensor | None, fisher: Tensor | None
+    ) -> GroupStates:
+        inputs, whole_input = _moments(name, "input", before)
+        outputs, whole_output = _moments(name, "output", after)
+        features, even, odd = (
+            {tensor: found for tensor, sums in self._sums[name].items() if (found := sums.moments(half))}
+            for half in (None, 0, 1)
+        )
+        consumed = {tensor: total.flush().moments() for tensor, total in self._consumed[name].items()}
+        if name in self._units_alone:
+            consumed[self._units_alone[name]] = whole_output
+        return GroupStates(
+            name,
+            inputs,
+            outputs,
+            whole_input,
+            whole_output,
+            taylor,
+            features,
+            (even, odd),
+            consumed,
+            fisher,
+        )
 
 
 def _moments(group: str, side: str, halves: Halves) -> tuple[tuple[Moments, Moments], Moments]:
