@@ -18,7 +18,7 @@ from cria_prune.criteria import score
 from cria_prune.criteria.score import find_criterion
 from cria_prune.errors import CriaError, DataError, SignalError
 from cria_prune.graph import keep_graphs
-from cria_prune.modules import device_of
+from cria_prune.modules import device_of, digest
 from cria_prune.plan import Allowed, Plan, compose, identity_plan
 from cria_prune.plan import plan as make_round
 from cria_prune.progress import QUIET, Progress
@@ -30,7 +30,6 @@ from cria_prune.rounds import RoundStore
 from cria_prune.scope import check_target
 from cria_prune.scored import Consumed, Scored
 from cria_prune.spectrum import Importance
-from cria_prune.store import digest
 from cria_prune.structure import UnitGroups, shrink
 from cria_prune.structure import discover as follow
 from cria_prune.surgery import Reference, Repair, Verification, apply, compensate, settle

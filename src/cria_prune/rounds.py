@@ -17,9 +17,10 @@ from cria_prune.batches import Batch
 from cria_prune.config import PruneConfig
 from cria_prune.errors import CriaError
 from cria_prune.graph import Graph, NeuronGraphs
+from cria_prune.modules import digest
 from cria_prune.plan import Plan, compose
 from cria_prune.result import PruneResult, Round
-from cria_prune.store import State, Store, code_version, digest, weights_of
+from cria_prune.store import State, Store, code_version, weights_of
 from cria_prune.structure import shrink
 from cria_prune.surgery import Repair, Verification, apply
 

@@ -12,12 +12,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cria_prune.errors import ArtifactError
+from cria_prune.modules import digest
 
 ANOTHER = "Pass another folder, or remove this one to start anew"
 
@@ -160,16 +160,6 @@ def code_version() -> str:
     root = Path(__file__).parent
     for path in sorted(root.rglob("*.py")):
         total.update(path.relative_to(root).as_posix().encode() + b"\n" + path.read_bytes())
-    return total.hexdigest()
-
-
-def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of a text and of tensors with their names, dtypes and shapes."""
-    total = hashlib.sha256(text.encode())
-    for name, value in sorted(tensors.items()):
-        total.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        total.update(flat.view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
