@@ -134,7 +134,7 @@ def test_a_direction_that_only_fits_is_not_taken() -> None:
 
 
 def test_empty_columns_are_no_samples() -> None:
-    """Of 48 samples in 500 columns 452 are empty; taken for samples, they would make the smallest ridge win."""
+    """Of 500 columns 452 are empty: taken for samples, they would make the smallest ridge win."""
     Y, W, R = gated(200, 48), seeded(4, 200, seed=7), torch.arange(0, 200, 2)
     wide, narrow = sketch_of(Y, 500), sketch_of(Y, 48)
     for found, expected in zip(repair(wide, W, R, True), repair(narrow, W, R, True), strict=True):

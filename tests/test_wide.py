@@ -82,7 +82,7 @@ def sketch(S: torch.Tensor, samples: int = 100) -> Moments:
 
 
 def test_innovation_of_orthogonal_groups_of_copies_by_hand() -> None:
-    """Column j is shared by k units of variance v: h = v / (k v + e), so e h / (1 − h) = v e / ((k − 1) v + e)."""
+    """A column of k units of variance v: h = v / (k v + e), so e h / (1 − h) = v e / ((k − 1) v + e)."""
     copies, sizes = (1, 2, 5), (1.0, 2.0, 0.5)
     S = torch.zeros(8, 3)
     row = 0

@@ -11,7 +11,6 @@ from torch import Tensor
 from cria_prune.graph import Moments
 from cria_prune.graph.sketch import sketch_gram, sketch_rows
 
-
 SKETCH_RIDGE = 0.1  # of d/r mean variances
 
 
