@@ -82,7 +82,9 @@ def main() -> None:
     options = parser.parse_args()
     path = options.results / "wide.json"
     sizes: dict[str, Values] = json.loads(path.read_text())["sizes"] if path.exists() else {}
-    os.environ["OPENBLAS_NUM_THREADS"] = str(THREADS)  # of the dense solver; `collect` sets those of OpenMP
+    # The dense solver runs on one thread: on a shared machine two of OpenBLAS wait for each other, 15 times
+    # as long. Processor time over the threads is then what two would take at best.
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
     for width in options.widths:
         if str(width) in sizes and not options.again:
             continue
