@@ -16,6 +16,7 @@ from cria_prune.errors import SignalError
 from cria_prune.graph import Graph, Moments, dead_units, learn_graph
 from cria_prune.spectrum.pcg import distortion_embedding
 from cria_prune.spectrum.pencil import DENSE_UNITS, RESIDUAL, Pairs, count_pairs, solve_pencil
+from cria_prune.spectrum.precision import unpredicted
 
 SHOWN_VALUES = 32
 INNOVATION_EPS = 1e-4
@@ -142,9 +143,8 @@ def innovation(
 ) -> Importance:
     """Score units by what their neighbours cannot predict: consumer_norm2[p] / Θ[p, p].
 
-    Θ = (Y_c Y_cᵀ/M + εI)⁻¹, ε = `eps` times the mean variance of the live units. A sketch of r columns
-    knows at most r directions: there ε is raised to d/r mean variances where that is larger, about the
-    size of the sketch's own noise (Marchenko and Pastur).
+    Θ = (Y_c Y_cᵀ/M + εI)⁻¹, ε = `eps` times the mean variance of the live units, raised to d/r of it where
+    the moments are a sketch of r columns (`unpredicted` says why). From a sketch the time is linear in d.
 
     Args:
         moments_out: (d,) units after the activation.
@@ -162,18 +162,8 @@ def innovation(
     part = moments_out.select(live)
     if not len(live):
         return _importance(live, torch.zeros(0, dtype=torch.float64), weights, moments_out.units, {})
-    mean_variance = float(part.variance.mean())
-    if part.covariance is not None:
-        S = part.covariance.to(torch.float64).clone()
-    else:
-        assert part.sketch is not None
-        eps = max(eps, len(live) / part.sketch.shape[1])
-        rows = part.sketch.to(torch.float64)
-        S = rows @ rows.T / part.samples
-    S.diagonal().add_(eps * mean_variance)
-    precision = torch.cholesky_inverse(torch.linalg.cholesky(S)).diagonal().cpu()
     found = {"solver": "cholesky", "status": "converged"}
-    return _importance(live, 1 / precision, weights, moments_out.units, found)
+    return _importance(live, unpredicted(part, eps), weights, moments_out.units, found)
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
