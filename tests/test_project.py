@@ -17,7 +17,7 @@ import tables
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "cria_prune"
-BASE = {"attention", "errors", "config", "batches", "progress", "modules", "loss", "metrics"}
+BASE = {"attention", "errors", "config", "batches", "progress", "modules", "loss", "metrics", "ranks"}
 MAY_IMPORT = {
     "structure": BASE,
     "graph": {"errors"},

@@ -16,10 +16,11 @@ from cria_prune.criteria import score
 from cria_prune.criteria.score import find_criterion
 from cria_prune.errors import CriaError, DataError, SignalError
 from cria_prune.graph import keep_graphs
-from cria_prune.modules import device_of
+from cria_prune.modules import device_of, digest, named_tensors
 from cria_prune.plan import Allowed, Plan, compose, identity_plan
 from cria_prune.plan import plan as make_round
 from cria_prune.progress import QUIET, Progress
+from cria_prune.ranks import world
 from cria_prune.record import States, record
 from cria_prune.record.collect import cut, limited
 from cria_prune.record.norms import Remeasured, batch_norms, remeasure
@@ -70,6 +71,9 @@ def prune(
     graphs: bool = False,
 ) -> PruneResult:
     """Make a trained model smaller: record, score, plan and cut, round by round; no weight is trained.
+
+    With several processes (`cria_prune.ranks`), which all make this call, the passes over the data and the
+    scoring are shared out, and all return the same.
 
     The model is left untouched. In every round masked equals pruned is verified against it, or with repair
     against the repaired model of that round.
@@ -125,6 +129,7 @@ def prune(
             )
             if on_round is not None:
                 on_round(result)
+    world().meet("The pruned weights", lambda: digest("", named_tensors(result.model)))
     return result
 
 
@@ -153,6 +158,7 @@ class _Run:
                 groups, values, config.plan, dense=before.dense, target=target, allowed=self.allowed
             )
             total = compose(before.plan, step)
+            world().meet("The plan", lambda: digest(str(sorted(step.kept.items())), {}))
         graphs = before.graphs
         if number == 1 and graphs is not None and states is not None:
             with clock(seconds, "graphs"):
@@ -171,7 +177,7 @@ class _Run:
             kept=dict(step.kept),
             diagnosis={name: item.diagnosis.to_dict() for name, item in scores.items()},
             verification=verification,
-            metric=None if self.evaluate is None else self.evaluate(norms.model),
+            metric=self._measured(norms.model),
             repairs=repairs,
             batch_norms=norms.norms,
             batch_norms_kept=norms.reason,
@@ -184,6 +190,11 @@ class _Run:
             rounds=(*before.rounds, done),
             graphs=graphs,
         )
+
+    def _measured(self, model: nn.Module) -> float | None:
+        """Return the metric of a round's model, if it is asked for."""
+        evaluate = self.evaluate
+        return None if evaluate is None else world().lead("Evaluating", lambda: float(evaluate(model)))
 
     def _recorded(self, before: PruneResult, seconds: dict[str, float]) -> States | None:
         """Record what the criterion and the repair need; None where neither needs anything."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,13 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cria_prune.errors import ArtifactError
+from cria_prune.modules import digest
 from cria_prune.recover.guard import State
 from cria_prune.recover.result import Epoch
 
@@ -78,7 +77,7 @@ class Keeper:
             for name, value in state.items()
         }
         text = json.dumps(facts.model_dump(mode="json"))
-        said = {"format": FORMAT, "state": text, "sha256": _digest(text, tensors)}
+        said = {"format": FORMAT, "state": text, "sha256": digest(text, tensors)}
         # In a folder of its own, for what a killed process leaves there is then known to be nobody else's.
         unfinished = self.folder / ".unfinished"
         try:
@@ -120,7 +119,7 @@ class Keeper:
         if said.get("format") != FORMAT:
             raise self.damaged(f"its format is {said.get('format')!r}, not {FORMAT!r}")
         text = said.get("state", "")
-        if said.get("sha256") != _digest(text, tensors):
+        if said.get("sha256") != digest(text, tensors):
             raise self.damaged("its contents do not have the hash that was written with them")
         try:
             facts = Facts.model_validate(json.loads(text))
@@ -169,7 +168,7 @@ def identity(model: nn.Module, teacher: nn.Module | None, **said: Any) -> dict[s
     return {
         **said,
         "tensors": {name: f"{value.dtype} {tuple(value.shape)}" for name, value in held["model"].items()},
-        "weights at the start": {role: _digest("", state) for role, state in held.items()},
+        "weights at the start": {role: digest("", state) for role, state in held.items()},
     }
 
 
@@ -185,16 +184,6 @@ def _differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
 def _short(value: Any) -> str:
     text = "nothing" if value is None else str(value)
     return text if len(text) <= 40 else f"{text[:12]}..."
-
-
-def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of a text and of tensors with their names, dtypes and shapes."""
-    total = hashlib.sha256(text.encode())
-    for name, value in sorted(tensors.items()):
-        total.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        total.update(flat.view(torch.uint8).numpy().data)
-    return total.hexdigest()
 
 
 def _flush(path: Path) -> None:
