@@ -28,6 +28,7 @@ from cria_prune.config import PruneConfig, RecoverConfig
 from cria_prune.errors import ConfigError
 from cria_prune.loss import logits_of
 from cria_prune.pipeline import PruneResult, clock
+from cria_prune.ranks import world
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -68,7 +69,7 @@ def member(
     job.talk.heading(share + (f": already in {part.output}" if done else ""))
     if done is not None:
         return done
-    if job.target.pretrained:
+    if job.target.pretrained and world().first:
         check_free(part.output, part.may_replace())
     whole_recipe(part, dense, config, tuning, watch)
     return part.results
@@ -160,7 +161,7 @@ def recover(params: Params, command: list[str], kept: Kept) -> None:
     with job_of(found, "-recovered", params, command, kept) as job:
         job.results |= {name: found.results[name] for name in inherited if name in found.results}
         job.inherit_dense()
-        before = reports.earlier_run(job)
+        before = reports.earlier_run(job) if world().first else None
         counts = ("parameters_dense", "parameters", "macs_dense", "macs")
         job.results |= {name: found.plan.report[name] for name in counts if name in found.plan.report}
         model = found.model(job.device, job.seed, job.talk.progress)
@@ -235,7 +236,7 @@ def job_of(
     left = resume and (several or job.recovery.exists() or job.unfinished())
     with claimed(output, found.task.name + suffix, params["overwrite"] or left) as folder:
         job.output = folder
-        if found.pretrained and not several:  # known before the long work
+        if found.pretrained and not several and world().first:  # known before the long work
             for path in (folder, *([padded_folder(folder)] if padded else [])):
                 check_free(path, job.may_replace())
         job.begin()
@@ -261,6 +262,10 @@ def finish(job: Job, result: PruneResult | None = None, before: Any = None) -> N
 
     The state of the recovery is not needed any more.
     """
+    world().lead("The report", lambda: _finish(job, result, before))
+
+
+def _finish(job: Job, result: PruneResult | None, before: Any) -> None:
     shutil.rmtree(job.recovery, ignore_errors=True)
     job.results |= {"seconds": rounded(job.seconds), "memory": peak_memory(job.device)}
     if result is not None:

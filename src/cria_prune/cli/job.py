@@ -25,6 +25,7 @@ from cria_prune.errors import ArtifactError
 from cria_prune.loss import logits_of
 from cria_prune.pipeline import clock
 from cria_prune.plan import Plan
+from cria_prune.ranks import world
 
 RECOVERED = "the recovered model"
 
@@ -85,7 +86,7 @@ class Job:
     def part(self, name: str) -> Job:
         """Return a job for one size of a family: the same until now, its results in a folder below."""
         output = self.output / name
-        if not self.target.pretrained:
+        if not self.target.pretrained and world().first:
             output.mkdir(exist_ok=True)
         return replace(self, output=output, seconds=dict(self.seconds), results=dict(self.results))
 
@@ -95,6 +96,9 @@ class Job:
 
     def finished(self, described: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the results of a recipe that lie in the output folder, if it was configured like this."""
+        return world().lead("The output folder", lambda: self._finished(described))
+
+    def _finished(self, described: Mapping[str, Any]) -> dict[str, Any] | None:
         manifest = self._there()
         results = manifest.get("results")
         if not isinstance(results, dict) or results.get("stage") != RECOVERED:
@@ -127,8 +131,11 @@ class Job:
             self.talk.note(f"the {name} model is not measured: the texts have no labels")
             return
         with clock(self.seconds, "evaluate"):
-            value = task.evaluate(model, task.test_batches(), self.talk.progress)
-            further = task.further(model, self.talk.progress)
+            progress = self.talk.progress
+            value, further = world().lead(
+                "Measuring",
+                lambda: (task.evaluate(model, task.test_batches(), progress), task.further(model, progress)),
+            )
         self.results[name] = value
         said = self.target.metric.text(value)
         self.talk.say(f"{name + ' ' + task.metric:<20} {said:>9}  ({task.tested_on})")
@@ -143,15 +150,11 @@ class Job:
         """
         if self.target.pretrained:
             return
-        keep(
-            self.output,
-            model,
-            plan,
-            architecture=self.target.task.architecture,
-            config=config,
-            provenance=self.origin,
-            results=self._said(stage),
-        )
+        described: dict[str, Any] = {
+            "architecture": self.target.task.architecture, "config": config, "provenance": self.origin,
+            "results": self._said(stage),
+        }  # fmt: skip
+        world().lead("Saving", lambda: keep(self.output, model, plan, **described))
         self._kept(stage)
 
     def save(self, model: nn.Module, plan: Plan, config: Mapping[str, Any], stage: str) -> None:
@@ -161,11 +164,9 @@ class Job:
             ArtifactError, CertificateError: what was loaded computes something else.
         """
         model = model.to("cpu").eval()
+        save = self._save_pretrained if self.target.pretrained else self._save_checkpoint
         with clock(self.seconds, "save"):
-            if self.target.pretrained:
-                self._save_pretrained(model, plan, config, stage)
-            else:
-                self._save_checkpoint(model, plan, config, stage)
+            world().lead("Saving", lambda: save(model, plan, config, stage))
 
     def _save_checkpoint(self, model: nn.Module, plan: Plan, config: Mapping[str, Any], stage: str) -> None:
         self.results["output"], self.results["reloaded"] = str(self.output), "bit-equal"

@@ -23,6 +23,7 @@ from cria_prune.cli.tree import drawn, module_tree
 from cria_prune.config import PlanConfig
 from cria_prune.errors import ConfigError
 from cria_prune.pipeline import clock
+from cria_prune.ranks import world
 from cria_prune.scoring import score_units
 
 
@@ -58,7 +59,8 @@ def score(params: Params, command: list[str]) -> None:
     """Scores and diagnosis of every group, without cutting."""
     found, talk = target.find(params["target"], texts_of(params)), Talk(params["quiet"])
     config, output = prune_config(params, found.prune_defaults()), params["output"]
-    check_file(output, params["overwrite"])
+    if world().first:
+        check_file(output, params["overwrite"])
     device, seed = pick_device(params["device"]), params["seed"] or 0
     seconds: dict[str, float] = {}
     with clock(seconds, "model"):
@@ -71,7 +73,7 @@ def score(params: Params, command: list[str]) -> None:
     }
     show.diagnosis(talk, rows)
     head = {"target": params["target"], **found.named(), "criterion": config.score.criterion}
-    if output is not None:
+    if output is not None and world().first:
         write_json(output, {**head, "command": command, "groups": rows})
         talk.say(f"scores written to {output}")
     units = sum(len(item["scores"]) for item in rows.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from cria_prune.cli import options as o
+from cria_prune.cli.launch import launched
 from cria_prune.cli.talk import answering, command_line
 
 app = typer.Typer(
@@ -19,7 +20,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line of this process; ends in SystemExit: 0, 2 after an error, 130 after Ctrl-C."""
-    app()
+    with launched():
+        app()
 
 
 @app.command()
@@ -58,7 +60,7 @@ def run(
     quiet: o.Quiet = False,
 ) -> None:
     """Do a whole recipe: dense model, pruning, one recovery, checkpoint and report."""
-    with answering() as kept:
+    with answering(several=True) as kept:
         from cria_prune.cli import commands
 
         commands.run(context.params, command_line(context), kept)
@@ -103,7 +105,7 @@ def score(
     quiet: o.Quiet = False,
 ) -> None:
     """Score the units of every group and show how far the scores can be trusted; cut nothing."""
-    with answering():
+    with answering(several=True):
         from cria_prune.cli import looks
 
         looks.score(context.params, command_line(context))
@@ -174,7 +176,7 @@ def prune(
 
     A Hugging Face model needs texts, --calibration or --dataset; plain transformers loads the result.
     """
-    with answering() as kept:
+    with answering(several=True) as kept:
         from cria_prune.cli import commands
 
         commands.prune(context.params, command_line(context), kept)
@@ -200,7 +202,7 @@ def recover(
     quiet: o.Quiet = False,
 ) -> None:
     """Fine-tune a checkpoint once and save the result."""
-    with answering() as kept:
+    with answering(several=True) as kept:
         from cria_prune.cli import commands
 
         commands.recover(context.params, command_line(context), kept)
