@@ -47,7 +47,9 @@ def read(folder: Path, part: str, rank: int) -> Any:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results of all parts in two processes, the second of which is killed in the last part."""
     folder = tmp_path_factory.mktemp("two")
-    assert spawn(folder, 2, "exact", "sketched", "pruned", "raises", "leads", "killed") == [0, -9]
+    assert spawn(
+        folder, 2, "exact", "sketched", "pruned", "recovered", "went_on", "raises", "leads", "killed"
+    ) == [0, -9]
     return folder
 
 
@@ -66,7 +68,7 @@ def close(found: Any, expected: Any, rtol: float, path: str = "") -> None:
         assert found == expected or found == pytest.approx(expected, rel=rtol), path
 
 
-@pytest.mark.parametrize("part", ["exact", "sketched", "pruned"])
+@pytest.mark.parametrize("part", ["exact", "sketched", "pruned", "recovered"])
 def test_two_processes_give_what_one_gives(two: Path, part: str) -> None:
     one = json.loads(json.dumps(getattr(worker, part)()))
     first, second = (read(two, part, rank) for rank in (0, 1))
@@ -75,10 +77,22 @@ def test_two_processes_give_what_one_gives(two: Path, part: str) -> None:
         assert first.pop("metric") == [1.0, 1.0]  # rank 0 alone looks, and is alone meanwhile
         assert one.pop("metric") == [1.0, 1.0]
         assert first.pop("kept") == one.pop("kept")
+    elif part == "recovered":
+        assert first["best"] == 2 and not any(first["hooks"])
+        close(first.pop("weights"), one.pop("weights"), 1e-6)
     else:
         # exact sums in float64, sketches in float32
         close(first.pop("states"), one.pop("states"), {"exact": 1e-12, "sketched": 1e-6}[part])
     close(first, one, 1e-6)
+
+
+def test_a_recovery_goes_on_on_all_processes(two: Path) -> None:
+    first, second = (read(two, "went_on", rank) for rank in (0, 1))
+    assert first["whole error"] == first["on error"] == second["on error"] == ""
+    assert first["whole"] == second["whole"] == first["on"] == second["on"]
+    assert first["ended error"].startswith("StopIteration")
+    assert "Evaluating on 2 processes: failed on rank 0: StopIteration" in second["ended error"]
+    assert "rank 1 differs: it is at 'A training step'" in first["batches"]
 
 
 def test_the_others_hear_of_a_failure_and_all_can_go_on(two: Path) -> None:

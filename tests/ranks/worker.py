@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from cria_prune import PruneConfig, prune, ranks, record, score
-from cria_prune.config import RecordConfig, ScoreConfig
+from cria_prune import PruneConfig, prune, ranks, record, recover, score
+from cria_prune.config import RecordConfig, RecoverConfig, ScoreConfig
 from cria_prune.ranks import World, world
+from cria_prune.recover import RecoverResult
 from test_record_nets import conv_net, images, mlp
 
 Values = dict[str, Any]
@@ -121,6 +123,55 @@ def leads() -> Values:
     impatient = dist.new_group(backend="gloo", timeout=timedelta(seconds=2))
     here, ranks.BEAT = World(world().rank, world().size, impatient), 0.25
     return {"value": here.lead("A long look", lambda: time.sleep(3) or [world().size, {"found": [1, 2]}])}
+
+
+def net(*further: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), *further, nn.ReLU(), nn.Linear(16, 4))
+
+
+def rows() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    X, y = torch.randn(21, 6, generator=generator), torch.randint(4, (21,), generator=generator)
+    return [(X[at : at + 5], y[at : at + 5]) for at in range(0, 21, 5)]  # the last one is of one example
+
+
+def outcome(model: nn.Module, result: RecoverResult) -> Values:
+    weights = {name: value.tolist() for name, value in model.state_dict().items()}
+    losses = [item.loss for item in result.history[1:]]
+    return {"weights": weights, "best": result.best_epoch, "losses": losses, "text": str(result)}
+
+
+def recovered() -> Values:
+    """SGD on a network without batch norm: the gradients are those of one process."""
+    model, scores = net(), iter([0.1, 0.3, 0.9, 0.5])
+    result = recover(model, rows(), RecoverConfig(epochs=3, lr=0.1), evaluate=lambda _: next(scores))
+    hooks = [value._backward_hooks for value in model.parameters()]
+    return {**outcome(model, result), "hooks": [bool(item) for item in hooks]}
+
+
+def went_on() -> Values:
+    """Batch norm, dropout, a shuffling loader, a look that draws; ended by an error, and gone on with."""
+    data = [(x, y) for X, Y in rows() for x, y in zip(X, Y, strict=True)]
+    config, state = RecoverConfig(epochs=3, lr=0.1), Path(sys.argv[1], "state")
+    found: Values = {}
+    for name, looks in {"whole": 9, "ended": 2, "on": 9}.items():
+        left = iter(range(looks))
+        model = net(nn.BatchNorm1d(16), nn.Dropout(0.3))
+        loader = DataLoader(data, batch_size=6, shuffle=True)  # type: ignore[arg-type]
+
+        def look(_: nn.Module, left: Any = left) -> float:
+            next(left)
+            return float(torch.rand(1))
+
+        def run(model: nn.Module = model, loader: Any = loader, look: Any = look, name: str = name) -> None:
+            kept = None if name == "whole" else state
+            found[name] = outcome(model, recover(model, loader, config, evaluate=look, state=kept))
+
+        found[f"{name} error"] = error_of(run)
+    other = rows()[: 4 + world().rank]
+    found["batches"] = error_of(lambda: recover(net(), other, config))
+    return found
 
 
 def killed() -> Values:
