@@ -17,7 +17,8 @@ import tables
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "cria_prune"
-BASE = {"attention", "errors", "config", "batches", "progress", "modules", "loss", "metrics", "store"}
+BASE = {"attention", "errors", "config", "batches", "progress", "modules", "loss", "metrics"}
+BASE |= {"ranks", "store"}
 MAY_IMPORT = {
     "structure": BASE,
     "graph": {"errors"},

@@ -192,6 +192,8 @@ def test_one_weight_of_two_names_stays_one(tmp_path):
     options = {"model": Tied(), "batches": batches, "graphs": False}
     first, again = pruned(folder=tmp_path, **options), pruned(folder=tmp_path, **options)
     assert again.model.head.weight is again.model.embed.weight
+    weights = store.Store(tmp_path, rounds.NAME, rounds.FORMAT, "").read()[1]["weights"]
+    assert "embed.weight" in weights and "head.weight" not in weights
     assert torch.equal(first.model(batches[0]), again.model(batches[0])) and again.graphs is None
 
 

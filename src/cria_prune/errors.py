@@ -59,3 +59,7 @@ class ConfigError(CriaError, ValueError):
 
 class CertificateError(CriaError):
     """A saved model cannot be loaded by its library alone, or computes something else there."""
+
+
+class RankError(CriaError):
+    """Of several processes one has failed, is gone, or does something else than the others."""

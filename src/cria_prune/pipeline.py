@@ -18,10 +18,11 @@ from cria_prune.criteria import score
 from cria_prune.criteria.score import find_criterion
 from cria_prune.errors import CriaError, DataError, SignalError
 from cria_prune.graph import keep_graphs
-from cria_prune.modules import device_of, digest
+from cria_prune.modules import device_of, digest, named_tensors
 from cria_prune.plan import Allowed, Plan, compose, identity_plan
 from cria_prune.plan import plan as make_round
 from cria_prune.progress import QUIET, Progress
+from cria_prune.ranks import world
 from cria_prune.record import States, record
 from cria_prune.record.collect import cut, limited
 from cria_prune.record.norms import Remeasured, batch_norms, remeasure
@@ -77,6 +78,9 @@ def prune(
     scores: Scored | None = None,
 ) -> PruneResult:
     """Make a trained model smaller: record, score, plan and cut, round by round; no weight is trained.
+
+    With several processes (`cria_prune.ranks`), which all make this call, the passes over the data and the
+    scoring are shared out, and all return the same.
 
     The model is left untouched. In every round masked equals pruned is verified against it, or with repair
     against the repaired model of that round.
@@ -142,13 +146,13 @@ def prune(
         store = RoundStore(state, model, config, example, **said)
         result = store.resume(result, run.step)
     done = len(result.rounds)
+    world().meet("The rounds that are kept", lambda: str(done))
     with (progress or QUIET).bar("prune", rounds) as bar:
         bar.update(max(done - 1, 0))
         for number in range(max(done, 1), rounds + 1):  # the last of those that were kept is shown again
             if number > done:
                 result = run.round(result, number)
-                if store is not None:
-                    store.write(result)
+                _keep(store, result)
             report = result.report
             bar.update(
                 parameters=f"{report['parameters']:,.0f}",
@@ -157,7 +161,14 @@ def prune(
             )
             if on_round is not None:
                 on_round(result)
+    world().meet("The pruned weights", lambda: digest("", named_tensors(result.model)))
     return result
+
+
+def _keep(store: RoundStore | None, result: PruneResult) -> None:
+    """Keep the rounds so far, if that is wanted; of several processes the first writes."""
+    if store is not None:
+        world().lead("Keeping the rounds", lambda: store.write(result))
 
 
 @dataclass(frozen=True)
@@ -183,6 +194,7 @@ class _Run:
         with clock(seconds, "plan"):
             step = self.step(before, values, number)
             total = compose(before.plan, step)
+            world().meet("The plan", lambda: digest(str(sorted(step.kept.items())), {}))
         graphs = before.graphs
         if number == 1 and graphs is not None and states is not None:
             with clock(seconds, "graphs"):
@@ -201,7 +213,7 @@ class _Run:
             kept=dict(step.kept),
             diagnosis={name: item.diagnosis.to_dict() for name, item in scores.items()},
             verification=verification,
-            metric=None if self.evaluate is None else self.evaluate(norms.model),
+            metric=self._measured(norms.model),
             repairs=repairs,
             batch_norms=norms.norms,
             batch_norms_kept=norms.reason,
@@ -222,6 +234,11 @@ class _Run:
         return make_round(
             before.groups, scores, plan, dense=before.dense, target=target, allowed=self.allowed
         )
+
+    def _measured(self, model: nn.Module) -> float | None:
+        """Return the metric of a round's model, if it is asked for."""
+        evaluate = self.evaluate
+        return None if evaluate is None else world().lead("Evaluating", lambda: float(evaluate(model)))
 
     def _recorded(self, before: PruneResult, seconds: dict[str, float]) -> States | None:
         """Record what the criterion and the repair need; None where neither needs anything."""

@@ -28,6 +28,7 @@ from cria_prune.config import PruneConfig, RecoverConfig
 from cria_prune.errors import ConfigError
 from cria_prune.loss import logits_of
 from cria_prune.pipeline import PruneResult, clock
+from cria_prune.ranks import world
 from cria_prune.scored import Scored
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -73,7 +74,7 @@ def member(
     job.talk.heading(share + (f": already in {part.output}" if done else ""))
     if done is not None:
         return done
-    if job.target.pretrained:
+    if job.target.pretrained and world().first:
         check_free(part.output, part.may_replace())
     whole_recipe(part, dense, config, tuning, watch)
     return part.results
@@ -182,7 +183,7 @@ def recover(params: Params, command: list[str], kept: Kept) -> None:
             return
         job.results |= {name: found.results[name] for name in inherited if name in found.results}
         job.inherit_dense()
-        before = reports.earlier_run(job)
+        before = reports.earlier_run(job) if world().first else None
         counts = ("parameters_dense", "parameters", "macs_dense", "macs")
         job.results |= {name: found.plan.report[name] for name in counts if name in found.plan.report}
         model = found.model(job.device, job.seed, job.talk.progress)
@@ -256,7 +257,7 @@ def job_of(
     left = resume and (several or job.may_replace() or job.holds_result())
     with claimed(output, found.task.name + suffix, params["overwrite"] or left) as folder:
         job.output = folder
-        if found.pretrained and not several:  # known before the long work
+        if found.pretrained and not several and world().first:  # known before the long work
             for path in (folder, *([padded_folder(folder)] if padded else [])):
                 check_free(path, job.may_replace() or left)
         job.begin()
@@ -282,6 +283,10 @@ def finish(job: Job, result: PruneResult | None = None, before: Any = None) -> N
 
     The states of the rounds and the recovery are not needed any more.
     """
+    world().lead("The report", lambda: _finish(job, result, before))
+
+
+def _finish(job: Job, result: PruneResult | None, before: Any) -> None:
     job.forget()
     job.results |= {"seconds": rounded(job.seconds), "memory": peak_memory(job.device)}
     if result is not None:

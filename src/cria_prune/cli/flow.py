@@ -16,6 +16,7 @@ from cria_prune.cli.job import Job
 from cria_prune.config import PruneConfig, RecoverConfig
 from cria_prune.pipeline import PruneResult, clock, compose, prune
 from cria_prune.plan import Plan
+from cria_prune.ranks import alone, world
 from cria_prune.recover import RecoverResult, recover
 from cria_prune.scored import Scored
 
@@ -116,8 +117,9 @@ def recover_stage(
 ) -> RecoverResult:
     """Fine-tune in place; an interruption keeps the best epoch so far and goes on up."""
     task = job.target.task
+    here = world()
     if not job.resume:
-        shutil.rmtree(job.recovery, ignore_errors=True)
+        here.lead("The recovery", lambda: shutil.rmtree(job.recovery, ignore_errors=True))
     held = list(task.validation_batches())
     try:
         with clock(job.seconds, "recover"):
@@ -134,9 +136,12 @@ def recover_stage(
                 data=job.origin["data"],
             )
     except Exception:
-        shutil.rmtree(job.recovery, ignore_errors=True)
+        if here.first:
+            shutil.rmtree(job.recovery, ignore_errors=True)
         raise
     except KeyboardInterrupt:
-        with interrupts_wait():
+        if not here.first:
+            raise
+        with interrupts_wait(), alone():
             job.save(model, plan, described, "the best epoch so far of the interrupted recovery")
         raise

@@ -26,6 +26,7 @@ from cria_prune.errors import ArtifactError
 from cria_prune.loss import logits_of
 from cria_prune.pipeline import clock
 from cria_prune.plan import Plan
+from cria_prune.ranks import world
 
 RECOVERED, PRUNED = "the recovered model", "the pruned model"
 
@@ -86,7 +87,7 @@ class Job:
     def part(self, name: str) -> Job:
         """Return a job for one size of a family: the same until now, its results in a folder below."""
         output = self.output / name
-        if not self.target.pretrained:
+        if not self.target.pretrained and world().first:
             output.mkdir(exist_ok=True)
         return replace(self, output=output, seconds=dict(self.seconds), results=dict(self.results))
 
@@ -96,6 +97,9 @@ class Job:
 
     def finished(self, described: Mapping[str, Any], stage: str = RECOVERED) -> dict[str, Any] | None:
         """Return the results that lie in the output folder, if they are of this stage and configuration."""
+        return world().lead("The output folder", lambda: self._finished(described, stage))
+
+    def _finished(self, described: Mapping[str, Any], stage: str) -> dict[str, Any] | None:
         manifest = self._there()
         results = manifest.get("results")
         if not isinstance(results, dict) or results.get("stage") != stage:
@@ -113,7 +117,10 @@ class Job:
         """
         if not self.resume:
             return None
-        found = self.finished(described, stage)
+        return world().lead("The output folder", lambda: self._done(described, stage))
+
+    def _done(self, described: Mapping[str, Any], stage: str) -> dict[str, Any] | None:
+        found = self._finished(described, stage)
         results = self._there().get("results") or {}
         if found is None and not self.may_replace() and results.get("stage") in (RECOVERED, PRUNED):
             raise ArtifactError(
@@ -149,7 +156,7 @@ class Job:
 
     def forget(self) -> None:
         """Remove the states of the rounds and of the fine-tune: they are not needed any more."""
-        for folder in (self.rounds, self.recovery):
+        for folder in (self.rounds, self.recovery) if world().first else ():
             shutil.rmtree(folder, ignore_errors=True)
 
     def measure(self, model: nn.Module, name: str) -> None:
@@ -159,8 +166,11 @@ class Job:
             self.talk.note(f"the {name} model is not measured: the texts have no labels")
             return
         with clock(self.seconds, "evaluate"):
-            value = task.evaluate(model, task.test_batches(), self.talk.progress)
-            further = task.further(model, self.talk.progress)
+            progress = self.talk.progress
+            value, further = world().lead(
+                "Measuring",
+                lambda: (task.evaluate(model, task.test_batches(), progress), task.further(model, progress)),
+            )
         self.results[name] = value
         said = self.target.metric.text(value)
         self.talk.say(f"{name + ' ' + task.metric:<20} {said:>9}  ({task.tested_on})")
@@ -175,15 +185,11 @@ class Job:
         """
         if self.target.pretrained:
             return
-        keep(
-            self.output,
-            model,
-            plan,
-            architecture=self.target.task.architecture,
-            config=config,
-            provenance=self.origin,
-            results=self._said(stage),
-        )
+        described: dict[str, Any] = {
+            "architecture": self.target.task.architecture, "config": config, "provenance": self.origin,
+            "results": self._said(stage),
+        }  # fmt: skip
+        world().lead("Saving", lambda: keep(self.output, model, plan, **described))
         self._kept(stage)
 
     def save(self, model: nn.Module, plan: Plan, config: Mapping[str, Any], stage: str) -> None:
@@ -193,11 +199,9 @@ class Job:
             ArtifactError, CertificateError: what was loaded computes something else.
         """
         model = model.to("cpu").eval()
+        save = self._save_pretrained if self.target.pretrained else self._save_checkpoint
         with clock(self.seconds, "save"):
-            if self.target.pretrained:
-                self._save_pretrained(model, plan, config, stage)
-            else:
-                self._save_checkpoint(model, plan, config, stage)
+            world().lead("Saving", lambda: save(model, plan, config, stage))
 
     def _save_checkpoint(self, model: nn.Module, plan: Plan, config: Mapping[str, Any], stage: str) -> None:
         self.results["output"], self.results["reloaded"] = str(self.output), "bit-equal"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from cria_prune.cli import options as o
+from cria_prune.cli.launch import launched
 from cria_prune.cli.talk import answering, command_line
 
 app = typer.Typer(
@@ -19,7 +20,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line of this process; ends in SystemExit: 0, 2 after an error, 130 after Ctrl-C."""
-    app()
+    with launched():
+        app()
 
 
 @app.command()
@@ -58,7 +60,7 @@ def run(
     quiet: o.Quiet = False,
 ) -> None:
     """Do a whole recipe: dense model, pruning, one recovery, checkpoint and report."""
-    with answering() as kept:
+    with answering(several=True) as kept:
         from cria_prune.cli import commands
 
         commands.run(context.params, command_line(context), kept)
@@ -107,7 +109,7 @@ def score(
 
     With --output the scores are kept, and what repair needs, to prune to any size later.
     """
-    with answering():
+    with answering(several=True):
         from cria_prune.cli import scores
 
         scores.score(context.params, command_line(context))
@@ -180,7 +182,7 @@ def prune(
 
     A Hugging Face model needs texts, --calibration or --dataset; plain transformers loads the result.
     """
-    with answering() as kept:
+    with answering(several=True) as kept:
         from cria_prune.cli import commands
 
         commands.prune(context.params, command_line(context), kept)
@@ -218,7 +220,7 @@ def sweep(
     quiet: o.Quiet = False,
 ) -> None:
     """Score a network once and prune it to several sizes, each in one round: a family, and its trade-off."""
-    with answering() as kept:
+    with answering(several=True) as kept:
         from cria_prune.cli import sweep as command
 
         command.sweep(context.params, command_line(context), kept)
@@ -244,7 +246,7 @@ def recover(
     quiet: o.Quiet = False,
 ) -> None:
     """Fine-tune a checkpoint once and save the result."""
-    with answering() as kept:
+    with answering(several=True) as kept:
         from cria_prune.cli import commands
 
         commands.recover(context.params, command_line(context), kept)

@@ -17,6 +17,7 @@ from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig
 from cria_prune.errors import ConfigError
 from cria_prune.pipeline import clock
+from cria_prune.ranks import world
 from cria_prune.scored import Scored
 from cria_prune.scoring import score_once
 
@@ -51,7 +52,7 @@ def scored_answer(
     head = {"target": params["target"], **found.named(), "criterion": config.score.criterion}
     if folder is not None:
         origin = provenance(seed, command, found.task.fingerprint(), device)
-        save_scores(folder, scored, overwrite=True, said={**head, "provenance": origin})
+        keep_scores(folder, scored, {**head, "provenance": origin})
         talk.say(f"scores {folder}: cria prune {params['target']} --scores {folder} cuts to any size")
     units = sum(len(item["scores"]) for item in rows.values())
     talk.answer(
@@ -64,6 +65,15 @@ def scored_answer(
             "seconds": rounded(seconds),
         }
     )
+
+
+def keep_scores(folder: Path, scored: Scored, said: Mapping[str, Any]) -> None:
+    """Write scores in place of those in a folder; of several processes the first does."""
+
+    def write() -> None:
+        save_scores(folder, scored, overwrite=True, said=said)
+
+    world().lead("Keeping the scores", write)
 
 
 def config_from(params: Params, defaults: Mapping[str, Any], scored: Scored | None) -> PruneConfig:

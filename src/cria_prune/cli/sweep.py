@@ -12,16 +12,17 @@ from torch import nn
 from cria_prune.artifact.files import atomic, write_json
 from cria_prune.artifact.folders import check_free
 from cria_prune.artifact.plots_metric import plot_tradeoff
-from cria_prune.artifact.scores import SCORES, load_scores, save_scores
+from cria_prune.artifact.scores import SCORES, load_scores
 from cria_prune.cli import commands, show, target
 from cria_prune.cli.folder import interrupts_wait
 from cria_prune.cli.job import PRUNED, Job
-from cria_prune.cli.scores import config_from, given_scores
+from cria_prune.cli.scores import config_from, given_scores, keep_scores
 from cria_prune.cli.settings import Params, texts_of
 from cria_prune.cli.talk import Kept
 from cria_prune.config import PruneConfig
 from cria_prune.errors import ConfigError, TargetError
 from cria_prune.pipeline import clock
+from cria_prune.ranks import world
 from cria_prune.scored import Scored, hash_of
 from cria_prune.scoring import score_once
 
@@ -47,10 +48,10 @@ def sweep(params: Params, command: list[str], kept: Kept) -> None:
         model = commands.dense_model(job)
         if scored is None:
             scored = own_scores(job, model, configs[0])
-        members = []
+        members, here = list[Mapping[str, Any]](), world()
         for config in configs:
             members.append(member(job, model, scored.applied(config), scored))
-            keep(job, members)
+            here.lead("Keeping the sizes", lambda: keep(job, members))
         show.family(job.talk, members, found.metric)
         job.talk.say(f"result {job.output / RESULT}, picture {job.output / PICTURE}")
         job.talk.answer({**job.results, "output": str(job.output), "family": members})
@@ -90,7 +91,7 @@ def own_scores(job: Job, model: nn.Module, config: PruneConfig) -> Scored:
     batches = task.calibration(config.record.examples, config.record.seed)
     scored = score_once(model, batches, config, example=task.example, seconds=job.seconds)
     with clock(job.seconds, "save"):
-        save_scores(folder, scored, overwrite=True, said={**job.target.named(), "provenance": job.origin})
+        keep_scores(folder, scored, {**job.target.named(), "provenance": job.origin})
     job.kept.text = f"the scores are kept (go on with: the same command, --output {job.output} --resume)"
     return scored
 
@@ -105,7 +106,7 @@ def member(job: Job, model: nn.Module, config: PruneConfig, scored: Scored) -> M
     if done is not None:
         part.forget()
         return done
-    if job.target.pretrained:
+    if job.target.pretrained and world().first:
         check_free(part.output, part.may_replace())
     commands.whole_pruning(part, model, config, False, scored)
     return part.results

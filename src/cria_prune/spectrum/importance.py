@@ -5,8 +5,9 @@ Legend: d = units, live = units that are not dead on the output side, s = pairs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from scipy.stats import spearmanr
@@ -50,6 +51,12 @@ class Diagnosis:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON takes them."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the diagnosis that `to_dict` made these fields of."""
+        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return cls(**fields)
 
 
 @dataclass(frozen=True, eq=False)
