@@ -60,11 +60,19 @@ def edge_distances(moments: Moments, rows: Tensor, cols: Tensor) -> Tensor:
         rounding = COMMON_ROUNDING * (variance[rows] + variance[cols])
         return torch.where(squared <= rounding, 0.0, squared).cpu()
     assert moments.sketch is not None
-    out = []
-    for p, q in zip(rows.split(EDGE_BLOCK), cols.split(EDGE_BLOCK), strict=True):
-        step = moments.sketch[p.to(moments.sketch.device)] - moments.sketch[q.to(moments.sketch.device)]
-        out.append(torch.linalg.vecdot(step, step).to(torch.float64).cpu() / moments.samples)
-    return torch.cat(out) if out else torch.zeros(0, dtype=torch.float64)
+    S, out = moments.sketch, torch.empty(len(rows), dtype=torch.float64)
+    # Two buffers for all blocks: what is kept of each would lie in the way of the next one's memory.
+    ends = S.new_empty(2, min(EDGE_BLOCK, len(rows)), S.shape[1])
+    for start in range(0, len(rows), EDGE_BLOCK):
+        block = slice(start, start + EDGE_BLOCK)
+        count = len(rows[block])
+        p, q = (
+            torch.index_select(S, 0, at[block].to(S.device), out=end[:count])
+            for at, end in zip((rows, cols), ends, strict=True)
+        )
+        step = p.sub_(q)
+        out[block] = torch.linalg.vecdot(step, step).to(torch.float64).cpu() / moments.samples
+    return out
 
 
 def _without_common(C: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from cria_prune.spectrum.pencil import DENSE_UNITS, RESIDUAL, Pairs, count_pairs
 from cria_prune.spectrum.precision import unpredicted
 
 SHOWN_VALUES = 32
+EDGES = 4096  # whose differences are held at a time: 8 MB at 256 columns
 INNOVATION_EPS = 1e-4
 
 
@@ -247,9 +248,10 @@ def _embed(
 
 def _mean_over_neighbors(graph: Graph, F: Tensor) -> Tensor:
     """Return, for every unit, the mean of ‖F_p − F_q‖² over its neighbours q; 1 without neighbour."""
-    parts = zip(graph.rows.split(65536), graph.cols.split(65536), strict=True)
-    edges = [(F[p] - F[q]).square().sum(dim=1) for p, q in parts]
-    scores = torch.cat(edges) if edges else torch.zeros(0, dtype=torch.float64)
+    scores = torch.empty(len(graph.rows), dtype=torch.float64)
+    for start in range(0, len(scores), EDGES):
+        block = slice(start, start + EDGES)
+        scores[block] = (F[graph.rows[block]] - F[graph.cols[block]]).square_().sum(dim=1)
     counts = graph.neighbor_counts()
     return torch.where(counts > 0, graph.sum_over_edges(scores) / counts.clamp(min=1), 1.0)
 
