@@ -33,7 +33,7 @@ def spawn(folder: Path, size: int, *parts: str) -> list[int]:
         subprocess.Popen([*command, str(rank), str(size), *parts], env=environment) for rank in range(size)
     ]
     try:
-        return [process.wait(timeout=100) for process in processes]
+        return [process.wait(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()
