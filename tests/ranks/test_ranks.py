@@ -33,7 +33,7 @@ def spawn(folder: Path, size: int, *parts: str) -> list[int]:
         subprocess.Popen([*command, str(rank), str(size), *parts], env=environment) for rank in range(size)
     ]
     try:
-        return [process.wait(timeout=100) for process in processes]
+        return [process.wait(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -78,7 +78,7 @@ def test_two_processes_give_what_one_gives(two: Path, part: str) -> None:
         assert one.pop("metric") == [1.0, 1.0]
         assert first.pop("kept") == one.pop("kept")
     elif part == "recovered":
-        assert first["best"] == 2 and not any(first["hooks"])
+        assert first["best"] == 2
         close(first.pop("weights"), one.pop("weights"), 1e-6)
     else:
         # exact sums in float64, sketches in float32
@@ -90,6 +90,7 @@ def test_a_recovery_goes_on_on_all_processes(two: Path) -> None:
     first, second = (read(two, "went_on", rank) for rank in (0, 1))
     assert first["whole error"] == first["on error"] == second["on error"] == ""
     assert first["whole"] == second["whole"] == first["on"] == second["on"]
+    assert first["whole"]["best"] == 3
     assert first["ended error"].startswith("StopIteration")
     assert "Evaluating on 2 processes: failed on rank 0: StopIteration" in second["ended error"]
     assert "rank 1 differs: it is at 'A training step'" in first["batches"]
