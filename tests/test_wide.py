@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cria_prune import PlanConfig, PruneConfig, discover, prune, record
+from cria_prune import PlanConfig, PruneConfig, discover, prune, record, spectrum
 from cria_prune.config import RecordConfig, ScoreConfig
 from cria_prune.criteria import CRITERIA, score
 from cria_prune.graph import MomentAccumulator, Moments
@@ -121,3 +122,22 @@ def test_innovation_of_few_columns_ranks_like_the_exact_one() -> None:
     found = innovation(total.moments(), norms).scores
     exact = innovation(Moments.from_signals(Y), norms).scores
     assert rank_correlation(found, exact) > 0.9
+
+
+def test_the_size_of_blocks_changes_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neighbours, distances, signs and edges come in blocks that end unevenly."""
+    X = signals(120, 400)
+    before, after = sketch(X.float(), 400), sketch(X.relu().float(), 400)
+    monkeypatch.setattr("cria_prune.spectrum.importance.DENSE_UNITS", 64)
+    whole = spectrum.distortion(before, after, neighbors=5).scores
+    for path, name, size in (
+        ("graph.neighbors", "BLOCK", 37),
+        ("graph.neighbors", "ROWS", 7),
+        ("graph.neighbors", "EDGE_BLOCK", 50),
+        ("spectrum.pcg", "ROWS", 50),
+        ("spectrum.importance", "EDGES", 50),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules[f"cria_prune.{path}"], name, size)
+            found = spectrum.distortion(before, after, neighbors=5).scores
+        torch.testing.assert_close(found, whole, rtol=1e-5, atol=0, msg=f"{path}.{name}")
