@@ -13,6 +13,7 @@ import pytest
 import coverage_table
 import cria_prune
 import roundtrip_table
+import scale_table
 import tables
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +110,7 @@ def test_every_table_is_what_the_result_files_say() -> None:
     assert (ROOT / "docs" / "results.md").read_text() == tables.render()
     assert (ROOT / "docs" / "coverage.md").read_text() == coverage_table.render()
     assert (ROOT / "docs" / "transformers.md").read_text() == roundtrip_table.render()
+    assert (ROOT / "docs" / "scale.md").read_text() == scale_table.render()
     text = (ROOT / "README.md").read_text()
     assert text == tables.readme(text)
 
