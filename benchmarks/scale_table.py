@@ -13,17 +13,17 @@ FOLDER = Path(__file__).parent / "results"
 MB = 1e6
 
 WIDE = """\
-A synthetic gated layer of *units* neurons on 8,192 correlated samples, written by `benchmarks/scale.py`: seconds
-of wall time, and in brackets of processor time over the threads, which other work on the machine disturbs less.
-*record / forward* is Cria's recording over a plain forward of that one layer, in processor time. *both graphs*
-are the 32 nearest neighbours and weights of both sides; *solve* the block conjugate gradients over all pairs of
-`distortion`; `innovation` and the repair work on the sketch from 2,048 units on. *left* is the error of the
-consumer on other samples after half of the units left with repair, over that without."""
+A synthetic gated layer of *units* neurons on 8,192 correlated samples, written by `benchmarks/scale.py`:
+seconds of wall time, and in brackets of processor time over the threads, which other work on the machine
+disturbs less (*dense solve* runs on one). *record / forward* is Cria's recording over a plain forward of that
+one layer, in processor time. *both graphs* are the 32 nearest neighbours and weights of both sides; *solve* the
+block conjugate gradients over all pairs of `distortion`, *rank correlation* that with the dense one;
+`innovation` and the repair work on the sketch above 2,048 units. *left* is the error of the consumer on other
+samples after half of the units left with repair, over that without."""
 
 PROCESSES = """\
-The calibration shared out over processes (gloo, one machine), written by `benchmarks/processes.py`: the largest
-difference of any unit's score from that of one process, relative to the largest score of its group, and
-whether the plan is the same."""
+The calibration shared out over processes (gloo, one machine), written by `benchmarks/processes.py`: the
+largest relative difference of a unit's score from that of one process, and whether the plan is the same."""
 
 LATENCY = """\
 Dense and pruned networks in turns, written by `benchmarks/latency.py`; random weights, {threads} thread(s).
@@ -50,8 +50,8 @@ def wide() -> list[str]:
             graph = size["graph"]["both"]
             dense = size.get("dense", {})
             row = [
-                f"{int(units):,}", f"{ratio:.1f}", both(graph, threads), both(size["solve"]["solve"], threads),
-                both(dense["solve"], threads) if "solve" in dense else "",
+                f"{int(units):,}", f"{ratio:.1f}", both(graph, threads),
+                both(size["solve"]["solve"], threads), both(dense["solve"], 1) if dense else "",
                 f"{dense['ranks: solver']:.2f}" if dense else "",
                 both(size["innovation"]["innovation"], threads), both(repair["repair"], threads),
                 f"{repair['relative']:.2f}", f"{graph['bytes'] / MB:,.0f}", f"{size['load']['average']:.1f}",
@@ -72,14 +72,10 @@ def processes() -> list[str]:
         for row in result["rows"]:
             key = (result["network"], row["moments"], row["criterion"])
             found.setdefault(key, {})[row["processes"]] = (row["largest_difference"], row["same_plan"])
-    rows = [
-        [
-            *key,
-            *(f"{seen[count][0]:.0e}" for count in (2, 4)),
-            "yes" if all(s for _, s in seen.values()) else "no",
-        ]
-        for key, seen in found.items()
-    ]
+    rows = []
+    for key, seen in found.items():
+        alike = "yes" if all(same for _, same in seen.values()) else "no"
+        rows.append([*key, *(f"{seen[count][0]:.0e}" for count in (2, 4)), alike])
     head = ["network", "moments", "criterion", "2 processes", "4 processes", "same plan"]
     return ["## Several processes", "", PROCESSES, "", *table(head, rows), ""] if rows else []
 
@@ -107,10 +103,6 @@ SECTIONS: tuple[Callable[[], list[str]], ...] = (wide, processes, latency)
 
 def render() -> str:
     """Return docs/scale.md."""
-    head = [
-        "# Scale",
-        "",
-        "Written by `python benchmarks/tables.py` from the files in benchmarks/results.",
-        "",
-    ]
-    return "\n".join([*head, *(line for section in SECTIONS for line in section())]).rstrip() + "\n"
+    said = "Written by `python benchmarks/tables.py` from the files in benchmarks/results."
+    lines = ["# Scale", "", said, "", *(line for section in SECTIONS for line in section())]
+    return "\n".join(lines).rstrip() + "\n"
