@@ -16,8 +16,8 @@ WIDE = """\
 A synthetic gated layer of *units* neurons on 8,192 correlated samples, written by `benchmarks/scale.py`:
 seconds of wall time, and in brackets of processor time over the threads, which other work on the machine
 disturbs less (*dense solve* runs on one). *record / forward* is Cria's recording over a plain forward of that
-one layer, in processor time. *both graphs* are the 32 nearest neighbours and weights of both sides; *solve* the
-block conjugate gradients over all pairs of `distortion`, *rank correlation* that with the dense one;
+one layer, in processor time. *both graphs* are the 32 nearest neighbours and weights of both sides; *solve*
+the block conjugate gradients over all pairs of `distortion`, *rank correlation* that with the dense one;
 `innovation` and the repair work on the sketch above 2,048 units. *left* is the error of the consumer on other
 samples after half of the units left with repair, over that without."""
 
