@@ -83,7 +83,10 @@ class Parallel:
             RankError: another process is gone.
         """
         try:
-            loss.backward()
+            with warnings.catch_warnings():
+                # Weights lie channels last on a CPU; a copy of each small gradient is all that it costs.
+                warnings.filterwarnings("ignore", "Grad strides do not match", UserWarning)
+                loss.backward()
         except RuntimeError as error:
             if any(word in str(error).lower() for word in ("gloo", "nccl", "connection")):
                 raise lost("A training step", error) from error
