@@ -15,6 +15,7 @@ from torch import Tensor
 from cria_prune.config import RecordConfig
 from cria_prune.errors import SignalError, StructureError
 from cria_prune.graph import MomentAccumulator, Moments
+from cria_prune.modules import give_back
 from cria_prune.record.features import FeatureSums
 from cria_prune.record.sampling import draw_positions, gather_positions, unit_signals
 from cria_prune.record.states import GroupStates
@@ -218,18 +219,26 @@ class Collector:
     def states(self, taylor: Mapping[str, Tensor], fisher: Mapping[str, Tensor]) -> dict[str, GroupStates]:
         """Return the states of every group, with what the gradients gave by its name.
 
+        The collector is empty afterwards: what a group has collected is let go as soon as its moments are
+        there, so that not all of both is held at once.
+
         Raises:
             SignalError: a side was never reached, has an empty half, or holds NaN or infinity.
         """
         states = {}
-        for name, (before, after) in self._sides.items():
+        self._readers.clear()  # they hold on to the accumulators
+        give_back()
+        for name in list(self._sides):
+            before, after = self._sides.pop(name)
             inputs, whole_input = _moments(name, "input", before)
             outputs, whole_output = _moments(name, "output", after)
+            del before, after
+            give_back()
             features, even, odd = (
                 {tensor: found for tensor, sums in self._sums[name].items() if (found := sums.moments(half))}
                 for half in (None, 0, 1)
             )
-            consumed = {tensor: total.flush().moments() for tensor, total in self._consumed[name].items()}
+            consumed = {tensor: total.flush().moments() for tensor, total in self._consumed.pop(name).items()}
             if name in self._units_alone:
                 consumed[self._units_alone[name]] = whole_output
             states[name] = GroupStates(

@@ -19,6 +19,7 @@ from cria_prune.spectrum.pencil import DENSE_UNITS, RESIDUAL, Pairs, count_pairs
 
 SHOWN_VALUES = 32
 INNOVATION_EPS = 1e-4
+EDGE_NUMBERS = 2**21  # numbers of an embedding that are gathered at a time: 16 MB
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,8 @@ def _embed(
 
 def _mean_over_neighbors(graph: Graph, F: Tensor) -> Tensor:
     """Return, for every unit, the mean of ‖F_p − F_q‖² over its neighbours q; 1 without neighbour."""
-    parts = zip(graph.rows.split(65536), graph.cols.split(65536), strict=True)
+    piece = max(1, EDGE_NUMBERS // max(F.shape[1], 1))
+    parts = zip(graph.rows.split(piece), graph.cols.split(piece), strict=True)
     edges = [(F[p] - F[q]).square().sum(dim=1) for p, q in parts]
     scores = torch.cat(edges) if edges else torch.zeros(0, dtype=torch.float64)
     counts = graph.neighbor_counts()

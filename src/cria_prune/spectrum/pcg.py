@@ -84,7 +84,9 @@ def distortion_embedding(
             B = A[:, start:stop].toarray()
         else:
             signs = generator.integers(0, 2, size=(A.shape[1], stop - start), dtype=np.int8)
-            B = A @ ((2.0 * signs - 1.0) / sketch**0.5)
+            signs *= 2
+            signs -= 1
+            B = (A @ signs.astype(np.float64)) / sketch**0.5
         X, found, taken = pcg(L, torch.from_numpy(np.ascontiguousarray(B)), tolerance, iterations)
         parts.append(X)
         residual, most = max(residual, found), max(most, taken)
