@@ -39,6 +39,7 @@ SURFACE = {
     "score": SCORING | COMMON | SAVING | DATA,
     "ablate": SCORING | COMMON | SAVING | DATA | {"--shares", "--random-seeds", "--limit"},
     "bench": {"--criterion", "--reduction", "--reduce", "--seed", "--device", "--output", "--quiet", "-q"},
+    "plan": (PRUNING - {"--watch"}) | COMMON | SAVING | DATA | {"--dry-run"},
     "prune": PRUNING | COMMON | SAVING | DATA | {"--export"},
     "recover": TUNING | COMMON | SAVING | DATA | {"--teacher"},
     "report": {"--layer", "--output", "--overwrite", "--quiet", "-q"},

@@ -32,10 +32,12 @@ MAY_IMPORT = {
     "tasks": BASE | {"recover"},
     "bench": BASE | {"pipeline", "criteria", "recover", "tasks", "artifact", "structure", "plan"},
     "result": BASE | {"structure", "plan", "surgery", "graph"},
+    "memory": BASE | {"structure", "record", "criteria"},
     "scoring": BASE | {"pipeline", "scope", "structure", "spectrum"},
     "ablation": BASE | {"structure", "plan", "surgery"},
     "torch_pruning": BASE | {"pipeline", "scoring", "structure", "spectrum"},
     "cli": BASE
+    | {"memory"}
     | {"pipeline", "artifact", "tasks", "recover", "plan", "structure", "criteria", "record", "scope"}
     | {"bench", "scoring", "ablation"},
 }
@@ -89,7 +91,8 @@ def test_public_names_are_frozen_and_documented() -> None:
 PUBLIC = [
     *["CRITERIA", "CriaError", "LoadedCheckpoint", "Plan", "PlanConfig", "PruneConfig"],
     *["PruneResult", "RecordConfig", "RecoverConfig", "ScoreConfig", "UnitGroup", "UnitGroups", "ablate"],
-    *["apply", "discover", "load", "plan", "preset", "prune", "record", "recover", "save", "save_padded"],
+    *["apply", "discover", "load", "plan", "predict_memory", "preset"],
+    *["prune", "record", "recover", "save", "save_padded"],
     *["save_pretrained", "score", "verify"],
 ]
 

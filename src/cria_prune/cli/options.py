@@ -205,6 +205,12 @@ TestLimit = Annotated[
     ),
 ]  # fmt: skip
 ScoreFile = Annotated[Path | None, Option(help="JSON file for all scores and the whole diagnosis.")]
+DryRun = Annotated[
+    bool, Option("--dry-run", help="Predict memory and passes, and say what is reachable; score nothing.")
+]
+PlanFile = Annotated[
+    Path | None, Option(help="JSON file for the plan, or with --dry-run for what was predicted.")
+]
 Suite = Annotated[
     str,
     Argument(
