@@ -41,6 +41,7 @@ SURFACE = {
     "score": SCORING | COMMON | SAVING | DATA | {"--compensate", "--no-compensate"},
     "ablate": SCORING | COMMON | SAVING | DATA | {"--shares", "--random-seeds", "--limit"},
     "bench": {"--criterion", "--reduction", "--reduce", "--seed", "--device", "--output", "--quiet", "-q"},
+    "plan": (PRUNING - {"--watch"}) | COMMON | SAVING | DATA | {"--dry-run"},
     "prune": PRUNING | COMMON | SAVING | DATA | {"--export", "--resume", "--scores"},
     "sweep": (PRUNING - {"--rounds", "--watch"}) | COMMON | SAVING | DATA | {"--scores", "--resume"},
     "recover": TUNING | COMMON | SAVING | DATA | {"--teacher", "--resume"},

@@ -34,12 +34,14 @@ MAY_IMPORT = {
     "tasks": BASE | {"recover"},
     "bench": BASE | {"pipeline", "criteria", "recover", "tasks", "artifact", "structure", "plan"},
     "result": BASE | {"structure", "plan", "surgery", "graph"},
+    "memory": BASE | {"structure", "record", "criteria"},
     "scored": BASE | {"graph", "spectrum", "structure"},
     "rounds": BASE | {"graph", "plan", "result", "structure", "surgery"},
     "scoring": BASE | {"pipeline", "scope", "scored", "record", "structure", "spectrum"},
     "ablation": BASE | {"structure", "plan", "surgery"},
     "torch_pruning": BASE | {"pipeline", "scoring", "structure", "spectrum"},
     "cli": BASE
+    | {"memory"}
     | {"pipeline", "artifact", "tasks", "recover", "plan", "structure", "criteria", "record", "scope"}
     | {"bench", "scored", "scoring", "ablation"},
 }
@@ -93,7 +95,19 @@ def test_public_names_are_frozen_and_documented() -> None:
 PUBLIC = [
     *["CRITERIA", "CriaError", "LoadedCheckpoint", "Plan", "PlanConfig", "PruneConfig"],
     *["PruneResult", "RecordConfig", "RecoverConfig", "ScoreConfig", "Scored", "UnitGroup", "UnitGroups"],
-    *["ablate", "apply", "discover", "load", "load_scores", "plan", "preset", "prune", "record", "recover"],
+    *[
+        "ablate",
+        "apply",
+        "discover",
+        "load",
+        "load_scores",
+        "plan",
+        "predict_memory",
+        "preset",
+        "prune",
+        "record",
+        "recover",
+    ],
     *["save", "save_padded", "save_pretrained", "save_scores", "score", "score_once", "verify"],
 ]
 

@@ -29,6 +29,7 @@ from cria_prune.config import (
 )
 from cria_prune.criteria import CRITERIA, score
 from cria_prune.errors import CriaError
+from cria_prune.memory import predict_memory
 from cria_prune.pipeline import PruneResult, discover, prune
 from cria_prune.plan import Plan, plan
 from cria_prune.record import record
@@ -60,6 +61,7 @@ __all__ = [
     "load",
     "load_scores",
     "plan",
+    "predict_memory",
     "preset",
     "prune",
     "record",

@@ -116,6 +116,47 @@ def score(
 
 
 @app.command()
+def plan(
+    context: typer.Context,
+    target: o.Target,
+    calibration: o.Calibration = None,
+    dataset: o.Dataset = None,
+    text: o.Text = None,
+    dry_run: o.DryRun = False,
+    reduction: o.Reduction = None,
+    of: o.Of = None,
+    criterion: o.Criterion = None,
+    preset: o.Preset = None,
+    rounds: o.Rounds = None,
+    ranking: o.Ranking = None,
+    residual: o.Residual = None,
+    compensate: o.Compensate = None,
+    batch_norm: o.BatchNorm = None,
+    floor: o.Floor = None,
+    units: o.Units = None,
+    policy: o.Policy = None,
+    uniform: o.Uniform = None,
+    multiple: o.Multiple = None,
+    examples: o.Examples = None,
+    positions: o.Positions = None,
+    seed: o.Seed = None,
+    device: o.Device = "auto",
+    output: o.PlanFile = None,
+    overwrite: o.Overwrite = False,
+    config: o.Config = None,
+    quiet: o.Quiet = False,
+) -> None:
+    """Show which units would stay after one round, and cut nothing; with --dry-run what it all would take.
+
+    --dry-run runs no calibration: it says what is reachable, the passes over the data and the peak memory.
+    """
+    with answering():
+        from cria_prune.cli import plans
+
+        plans.plan(context.params, command_line(context))
+
+
+@app.command()
 def ablate(
     context: typer.Context,
     target: o.Target,

@@ -219,6 +219,12 @@ SweepReductions = Annotated[
         help="Share to remove, between 0 and 1; several [default: 0.1 to 0.7].", show_default=False,
     ),
 ]  # fmt: skip
+DryRun = Annotated[
+    bool, Option("--dry-run", help="Predict memory and passes, and say what is reachable; score nothing.")
+]
+PlanFile = Annotated[
+    Path | None, Option(help="JSON file for the plan, or with --dry-run for what was predicted.")
+]
 Suite = Annotated[
     str,
     Argument(

@@ -18,6 +18,7 @@ from cria_prune.config import RecordConfig
 from cria_prune.errors import ResourceError, SignalError, StructureError
 from cria_prune.graph import MomentAccumulator, Moments
 from cria_prune.graph.accumulator import Total
+from cria_prune.modules import give_back
 from cria_prune.record.buffer import Buffer
 from cria_prune.record.features import FeatureSums
 from cria_prune.record.sampling import Origin, draw_positions, gather_positions, unit_signals
@@ -236,25 +237,32 @@ class Collector:
     def states(self, taylor: Mapping[str, Tensor], fisher: Mapping[str, Tensor]) -> dict[str, GroupStates]:
         """Return the states of every group, with what the gradients gave by its name.
 
+        The collector is empty afterwards: what a group has collected is let go as soon as its moments are
+        there, so that not all of both is held at once.
+
         Raises:
             SignalError: a side was never reached, has an empty half, or holds NaN or infinity.
         """
         states = {}
-        for name, (before, after) in self._sides.items():
-            with self._named(name, before[0].total.units):
-                states[name] = self._state(name, before, after, taylor.get(name), fisher.get(name))
+        self._readers.clear()  # they hold on to the accumulators
+        give_back()
+        for name in list(self._sides):
+            with self._named(name, self._sides[name][0][0].total.units):
+                states[name] = self._state(name, taylor.get(name), fisher.get(name))
         return states
 
-    def _state(
-        self, name: str, before: Halves, after: Halves, taylor: Tensor | None, fisher: Tensor | None
-    ) -> GroupStates:
+    def _state(self, name: str, taylor: Tensor | None, fisher: Tensor | None) -> GroupStates:
+        """Return the states of a group, and let go of its accumulators."""
+        before, after = self._sides.pop(name)
         inputs, whole_input = _moments(name, "input", before)
         outputs, whole_output = _moments(name, "output", after)
+        del before, after
+        give_back()
         features, even, odd = (
             {tensor: found for tensor, sums in self._sums[name].items() if (found := sums.moments(half))}
             for half in (None, 0, 1)
         )
-        consumed = {tensor: total.flush().moments() for tensor, total in self._consumed[name].items()}
+        consumed = {tensor: total.flush().moments() for tensor, total in self._consumed.pop(name).items()}
         if name in self._units_alone:
             consumed[self._units_alone[name]] = whole_output
         return GroupStates(

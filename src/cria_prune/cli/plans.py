@@ -1,0 +1,211 @@
+"""`cria plan`: what a pruning will take and reach; with --dry-run before anything runs. Nothing is cut."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cria_prune import pipeline
+from cria_prune.artifact.files import write_json
+from cria_prune.artifact.provenance import peak_memory
+from cria_prune.batches import Batch, batch_size
+from cria_prune.cli import target
+from cria_prune.cli.commands import check_target
+from cria_prune.cli.folder import check_file
+from cria_prune.cli.job import rounded
+from cria_prune.cli.outline import COSTS
+from cria_prune.cli.settings import Params, pick_device, prune_config, texts_of
+from cria_prune.cli.talk import Talk, percent
+from cria_prune.cli.target import Target
+from cria_prune.config import PruneConfig
+from cria_prune.memory import MemoryPrediction, amount, batch_bytes, largest_batch, predict_memory
+from cria_prune.pipeline import clock
+from cria_prune.plan import Plan, count_macs, count_parameters, reachable
+from cria_prune.plan.stairs import fewest, stairs
+from cria_prune.scope import Scope
+
+CGROUP = Path("/sys/fs/cgroup/memory.max")
+
+
+def plan(params: Params, command: list[str]) -> None:
+    """Show what is reachable and what it takes, or with scores which units would stay."""
+    found, talk = target.find(params["target"], texts_of(params)), Talk(params["quiet"])
+    config = prune_config(params, found.prune_defaults())
+    check_file(params["output"], params["overwrite"])
+    work = _dry if params["dry_run"] else _scored
+    head = {"target": params["target"], **found.named(), "criterion": config.score.criterion}
+    values, kept = work(params, found, config, talk)
+    answer = {**head, **values, "seed": params["seed"] or 0}
+    if params["output"] is not None:
+        write_json(params["output"], kept or {**answer, "command": command})
+        talk.say(f"plan written to {params['output']}")
+    talk.answer({**answer, "output": None if params["output"] is None else str(params["output"])})
+
+
+Made = tuple[dict[str, Any], dict[str, Any] | None]
+"""What is answered; and what goes into the file in its place."""
+
+
+def _dry(params: Params, found: Target, config: PruneConfig, talk: Talk) -> Made:
+    """Structure, one batch's shapes, and arithmetic: nothing is trained, recorded or scored."""
+    device, seconds = pick_device(params["device"]), dict[str, float]()
+    with clock(seconds, "structure"):
+        model = found.untrained().to(device)
+        groups = pipeline.discover(model, found.task.example)
+        scope = pipeline.check_target(model, groups, config.plan)
+    with clock(seconds, "data"):
+        batches = found.task.calibration(config.record.examples, config.record.seed)
+    with clock(seconds, "predict"):
+        memory = predict_memory(model, scope.groups, largest_batch(batches), config)
+    reach = _reach(scope, config)
+    here = available_memory(device)
+    data = {
+        "examples": sum(map(batch_size, batches)),
+        "batches": len(batches),
+        "bytes": sum(map(batch_bytes, batches)),
+    }
+    _say_reach(talk, reach, config)
+    _say_passes(talk, memory, config, data)
+    _say_memory(talk, memory, data["bytes"] if device.type == "cpu" else 0, here)
+    values = {
+        "dry_run": True,
+        **reach,
+        "rounds": config.plan.rounds,
+        "passes": memory.passes,
+        "recording_passes": memory.recorded,
+        "gradients": memory.gradients,
+        "data": data,
+        "memory": {**memory.to_dict(), "available": here},
+        "device": str(device),
+        "seconds": rounded(seconds),
+    }
+    return values, None
+
+
+def _reach(scope: Scope, config: PruneConfig) -> dict[str, Any]:
+    """Return what is asked, and what is left at most and at least of the whole."""
+    groups, plan = scope.groups, config.plan
+    return {
+        "of": plan.of,
+        "asked": plan.reduction,
+        "reachable": reachable(groups, plan, allowed=scope.allowed),
+        "parameters_dense": count_parameters(groups),
+        "parameters_least": _least(scope, config, count_parameters),
+        "macs_dense": count_macs(groups),
+        "macs_least": _least(scope, config, count_macs),
+        "groups": len(groups.prunable),
+        "units": sum(group.size for group in groups.prunable),
+    }
+
+
+def _least(scope: Scope, config: PruneConfig, count: Callable[..., float]) -> float:
+    return count(scope.groups, fewest(stairs(scope.groups, config.plan, scope.allowed)))
+
+
+def _say_reach(talk: Talk, reach: Mapping[str, Any], config: PruneConfig) -> None:
+    rows = [
+        [name, f"{reach[f'{key}_dense']:,.0f}", f"{reach[f'{key}_least']:,.0f}",
+         percent(1 - reach[f"{key}_least"] / max(reach[f"{key}_dense"], 1))]
+        for name, key in (("parameters", "parameters"), ("MACs per example", "macs"))
+    ]  # fmt: skip
+    talk.table(["what", "now", "left at least", "removed at most"], rows)
+    talk.say(
+        f"asked {percent(reach['asked'])} of the {COSTS[reach['of']]}, at most {percent(reach['reachable'])} "
+        f"can be removed: {reach['units']:,} units in {reach['groups']} groups, "
+        f"{config.plan.floor * 100:g} % of each always stay (--floor)"
+    )
+
+
+def _say_passes(talk: Talk, memory: MemoryPrediction, config: PruneConfig, data: Mapping[str, int]) -> None:
+    norms = memory.passes - memory.recorded
+    how = f", with a backward pass for the gradients of each {memory.gradients}" if memory.gradients else ""
+    talk.say(
+        f"{memory.passes} passes over {data['examples']:,} examples in {data['batches']} batches: "
+        f"{memory.recorded} to record{how}" + (", 1 for the batch norms at the end" if norms else "")
+        + f"; {config.plan.rounds} rounds of {config.score.criterion}"
+    )  # fmt: skip
+
+
+def _say_memory(talk: Talk, memory: MemoryPrediction, data: int, here: int | None) -> None:
+    rows = []
+    for stage in memory.stages:
+        parts = {"model": memory.model, "calibration data": data, **stage.parts}
+        about = f" ({stage.group})" if stage.group else ""
+        rows.append([f"{stage.name}: at most{about}", amount(sum(parts.values()))])
+        rows += [[f"    {name}", amount(size)] for name, size in parts.items() if size]
+    talk.table(["predicted memory", "bytes"], rows)
+    largest = memory.largest_group
+    if largest is not None:
+        kind = "sketches" if largest.sketched else "exact second moments"
+        kept = max(largest.while_recording, largest.afterwards)
+        talk.say(f"the largest group is {largest.name}: {largest.units:,} units, {amount(kept)} as {kind}")
+    if memory.savings:
+        texts = (f"{text}: {amount(memory.model + data + size)}" for text, size in memory.savings)
+        talk.say("less would be taken with " + "; ".join(texts) + " (--examples does not change it)")
+    peak = memory.peak + data
+    if here is not None and peak > here:
+        talk.say(f"warning: {amount(peak)} are needed, and there are {amount(here)}")
+    elif here is not None:
+        talk.say(f"{amount(peak)} of the {amount(here)} that there are")
+
+
+def _scored(params: Params, found: Target, config: PruneConfig, talk: Talk) -> Made:
+    """Record and score once, and plan one round of the whole reduction."""
+    device, seconds, seed = pick_device(params["device"]), dict[str, float](), params["seed"] or 0
+    check_target(found, config)  # before a dense model is trained
+    with clock(seconds, "model"):
+        model = found.model(device, seed, talk.progress)
+    batches = found.task.calibration(config.record.examples, config.record.seed)
+    made = one_round(model, batches, config, found.task.example, seconds)
+    report = made.report
+    talk.say(str(made))
+    values = {
+        "dry_run": False,
+        **report,
+        "rounds": 1,
+        "groups": len(made.sizes),
+        "memory": peak_memory(device),
+        "device": str(device),
+        "seconds": rounded(seconds),
+    }
+    return values, made.to_dict()
+
+
+def one_round(
+    model: torch.nn.Module,
+    batches: list[Batch],
+    config: PruneConfig,
+    example: Batch,
+    seconds: dict[str, float],
+) -> Plan:
+    """Return the plan of one round at the full reduction; the model is left as it was."""
+    needs, states = pipeline.find_criterion(config.score.criterion).needs, None
+    with clock(seconds, "structure"):
+        scope = pipeline.check_target(model, pipeline.discover(model, example), config.plan)
+    if needs:
+        with clock(seconds, "record"):
+            states = pipeline.record_for(needs, model, scope.groups, batches, config)
+    with clock(seconds, "score"):
+        scores = pipeline.score(model, scope.groups, states, config.score)
+    values = {name: item.scores.numpy() for name, item in scores.items()}
+    with clock(seconds, "plan"):
+        return pipeline.make_round(scope.groups, values, config.plan, allowed=scope.allowed)
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Return the bytes that there are: free on a GPU; else of the machine, or of this container if less."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # this system does not tell
+        return None
+    try:
+        limit = CGROUP.read_text().strip()
+    except OSError:
+        return there
+    return min(there, int(limit)) if limit.isdecimal() else there
