@@ -9,8 +9,8 @@ from torch import nn
 from cria_prune.config import ScoreConfig
 from cria_prune.criteria.evidence import Evidence, UnitWeights
 from cria_prune.criteria.table import CRITERIA, Criterion
+from cria_prune.dispatched import values_of
 from cria_prune.errors import CriterionError, StructureError
-from cria_prune.modules import named_tensors
 from cria_prune.record.states import GroupStates, States
 from cria_prune.spectrum import Importance, rank_correlation
 from cria_prune.structure.groups import UnitGroup, UnitGroups
@@ -42,7 +42,7 @@ def score(
     config = config or ScoreConfig()
     criterion = find_criterion(config.criterion)
     _check_needs(criterion, states)
-    tensors = named_tensors(model)
+    tensors = values_of(model)
     importances = {}
     for group in groups.prunable:
         weights = UnitWeights(group, tensors)
