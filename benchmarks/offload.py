@@ -2,14 +2,14 @@
 
     python benchmarks/offload.py
 
-Makes the folder of a model with random bfloat16 weights (16 layers, 2,048 wide, 8,192 gated neurons), shard
-by shard, in a temporary place, and prunes it to 30 % fewer parameters in one round with repair, in fresh
-processes: by `prune_offloaded`, and by `prune` in memory. A third process prunes a tiny model layer by layer,
-for what the libraries take. All record the same few sequences with the same settings: sketches of `--columns`
-columns for layers of more than 2,048 units, no split halves. The peak is the largest resident set of the
-process (VmHWM); weights that are mapped from a file count as long as they are mapped. `--limit` bounds the
-address space, so that a pruning that does not fit does not take the machine down: it ends with the error that
-is noted, at the peak that is noted. Writes benchmarks/results/offload/llama-1b.json.
+Makes the folder of a model of TinyLlama's shape with random bfloat16 weights (22 layers, 2,048 wide, 5,632
+gated neurons), shard by shard, in a temporary place, and prunes it to 30 % fewer parameters in one round
+with repair, in fresh processes: by `prune_offloaded`, and by `prune` in memory. A third process prunes a tiny
+model layer by layer, for what the libraries take. All record the same few sequences with the same settings:
+sketches of `--columns` columns for layers of more than 2,048 units, no split halves. The peak is the largest
+resident set of the process (VmHWM); weights that are mapped from a file count as long as they are mapped.
+`--limit` bounds the address space, so that a pruning that does not fit does not take the machine down: it
+ends with the error that is noted, at the peak that is noted. Writes benchmarks/results/offload/llama-1b.json.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from cria_prune.tasks.pretrained import load_pretrained
 from result_files import RESULTS, write
 
 SHAPE: dict[str, Any] = {
-    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "vocab_size": 32000, "tie_word_embeddings": False,
+    "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+    "num_key_value_heads": 4, "vocab_size": 32000, "tie_word_embeddings": False,
 }  # fmt: skip
 TINY: dict[str, Any] = {
     **SHAPE, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -88,6 +88,7 @@ def job(kind: str, folder: Path, output: Path, options: dict[str, Any]) -> dict[
         record={"examples": options["examples"], "sketch_columns": options["columns"]},
         score={"split_half": False, "criterion": options["criterion"]},
         plan={"reduction": 0.3, "rounds": 1, "vanilla": True, "multiple": 8},
+        compensate=options["compensate"],
     )
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     generator = torch.Generator().manual_seed(1)
@@ -97,7 +98,9 @@ def job(kind: str, folder: Path, output: Path, options: dict[str, Any]) -> dict[
     start = time.perf_counter()
     try:
         if kind != "in memory":
-            done = prune_offloaded(folder, output, batches, config, memory=options["memory"])
+            done = prune_offloaded(
+                folder, output, batches, config, memory=options["memory"], max_shard_size="250MB"
+            )
             check, report = done.verification, done.plan.report
             further = {"turns": done.turns, "seconds_by_stage": dict(done.seconds)}
         else:
@@ -156,7 +159,8 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--columns", type=int, default=1024)
-    parser.add_argument("--criterion", default="innovation")
+    parser.add_argument("--no-repair", action="store_true")
+    parser.add_argument("--criterion", default="fluctuation")
     parser.add_argument("--memory", type=int, default=512, help="MiB of moments and weights in a turn")
     parser.add_argument("--limit", type=int, default=0, help="MiB of address space of a process, 0 for none")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -170,7 +174,7 @@ def main() -> None:
     settings = {
         "examples": options.examples, "tokens": options.tokens, "columns": options.columns,
         "criterion": options.criterion, "memory": options.memory * MIB, "limit": options.limit * MIB,
-        "threads": options.threads,
+        "threads": options.threads, "compensate": not options.no_repair,
     }  # fmt: skip
     with TemporaryDirectory(prefix="cria-offload-") as scratch:
         folder, tiny = Path(scratch) / "dense", Path(scratch) / "tiny"

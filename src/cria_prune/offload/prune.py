@@ -67,7 +67,7 @@ def prune_offloaded(
     config: PruneConfig,
     *,
     memory: int = MEMORY,
-    max_shard_size: int | str = "1GB",
+    max_shard_size: int | str = "500MB",
     overwrite: bool = False,
     provenance: Mapping[str, Any] | None = None,
     results: Mapping[str, Any] | None = None,
