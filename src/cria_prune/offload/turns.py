@@ -190,9 +190,9 @@ def moment_bytes(group: UnitGroup, config: PruneConfig) -> int:
         return 8 * size**2 if size <= record.exact_units else 4 * size * record.sketch_columns
 
     wide = len(group.outputs) > 1 or any(tap.positions.shape[1] > 1 for tap in group.outputs)
-    further = (
-        sum(2 * second(tap.positions.size) for tap in group.outputs) if wide and config.compensate else 0
-    )
+    further = 0  # what the consumers read, where that is not the units alone
+    if wide and config.compensate and not group.normed:
+        further = sum(2 * second(tap.positions.size) for tap in group.outputs)
     return 2 * COPIES * second(group.size) + further
 
 
