@@ -9,7 +9,8 @@ model layer by layer, for what the libraries take. All record the same few seque
 sketches of `--columns` columns for layers of more than 2,048 units, no split halves. The peak is the largest
 resident set of the process (VmHWM); weights that are mapped from a file count as long as they are mapped.
 `--limit` bounds the address space, so that a pruning that does not fit does not take the machine down: it
-ends with the error that is noted, at the peak that is noted. Writes benchmarks/results/offload/llama-1b.json.
+ends with the error that is noted, at the peak that is noted. Writes benchmarks/results/offload/llama-1b.json,
+or llama-1b-no-repair.json with `--no-repair`: the moments of a consumer's repair are then in no peak.
 """
 
 from __future__ import annotations
@@ -191,7 +192,7 @@ def main() -> None:
                 row["over_weights"] = (row["peak"] - libraries["peak"]) / sizes["weights"]
             table(sizes, rows)
     origin = provenance(seed=0, command=sys.argv)
-    name = "tiny" if options.tiny else "llama-1b"
+    name = "llama-1b-no-repair" if options.no_repair else "llama-1b"
     if not options.tiny:
         write(
             RESULTS / "offload" / f"{name}.json",
