@@ -42,7 +42,7 @@ SURFACE = {
     "ablate": SCORING | COMMON | SAVING | DATA | {"--shares", "--random-seeds", "--limit"},
     "bench": {"--criterion", "--reduction", "--reduce", "--seed", "--device", "--output", "--quiet", "-q"},
     "plan": (PRUNING - {"--watch"}) | COMMON | SAVING | DATA | {"--dry-run"},
-    "prune": PRUNING | COMMON | SAVING | DATA | {"--export", "--resume", "--scores"},
+    "prune": PRUNING | COMMON | SAVING | DATA | {"--export", "--resume", "--scores", "--offload"},
     "sweep": (PRUNING - {"--rounds", "--watch"}) | COMMON | SAVING | DATA | {"--scores", "--resume"},
     "recover": TUNING | COMMON | SAVING | DATA | {"--teacher", "--resume"},
     "report": {"--layer", "--output", "--overwrite", "--quiet", "-q"},

@@ -18,7 +18,7 @@ import tables
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "cria_prune"
-BASE = {"attention", "errors", "config", "batches", "progress", "modules", "loss", "metrics"}
+BASE = {"attention", "errors", "config", "batches", "dispatched", "progress", "modules", "loss", "metrics"}
 BASE |= {"ranks", "store"}
 MAY_IMPORT = {
     "structure": BASE,
@@ -38,12 +38,25 @@ MAY_IMPORT = {
     "scored": BASE | {"graph", "spectrum", "structure"},
     "rounds": BASE | {"graph", "plan", "result", "structure", "surgery"},
     "scoring": BASE | {"pipeline", "scope", "scored", "record", "structure", "spectrum"},
+    "offload": BASE
+    | {
+        "pipeline",
+        "artifact",
+        "graph",
+        "plan",
+        "record",
+        "scope",
+        "spectrum",
+        "structure",
+        "surgery",
+        "tasks",
+    },
     "ablation": BASE | {"structure", "plan", "surgery"},
     "torch_pruning": BASE | {"pipeline", "scoring", "structure", "spectrum"},
     "cli": BASE
     | {"memory"}
     | {"pipeline", "artifact", "tasks", "recover", "plan", "structure", "criteria", "record", "scope"}
-    | {"bench", "scored", "scoring", "ablation"},
+    | {"bench", "scored", "scoring", "ablation", "offload"},
 }
 
 
@@ -95,19 +108,8 @@ def test_public_names_are_frozen_and_documented() -> None:
 PUBLIC = [
     *["CRITERIA", "CriaError", "LoadedCheckpoint", "Plan", "PlanConfig", "PruneConfig"],
     *["PruneResult", "RecordConfig", "RecoverConfig", "ScoreConfig", "Scored", "UnitGroup", "UnitGroups"],
-    *[
-        "ablate",
-        "apply",
-        "discover",
-        "load",
-        "load_scores",
-        "plan",
-        "predict_memory",
-        "preset",
-        "prune",
-        "record",
-        "recover",
-    ],
+    *["ablate", "apply", "discover", "load", "load_scores", "plan", "predict_memory", "preset", "prune"],
+    *["prune_offloaded", "record", "recover"],
     *["save", "save_padded", "save_pretrained", "save_scores", "score", "score_once", "verify"],
 ]
 

@@ -4,7 +4,7 @@ One function per step, in the order of the data: `discover` what may be removed,
 neurons do, `score` them, `plan` what stays, `apply` the plan, `verify` that masked equals pruned,
 `recover` the task, `save` and `load` the result; `save_pretrained` writes what plain transformers
 loads. `prune` runs discover to verify, round by round; `score_once` keeps scores from which it cuts to any
-size; `ablate` measures whether scores are worth anything.
+size; `prune_offloaded` does without the model in memory; `ablate` measures whether scores are worth anything.
 """
 
 from importlib.metadata import version
@@ -30,6 +30,7 @@ from cria_prune.config import (
 from cria_prune.criteria import CRITERIA, score
 from cria_prune.errors import CriaError
 from cria_prune.memory import predict_memory
+from cria_prune.offload import prune_offloaded
 from cria_prune.pipeline import PruneResult, discover, prune
 from cria_prune.plan import Plan, plan
 from cria_prune.record import record
@@ -64,6 +65,7 @@ __all__ = [
     "predict_memory",
     "preset",
     "prune",
+    "prune_offloaded",
     "record",
     "recover",
     "save",

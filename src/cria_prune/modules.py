@@ -24,9 +24,24 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device of the model's first parameter; the CPU where it has none."""
+    """Return the device of the model's first parameter; the CPU where it has none.
+
+    Of a model that accelerate offloads it is the device on which its layers run.
+    """
     first = next(model.parameters(), None)
+    if first is not None and first.is_meta:
+        hooks = (hook for module in model.modules() for hook in offloading_hooks(module))
+        running = next(hooks, None)
+        return first.device if running is None else torch.device(running.execution_device)
     return torch.device("cpu") if first is None else first.device
+
+
+def offloading_hooks(module: nn.Module) -> Iterator[Any]:
+    """Yield the hooks of accelerate on a module that load its weights for each forward."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    for item in getattr(hook, "hooks", (hook,)):
+        if getattr(item, "offload", False) and getattr(item, "weights_map", None) is not None:
+            yield item
 
 
 def copy_of(model: nn.Module, replaced: dict[int, Any] | None = None) -> nn.Module:

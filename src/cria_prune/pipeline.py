@@ -16,7 +16,8 @@ from cria_prune.batches import Batch, batch_size, describe, move
 from cria_prune.config import PruneConfig
 from cria_prune.criteria import score
 from cria_prune.criteria.score import find_criterion
-from cria_prune.errors import CriaError, DataError, SignalError
+from cria_prune.dispatched import is_dispatched, structure_of
+from cria_prune.errors import CriaError, DataError, SignalError, StructureError
 from cria_prune.graph import keep_graphs
 from cria_prune.modules import device_of, digest, named_tensors
 from cria_prune.plan import Allowed, Plan, compose, identity_plan
@@ -50,6 +51,8 @@ def discover(model: nn.Module, example: Batch) -> UnitGroups:
         CaptureError: the operations cannot be captured.
         DataError: the forward does not accept the example.
     """
+    if is_dispatched(model):  # its shapes decide, for there is no room for a copy with values
+        model = structure_of(model)
     batch = move(cut(example, batch_size(example), EXAMPLES), device_of(model))
     return _discover(model, batch, Reference(model, batch))
 
@@ -335,8 +338,17 @@ def first_examples(batches: Iterable[Batch], device: torch.device) -> Batch:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Raise SignalError, naming the tensor, if a parameter or buffer holds NaN or infinity."""
+    """Raise SignalError, naming the tensor, if a parameter or buffer holds NaN or infinity.
+
+    Raises:
+        StructureError: a tensor has no values, as in a model that is offloaded.
+    """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise StructureError(
+                f"Pruning {type(model).__name__} in memory", f"{name!r} has no values there",
+                "Load the model into memory, or prune its folder with prune_offloaded (cria prune --offload)",
+            )  # fmt: skip
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise SignalError(
                 f"The weights of {name!r}", "found NaN or infinity", "Prune a model whose weights are finite"

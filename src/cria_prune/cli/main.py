@@ -211,6 +211,7 @@ def prune(
     examples: o.Examples = None,
     positions: o.Positions = None,
     watch: o.Watch = False,
+    offload: o.Offload = False,
     resume: o.Resume = False,
     seed: o.Seed = None,
     device: o.Device = "auto",
@@ -226,6 +227,11 @@ def prune(
     with answering(several=True) as kept:
         from cria_prune.cli import commands
 
+        if offload:
+            from cria_prune.cli import offload as by_layers
+
+            by_layers.prune(context.params, command_line(context))
+            return
         commands.prune(context.params, command_line(context), kept)
 
 

@@ -103,6 +103,14 @@ Examples = Annotated[int | None, Option(help="Calibration examples [default: 102
 Positions = Annotated[int | None, Option(help="Spatial positions drawn per image and layer [default: 8].")]
 Watch = Annotated[bool, Option("--watch", help="Evaluate after every round, on the validation split.")]
 
+Offload = Annotated[
+    bool,
+    Option(
+        "--offload",
+        help="For a folder whose model is larger than the memory: layer by layer, in one round.",
+    ),
+]
+
 Quick = Annotated[
     bool, Option("--quick", help="Train the dense model for less: 8,000 sentences, or one epoch of text.")
 ]

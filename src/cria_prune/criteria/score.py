@@ -12,8 +12,8 @@ from torch import nn
 from cria_prune.config import ScoreConfig
 from cria_prune.criteria.evidence import Evidence, UnitWeights
 from cria_prune.criteria.table import CRITERIA, Criterion
+from cria_prune.dispatched import values_of
 from cria_prune.errors import CriterionError, StructureError
-from cria_prune.modules import named_tensors
 from cria_prune.ranks import World, world
 from cria_prune.record.states import GroupStates, States
 from cria_prune.spectrum import Diagnosis, Importance, rank_correlation
@@ -49,7 +49,7 @@ def score(
     config = config or ScoreConfig()
     criterion = find_criterion(config.criterion)
     _check_needs(criterion, states)
-    tensors = named_tensors(model)
+    tensors = values_of(model)
     here, importances = world(), dict[str, Importance]()
     with here.together("Scoring"):
         for index, group in enumerate(groups.prunable):

@@ -2,7 +2,8 @@
 
 Every call of a layer function (`linear`, `conv2d`, `batch_norm`, ...) is looked at, and told apart
 by the identity of its weight. So functional calls, shared modules and any class of module are read
-alike, and nothing is registered on the model that could stay behind. See docs/decisions/0002.
+alike, and nothing is registered on the model that could stay behind. See docs/decisions/0002. The weights
+that accelerate loads for each forward have no identity that lasts: they are told by their place.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from cria_prune.dispatched import Place, first_names, is_dispatched, places
 from cria_prune.errors import StructureError
 from cria_prune.modules import named_tensors
 from cria_prune.structure.groups import Site
@@ -106,6 +108,7 @@ class Taps(TorchFunctionMode):
         self._receive = receive
         self._sites: dict[int, list[tuple[str, Site]]] = {}
         self._alive: list[Tensor] = []  # an id means something only as long as its tensor lives
+        self._places: list[tuple[Place, list[tuple[str, Site]]]] = []  # of weights without a lasting identity
         for name, site in dict.fromkeys(wanted):
             if name not in tensors:
                 raise StructureError(
@@ -115,6 +118,12 @@ class Taps(TorchFunctionMode):
                 )
             self._alive.append(tensors[name])
             self._sites.setdefault(id(tensors[name]), []).append((name, site))
+        if is_dispatched(model):
+            first = first_names(model)
+            held = {first[name]: sites for sites in self._sites.values() for name, _ in sites}
+            self._places = [
+                (place, held[first[name]]) for name, place in places(model).items() if first[name] in held
+            ]
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -148,6 +157,10 @@ class Taps(TorchFunctionMode):
                 base = tensor._base
                 whole = tensor if base is None or base.numel() != tensor.numel() else base
                 found = self._sites.get(id(tensor)) or self._sites.get(id(whole))
+                for place, sites in self._places:
+                    if found:
+                        break
+                    found = sites if place.holds(tensor) or place.holds(whole) else None
                 if found:
                     return found
         return ()

@@ -146,10 +146,10 @@ class Reference:
             raise VerificationError(
                 "A forward pass of the pruned model", f"{type(error).__name__}: {first_line(error)}", ADVICE
             ) from error
-        difference = _difference(expected, found)
+        apart = difference(expected, found)
         result = Verification(
-            difference,
-            self._tolerance(difference),
+            apart,
+            self._tolerance(apart),
             str(self.dtype).removeprefix("torch."),
             "operations" if plan.normed else "weights",
         )
@@ -238,7 +238,7 @@ def _in_type(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model._apply(lambda item: item.to(_type_of(item, dtype)))
 
 
-def _difference(expected: list[Tensor], found: list[Tensor]) -> float:
+def difference(expected: list[Tensor], found: list[Tensor]) -> float:
     """Return the largest difference, relative to the size of the outputs; infinity where shapes differ.
 
     The size is the largest value among those that are not exactly equal, and at least the median (up to

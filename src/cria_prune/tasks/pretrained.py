@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +18,7 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def load_pretrained(folder: Path, meta: bool = False) -> nn.Module:
+def load_pretrained(folder: Path, meta: bool = False, **options: Any) -> nn.Module:
     """Return the model of a Hugging Face folder in eval mode, on the CPU or without values.
 
     The class is the first of `architectures` in config.json that transformers has, else the base model of
@@ -28,6 +28,7 @@ def load_pretrained(folder: Path, meta: bool = False) -> nn.Module:
         folder: holds config.json, and the weights as safetensors if there are any.
         meta: leave the weights and make every tensor on the meta device: shapes without memory. A
             folder without weights is read like this too.
+        options: further ones of `from_pretrained`, such as `device_map`.
 
     Raises:
         ArtifactError: transformers is missing or does not know the model, the weights are pickles, are
@@ -40,7 +41,7 @@ def load_pretrained(folder: Path, meta: bool = False) -> nn.Module:
         config = read_config(library, folder)
         known = known_class(library, config)
         if weights:
-            return _with_values(known or library.AutoModel, folder, config, asked).eval()
+            return _with_values(known or library.AutoModel, folder, config, asked, options).eval()
         with torch.device("meta"):
             model: nn.Module = known(config) if known else library.AutoModel.from_config(config)
         return model.eval()
@@ -130,7 +131,7 @@ def known_class(library: ModuleType, config: Any) -> Any:
     return None
 
 
-def _with_values(kind: Any, folder: Path, config: Any, asked: str) -> nn.Module:
+def _with_values(kind: Any, folder: Path, config: Any, asked: str, options: Mapping[str, Any]) -> nn.Module:
     if getattr(config, "quantization_config", None) is not None:
         raise ArtifactError(
             asked,
@@ -144,6 +145,7 @@ def _with_values(kind: Any, folder: Path, config: Any, asked: str) -> nn.Module:
         trust_remote_code=False,
         use_safetensors=True,
         output_loading_info=True,
+        **options,
     )
     missing = sorted(info["missing_keys"])
     if missing:

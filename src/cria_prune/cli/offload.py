@@ -1,0 +1,101 @@
+"""`cria prune --offload`: a folder of transformers, layer by layer; its model is never whole in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cria_prune.artifact.provenance import peak_memory, provenance
+from cria_prune.cli.folder import claimed
+from cria_prune.cli.job import PRUNED, rounded
+from cria_prune.cli.settings import Params, prune_config, texts_of
+from cria_prune.cli.talk import Talk
+from cria_prune.config import PruneConfig
+from cria_prune.errors import ConfigError
+from cria_prune.offload import Offloaded, prune_offloaded
+from cria_prune.offload.prune import checked
+from cria_prune.ranks import world
+from cria_prune.tasks import TASKS, FolderTask, folder_task
+from cria_prune.tasks.hub import find_folder
+from cria_prune.tasks.pretrained import CONFIG, load_pretrained
+
+UNUSED = {
+    "export": "padding", "scores": "kept scores", "watch": "a metric for every round",
+    "resume": "going on where it was interrupted", "text": "measuring the perplexity",
+}  # fmt: skip
+"""Options of `cria prune` that need the whole model, or more than one round."""
+
+
+def prune(params: Params, command: list[str]) -> None:
+    """Prune a folder of transformers layer by layer, and save it shard by shard."""
+    task = _task(params)
+    defaults = {**task.prune_defaults, "plan": {**task.prune_defaults["plan"], "rounds": 1}}
+    config = checked(prune_config(params, defaults))
+    seed, cpu, talk = params["seed"] or 0, torch.device("cpu"), Talk(params["quiet"])
+    batches = task.calibration(config.record.examples, config.record.seed)
+    origin = provenance(seed, command, task.fingerprint(), cpu)
+    head: dict[str, Any] = {"recipe": None, "model": task.name, "seed": seed, "device": "cpu"}
+    with claimed(params["output"], f"{task.name}-pruned", params["overwrite"]) as folder:
+        done = prune_offloaded(
+            task.folder, folder, batches, config, overwrite=params["overwrite"], provenance=origin,
+            results={**head, "stage": PRUNED}, progress=talk.progress,
+        )  # fmt: skip
+        _tell(talk, done)
+        talk.answer({**head, **_answer(done, config), "memory": peak_memory(cpu)})
+
+
+def _task(params: Params) -> FolderTask:
+    """Return the texts for a folder, its model without values.
+
+    Raises:
+        ConfigError: it is no folder of transformers, or an option asks for what needs the whole model.
+    """
+    name, asked = params["target"], f"Pruning {params['target']} layer by layer (--offload)"
+    if world().size > 1:
+        raise ConfigError(asked, f"{world().size} processes were launched for it", "Start it alone")
+    for option, what in UNUSED.items():
+        if params[option]:
+            raise ConfigError(
+                f"{asked} with --{option}", f"{what} is not there for a model that is not in memory",
+                f"Leave out --{option}, or --offload",
+            )  # fmt: skip
+    if params["policy"] not in (None, "uniform") or params["uniform"] is False:
+        raise ConfigError(asked, "layers that differ were asked for", "Leave out --policy and --no-uniform")
+    if params["device"] not in ("auto", "cpu"):
+        raise ConfigError(asked, f"found --device {params['device']}", "Leave it out: layers run on the CPU")
+    folder = Path() if name in TASKS else find_folder(name)
+    if name in TASKS or not (folder / CONFIG).is_file():
+        kind = "a recipe" if name in TASKS else f"no {CONFIG} there"
+        raise ConfigError(
+            asked, f"found {kind}", "Give the folder of a Hugging Face model, or leave out --offload"
+        )
+    return folder_task(folder, texts_of(params), load_pretrained(folder, meta=True))
+
+
+def _tell(talk: Talk, done: Offloaded) -> None:
+    report = done.plan.report
+    turns = f"{done.turns} turn{'s' if done.turns > 1 else ''}"
+    talk.say(
+        f"parameters {report['parameters_dense']:,.0f} before, {report['parameters']:,.0f} after, in {turns}"
+    )
+    if done.verification is not None:
+        talk.say(f"masked equals pruned, layer by layer: {done.verification.difference:.1e} (relative)")
+    talk.say(f"folder {done.path}: plain transformers loads it (measure it with cria eval)")
+
+
+def _answer(done: Offloaded, config: PruneConfig) -> dict[str, Any]:
+    said = done.plan.report
+    counts = ("parameters_dense", "parameters", "macs_dense", "macs")
+    return {
+        "criterion": config.score.criterion,
+        "asked": config.plan.reduction,
+        "of": config.plan.of,
+        "reduction": said["reached"],
+        **{name: said[name] for name in counts if name in said},
+        "turns": done.turns,
+        "masked_equals_pruned": None if done.verification is None else done.verification.difference,
+        "output": str(done.path),
+        "seconds": rounded(done.seconds),
+    }

@@ -1,0 +1,94 @@
+"""Masked equals pruned for a saved folder, both models loaded layer by layer."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cria_prune.batches import Batch
+from cria_prune.dispatched import changed
+from cria_prune.errors import ArtifactError, VerificationError
+from cria_prune.offload.chain import outputs
+from cria_prune.offload.repair import Repaired
+from cria_prune.plan import Plan
+from cria_prune.surgery.verify import ADVICE, TOLERANCE, Verification, difference
+from cria_prune.tasks.pretrained import load_pretrained
+
+
+def load_dispatched(folder: Path, scratch: Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """Return the model of a Hugging Face folder with all of its weights on disk, read as its layers run.
+
+    Args:
+        folder: holds config.json and safetensors.
+        scratch: for weights that transformers stores otherwise than the model holds them.
+        dtype: of the arithmetic; that of the folder if None.
+
+    Raises:
+        ArtifactError: accelerate is missing, the folder holds no weights, or they cannot be read.
+    """
+    asked = f"Reading the Hugging Face model in {folder} layer by layer"
+    try:
+        import accelerate  # noqa: F401
+    except ImportError as error:
+        todo = "Install it with pip install 'cria-prune[offload]'"
+        raise ArtifactError(asked, "accelerate is not installed", todo) from error
+    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    scratch.mkdir(exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = load_pretrained(folder, device_map={"": "disk"}, offload_folder=str(scratch), **options)
+    if not hasattr(model, "hf_device_map"):
+        raise ArtifactError(asked, "there are no weights beside config.json", "Copy them into the folder")
+    return model
+
+
+def verify_folder(
+    source: Path, folder: Path, plan: Plan, repaired: Repaired, example: Batch, scratch: Path,
+    dtype: torch.dtype,
+) -> Verification:  # fmt: skip
+    """Compare what a folder computes with the dense model whose consumers read no removed unit.
+
+    Args:
+        source: folder of the dense model.
+        folder: of the pruned one, loaded by transformers alone.
+        plan: what stays.
+        repaired: weights of the dense model, in dense shapes; those that were repaired take their place.
+        example: one batch.
+        scratch: see `load_dispatched`.
+        dtype: arithmetic of the comparison.
+
+    Raises:
+        VerificationError: they differ by more than the tolerance.
+        ArtifactError: the folder cannot be loaded.
+    """
+    gone: dict[str, list[tuple[int, Tensor]]] = {}
+    for cut in plan.cuts:
+        if cut.role == "consumes" and len(cut.kept) < cut.size:
+            left = torch.ones(cut.size, dtype=torch.bool)
+            left[list(cut.kept)] = False
+            gone.setdefault(cut.tensor, []).append((cut.dim, left.nonzero().ravel()))
+
+    def masked(name: str, value: Tensor) -> Tensor:
+        if name not in gone and name not in repaired.paths:
+            return value
+        value = (repaired[name] if name in repaired.paths else value).to(value, copy=True)
+        for dim, index in gone.get(name, ()):
+            value.index_fill_(dim, index.to(value.device), 0)
+        return value
+
+    dense = load_dispatched(source, scratch / "dense", dtype)
+    with changed(dense, masked):
+        expected = outputs(dense, example)
+    del dense
+    found = outputs(load_dispatched(folder, scratch / "pruned", dtype), example)
+    apart, tolerance = difference(expected, found), TOLERANCE[dtype]
+    if not apart <= tolerance:
+        raise VerificationError(
+            f"Outputs of the pruned folder equal to the masked model's within {tolerance:g}",
+            f"the relative difference is {apart:.3g}", ADVICE,
+        )  # fmt: skip
+    return Verification(apart, tolerance, str(dtype).removeprefix("torch."))

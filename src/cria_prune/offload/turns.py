@@ -1,0 +1,201 @@
+"""Recording and scoring in turns: no more moments in memory at a time than were allowed.
+
+Legend: d = units of a group, n = features that a consumer reads, r = columns of a sketch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from cria_prune import pipeline
+from cria_prune.batches import Batch
+from cria_prune.config import PruneConfig, RecordConfig
+from cria_prune.dispatched import bytes_of
+from cria_prune.graph import Moments
+from cria_prune.offload.chain import Chain, outputs
+from cria_prune.progress import Progress
+from cria_prune.record.collect import limited
+from cria_prune.spectrum import Importance
+from cria_prune.structure import UnitGroup, UnitGroups
+
+PARTS = ("mean", "variance", "covariance", "sketch")
+COPIES = 5
+"""Of each side's second moments while they are made: two sums, and the moments of both and of each."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Groups that are recorded together.
+
+    Attributes:
+        groups: the groups.
+        blocks: first and last of the blocks that run; None where the whole model does.
+    """
+
+    groups: tuple[UnitGroup, ...]
+    blocks: tuple[int, int] | None
+
+
+class Spilled:
+    """Moments that wait on disk until a consumer is repaired.
+
+    Args:
+        folder: where they are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._samples: dict[tuple[str, str], tuple[Path, int]] = {}
+
+    def add(self, group: str, consumed: Mapping[str, Moments]) -> None:
+        """Write the moments of what a group's consumers read: consumer's weight -> moments."""
+        for tensor, moments in consumed.items():
+            path = self._folder / f"moments-{len(self._samples)}.safetensors"
+            parts = {name: value for name in PARTS if (value := getattr(moments, name)) is not None}
+            save_file({name: value.cpu().contiguous() for name, value in parts.items()}, path)
+            self._samples[group, tensor] = path, moments.samples
+
+    def get(self, group: str, tensor: str) -> Moments | None:
+        """Return the moments of what one consumer reads of a group; None where there are none."""
+        path, samples = self._samples.get((group, tensor), (None, 0))
+        return None if path is None else Moments(samples, **load_file(path))
+
+
+def score_in_turns(
+    model: nn.Module,
+    groups: UnitGroups,
+    batches: Iterable[Batch],
+    config: PruneConfig,
+    scratch: Path,
+    memory: int,
+    example: Batch,
+    progress: Progress,
+) -> tuple[dict[str, Importance], Spilled, int]:
+    """Record and score every prunable group of a dispatched model.
+
+    Args:
+        model: the dispatched model; it is left as it was.
+        groups: its structure.
+        batches: calibration batches, the same in every pass.
+        config: how to record and score; the moments for the repair are kept with `compensate`.
+        scratch: a folder for moments, and for what goes from block to block.
+        memory: bytes for the moments and weights of a turn; a turn has one block at least.
+        example: to try whether the model runs in stretches.
+        progress: where to show the turns.
+
+    Returns:
+        Importances in the order of the network, moments for the repair, and how many turns there were.
+    """
+    needs = pipeline.find_criterion(config.score.criterion).needs
+    spilled = Spilled(scratch)
+    if not needs and not config.compensate:
+        return pipeline.score(model, groups, None, config.score), spilled, 0
+    chain, turns = plan_turns(model, groups, config, memory, scratch, example)
+    found: dict[str, Importance] = {}
+    with progress.bar("record", len(turns)) as bar:
+        for turn in turns:
+            part = replace(groups, groups=turn.groups)
+            with nullcontext() if turn.blocks is None or chain is None else chain.stretch(*turn.blocks):
+                if turn.groups:
+                    states = pipeline.record_for(
+                        needs, model, part, batches, config, consumed=config.compensate
+                    )
+                else:  # nothing to read there, but the blocks after it need what it gives
+                    states = None
+                    _pass(model, batches, config.record)
+            found |= pipeline.score(model, part, states, config.score)
+            for name, item in ({} if states is None else states.groups).items():
+                spilled.add(name, item.consumed)
+            del states
+            bar.update()
+    return {group.name: found[group.name] for group in groups.prunable}, spilled, len(turns)
+
+
+def plan_turns(
+    model: nn.Module, groups: UnitGroups, config: PruneConfig, memory: int, scratch: Path, example: Batch
+) -> tuple[Chain | None, list[Turn]]:
+    """Return the turns, and the chain of blocks if they are stretches of it.
+
+    All together where the memory allows; else stretches of blocks; else, where the model is no chain of
+    blocks, groups one after another, each with a pass of the whole model.
+    """
+    sizes = {group.name: moment_bytes(group, config) for group in groups.prunable}
+    if sum(sizes.values()) <= memory:
+        return None, [Turn(groups.prunable, None)]
+    chain = Chain.of(model, scratch)
+    if chain is not None:
+        turns = [
+            *_stretches(chain, groups.prunable, sizes, memory),
+            *_outside(chain, groups.prunable, sizes, memory),
+        ]
+        stretches = [turn.blocks for turn in turns if turn.blocks is not None]
+        if len(stretches) > 1 and chain.is_whole(example, stretches):
+            return Chain.of(model, scratch), turns
+    return None, [Turn(part, None) for part in _parts(groups.prunable, sizes, memory)]
+
+
+def _block_of(chain: Chain, group: UnitGroup) -> int | None:
+    """Return the block that a group is recorded in; None where it is in none, or in several."""
+    found = {chain.place(tap.tensor) for tap in (*group.inputs, *group.outputs)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _stretches(
+    chain: Chain, groups: Sequence[UnitGroup], sizes: Mapping[str, int], memory: int
+) -> Iterator[Turn]:
+    taken: list[UnitGroup] = []
+    first, used = 0, 0
+    for number, block in enumerate(chain.blocks):
+        own = [group for group in groups if _block_of(chain, group) == number]
+        cost = sum(sizes[group.name] for group in own) + sum(map(bytes_of, block.parameters()))
+        if number > first and used + cost > memory:
+            yield Turn(tuple(taken), (first, number - 1))
+            taken, first, used = [], number, 0
+        taken, used = [*taken, *own], used + cost
+    yield Turn(tuple(taken), (first, len(chain.blocks) - 1))
+
+
+def _outside(
+    chain: Chain, groups: Sequence[UnitGroup], sizes: Mapping[str, int], memory: int
+) -> Iterator[Turn]:
+    rest = [group for group in groups if _block_of(chain, group) is None]
+    yield from (Turn(part, None) for part in _parts(rest, sizes, memory))
+
+
+def _parts(
+    groups: Sequence[UnitGroup], sizes: Mapping[str, int], memory: int
+) -> Iterator[tuple[UnitGroup, ...]]:
+    """Yield the groups in parts that fit into the memory, one group at least."""
+    part: list[UnitGroup] = []
+    for group in groups:
+        if part and sum(sizes[item.name] for item in (*part, group)) > memory:
+            yield tuple(part)
+            part = []
+        part.append(group)
+    if part:
+        yield tuple(part)
+
+
+def moment_bytes(group: UnitGroup, config: PruneConfig) -> int:
+    """Return about how many bytes the second moments of a group take while they are made."""
+    record = config.record
+
+    def second(size: int) -> int:
+        return 8 * size**2 if size <= record.exact_units else 4 * size * record.sketch_columns
+
+    wide = len(group.outputs) > 1 or any(tap.positions.shape[1] > 1 for tap in group.outputs)
+    further = 0  # what the consumers read, where that is not the units alone
+    if wide and config.compensate and not group.normed:
+        further = sum(2 * second(tap.positions.size) for tap in group.outputs)
+    return 2 * COPIES * second(group.size) + further
+
+
+def _pass(model: nn.Module, batches: Iterable[Batch], config: RecordConfig) -> None:
+    for batch in limited(batches, config.examples):
+        outputs(model, batch)
