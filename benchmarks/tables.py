@@ -13,6 +13,7 @@ from typing import Any
 
 import coverage_table
 import roundtrip_table
+import scale_table
 from coverage_table import table
 from cria_prune.artifact.intervals import mean_interval
 from cria_prune.bench.cell import dense_seed
@@ -305,6 +306,7 @@ def main() -> None:
     (ROOT / "docs" / "results.md").write_text(render())
     (ROOT / "docs" / "coverage.md").write_text(coverage_table.render())
     (ROOT / "docs" / "transformers.md").write_text(roundtrip_table.render())
+    (ROOT / "docs" / "scale.md").write_text(scale_table.render())
     page = ROOT / "README.md"
     page.write_text(readme(page.read_text()))
 

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner, Result
 
 from cria_prune import pipeline
 from cria_prune.artifact.checkpoint import load
+from cria_prune.artifact.scores import load_scores
 from cria_prune.cli.main import app
 from cria_prune.config import RecoverConfig
 from cria_prune.recover import recover
@@ -26,7 +28,7 @@ PRUNING = {
     "--compensate", "--no-compensate", "--batch-norm", "--no-batch-norm",
     "--floor", "--uniform", "--no-uniform", "--multiple", "--examples", "--positions", "--watch", "--config",
 }  # fmt: skip
-TUNING = {"--epochs", "--lr", "--distill", "--lora", "--resume"}
+TUNING = {"--epochs", "--lr", "--distill", "--lora"}
 COMMON = {"--seed", "--device", "--quiet", "-q"}
 SAVING = {"--output", "--overwrite"}
 DATA = {"--calibration", "--dataset", "--text"}
@@ -34,14 +36,15 @@ SCORING = {
     "--criterion", "--preset", "--residual", "--no-residual", "--examples", "--positions", "--config",
 }  # fmt: skip
 SURFACE = {
-    "run": PRUNING | TUNING | COMMON | SAVING | {"--quick", "--base"},
+    "run": PRUNING | TUNING | COMMON | SAVING | {"--quick", "--base", "--resume"},
     "inspect": {"--example", "--meta", "--floor", "--tree", "--all", "--json", "--quiet", "-q"},
-    "score": SCORING | COMMON | SAVING | DATA,
+    "score": SCORING | COMMON | SAVING | DATA | {"--compensate", "--no-compensate"},
     "ablate": SCORING | COMMON | SAVING | DATA | {"--shares", "--random-seeds", "--limit"},
     "bench": {"--criterion", "--reduction", "--reduce", "--seed", "--device", "--output", "--quiet", "-q"},
     "plan": (PRUNING - {"--watch"}) | COMMON | SAVING | DATA | {"--dry-run"},
-    "prune": PRUNING | COMMON | SAVING | DATA | {"--export"},
-    "recover": TUNING | COMMON | SAVING | DATA | {"--teacher"},
+    "prune": PRUNING | COMMON | SAVING | DATA | {"--export", "--resume", "--scores"},
+    "sweep": (PRUNING - {"--rounds", "--watch"}) | COMMON | SAVING | DATA | {"--scores", "--resume"},
+    "recover": TUNING | COMMON | SAVING | DATA | {"--teacher", "--resume"},
     "report": {"--layer", "--output", "--overwrite", "--quiet", "-q"},
     "eval": COMMON | DATA | {"--tasks", "--task-folder", "--limit"},
 }
@@ -162,14 +165,18 @@ def test_recovery_of_no_epochs_and_a_config_file() -> None:
 
 
 def test_score_writes_scores_and_inspect_groups() -> None:
-    result = cria("score", "digits", "--examples", "64", "--output", "s.json")
+    result = cria("score", "digits", "--examples", "64", "--output", "kept")
     assert answer(result)["groups"] == 3 and "split-half" in result.stdout
-    groups = json.loads(Path("s.json").read_text())["groups"]
-    assert {name: len(item["scores"]) for name, item in groups.items()} == {
+    said, scored = json.loads(Path("kept/scores.json").read_text()), load_scores("kept")
+    assert {name: len(item.scores) for name, item in scored.importances.items()} == {
         "conv1": 32, "conv3": 64, "hidden": 128,
     }  # fmt: skip
-    assert groups["conv1"]["diagnosis"]["status"] == "converged"
-    assert "it exists" in error("score", "digits", "--output", "s.json")
+    assert said["diagnosis"]["conv1"]["status"] == "converged" and said["recipe"] == "digits"
+    assert said["provenance"]["seed"] == 0
+    assert "not empty" in error("score", "digits", "--output", "kept", "--quiet")
+    assert (
+        answer(cria("score", "digits", "--examples", "64", "--criterion", "l1", "--quiet"))["output"] is None
+    )
     said = answer(cria("inspect", "digits", "--json"))
     rows = {item["name"]: item for item in said["groups"]}
     assert rows["conv1"]["parameters_per_unit"] == 9 + 2 + 64 * 9
@@ -212,6 +219,74 @@ def test_ablate_writes_a_table_a_file_and_a_picture() -> None:
     batches = task("digits").test_batches(200)
     assert values["dense"] == task("digits").evaluate(task("digits").dense(), batches)
     assert "it is not empty" in error("ablate", "digits", "--output", str(folder))
+
+
+def test_prune_by_scores_is_one_round_of_prune(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--examples", "64", "--device", "cpu", "--quiet"]
+    answer(cria("score", "digits", *words, "--output", "kept"))
+    cria("prune", "digits", *words, "--rounds", "1", "--reduce", "0.4", "--output", "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "record_for", lambda *_, **__: pytest.fail("recorded"))
+        said = answer(cria("prune", "digits", "--scores", "kept", "--reduce", "0.4", "--output", "cut"))
+    assert said["rounds"] == 1 and "scoring_over_forward" not in said
+    one, two = load("whole"), load("cut")
+    assert one.plan == two.plan
+    states = one.model.state_dict(), two.model.state_dict()
+    assert all(torch.equal(*pair) for pair in zip(*(state.values() for state in states), strict=True))
+    by = ["prune", "digits", "--scores", "kept", "--output", "x", "--quiet"]
+    assert "theirs is criterion 'innovation', asked is 'l1'" in error(*by, "--criterion", "l1")
+    assert "theirs is examples 64, asked is 65" in error(*by, "--examples", "65")
+    assert "Ask for one round" in error(*by, "--rounds", "3")
+    assert "holds no scores.json" in error(*by[:3], "cut", *by[4:])
+    assert "of a model with other weights" in error("prune", "cut", *by[2:])
+
+
+def test_a_sweep_scores_once_and_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded, honest = list[int](), pipeline.record_for
+
+    def counted(*args, **kwargs):
+        recorded.append(1)
+        return honest(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "record_for", counted)
+    words = ["sweep", "digits", "--examples", "64", "--reduce", "0.2", "--reduce", "0.5", "--output", "out"]
+    with monkeypatch.context() as patch:
+        evaluated, real = list[int](), ImageTask.evaluate
+
+        def stopped(*args, **kwargs):
+            evaluated.append(1)
+            if len(evaluated) == 3:  # the dense model, the first size, the second
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+
+        patch.setattr(ImageTask, "evaluate", stopped)
+        assert cria(*words).exit_code == 130
+    first = Path("out/reduced-20/manifest.json").stat().st_mtime_ns
+    assert [item["asked"] for item in json.loads(Path("out/sweep.json").read_text())["family"]] == [0.2]
+    said = answer(cria(*words, "--resume"))
+    assert len(recorded) == 1 and Path("out/reduced-20/manifest.json").stat().st_mtime_ns == first
+    assert [item["asked"] for item in said["family"]] == [0.2, 0.5]
+    assert all(item["rounds"] == 1 and item["criterion"] == "innovation" for item in said["family"])
+    kept = json.loads(Path("out/sweep.json").read_text())
+    assert kept["dense"] == said["dense"] and kept["provenance"]["commit"]
+    assert Path("out/sweep.png").read_bytes()[:4] == b"\x89PNG"
+    assert sorted(path.name for path in Path("out").iterdir()) == [
+        "reduced-20", "reduced-50", "scores", "sweep.json", "sweep.png",
+    ]  # fmt: skip
+    answer(cria(*words, "--resume", "--criterion", "l1"))  # other scores: nothing of the old family is taken
+    assert json.loads(Path("out/reduced-20/manifest.json").read_text())["results"]["criterion"] == "l1"
+    assert answer(cria("sweep", "digits", "--scores", "out/scores", "--reduce", "0.3", "--output", "more"))
+    assert not Path("more/scores").exists()
+    for share, match in (("0.99", "at most"), ("0.2", "Give each share once")):
+        said = error(*words[:2], "--reduce", share, "--reduce", "0.2", "--output", "no", "--quiet")
+        assert match in said
+
+
+def test_the_usual_sizes_that_are_beyond_reach_are_left_out() -> None:
+    words = ["sweep", "digits", "--examples", "64", "--criterion", "l1", "--no-compensate", "--floor", "0.6"]
+    result = cria(*words, "--no-batch-norm", "--output", "out")
+    assert [item["asked"] for item in answer(result)["family"]] == [0.1, 0.2, 0.3]
+    assert "left out, beyond what can be removed: 40 %, 50 %, 60 %, 70 %" in result.stderr
 
 
 def test_an_ablation_of_a_checkpoint_scores_what_is_there() -> None:
@@ -316,10 +391,52 @@ def test_ctrl_c_in_round_two_keeps_round_one(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(pipeline, "score", stopped)
     result = cria("run", "digits", *SMALL, "--output", "out", "--quiet")
     assert result.exit_code == 130 and result.stdout == ""
-    assert result.stderr == ("interrupted: round 1 of 2 is kept in out (go on with: cria recover out)\n")
+    assert result.stderr == (
+        "interrupted: round 1 of 2 is kept (go on with: the same command, --output out --resume)\n"
+    )
     saved = load("out")
     assert saved.manifest["results"]["stage"] == "round 1 of 2"
     assert 0 < len(saved.plan.kept["conv1"]) < 32
+
+
+def test_a_run_that_was_stopped_in_a_round_and_in_the_recovery_ends_with_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ["run", "digits", *SMALL, "--rounds", "3", "--epochs", "1", "--quiet"]
+    assert cria(*words, "--output", "whole").exit_code == 0
+    honest, calls = pipeline.score, list[int]()
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return honest(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "score", counted)
+    assert cria(*words, "--output", "out").exit_code == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageTask, "_augment", interrupt)
+        assert cria(*words, "--output", "out", "--resume").exit_code == 130
+    assert len(calls) == 4
+    again = answer(cria(*words, "--output", "out", "--resume"))
+    assert len(calls) == 4
+    whole, out = load("whole"), load("out")
+    assert whole.plan == out.plan
+    states = whole.model.state_dict(), out.model.state_dict()
+    assert all(torch.equal(*pair) for pair in zip(*(state.values() for state in states), strict=True))
+    assert not [path.name for path in Path().iterdir() if path.name.startswith(".")]
+    assert answer(cria(*words, "--output", "out", "--resume"))["recovered"] == again["recovered"]
+    said = error(*words[:-1], "--output", "out", "--resume", "--seed", "3")
+    assert "it holds the recovered model of another command" in said
+
+
+def test_a_new_command_does_not_go_on_from_an_old_state() -> None:
+    words = ["prune", "digits", *SMALL, "--output", "out", "--quiet"]
+    Path(".out.rounds").mkdir()
+    Path(".out.rounds/rounds.safetensors").write_text("damaged")
+    assert "Reading the state of a pruning" in error(*words, "--resume")
+    assert answer(cria(*words))["parameters"] > 0
+    assert not Path(".out.rounds").exists()
 
 
 def test_ctrl_c_in_the_recovery_keeps_the_best_epoch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from typer.testing import CliRunner, Result
 
+from cria_prune import pipeline
 from cria_prune.artifact.checkpoint import load
 from cria_prune.cli.main import app
 from cria_prune.errors import ArtifactError, ConfigError, DataError
@@ -375,6 +376,36 @@ def test_half_types_are_tuned_in_float32_and_twins_are_left_alone(here: Path) ->
     for command in ("recover", "prune"):
         said = error(command, "small-padded", "--calibration", "text.txt", "--output", "x")
         assert "without -padded" in said
-    assert "not empty" in error(
-        "recover", "small", "--calibration", "text.txt", "--output", "tuned", "--resume"
-    )
+    words = ["recover", "small", "--calibration", "text.txt", "--output", "tuned"]
+    assert "not empty" in error(*words)
+    assert "of another command, or of other settings" in error(*words, "--epochs", "2", "--resume")
+    assert cria(*words, "--resume")["stage"] == "the recovered model"
+    assert load_file("tuned/model.safetensors").keys() == two.keys()
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_an_interrupted_pruning_goes_on_with_the_same_bits(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["prune", "llama", "--calibration", "text.txt", "--reduce", "0.2", *SMALL, "--rounds", "3"]
+    words += ["--criterion", "innovation"]
+    cria(*words, "--output", "whole")
+    honest, calls = pipeline.record_for, list[int]()
+
+    def stopped(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return honest(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "record_for", stopped)
+    result = invoke(*words, "--output", "cut")
+    assert result.exit_code == 130
+    assert "round 2 of 3 is kept (go on with: the same command, --output cut --resume)" in result.stderr
+    assert not (here / "cut").exists() and (here / ".cut.rounds").is_dir()
+    for number in range(2):  # the second time there is nothing left to do
+        cria(*words, "--output", "cut", "--resume")
+        assert len(calls) == 4 and not (here / ".cut.rounds").exists(), number
+    one, two = (load_file(f"{name}/model.safetensors") for name in ("whole", "cut"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert "other settings" in error(*words[:5], "0.3", *words[6:], "--output", "cut", "--resume")

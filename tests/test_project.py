@@ -13,11 +13,13 @@ import pytest
 import coverage_table
 import cria_prune
 import roundtrip_table
+import scale_table
 import tables
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "cria_prune"
 BASE = {"attention", "errors", "config", "batches", "progress", "modules", "loss", "metrics"}
+BASE |= {"ranks", "store"}
 MAY_IMPORT = {
     "structure": BASE,
     "graph": {"errors"},
@@ -28,18 +30,20 @@ MAY_IMPORT = {
     "surgery": BASE | {"structure", "plan", "graph"},
     "vanilla": BASE | {"structure"},
     "recover": BASE,
-    "artifact": BASE | {"plan", "surgery", "tasks", "structure", "vanilla", "graph", "spectrum"},
+    "artifact": BASE | {"scored", "plan", "surgery", "tasks", "structure", "vanilla", "graph", "spectrum"},
     "tasks": BASE | {"recover"},
     "bench": BASE | {"pipeline", "criteria", "recover", "tasks", "artifact", "structure", "plan"},
     "result": BASE | {"structure", "plan", "surgery", "graph"},
     "memory": BASE | {"structure", "record", "criteria"},
-    "scoring": BASE | {"pipeline", "scope", "structure", "spectrum"},
+    "scored": BASE | {"graph", "spectrum", "structure"},
+    "rounds": BASE | {"graph", "plan", "result", "structure", "surgery"},
+    "scoring": BASE | {"pipeline", "scope", "scored", "record", "structure", "spectrum"},
     "ablation": BASE | {"structure", "plan", "surgery"},
     "torch_pruning": BASE | {"pipeline", "scoring", "structure", "spectrum"},
     "cli": BASE
     | {"memory"}
     | {"pipeline", "artifact", "tasks", "recover", "plan", "structure", "criteria", "record", "scope"}
-    | {"bench", "scoring", "ablation"},
+    | {"bench", "scored", "scoring", "ablation"},
 }
 
 
@@ -90,10 +94,21 @@ def test_public_names_are_frozen_and_documented() -> None:
 
 PUBLIC = [
     *["CRITERIA", "CriaError", "LoadedCheckpoint", "Plan", "PlanConfig", "PruneConfig"],
-    *["PruneResult", "RecordConfig", "RecoverConfig", "ScoreConfig", "UnitGroup", "UnitGroups", "ablate"],
-    *["apply", "discover", "load", "plan", "predict_memory", "preset"],
-    *["prune", "record", "recover", "save", "save_padded"],
-    *["save_pretrained", "score", "verify"],
+    *["PruneResult", "RecordConfig", "RecoverConfig", "ScoreConfig", "Scored", "UnitGroup", "UnitGroups"],
+    *[
+        "ablate",
+        "apply",
+        "discover",
+        "load",
+        "load_scores",
+        "plan",
+        "predict_memory",
+        "preset",
+        "prune",
+        "record",
+        "recover",
+    ],
+    *["save", "save_padded", "save_pretrained", "save_scores", "score", "score_once", "verify"],
 ]
 
 
@@ -109,6 +124,7 @@ def test_every_table_is_what_the_result_files_say() -> None:
     assert (ROOT / "docs" / "results.md").read_text() == tables.render()
     assert (ROOT / "docs" / "coverage.md").read_text() == coverage_table.render()
     assert (ROOT / "docs" / "transformers.md").read_text() == roundtrip_table.render()
+    assert (ROOT / "docs" / "scale.md").read_text() == scale_table.render()
     text = (ROOT / "README.md").read_text()
     assert text == tables.readme(text)
 

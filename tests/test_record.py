@@ -10,8 +10,8 @@ from torch.nn import functional
 from torch.overrides import _get_current_function_mode_stack
 
 from cria_prune.config import RecordConfig
-from cria_prune.errors import CriterionError, DataError, SignalError, StructureError
-from cria_prune.record import Taps, record, signals
+from cria_prune.errors import CriterionError, DataError, ResourceError, SignalError, StructureError
+from cria_prune.record import Taps, buffer, record
 from cria_prune.structure.groups import Tap, UnitGroup
 from test_record_nets import conv_net, each, gather, images, mlp, slices
 
@@ -249,7 +249,7 @@ def test_gathering_small_batches_changes_nothing(monkeypatch):
     model, groups = conv_net(dtype=torch.float64)
     whole = record(model, groups, images(30, batch=7, dtype=torch.float64), ALL)
     for held in (1, 700, 2000, 5000):
-        monkeypatch.setattr(signals, "BUFFERED", held)
+        monkeypatch.setattr(buffer, "BUFFERED", held)
         moments_equal(whole, record(model, groups, images(30, batch=7, dtype=torch.float64), ALL))
 
 
@@ -394,3 +394,71 @@ def test_taps_hand_over_the_activation_before_it_is_overwritten():
         expected = model[1](model[0](images(2)[0][0]))
     assert (expected < 0).any()
     torch.testing.assert_close(kept[0], expected)
+
+
+def test_a_lack_of_memory_names_the_batch_the_group_and_what_to_lower(monkeypatch):
+    model, groups = mlp()
+    batches = [torch.randn(32, 7) for _ in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "forward", lambda *_: torch.empty(2**50, dtype=torch.uint8))
+        with pytest.raises(
+            ResourceError, match=r"calibration batch \(Tensor \(32, 7\)\).*not suffice.*smaller"
+        ):
+            record(model, groups, batches)
+
+    def failing(error):
+        def add(*_args):
+            raise error
+
+        return add
+
+    for buffered in (buffer.BUFFERED, 1):  # at the end, and in the forward
+        monkeypatch.setattr(buffer, "BUFFERED", buffered)
+        for error in (torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError()):
+            monkeypatch.setattr(buffer.MomentAccumulator, "add", failing(error))
+            with pytest.raises(ResourceError, match=r"group 'first' from 32 examples .*exact_units \(2048\)"):
+                record(model, groups, batches)
+    monkeypatch.setattr(buffer.MomentAccumulator, "add", failing(ZeroDivisionError("mine")))
+    with pytest.raises(DataError, match="ZeroDivisionError: mine"):
+        record(model, groups, batches)
+
+
+class Gated(nn.Module):
+    """Two producers of one group of neurons."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(7, 8), nn.Linear(7, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.down(self.gate(x).relu() * self.up(x))
+
+
+def test_a_sketch_does_not_depend_on_the_batches_and_is_exact_up_to_its_columns():
+    torch.manual_seed(2)
+    model, X = Gated().eval(), torch.randn(12, 3, 7)
+    producers = ["gate.weight", "up.weight"]
+    hidden = UnitGroup(
+        "gate",
+        "neuron",
+        8,
+        8,
+        slices(8, producers, ["gate.bias", "up.bias"], ["down.weight"]),
+        tuple(Tap(name, "output", -1, each(8)) for name in producers),
+        (Tap("down.weight", "input", -1, each(8)),),
+    )
+    groups = gather(model, hidden)
+    exact = record(model, groups, [X])["gate"]
+
+    def sketched(batch, columns):
+        config = RecordConfig(exact_units=2, sketch_columns=columns)
+        return record(model, groups, X.split(batch), config)["gate"]
+
+    found = sketched(4, columns=36)  # 2 calls x 6 examples x 3 tokens
+    for side in ("inputs", "outputs"):
+        for half, expected in zip(getattr(found, side), getattr(exact, side), strict=True):
+            S = half.sketch.double()
+            torch.testing.assert_close(S @ S.T / half.samples, expected.covariance, rtol=1e-5, atol=1e-6)
+    one, other = (sketched(batch, columns=10).input.sketch for batch in (12, 5))
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert (one @ one.T / 72 - exact.input.covariance).abs().max() > 1e-3  # it is a sketch after all

@@ -16,12 +16,14 @@ from safetensors import safe_open
 from torch import nn
 from torch.utils.data import DataLoader
 
+from cria_prune import store
 from cria_prune.config import RecoverConfig
 from cria_prune.errors import ArtifactError
 from cria_prune.loss import cross_entropy
 from cria_prune.recover import recover
 from cria_prune.recover import state as states
 from cria_prune.recover.schedule import make_optimizer, moments, set_moments
+from kills import at_call, half_written, kill, replace, replaced_and_killed, save
 
 EPOCHS, BATCHES = 3, 4
 CONFIGS = {
@@ -83,10 +85,6 @@ def stop():
     raise Stop
 
 
-def kill():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def tuned(config, folder=None, loss=None, model=None, batches=None, **options):
     options = {"evaluate": accuracy, "save_every": 0.0, **options}
     return recover(model or network(), batches or loader(), config, loss=loss, state=folder, **options)
@@ -117,33 +115,6 @@ def whole():
 # The children: killed for real, each in a process of its own.
 
 
-def half_written(tensors, path, metadata):
-    save(tensors, path, metadata)
-    with open(path, "r+b") as file:
-        file.truncate(path.stat().st_size // 2)
-    kill()
-
-
-save = states.save_file
-replace = os.replace
-
-
-def at_call(number, function, original):
-    """Return `original`, which at its call of that number is `function`."""
-    calls = []
-
-    def called(*args, **kwargs):
-        calls.append(None)
-        return (function if len(calls) == number else original)(*args, **kwargs)
-
-    return called
-
-
-def replaced_and_killed(*args):
-    replace(*args)
-    kill()
-
-
 KILLS = {  # name: (optimizer, step of the kill, what the writing of the state is replaced by)
     "sgd-in-mid-epoch": ("sgd", 7, {}),
     "adamw-in-mid-epoch": ("adamw", 7, {}),
@@ -166,7 +137,7 @@ def children(folder):
     for name, (optimizer, step, patches) in KILLS.items():
         child = os.fork()
         if child == 0:
-            states.save_file = patches.get("save_file", save)
+            store.save_file = patches.get("save_file", save)
             os.replace = patches.get("replace", replace)
             tuned(CONFIGS[optimizer], Path(folder) / name, StopAt(step, kill))
             os._exit(0)

@@ -260,7 +260,7 @@ def test_a_family_is_made_and_resumed_bit_for_bit(here: Path, monkeypatch: pytes
         result = CliRunner().invoke(app, [*FAMILY, "--output", "cut"])
         assert result.exit_code == 130 and "the best epoch so far" in result.stderr, result.output
     assert sorted(path.name for path in Path("cut").iterdir()) == [
-        ".reduced-40.recovery", "reduced-20", "reduced-40",
+        ".reduced-40.recovery", ".reduced-40.rounds", "reduced-20", "reduced-40",
     ]  # fmt: skip
     before = Path("cut/reduced-20/cria.json").stat().st_mtime_ns
     again = cria(*FAMILY, "--output", "cut", "--resume")

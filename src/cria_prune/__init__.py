@@ -3,13 +3,22 @@
 One function per step, in the order of the data: `discover` what may be removed, `record` what the
 neurons do, `score` them, `plan` what stays, `apply` the plan, `verify` that masked equals pruned,
 `recover` the task, `save` and `load` the result; `save_pretrained` writes what plain transformers
-loads. `prune` runs discover to verify, round by round; `ablate` measures whether scores are worth anything.
+loads. `prune` runs discover to verify, round by round; `score_once` keeps scores from which it cuts to any
+size; `ablate` measures whether scores are worth anything.
 """
 
 from importlib.metadata import version
 
 from cria_prune.ablation import ablate
-from cria_prune.artifact import LoadedCheckpoint, load, save, save_padded, save_pretrained
+from cria_prune.artifact import (
+    LoadedCheckpoint,
+    load,
+    load_scores,
+    save,
+    save_padded,
+    save_pretrained,
+    save_scores,
+)
 from cria_prune.config import (
     PlanConfig,
     PruneConfig,
@@ -25,6 +34,8 @@ from cria_prune.pipeline import PruneResult, discover, prune
 from cria_prune.plan import Plan, plan
 from cria_prune.record import record
 from cria_prune.recover import recover
+from cria_prune.scored import Scored
+from cria_prune.scoring import score_once
 from cria_prune.structure import UnitGroup, UnitGroups
 from cria_prune.surgery import apply, verify
 
@@ -41,12 +52,14 @@ __all__ = [
     "RecordConfig",
     "RecoverConfig",
     "ScoreConfig",
+    "Scored",
     "UnitGroup",
     "UnitGroups",
     "ablate",
     "apply",
     "discover",
     "load",
+    "load_scores",
     "plan",
     "predict_memory",
     "preset",
@@ -56,6 +69,8 @@ __all__ = [
     "save",
     "save_padded",
     "save_pretrained",
+    "save_scores",
     "score",
+    "score_once",
     "verify",
 ]

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from cria_prune.errors import CriaError, DataError
+from cria_prune.errors import CriaError, DataError, ResourceError
 
 Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+
+SMALLER = "Pass smaller batches or shorter inputs, or run on a device with more memory"
 
 LABEL_KEYS = ("labels", "label", "target", "targets")
 
@@ -45,6 +47,7 @@ def forward(model: Callable[..., Any], batch: Batch, step: Callable[[Batch], Any
 
     Raises:
         DataError: the model raised; its own text is kept.
+        ResourceError: the memory does not suffice.
     """
     args, kwargs = model_inputs(batch)
     try:
@@ -52,15 +55,30 @@ def forward(model: Callable[..., Any], batch: Batch, step: Callable[[Batch], Any
             model(*args, **kwargs)
         else:
             step(batch)
-    except (CriaError, torch.OutOfMemoryError):
+    except CriaError:
         raise
     except Exception as error:
         shapes = [describe(value) for value in (*args, *kwargs.values())]
+        asked = f"Running {type(model).__name__} on a calibration batch ({', '.join(shapes)})"
+        if ran_out(error):
+            raise ResourceError(asked, short_of(error), SMALLER) from error
         raise DataError(
-            f"Running {type(model).__name__} on a calibration batch ({', '.join(shapes)})",
+            asked,
             f"{type(error).__name__}: {error}",
             "Pass batches that the model's forward accepts",
         ) from error
+
+
+def ran_out(error: BaseException) -> bool:
+    """Say whether an error means that a device or the machine has no memory left."""
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or "DefaultCPUAllocator" in str(error)  # the CPU has no class of its own
+
+
+def short_of(error: BaseException) -> str:
+    """Return what an error for which `ran_out` holds says, in a line."""
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    return f"the memory does not suffice ({said[0].rstrip('.')})"
 
 
 def batch_target(batch: Batch) -> Tensor | None:

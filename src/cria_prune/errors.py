@@ -33,6 +33,10 @@ class CriterionError(CriaError, ValueError):
     """A criterion is unknown, or lacks what it needs."""
 
 
+class ResourceError(CriaError):
+    """The device or the machine has not enough memory for what was asked."""
+
+
 class TargetError(CriaError, ValueError):
     """A reduction is out of range or cannot be reached."""
 
@@ -55,3 +59,7 @@ class ConfigError(CriaError, ValueError):
 
 class CertificateError(CriaError):
     """A saved model cannot be loaded by its library alone, or computes something else there."""
+
+
+class RankError(CriaError):
+    """Of several processes one has failed, is gone, or does something else than the others."""

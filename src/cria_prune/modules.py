@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import ctypes
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -45,6 +46,16 @@ def copy_of(model: nn.Module, replaced: dict[int, Any] | None = None) -> nn.Modu
             if computed
             else "Keep what cannot be copied (locks, files, handles) off the model, or give it __deepcopy__",
         ) from error
+
+
+def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of a text and of tensors with their names, dtypes and shapes."""
+    total = hashlib.sha256(text.encode())
+    for name, value in sorted(tensors.items()):
+        total.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        total.update(flat.view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def shared_copy(model: nn.Module, replaced: dict[int, Any] | None = None) -> nn.Module:

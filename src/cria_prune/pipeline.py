@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,15 +18,18 @@ from cria_prune.criteria import score
 from cria_prune.criteria.score import find_criterion
 from cria_prune.errors import CriaError, DataError, SignalError
 from cria_prune.graph import keep_graphs
-from cria_prune.modules import device_of
+from cria_prune.modules import device_of, digest, named_tensors
 from cria_prune.plan import Allowed, Plan, compose, identity_plan
 from cria_prune.plan import plan as make_round
 from cria_prune.progress import QUIET, Progress
+from cria_prune.ranks import world
 from cria_prune.record import States, record
 from cria_prune.record.collect import cut, limited
 from cria_prune.record.norms import Remeasured, batch_norms, remeasure
 from cria_prune.result import PruneResult, Round
+from cria_prune.rounds import RoundStore
 from cria_prune.scope import check_target
+from cria_prune.scored import Consumed, Scored
 from cria_prune.spectrum import Importance
 from cria_prune.structure import UnitGroups, shrink
 from cria_prune.structure import discover as follow
@@ -68,11 +73,20 @@ def prune(
     on_round: Callable[[PruneResult], None] | None = None,
     progress: Progress | None = None,
     graphs: bool = False,
+    state: str | Path | None = None,
+    data: str | None = None,
+    scores: Scored | None = None,
 ) -> PruneResult:
     """Make a trained model smaller: record, score, plan and cut, round by round; no weight is trained.
 
+    With several processes (`cria_prune.ranks`), which all make this call, the passes over the data and the
+    scoring are shared out, and all return the same.
+
     The model is left untouched. In every round masked equals pruned is verified against it, or with repair
     against the repaired model of that round.
+
+    With a `state`, the same call in another process goes on after the last finished round, also after a
+    SIGKILL, and ends with the same bits. That asks of `batches` to be the same in every pass.
 
     Args:
         model: the trained model, on the device where the work is to be done.
@@ -83,9 +97,15 @@ def prune(
         on_round: called with the result so far after every round.
         progress: where to show the rounds; silent if None.
         graphs: keep the neuron graphs of the dense model, to draw them later.
+        state: a folder for the finished rounds, of this pruning alone; the caller removes it. Once all are
+            finished, the same call returns the same result and records nothing.
+        data: fingerprint of the calibration data: a state of other data is refused. The first two examples
+            are compared in any case.
+        scores: of this model, from `score_once` or `load_scores`: nothing is recorded, in one round.
 
     Raises:
         CriaError: each stage's own; the model is then as it was.
+        ArtifactError: the state cannot be kept, is damaged, or is of another pruning.
 
     Example:
         >>> import torch
@@ -97,6 +117,7 @@ def prune(
         True
     """
     config = config or PruneConfig()
+    config = config if scores is None else scores.applied(config)
     needs = find_criterion(config.score.criterion).needs
     batches = again(batches)
     check_finite(model)
@@ -108,15 +129,30 @@ def prune(
     dense_copy = None if config.compensate else reference
     del reference
     dense, allowed = found.groups, found.allowed
+    if scores is not None:
+        scores.check(model, dense)
     result = PruneResult(
         model, identity_plan(dense), dense, dense, (), config, time.perf_counter() - start,
         graphs={} if graphs else None,
     )  # fmt: skip
     rounds = config.plan.rounds
-    run = _Run(batches, example, dense_copy, needs, loss, evaluate, allowed)
+    run = _Run(batches, example, dense_copy, needs, loss, evaluate, allowed, scores)
+    store = None
+    if state is not None:
+        said = {"data": data, "device": device_of(model).type, "graphs": graphs, "scores": None}
+        said["metric of every round"] = evaluate is not None
+        if scores is not None:
+            said["scores"] = digest("", {name: item.scores for name, item in scores.importances.items()})
+        store = RoundStore(state, model, config, example, **said)
+        result = store.resume(result, run.step)
+    done = len(result.rounds)
+    world().meet("The rounds that are kept", lambda: str(done))
     with (progress or QUIET).bar("prune", rounds) as bar:
-        for number in range(1, rounds + 1):
-            result = run.round(result, number)
+        bar.update(max(done - 1, 0))
+        for number in range(max(done, 1), rounds + 1):  # the last of those that were kept is shown again
+            if number > done:
+                result = run.round(result, number)
+                _keep(store, result)
             report = result.report
             bar.update(
                 parameters=f"{report['parameters']:,.0f}",
@@ -125,7 +161,14 @@ def prune(
             )
             if on_round is not None:
                 on_round(result)
+    world().meet("The pruned weights", lambda: digest("", named_tensors(result.model)))
     return result
+
+
+def _keep(store: RoundStore | None, result: PruneResult) -> None:
+    """Keep the rounds so far, if that is wanted; of several processes the first writes."""
+    if store is not None:
+        world().lead("Keeping the rounds", lambda: store.write(result))
 
 
 @dataclass(frozen=True)
@@ -139,26 +182,25 @@ class _Run:
     loss: Callable[[nn.Module, Batch], torch.Tensor] | None
     evaluate: Callable[[nn.Module], float] | None
     allowed: Allowed
+    given: Scored | None = None
 
     def round(self, before: PruneResult, number: int) -> PruneResult:
         """Record, score, plan, cut, verify."""
         config, groups, seconds = before.config, before.groups, dict[str, float]()
         states = self._recorded(before, seconds)
         with clock(seconds, "score"):
-            scores: dict[str, Importance] = score(before.model, groups, states, config.score)
+            scores = self._scores(before, states)
         values = {name: item.scores.numpy() for name, item in scores.items()}
         with clock(seconds, "plan"):
-            target = config.plan.reduction * number / config.plan.rounds
-            step = make_round(
-                groups, values, config.plan, dense=before.dense, target=target, allowed=self.allowed
-            )
+            step = self.step(before, values, number)
             total = compose(before.plan, step)
+            world().meet("The plan", lambda: digest(str(sorted(step.kept.items())), {}))
         graphs = before.graphs
         if number == 1 and graphs is not None and states is not None:
             with clock(seconds, "graphs"):
                 sides = {name: (item.input, item.output) for name, item in states.groups.items()}
                 graphs = keep_graphs(sides, config.score.neighbors, config.score.ridge)
-        smaller, repairs, verification = self._cut(before, states, step, total, seconds)
+        smaller, repairs, verification = self._cut(before, self._consumed(states), step, total, seconds)
         norms = Remeasured(smaller, 0)
         if config.batch_norm and number == config.plan.rounds and batch_norms(smaller):
             with clock(seconds, "batch norms"):
@@ -171,7 +213,7 @@ class _Run:
             kept=dict(step.kept),
             diagnosis={name: item.diagnosis.to_dict() for name, item in scores.items()},
             verification=verification,
-            metric=None if self.evaluate is None else self.evaluate(norms.model),
+            metric=self._measured(norms.model),
             repairs=repairs,
             batch_norms=norms.norms,
             batch_norms_kept=norms.reason,
@@ -185,25 +227,54 @@ class _Run:
             graphs=graphs,
         )
 
+    def step(self, before: PruneResult, scores: Mapping[str, np.ndarray], number: int) -> Plan:
+        """Return the plan of a round, relative to the model before it."""
+        plan = before.config.plan
+        target = plan.reduction * number / plan.rounds
+        return make_round(
+            before.groups, scores, plan, dense=before.dense, target=target, allowed=self.allowed
+        )
+
+    def _measured(self, model: nn.Module) -> float | None:
+        """Return the metric of a round's model, if it is asked for."""
+        evaluate = self.evaluate
+        return None if evaluate is None else world().lead("Evaluating", lambda: float(evaluate(model)))
+
     def _recorded(self, before: PruneResult, seconds: dict[str, float]) -> States | None:
         """Record what the criterion and the repair need; None where neither needs anything."""
         config = before.config
         with clock(seconds, "record"):
-            if not (self.needs or config.compensate):
+            if self.given is not None or not (self.needs or config.compensate):
                 return None
             return record_for(
                 self.needs, before.model, before.groups, self.batches, config, loss=self.loss,
                 consumed=config.compensate,
             )  # fmt: skip
 
+    def _scores(self, before: PruneResult, states: States | None) -> dict[str, Importance]:
+        """Score the units, or take the scores that were given."""
+        if self.given is None:
+            return score(before.model, before.groups, states, before.config.score)
+        return {group.name: self.given.importances[group.name] for group in before.groups.prunable}
+
+    def _consumed(self, states: States | None) -> Consumed | None:
+        """Return the second moments of what the consumers read, of the groups that may be cut."""
+        if self.given is not None:
+            return self.given.consumed
+        return None if states is None else {name: item.consumed for name, item in states.groups.items()}
+
     def _cut(
-        self, before: PruneResult, states: States | None, step: Plan, total: Plan, seconds: dict[str, float]
+        self,
+        before: PruneResult,
+        consumed: Consumed | None,
+        step: Plan,
+        total: Plan,
+        seconds: dict[str, float],
     ) -> tuple[nn.Module, tuple[Repair, ...], Verification | None]:
         """Repair the consumers if asked to, cut, and compare the cut with the mask."""
         source, repairs = before.model, tuple[Repair, ...]()
-        if before.config.compensate and states is not None:
+        if before.config.compensate and consumed is not None:
             with clock(seconds, "compensate"):
-                consumed = {name: item.consumed for name, item in states.groups.items()}
                 source, repairs = compensate(before.model, before.groups, step.kept, consumed)
         with clock(seconds, "surgery"):
             smaller = apply(source, step)

@@ -13,6 +13,7 @@ from cria_prune.artifact.plots_metric import plot_ablation, plot_bench, plot_tra
 from cria_prune.artifact.pretrained import save_pretrained
 from cria_prune.artifact.provenance import provenance
 from cria_prune.artifact.report import render, write_report
+from cria_prune.artifact.scores import load_scores, save_scores
 
 __all__ = [
     "Bench",
@@ -23,6 +24,7 @@ __all__ = [
     "atomic",
     "folder_page",
     "load",
+    "load_scores",
     "new_folder",
     "plot_ablation",
     "plot_bench",
@@ -38,6 +40,7 @@ __all__ = [
     "save",
     "save_padded",
     "save_pretrained",
+    "save_scores",
     "sha256",
     "write_report",
     "write_text",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,8 @@ from cria_prune.batches import model_inputs, move
 from cria_prune.cli import reports, show, target
 from cria_prune.cli.flow import prune_stage, recover_stage
 from cria_prune.cli.folder import REPORT, claimed
-from cria_prune.cli.job import RECOVERED, Job, padded_folder, rounded
+from cria_prune.cli.job import PRUNED, RECOVERED, Job, padded_folder, rounded
+from cria_prune.cli.scores import config_from, given_scores
 from cria_prune.cli.settings import Params, pick_device, prune_config, recover_config, texts_of
 from cria_prune.cli.talk import Kept, Talk
 from cria_prune.cli.target import Target
@@ -28,6 +28,8 @@ from cria_prune.config import PruneConfig, RecoverConfig
 from cria_prune.errors import ConfigError
 from cria_prune.loss import logits_of
 from cria_prune.pipeline import PruneResult, clock
+from cria_prune.ranks import world
+from cria_prune.scored import Scored
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -48,6 +50,10 @@ def run(params: Params, command: list[str], kept: Kept) -> None:
     if len(set(names)) < len(names):
         raise ConfigError("A family of reductions", f"found {', '.join(names)}", "Give each share once")
     with job_of(found, "", params, command, kept, several) as job:
+        done = None if several else job.done(described_by(configs[0], tuning), RECOVERED)
+        if done is not None:
+            job.talk.answer(done)
+            return
         dense = dense_model(job)
         if not several:
             whole_recipe(job, dense, configs[0], tuning, params["watch"])
@@ -68,7 +74,7 @@ def member(
     job.talk.heading(share + (f": already in {part.output}" if done else ""))
     if done is not None:
         return done
-    if job.target.pretrained:
+    if job.target.pretrained and world().first:
         check_free(part.output, part.may_replace())
     whole_recipe(part, dense, config, tuning, watch)
     return part.results
@@ -114,7 +120,8 @@ def prune(params: Params, command: list[str], kept: Kept) -> None:
             f"A padded twin of {params['target']}", "it is no model of transformers", "Leave out --export"
         )
     found.check_changeable()
-    config = prune_config(params, found.prune_defaults())
+    scored = given_scores(params)
+    config = config_from(params, found.prune_defaults(), scored)
     if padded and config.plan.residual:
         raise ConfigError(
             "A padded twin of a model with less residual width",
@@ -123,17 +130,28 @@ def prune(params: Params, command: list[str], kept: Kept) -> None:
         )
     check_target(found, config)
     found.policy = saved_as(config)
+    described = {"prune": config.model_dump(mode="json")}
     with job_of(found, "-pruned", params, command, kept) as job:
-        model = dense_model(job)
-        result, plan = prune_stage(job, model, config, params["watch"])
-        show.rounds(job.talk, result, found.metric)
-        show.left_alone(job.talk, result.dense)
-        job.measure(result.model, "pruned")
-        show.outcome(job.talk, job.results, found.metric)
-        described = {"prune": config.model_dump(mode="json")}
-        job.save(result.model, plan, described, "the pruned model")
-        finish(job, result)
+        done = job.done(described, PRUNED)
+        if done is not None:
+            job.talk.answer(done)
+            return
+        whole_pruning(job, dense_model(job), config, params["watch"], scored)
         job.talk.answer(job.results)
+
+
+def whole_pruning(
+    job: Job, model: nn.Module, config: PruneConfig, watch: bool, scored: Scored | None
+) -> None:
+    """Prune a model, save and report."""
+    metric = job.target.metric
+    result, plan = prune_stage(job, model, config, watch, scored)
+    show.rounds(job.talk, result, metric)
+    show.left_alone(job.talk, result.dense)
+    job.measure(result.model, "pruned")
+    show.outcome(job.talk, job.results, metric)
+    job.save(result.model, plan, {"prune": config.model_dump(mode="json")}, PRUNED)
+    finish(job, result)
 
 
 def recover(params: Params, command: list[str], kept: Kept) -> None:
@@ -157,16 +175,20 @@ def recover(params: Params, command: list[str], kept: Kept) -> None:
         )
     inherited = ("parameters_dense", "parameters", "macs_dense", "macs", "reduction", "asked", "of",
                  "criterion", "changed", "scoring_over_forward")  # fmt: skip
+    described = {"recover": tuning.model_dump(mode="json")}
     with job_of(found, "-recovered", params, command, kept) as job:
+        done = job.done(described, RECOVERED)
+        if done is not None:
+            job.talk.answer(done)
+            return
         job.results |= {name: found.results[name] for name in inherited if name in found.results}
         job.inherit_dense()
-        before = reports.earlier_run(job)
+        before = reports.earlier_run(job) if world().first else None
         counts = ("parameters_dense", "parameters", "macs_dense", "macs")
         job.results |= {name: found.plan.report[name] for name in counts if name in found.plan.report}
         model = found.model(job.device, job.seed, job.talk.progress)
         teacher = teacher_of(params, job, model) if tuning.distill else None
         job.measure(model, "pruned")
-        described = {"recover": tuning.model_dump(mode="json")}
         with in_float32(model):
             recovered = recover_stage(job, model, found.plan, tuning, teacher, described)
         job.results["best_epoch"] = recovered.best_epoch
@@ -232,12 +254,12 @@ def job_of(
         found, output or Path(), device, params["seed"] or 0, Talk(params["quiet"]), kept, command, padded,
         resume, params["overwrite"],
     )  # fmt: skip
-    left = resume and (several or job.recovery.exists() or job.unfinished())
+    left = resume and (several or job.may_replace() or job.holds_result())
     with claimed(output, found.task.name + suffix, params["overwrite"] or left) as folder:
         job.output = folder
-        if found.pretrained and not several:  # known before the long work
+        if found.pretrained and not several and world().first:  # known before the long work
             for path in (folder, *([padded_folder(folder)] if padded else [])):
-                check_free(path, job.may_replace())
+                check_free(path, job.may_replace() or left)
         job.begin()
         yield job
 
@@ -259,9 +281,13 @@ def dense_model(job: Job) -> nn.Module:
 def finish(job: Job, result: PruneResult | None = None, before: Any = None) -> None:
     """Keep the run and write its report, if there is a pruning to report on, now or `before`.
 
-    The state of the recovery is not needed any more.
+    The states of the rounds and the recovery are not needed any more.
     """
-    shutil.rmtree(job.recovery, ignore_errors=True)
+    world().lead("The report", lambda: _finish(job, result, before))
+
+
+def _finish(job: Job, result: PruneResult | None, before: Any) -> None:
+    job.forget()
     job.results |= {"seconds": rounded(job.seconds), "memory": peak_memory(job.device)}
     if result is not None:
         reports.keep_run(job, result)

@@ -16,10 +16,14 @@ from cria_prune.cli.job import Job
 from cria_prune.config import PruneConfig, RecoverConfig
 from cria_prune.pipeline import PruneResult, clock, compose, prune
 from cria_prune.plan import Plan
+from cria_prune.ranks import alone, world
 from cria_prune.recover import RecoverResult, recover
+from cria_prune.scored import Scored
 
 
-def prune_stage(job: Job, model: nn.Module, config: PruneConfig, watch: bool) -> tuple[PruneResult, Plan]:
+def prune_stage(
+    job: Job, model: nn.Module, config: PruneConfig, watch: bool, scored: Scored | None = None
+) -> tuple[PruneResult, Plan]:
     """Prune, keep every finished round; return the result and the plan relative to the dense network."""
     task, before = job.target.task, job.target.plan
 
@@ -31,10 +35,13 @@ def prune_stage(job: Job, model: nn.Module, config: PruneConfig, watch: bool) ->
         stage = f"round {len(result.rounds)} of {config.plan.rounds}"
         with clock(job.seconds, "save"):
             job.keep(result.model, whole(result), {"prune": config.model_dump(mode="json")}, stage)
+        job.kept.text = f"{stage} is kept (go on with: the same command, --output {job.output} --resume)"
 
     with clock(job.seconds, "data"):
         batches = task.calibration(config.record.examples, config.record.seed)
     held = list(task.validation_batches()) if watch else []
+    if not job.resume:
+        job.forget()
     result = prune(
         model,
         batches,
@@ -43,6 +50,9 @@ def prune_stage(job: Job, model: nn.Module, config: PruneConfig, watch: bool) ->
         on_round=on_round,
         progress=job.talk.progress,
         graphs=True,
+        state=job.rounds,
+        data=job.origin["data"],
+        scores=scored,
     )
     stages = result.seconds_by_stage
     job.seconds["structure"] = stages.pop("discover")
@@ -52,9 +62,10 @@ def prune_stage(job: Job, model: nn.Module, config: PruneConfig, watch: bool) ->
     milliseconds = 1000 / sum(map(batch_size, batches))
     job.results["milliseconds_before"] = job.seconds["forward"] * milliseconds
     job.results["milliseconds"] = forward_seconds(result.model, batches, job.device) * milliseconds
-    first = result.rounds[0].seconds
-    scoring = first.get("record", 0.0) + first.get("score", 0.0)
-    job.results["scoring_over_forward"] = round(scoring / max(job.seconds["forward"], 1e-9), 2)
+    if scored is None:
+        first = result.rounds[0].seconds
+        scoring = first.get("record", 0.0) + first.get("score", 0.0)
+        job.results["scoring_over_forward"] = round(scoring / max(job.seconds["forward"], 1e-9), 2)
     return result, whole(result)
 
 
@@ -106,8 +117,9 @@ def recover_stage(
 ) -> RecoverResult:
     """Fine-tune in place; an interruption keeps the best epoch so far and goes on up."""
     task = job.target.task
+    here = world()
     if not job.resume:
-        shutil.rmtree(job.recovery, ignore_errors=True)
+        here.lead("The recovery", lambda: shutil.rmtree(job.recovery, ignore_errors=True))
     held = list(task.validation_batches())
     try:
         with clock(job.seconds, "recover"):
@@ -124,9 +136,12 @@ def recover_stage(
                 data=job.origin["data"],
             )
     except Exception:
-        shutil.rmtree(job.recovery, ignore_errors=True)
+        if here.first:
+            shutil.rmtree(job.recovery, ignore_errors=True)
         raise
     except KeyboardInterrupt:
-        with interrupts_wait():
+        if not here.first:
+            raise
+        with interrupts_wait(), alone():
             job.save(model, plan, described, "the best epoch so far of the interrupted recovery")
         raise

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from cria_prune.errors import ArtifactError
+from cria_prune.ranks import world
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,6 +28,8 @@ REPORT = "report.html"
 def claimed(output: Path | None, name: str, overwrite: bool) -> Iterator[Path]:
     """Give a folder that may be written to; one that stays empty is removed on leaving.
 
+    Of several processes the first claims it, and tells the others its name.
+
     Args:
         output: the folder asked for; None takes the first free of runs/NAME, runs/NAME-2, ...
         name: NAME.
@@ -35,6 +38,10 @@ def claimed(output: Path | None, name: str, overwrite: bool) -> Iterator[Path]:
     Raises:
         ArtifactError: the folder holds files and may not be overwritten, or the system refuses.
     """
+    here = world()
+    if not here.first:
+        yield Path(here.lead("The output folder", str))
+        return
     folder = _first_free(name) if output is None else _asked_for(output, overwrite)
     try:
         with tempfile.TemporaryFile(dir=folder):
@@ -42,6 +49,7 @@ def claimed(output: Path | None, name: str, overwrite: bool) -> Iterator[Path]:
     except OSError as error:
         raise _refused(folder, error) from error
     try:
+        here.lead("The output folder", lambda: str(folder))
         yield folder
     finally:
         with suppress(OSError):  # it holds something

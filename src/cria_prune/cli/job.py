@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,8 +26,9 @@ from cria_prune.errors import ArtifactError
 from cria_prune.loss import logits_of
 from cria_prune.pipeline import clock
 from cria_prune.plan import Plan
+from cria_prune.ranks import world
 
-RECOVERED = "the recovered model"
+RECOVERED, PRUNED = "the recovered model", "the pruned model"
 
 
 @dataclass
@@ -42,7 +44,7 @@ class Job:
         kept: told what an interruption would leave.
         command: the command line, for the provenance.
         padded: also write the padded twin of a Hugging Face model.
-        resume: go on with the fine-tune that was interrupted.
+        resume: go on with the rounds or the fine-tune that were interrupted.
         overwrite: replace what Cria wrote to the output folder.
         seconds: stage -> wall time.
         results: the JSON object so far.
@@ -85,28 +87,55 @@ class Job:
     def part(self, name: str) -> Job:
         """Return a job for one size of a family: the same until now, its results in a folder below."""
         output = self.output / name
-        if not self.target.pretrained:
+        if not self.target.pretrained and world().first:
             output.mkdir(exist_ok=True)
         return replace(self, output=output, seconds=dict(self.seconds), results=dict(self.results))
 
     def may_replace(self) -> bool:
         """Say whether the output folder may be overwritten: asked for, or left by an interrupted run."""
-        return self.overwrite or (self.resume and self.recovery.exists())
+        return self.overwrite or (self.resume and (self.rounds.exists() or self.recovery.exists()))
 
-    def finished(self, described: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return the results of a recipe that lie in the output folder, if it was configured like this."""
+    def finished(self, described: Mapping[str, Any], stage: str = RECOVERED) -> dict[str, Any] | None:
+        """Return the results that lie in the output folder, if they are of this stage and configuration."""
+        return world().lead("The output folder", lambda: self._finished(described, stage))
+
+    def _finished(self, described: Mapping[str, Any], stage: str) -> dict[str, Any] | None:
         manifest = self._there()
         results = manifest.get("results")
-        if not isinstance(results, dict) or results.get("stage") != RECOVERED:
+        if not isinstance(results, dict) or results.get("stage") != stage:
             return None
-        same = all(results.get(key) == self.results.get(key) for key in ("recipe", "options", "seed"))
+        keys = ("recipe", "model", "options", "seed", "checkpoint")
+        same = all(results.get(key) == self.results.get(key) for key in keys)
         data = (manifest.get("provenance") or {}).get("data") == self.origin["data"]
         return results if same and data and manifest.get("config") == described else None
 
-    def unfinished(self) -> bool:
-        """Say whether the output folder holds a checkpoint that an interrupted run of a recipe left."""
-        manifest = {} if self.target.pretrained else self._there()
-        return bool(manifest) and (manifest.get("results") or {}).get("stage") != RECOVERED
+    def done(self, described: Mapping[str, Any], stage: str) -> dict[str, Any] | None:
+        """Return the results of the same command, if it is to be resumed and had ended already.
+
+        Raises:
+            ArtifactError: the output folder holds the result of another command.
+        """
+        if not self.resume:
+            return None
+        return world().lead("The output folder", lambda: self._done(described, stage))
+
+    def _done(self, described: Mapping[str, Any], stage: str) -> dict[str, Any] | None:
+        found = self._finished(described, stage)
+        results = self._there().get("results") or {}
+        if found is None and not self.may_replace() and results.get("stage") in (RECOVERED, PRUNED):
+            raise ArtifactError(
+                f"Resuming in {self.output}",
+                f"it holds {results['stage']} of another command, or of other settings",
+                "Name another --output, or pass --overwrite to start anew",
+            )
+        if found is not None:
+            self.forget()
+            self.talk.say(f"already in {self.output}")
+        return found
+
+    def holds_result(self) -> bool:
+        """Say whether a whole model of Cria's lies in the output folder."""
+        return bool(self._there())
 
     def _there(self) -> Mapping[str, Any]:
         """Return the manifest of what lies in the output folder; empty if nothing whole does."""
@@ -120,6 +149,16 @@ class Job:
         """Where the fine-tune keeps its state until the result is saved: hidden, beside the output."""
         return self.output.with_name(f".{self.output.name}.recovery")
 
+    @property
+    def rounds(self) -> Path:
+        """Where the pruning keeps its rounds until the result is saved: hidden, beside the output."""
+        return self.output.with_name(f".{self.output.name}.rounds")
+
+    def forget(self) -> None:
+        """Remove the states of the rounds and of the fine-tune: they are not needed any more."""
+        for folder in (self.rounds, self.recovery) if world().first else ():
+            shutil.rmtree(folder, ignore_errors=True)
+
     def measure(self, model: nn.Module, name: str) -> None:
         """Evaluate a model on the test split, print and note the metric and what else there is to say."""
         task = self.target.task
@@ -127,8 +166,11 @@ class Job:
             self.talk.note(f"the {name} model is not measured: the texts have no labels")
             return
         with clock(self.seconds, "evaluate"):
-            value = task.evaluate(model, task.test_batches(), self.talk.progress)
-            further = task.further(model, self.talk.progress)
+            progress = self.talk.progress
+            value, further = world().lead(
+                "Measuring",
+                lambda: (task.evaluate(model, task.test_batches(), progress), task.further(model, progress)),
+            )
         self.results[name] = value
         said = self.target.metric.text(value)
         self.talk.say(f"{name + ' ' + task.metric:<20} {said:>9}  ({task.tested_on})")
@@ -143,15 +185,11 @@ class Job:
         """
         if self.target.pretrained:
             return
-        keep(
-            self.output,
-            model,
-            plan,
-            architecture=self.target.task.architecture,
-            config=config,
-            provenance=self.origin,
-            results=self._said(stage),
-        )
+        described: dict[str, Any] = {
+            "architecture": self.target.task.architecture, "config": config, "provenance": self.origin,
+            "results": self._said(stage),
+        }  # fmt: skip
+        world().lead("Saving", lambda: keep(self.output, model, plan, **described))
         self._kept(stage)
 
     def save(self, model: nn.Module, plan: Plan, config: Mapping[str, Any], stage: str) -> None:
@@ -161,11 +199,9 @@ class Job:
             ArtifactError, CertificateError: what was loaded computes something else.
         """
         model = model.to("cpu").eval()
+        save = self._save_pretrained if self.target.pretrained else self._save_checkpoint
         with clock(self.seconds, "save"):
-            if self.target.pretrained:
-                self._save_pretrained(model, plan, config, stage)
-            else:
-                self._save_checkpoint(model, plan, config, stage)
+            world().lead("Saving", lambda: save(model, plan, config, stage))
 
     def _save_checkpoint(self, model: nn.Module, plan: Plan, config: Mapping[str, Any], stage: str) -> None:
         self.results["output"], self.results["reloaded"] = str(self.output), "bit-equal"

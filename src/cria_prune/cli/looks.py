@@ -1,4 +1,4 @@
-"""What the commands do that change nothing: inspect, score, evaluate; heavy imports begin here."""
+"""What the commands do that change nothing: inspect, evaluate; heavy imports begin here."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from typing import Any
 from torch import nn
 
 from cria_prune import pipeline
-from cria_prune.artifact.files import write_json
 from cria_prune.cli import show, target
-from cria_prune.cli.folder import check_file
 from cria_prune.cli.inventory import inventory
 from cria_prune.cli.job import rounded
 from cria_prune.cli.outline import folded, frozen, outline, shares
-from cria_prune.cli.settings import Params, pick_device, prune_config, texts_of
+from cria_prune.cli.settings import Params, pick_device, texts_of
 from cria_prune.cli.sources import load_source, parse_shape
 from cria_prune.cli.talk import Talk
 from cria_prune.cli.target import Target
@@ -23,7 +21,6 @@ from cria_prune.cli.tree import drawn, module_tree
 from cria_prune.config import PlanConfig
 from cria_prune.errors import ConfigError
 from cria_prune.pipeline import clock
-from cria_prune.scoring import score_units
 
 
 def inspect(params: Params) -> None:
@@ -52,39 +49,6 @@ def inspect(params: Params) -> None:
         "frozen_groups": sum(row.status == "frozen" for row in found.rows),
     }
     talk.answer(answer if params["json"] else {**answer, "groups": len(found.rows)})
-
-
-def score(params: Params, command: list[str]) -> None:
-    """Scores and diagnosis of every group, without cutting."""
-    found, talk = target.find(params["target"], texts_of(params)), Talk(params["quiet"])
-    config, output = prune_config(params, found.prune_defaults()), params["output"]
-    check_file(output, params["overwrite"])
-    device, seed = pick_device(params["device"]), params["seed"] or 0
-    seconds: dict[str, float] = {}
-    with clock(seconds, "model"):
-        model = found.model(device, seed, talk.progress)
-    batches = found.task.calibration(config.record.examples, config.record.seed)
-    _, scores = score_units(model, batches, config, example=found.task.example, seconds=seconds)
-    rows = {
-        name: {"scores": item.scores.tolist(), "diagnosis": item.diagnosis.to_dict()}
-        for name, item in scores.items()
-    }
-    show.diagnosis(talk, rows)
-    head = {"target": params["target"], **found.named(), "criterion": config.score.criterion}
-    if output is not None:
-        write_json(output, {**head, "command": command, "groups": rows})
-        talk.say(f"scores written to {output}")
-    units = sum(len(item["scores"]) for item in rows.values())
-    talk.answer(
-        {
-            **head,
-            "groups": len(rows),
-            "units": units,
-            "seed": seed,
-            "output": None if output is None else str(output),
-            "seconds": rounded(seconds),
-        }
-    )
 
 
 def evaluate(params: Params) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from cria_prune.cli import options as o
+from cria_prune.cli.launch import launched
 from cria_prune.cli.talk import answering, command_line
 
 app = typer.Typer(
@@ -19,7 +20,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line of this process; ends in SystemExit: 0, 2 after an error, 130 after Ctrl-C."""
-    app()
+    with launched():
+        app()
 
 
 @app.command()
@@ -58,7 +60,7 @@ def run(
     quiet: o.Quiet = False,
 ) -> None:
     """Do a whole recipe: dense model, pruning, one recovery, checkpoint and report."""
-    with answering() as kept:
+    with answering(several=True) as kept:
         from cria_prune.cli import commands
 
         commands.run(context.params, command_line(context), kept)
@@ -93,20 +95,24 @@ def score(
     criterion: o.Criterion = None,
     preset: o.Preset = None,
     residual: o.Residual = None,
+    compensate: o.Compensate = None,
     examples: o.Examples = None,
     positions: o.Positions = None,
     seed: o.Seed = None,
     device: o.Device = "auto",
-    output: o.ScoreFile = None,
+    output: o.ScoreFolder = None,
     overwrite: o.Overwrite = False,
     config: o.Config = None,
     quiet: o.Quiet = False,
 ) -> None:
-    """Score the units of every group and show how far the scores can be trusted; cut nothing."""
-    with answering():
-        from cria_prune.cli import looks
+    """Score the units of every group and show how far the scores can be trusted; cut nothing.
 
-        looks.score(context.params, command_line(context))
+    With --output the scores are kept, and what repair needs, to prune to any size later.
+    """
+    with answering(several=True):
+        from cria_prune.cli import scores
+
+        scores.score(context.params, command_line(context))
 
 
 @app.command()
@@ -187,6 +193,7 @@ def prune(
     dataset: o.Dataset = None,
     text: o.Text = None,
     export: o.Export = None,
+    scores: o.Scores = None,
     reduction: o.Reduction = None,
     of: o.Of = None,
     criterion: o.Criterion = None,
@@ -204,6 +211,7 @@ def prune(
     examples: o.Examples = None,
     positions: o.Positions = None,
     watch: o.Watch = False,
+    resume: o.Resume = False,
     seed: o.Seed = None,
     device: o.Device = "auto",
     output: o.Output = None,
@@ -215,10 +223,48 @@ def prune(
 
     A Hugging Face model needs texts, --calibration or --dataset; plain transformers loads the result.
     """
-    with answering() as kept:
+    with answering(several=True) as kept:
         from cria_prune.cli import commands
 
         commands.prune(context.params, command_line(context), kept)
+
+
+@app.command()
+def sweep(
+    context: typer.Context,
+    target: o.Target,
+    calibration: o.Calibration = None,
+    dataset: o.Dataset = None,
+    text: o.Text = None,
+    scores: o.Scores = None,
+    reduction: o.SweepReductions = None,
+    of: o.Of = None,
+    criterion: o.Criterion = None,
+    preset: o.Preset = None,
+    ranking: o.Ranking = None,
+    residual: o.Residual = None,
+    compensate: o.Compensate = None,
+    batch_norm: o.BatchNorm = None,
+    floor: o.Floor = None,
+    units: o.Units = None,
+    policy: o.Policy = None,
+    uniform: o.Uniform = None,
+    multiple: o.Multiple = None,
+    examples: o.Examples = None,
+    positions: o.Positions = None,
+    resume: o.Resume = False,
+    seed: o.Seed = None,
+    device: o.Device = "auto",
+    output: o.Output = None,
+    overwrite: o.Overwrite = False,
+    config: o.Config = None,
+    quiet: o.Quiet = False,
+) -> None:
+    """Score a network once and prune it to several sizes, each in one round: a family, and its trade-off."""
+    with answering(several=True) as kept:
+        from cria_prune.cli import sweep as command
+
+        command.sweep(context.params, command_line(context), kept)
 
 
 @app.command()
@@ -241,7 +287,7 @@ def recover(
     quiet: o.Quiet = False,
 ) -> None:
     """Fine-tune a checkpoint once and save the result."""
-    with answering() as kept:
+    with answering(several=True) as kept:
         from cria_prune.cli import commands
 
         commands.recover(context.params, command_line(context), kept)

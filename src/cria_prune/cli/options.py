@@ -204,7 +204,21 @@ TestLimit = Annotated[
         show_default=False,
     ),
 ]  # fmt: skip
-ScoreFile = Annotated[Path | None, Option(help="JSON file for all scores and the whole diagnosis.")]
+ScoreFolder = Annotated[
+    Path | None,
+    Option(help="Folder to keep the scores in, for cria prune --scores and cria sweep --scores."),
+]
+Scores = Annotated[
+    Path | None,
+    Option(help="Folder of cria score: prune by these scores, in one round, without recording again."),
+]
+SweepReductions = Annotated[
+    list[float] | None,
+    Option(
+        "--reduction", "--reduce",
+        help="Share to remove, between 0 and 1; several [default: 0.1 to 0.7].", show_default=False,
+    ),
+]  # fmt: skip
 DryRun = Annotated[
     bool, Option("--dry-run", help="Predict memory and passes, and say what is reachable; score nothing.")
 ]

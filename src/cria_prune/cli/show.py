@@ -51,10 +51,11 @@ def outcome(talk: Talk, results: Mapping[str, Any], metric: Metric) -> None:
     rows.append(["left", change, *(percent(share) for share in shares)])
     talk.table(["model", metric.name, "parameters", "MACs per example"], rows)
     if "asked" in results:
+        cost = results.get("scoring_over_forward")
         talk.say(
             f"asked {percent(results['asked'])} of the {COSTS[results['of']]}, "
             f"removed {percent(results['reduction'])}; criterion {results['criterion']}, "
-            f"scoring took {results['scoring_over_forward']:g} times a forward pass"
+            + ("scored before" if cost is None else f"scoring took {cost:g} times a forward pass")
         )
     if "changed" in results:
         talk.say(f"without training: {results['changed']}")
@@ -87,19 +88,22 @@ def measured(results: Mapping[str, Any], metric: Metric) -> list[dict[str, Any]]
 
 def family(talk: Talk, members: Sequence[Mapping[str, Any]], metric: Metric) -> None:
     """Print one row per size of a family, the dense model first."""
-    first = members[0]
-    rows = [["dense", metric.text(first.get("dense")), "", "", f"{first['parameters_dense']:,.0f}"]]
+    first, tuned = members[0], any("recovered" in item for item in members)
+    last = "recovered" if tuned else "pruned"
+    columns = ["model", f"{metric.name}, pruned", *(["recovered"] if tuned else []), f"{last} / dense"]
+    blank = [""] * (len(columns) - 2)
+    rows = [["dense", metric.text(first.get("dense")), *blank, f"{first['parameters_dense']:,.0f}"]]
     for item in members:
+        found = [metric.text(item.get(name)) for name in ("pruned", "recovered")[: 1 + tuned]]
         rows.append(
             [
                 f"{percent(item['reduction'])} fewer",
-                metric.text(item.get("pruned")),
-                metric.text(item.get("recovered")),
-                metric.change(item.get("dense"), item.get("recovered")),
+                *found,
+                metric.change(item.get("dense"), item.get(last)),
                 f"{item['parameters']:,.0f}",
             ]
         )
-    talk.table(["model", f"{metric.name}, pruned", "recovered", "recovered / dense", "parameters"], rows)
+    talk.table([*columns, "parameters"], rows)
 
 
 def left_alone(talk: Talk, groups: UnitGroups) -> None:

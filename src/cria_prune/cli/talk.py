@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from cria_prune.cli import launch
 from cria_prune.errors import CriaError
 
 if TYPE_CHECKING:
@@ -25,12 +26,15 @@ WIDTH, GAP, INDENT, MARK = 120, 3, "    ", "\ue000"
 class Talk:
     """Prints for a person, unless quiet, and ends with one line for a program.
 
+    Of several processes the first alone says anything.
+
     Args:
         quiet: leave out everything but the last line.
     """
 
     def __init__(self, quiet: bool = False) -> None:
-        self.quiet = quiet
+        self._silent = launch.rank() > 0
+        self.quiet = quiet or self._silent
         self._spaced = False
 
     @property
@@ -118,7 +122,8 @@ class Talk:
 
     def answer(self, values: Mapping[str, Any]) -> None:
         """Print the last line: one JSON object."""
-        print(json.dumps(values, allow_nan=False), flush=True)
+        if not self._silent:
+            print(json.dumps(values, allow_nan=False), flush=True)
 
 
 class Kept:
@@ -129,13 +134,19 @@ class Kept:
 
 
 @contextmanager
-def answering() -> Iterator[Kept]:
-    """Turn the errors of Cria and Ctrl-C into one line on stderr and an exit code: 2 and 130."""
+def answering(several: bool = False) -> Iterator[Kept]:
+    """Turn the errors of Cria and Ctrl-C into one line on stderr and an exit code: 2 and 130.
+
+    Args:
+        several: the command can be shared out over several processes.
+    """
     kept = Kept()
     try:
-        yield kept
+        with launch.sharing(several):
+            yield kept
     except CriaError as error:
-        print(f"error: {error}", file=sys.stderr)
+        where = f" on rank {launch.rank()}" if launch.size() > 1 else ""
+        print(f"error{where}: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         print(f"interrupted: {kept.text}", file=sys.stderr)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from cria_prune.config import ScoreConfig
@@ -11,8 +14,9 @@ from cria_prune.criteria.evidence import Evidence, UnitWeights
 from cria_prune.criteria.table import CRITERIA, Criterion
 from cria_prune.errors import CriterionError, StructureError
 from cria_prune.modules import named_tensors
+from cria_prune.ranks import World, world
 from cria_prune.record.states import GroupStates, States
-from cria_prune.spectrum import Importance, rank_correlation
+from cria_prune.spectrum import Diagnosis, Importance, rank_correlation
 from cria_prune.structure.groups import UnitGroup, UnitGroups
 
 
@@ -23,6 +27,8 @@ def score(
     config: ScoreConfig | None = None,
 ) -> dict[str, Importance]:
     """Score the units of every prunable group: high is kept, low is a candidate for removal.
+
+    With several processes (`cria_prune.ranks`) each scores its share of the groups, and all get all scores.
 
     Args:
         model: the live model; only its weights are read.
@@ -38,16 +44,36 @@ def score(
         CriterionError: the criterion is unknown, or needs states or gradients that were not recorded.
         StructureError: states, groups and model do not fit together.
         SignalError: a weight or a signal holds NaN or infinity.
+        RankError: another process failed or is gone.
     """
     config = config or ScoreConfig()
     criterion = find_criterion(config.criterion)
     _check_needs(criterion, states)
     tensors = named_tensors(model)
+    here, importances = world(), dict[str, Importance]()
+    with here.together("Scoring"):
+        for index, group in enumerate(groups.prunable):
+            if not here.mine(index):
+                continue
+            weights = UnitWeights(group, tensors)
+            found = _states_of(group, states) if states and criterion.needs else None
+            importances[group.name] = _score_group(criterion, weights, found, config)
+    return importances if here.size == 1 else _from_all(here, groups.prunable, importances)
+
+
+def _from_all(
+    here: World, groups: Sequence[UnitGroup], own: Mapping[str, Importance]
+) -> dict[str, Importance]:
+    """Return the importances of all groups, each from the process that scored it."""
+    said = json.dumps({name: item.diagnosis.to_dict() for name, item in own.items()})
+    diagnoses = {
+        name: found for part in here.gathered(said.encode()) for name, found in json.loads(part).items()
+    }
     importances = {}
-    for group in groups.prunable:
-        weights = UnitWeights(group, tensors)
-        found = _states_of(group, states) if states and criterion.needs else None
-        importances[group.name] = _score_group(criterion, weights, found, config)
+    for group in groups:
+        scores = own[group.name].scores.cpu() if group.name in own else torch.zeros(group.size).double()
+        diagnosis = Diagnosis.from_dict(diagnoses[group.name])
+        importances[group.name] = Importance(here.total(scores), diagnosis)
     return importances
 
 

@@ -1,15 +1,23 @@
 """Moments from batches, in bounded memory (METHOD section 2, "Signals in bounded memory").
 
 Legend: d = units, m = samples of a batch, M = all samples, r = sketch columns.
+
+What several processes have each added of the samples is made one by `pool`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from cria_prune.errors import SignalError
 from cria_prune.graph.moments import Moments, centred_gram, positive_samples
+
+Total = Callable[[Tensor], Tensor]
+"""A tensor -> its sum over all processes, on the CPU, the same bits on each; all call it in one order."""
 
 
 class MomentAccumulator:
@@ -17,8 +25,10 @@ class MomentAccumulator:
 
     Exact: Gram matrix of the centred rows in float64, updated by Chan's formula; merging is exact.
     Sketch: every sample goes, with a random sign, to one of r buckets. The buckets are dealt like cards,
-    without putting one back before all are used: up to r samples the sketch is exact. The sum of the
-    signs of a bucket is kept, so that the mean can be taken out at the end.
+    without putting one back before all are used: up to r samples the sketch is exact. A sample's bucket and
+    sign depend on its number alone, so the sketch is the same in whatever order and by however many
+    processes the samples are added. The sum of the signs of a bucket is kept, so that the mean can be taken
+    out at the end.
 
     Args:
         units: d.
@@ -43,8 +53,7 @@ class MomentAccumulator:
             )
         self.units, self.exact, self.columns, self.seed = units, exact, columns, seed
         self.samples = 0
-        self._generator = torch.Generator().manual_seed(seed)
-        self._deck = torch.empty(0, dtype=torch.int64)
+        self._deck = (-1, torch.empty(0), torch.empty(0))  # the last deal: its number, buckets and signs
         self._mean = torch.zeros(units, dtype=torch.float64)
         self._square = torch.zeros(units, dtype=torch.float64)  # sum of squared centred values
         self._gram: Tensor | None = None  # (d, d) float64
@@ -53,8 +62,14 @@ class MomentAccumulator:
         self._buckets: Tensor | None = None  # (r, d) float32
         self._signs: Tensor | None = None  # (r,) float64, sum of the signs of a bucket
 
-    def add(self, X: Tensor) -> None:
+    def add(self, X: Tensor, numbers: Tensor | None = None) -> None:
         """Add a batch of signals X (units, m), on any device, in any floating type.
+
+        Args:
+            X: the signals.
+            numbers: (m,) int64 >= 0 on the CPU, different for every sample ever added; those of one deal,
+                j·r to (j + 1)·r - 1, share no bucket. Samples without are numbered as they come. Only a
+                sketch asks for them.
 
         Raises:
             SignalError: X is not (units, m).
@@ -77,11 +92,13 @@ class MomentAccumulator:
             self._shift = mean
             self._buckets = torch.zeros(self.columns, self.units, dtype=torch.float32, device=X.device)
             self._signs = torch.zeros(self.columns, dtype=torch.float64, device=X.device)
+        if numbers is None:
+            numbers = torch.arange(self.samples, self.samples + X.shape[1])
         square = torch.zeros_like(mean)
-        for piece in X.split(4096, dim=1):
+        for piece, part in zip(X.split(4096, dim=1), numbers.split(4096), strict=True):
             wide = piece.to(torch.float64)
             square += (wide - mean[:, None]).square().sum(dim=1)
-            self._deal((wide - self._shift[:, None]).T.to(torch.float32))
+            self._deal((wide - self._shift[:, None]).T.to(torch.float32), part)
         self._pool(X.shape[1], mean, square, None)
 
     def merge(self, other: MomentAccumulator) -> MomentAccumulator:
@@ -105,13 +122,49 @@ class MomentAccumulator:
         one, two = self._positive, other._positive
         total = MomentAccumulator(self.units, self.exact, self.columns, self.seed)
         total._positive = None if one is None or two is None else one + two.to(one.device)
-        total._generator.manual_seed(hash((self.seed, self.samples, other.samples)) % 2**63)
         for part in (self, other):
             if part.samples:
                 total._pool(part.samples, part._mean, part._square, part._gram)
         if not self.exact:
             total._merge_buckets(self, other)
         return total
+
+    def pool(self, total: Total, device: torch.device | str = "cpu") -> None:
+        """Take in what the accumulators of all processes hold, each of its own samples.
+
+        Afterwards every one holds all samples, with the same bits. Exact up to rounding (the formula of Chan,
+        Golub and LeVeque for many parts): every part is first moved about the common mean.
+
+        Args:
+            total: the sum over the processes.
+            device: where the result goes.
+        """
+        own, count = self.samples, int(total(torch.tensor([self.samples])))
+        if not count:
+            return
+        mean = total(self._mean * own).cpu() / count
+        step = mean - self._mean.cpu()
+        square = total(self._square.cpu() + own * step.square())
+        if self._positive is not None:
+            self._positive = total(self._positive).to(device)
+        if self.exact:
+            nothing = torch.zeros(self.units, self.units, dtype=torch.float64)
+            gram = nothing if self._gram is None else self._gram
+            step = step.to(gram.device)
+            self._gram = total(gram.addr(step, step, alpha=own)).to(device)
+        else:
+            self._pool_buckets(total, mean, device)
+        self.samples, self._mean, self._square = count, mean.to(device), square.to(device)
+
+    def _pool_buckets(self, total: Total, mean: Tensor, device: torch.device | str) -> None:
+        """Sum the buckets of all processes about the common mean (d,), the new shift."""
+        buckets, signs = self._buckets, self._signs
+        if buckets is None or signs is None:
+            buckets = torch.zeros(self.columns, self.units)
+            signs = torch.zeros(self.columns, dtype=torch.float64)
+        step = (mean.to(buckets.device) - self._shift.to(buckets.device)).to(torch.float32)
+        self._buckets = total(buckets.addr(signs.to(torch.float32), step, alpha=-1)).to(device)
+        self._signs, self._shift = total(signs).to(device), mean.to(device)
 
     def moments(self) -> Moments:
         """Return the moments of all samples so far, on the device of the batches.
@@ -151,20 +204,20 @@ class MomentAccumulator:
         self._mean = self._mean + step * (samples / total)
         self.samples = total
 
-    def _deal(self, rows: Tensor) -> None:
-        """Add shifted samples (m, d) float32 to signed buckets, each bucket once per deal."""
+    def _deal(self, rows: Tensor, numbers: Tensor) -> None:
+        """Add shifted samples (m, d) float32 of these numbers (m,) to signed buckets."""
         assert self._buckets is not None and self._signs is not None
-        while len(rows):
-            if not len(self._deck):
-                self._deck = torch.randperm(self.columns, generator=self._generator)
-            taken = min(len(rows), len(self._deck))
-            signs = torch.randint(0, 2, (taken,), generator=self._generator) * 2 - 1
-            where = self._deck[:taken].to(rows.device)
+        deals, slots = numbers // self.columns, numbers % self.columns
+        which, place = deals.unique(return_inverse=True)
+        for index, deal in enumerate(which.tolist()):
+            if deal != self._deck[0]:
+                self._deck = (deal, *_cards(self.columns, self.seed, deal))
+            mine = slots if len(which) == 1 else slots[place == index]
+            part = rows if len(which) == 1 else rows[(place == index).to(rows.device)]
+            where, signs = (cards[mine].to(rows.device) for cards in self._deck[1:])
             # A bucket occurs once in `where`, so the order of additions, hence the result, is fixed.
-            signs = signs.to(rows.device)
-            self._buckets[where] += rows[:taken] * signs.to(torch.float32)[:, None]
-            self._signs[where] += signs.to(torch.float64)
-            rows, self._deck = rows[taken:], self._deck[taken:]
+            self._buckets.index_add_(0, where, part * signs.to(torch.float32)[:, None])
+            self._signs.index_add_(0, where, signs)
 
     def _merge_buckets(self, first: MomentAccumulator, second: MomentAccumulator) -> None:
         """Take the buckets of `first`, and those of `second` shuffled and signed, about one shift."""
@@ -173,9 +226,8 @@ class MomentAccumulator:
                 continue
             buckets, signs = part._buckets, part._signs
             if shuffled:
-                order = torch.randperm(self.columns, generator=self._generator).to(buckets.device)
-                flips = torch.randint(0, 2, (self.columns,), generator=self._generator) * 2 - 1
-                flips = flips.to(buckets.device)
+                order, flips = _cards(self.columns, self.seed, first.samples, second.samples)
+                order, flips = order.to(buckets.device), flips.to(buckets.device)
                 buckets = buckets[order] * flips.to(torch.float32)[:, None]
                 signs = signs[order] * flips
             if self._buckets is None or self._signs is None:
@@ -184,3 +236,10 @@ class MomentAccumulator:
             step = (part._shift - self._shift).to(torch.float32)
             self._buckets = self._buckets + buckets + torch.outer(signs.to(torch.float32), step)
             self._signs = self._signs + signs
+
+
+def _cards(columns: int, *key: int) -> tuple[Tensor, Tensor]:
+    """Return buckets (columns,) int64 in an order, and signs (columns,) float64, drawn from the key alone."""
+    generator = np.random.default_rng([number % 2**64 for number in key])
+    signs = generator.integers(0, 2, columns) * 2.0 - 1
+    return torch.from_numpy(generator.permutation(columns)), torch.from_numpy(signs)

@@ -15,6 +15,7 @@ from cria_prune.graph.moments import Moments
 
 BLOCK = 1024
 EDGE_BLOCK = 2048
+ROWS = 64  # of a block, whose distances are made at a time: they stay in the cache
 # Below this share of the two variances a difference of products is rounding: a duplicate, at distance 0.
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6}
 COMMON_ROUNDING = 1e-13  # the same, of the variances before the common signal was taken out
@@ -34,7 +35,7 @@ def nearest_neighbors(moments: Moments, k: int) -> tuple[Tensor, Tensor]:
     chosen = []
     for start in range(0, d, BLOCK):
         stop = min(start + BLOCK, d)
-        squared = _squared(norms[start:stop, None], norms[None, :], products(start, stop))
+        squared = _squared_in_place(norms[start:stop, None], norms[None, :], products(start, stop))
         own = torch.arange(start, stop, device=squared.device)
         squared[own - start, own] = torch.inf
         chosen.append(_lowest(squared, k).cpu())
@@ -59,11 +60,19 @@ def edge_distances(moments: Moments, rows: Tensor, cols: Tensor) -> Tensor:
         rounding = COMMON_ROUNDING * (variance[rows] + variance[cols])
         return torch.where(squared <= rounding, 0.0, squared).cpu()
     assert moments.sketch is not None
-    out = []
-    for p, q in zip(rows.split(EDGE_BLOCK), cols.split(EDGE_BLOCK), strict=True):
-        step = moments.sketch[p.to(moments.sketch.device)] - moments.sketch[q.to(moments.sketch.device)]
-        out.append(step.square_().sum(dim=1, dtype=torch.float64).cpu() / moments.samples)
-    return torch.cat(out) if out else torch.zeros(0, dtype=torch.float64)
+    S, out = moments.sketch, torch.empty(len(rows), dtype=torch.float64)
+    # Two buffers for all blocks: what is kept of each would lie in the way of the next one's memory.
+    ends = S.new_empty(2, min(EDGE_BLOCK, len(rows)), S.shape[1])
+    for start in range(0, len(rows), EDGE_BLOCK):
+        block = slice(start, start + EDGE_BLOCK)
+        count = len(rows[block])
+        p, q = (
+            torch.index_select(S, 0, at[block].to(S.device), out=end[:count])
+            for at, end in zip((rows, cols), ends, strict=True)
+        )
+        step = p.sub_(q)
+        out[block] = torch.linalg.vecdot(step, step).to(torch.float64).cpu() / moments.samples
+    return out
 
 
 def _without_common(C: Tensor) -> Tensor:
@@ -73,13 +82,18 @@ def _without_common(C: Tensor) -> Tensor:
 
 
 def _products(moments: Moments) -> tuple[Callable[[int, int], Tensor], Tensor]:
-    """Return a function (start, stop) -> Gram rows (stop - start, d), and the squared norms (d,)."""
+    """Return a function (start, stop) -> Gram rows (stop - start, d), and the squared norms (d,).
+
+    The rows may be written into, and are gone when the next are asked for.
+    """
     if moments.covariance is not None:
         C = _without_common(moments.covariance)
-        return (lambda start, stop: C[start:stop]), C.diagonal()
+        return (lambda start, stop: C[start:stop].clone()), C.diagonal()
     assert moments.sketch is not None
     S = moments.sketch - moments.sketch.mean(dim=0)
-    return (lambda start, stop: S[start:stop] @ S.T), S.square().sum(dim=1)
+    # One buffer for all blocks: fresh pages for each would cost as much as the product.
+    block = S.new_empty(min(BLOCK, len(S)), len(S))
+    return (lambda start, stop: torch.mm(S[start:stop], S.T, out=block[: stop - start])), _norms(S)
 
 
 def _squared(p: Tensor, q: Tensor, product: Tensor) -> Tensor:
@@ -87,6 +101,20 @@ def _squared(p: Tensor, q: Tensor, product: Tensor) -> Tensor:
     both = p + q
     squared = both - 2 * product
     return torch.where(squared <= ROUNDING[product.dtype] * both, 0.0, squared)
+
+
+def _squared_in_place(p: Tensor, q: Tensor, product: Tensor) -> Tensor:
+    """`_squared`, row by block of rows, written over the product (b, d)."""
+    for rows, norms in zip(product.split(ROWS), p.split(ROWS), strict=True):
+        both = norms + q
+        rows.mul_(-2).add_(both)
+        rows.masked_fill_(rows <= both.mul_(ROUNDING[product.dtype]), 0.0)
+    return product
+
+
+def _norms(S: Tensor) -> Tensor:
+    """Return the squared norms (d,) of the rows of S (d, r), without a second S."""
+    return torch.cat([rows.square().sum(dim=1) for rows in S.split(BLOCK)])
 
 
 def _lowest(squared: Tensor, k: int) -> Tensor:

@@ -5,17 +5,21 @@ Legend: B = examples of a batch, n = features of an activation, S = samples.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from cria_prune.batches import Batch, batch_size, describe, forward, map_tensors
 from cria_prune.config import RecordConfig
 from cria_prune.errors import DataError
 from cria_prune.loss import Loss, cross_entropy
+from cria_prune.modules import digest, named_tensors
+from cria_prune.ranks import world
 from cria_prune.record.fisher import FisherSums
 from cria_prune.record.keep import unchanged
 from cria_prune.record.signals import Collector
@@ -38,6 +42,9 @@ def record(
     device: torch.device | str = "cpu",
 ) -> States:
     """Run the model over calibration batches and return what its prunable units do.
+
+    With several processes (`cria_prune.ranks`) all go through the same batches and each runs its share of
+    them; all get the same states, those of one process up to the rounding of sums.
 
     The model runs in evaluation mode; afterwards, also after an exception, its modes, gradients and
     the global random generators are as before.
@@ -66,30 +73,43 @@ def record(
         CriterionError: `gradients` without a target or a usable loss; `per_example` where a batch's
             examples share a signal.
         StructureError: the groups are those of another model.
+        RankError: another process failed, is gone, or has other weights or batches.
     """
     config = config or RecordConfig()
     gradients = gradients or per_example
     start = time.perf_counter()
     examples = count = 0
+    here, seen = world(), hashlib.sha256()
     with unchanged(model), torch.set_grad_enabled(gradients):
         model.eval()
-        collector = Collector(groups.prunable, config, consumed)
-        taylor = TaylorSums(model, groups.prunable, loss or cross_entropy) if gradients else None
-        fisher = FisherSums(groups.prunable) if per_example else None
-        with_taps = Taps(model, collector.wanted, collector.receive, fisher.watch if fisher else None)
-        for batch in limited(batches, config.examples):
-            size = batch_size(batch)
-            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            collector.begin(examples, size, mask)
-            if fisher:
-                fisher.begin(size)
-            # A copy: a forward may write into its input, and the next round needs it as it was.
-            batch = map_tensors(batch, lambda item: item.to(device, copy=True))
-            with with_taps:
-                forward(model, batch, taylor.add if taylor else None)
-            if fisher:
-                fisher.finish()
-            examples, count = examples + size, count + 1
+        with here.together("Recording", seen.hexdigest):
+            if here.size > 1:
+                seen.update(digest("", named_tensors(model)).encode())
+            collector = Collector(groups.prunable, config, consumed)
+            taylor = TaylorSums(model, groups.prunable, loss or cross_entropy) if gradients else None
+            fisher = FisherSums(groups.prunable) if per_example else None
+            with_taps = Taps(model, collector.wanted, collector.receive, fisher.watch if fisher else None)
+            for batch in limited(batches, config.examples):
+                size, first = batch_size(batch), examples
+                examples, count = examples + size, count + 1
+                if here.size > 1:
+                    seen.update(_first_example(batch, size))
+                if not here.mine(count - 1):
+                    continue
+                mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                collector.begin(first, size, mask)
+                if fisher:
+                    fisher.begin(size)
+                # A copy: a forward may write into its input, and the next round needs it as it was.
+                batch = map_tensors(batch, lambda item: item.to(device, copy=True))
+                with with_taps:
+                    forward(model, batch, taylor.add if taylor else None)
+                if fisher:
+                    fisher.finish()
+        if here.size > 1:
+            collector.pool(here.total, device)
+            for sums in (taylor.sums if taylor else {}, fisher.sums if fisher else {}):
+                sums.update({name: here.total(value) for name, value in sums.items()})
     if not count:
         raise DataError("Recording the model's signals", "the batches are empty", "Pass two examples or more")
     return States(
@@ -103,6 +123,12 @@ def record(
         gradients=gradients,
         per_example=per_example,
     )
+
+
+def _first_example(batch: Batch, size: int) -> bytes:
+    """Return what tells a batch from others: its size, and a digest of its first example."""
+    tensors = [item for item in tree_leaves(cut(batch, size, 1)) if isinstance(item, Tensor)]
+    return digest(str(size), {str(number): item for number, item in enumerate(tensors)}).encode()
 
 
 def limited(batches: Iterable[Batch], examples: int) -> Iterator[Batch]:

@@ -11,6 +11,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from cria_prune.graph.accumulator import Total
+
 PIECE = 2**20  # numbers that are looked at as float64 at a time
 
 
@@ -63,16 +65,30 @@ class FeatureSums:
 
     Args:
         units: d.
+        width: features per unit.
     """
 
-    def __init__(self, units: int) -> None:
-        self._units = units
+    def __init__(self, units: int, width: int) -> None:
+        self._units, self._width = units, width
         self._halves: dict[int, FeatureMoments] = {}
 
     def add(self, half: int, samples: Tensor) -> None:
         """Add samples (S, d·width), S >= 1, on any device, to a half (0 or 1)."""
         part = FeatureMoments.from_samples(samples, self._units)
         self._halves[half] = self._halves[half].merge(part) if half in self._halves else part
+
+    def pool(self, total: Total, device: torch.device | str) -> None:
+        """Take in what all processes have added up; see `MomentAccumulator.pool`."""
+        nothing = torch.zeros(self._units, self._width, dtype=torch.float64)
+        for half in (0, 1):
+            own = self._halves.get(half) or FeatureMoments(0, nothing, nothing)
+            count = int(total(torch.tensor([own.samples])))
+            if not count:
+                continue
+            mean = total(own.mean * own.samples) / count
+            step = mean - own.mean.cpu()
+            variance = total((own.variance.cpu() + step.square()) * own.samples) / count
+            self._halves[half] = FeatureMoments(count, mean.to(device), variance.to(device))
 
     def moments(self, half: int | None) -> FeatureMoments | None:
         """Return the moments of a half, or of all samples (None), on the CPU; None where there are none."""

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from cria_prune.config import RecordConfig
+from cria_prune.record.buffer import BUFFERED
 from cria_prune.record.features import PIECE
-from cria_prune.record.signals import BUFFERED
 from cria_prune.structure.groups import Tap, UnitGroup
 
 DOUBLE, SINGLE = 8, 4

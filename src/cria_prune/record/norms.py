@@ -56,7 +56,7 @@ def remeasure(model: nn.Module, batches: Iterable[Batch]) -> Remeasured:
     reason = ""
     try:
         _measure(measured, norms, batches)
-    except (CriaError, torch.OutOfMemoryError) as error:
+    except CriaError as error:
         reason = error.found if isinstance(error, CriaError) else "out of memory"
     reached = [] if reason else [item for item in norms if item.num_batches_tracked]
     new = {id(tensor) for item in reached for tensor in (item.running_mean, item.running_var)}

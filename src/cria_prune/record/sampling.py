@@ -6,10 +6,14 @@ Legend: B = examples, C = n = features along a tap's dimension, P = positions pe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+SPAN = 2**36  # numbers of one stream, about
+STREAMS = 2**27
 
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 _MIX = ((np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)), (np.uint64(27), np.uint64(0x94D049BB133111EB)))
@@ -67,3 +71,43 @@ def gather_positions(activation: Tensor, positions: Tensor) -> Tensor:
 def unit_signals(samples: Tensor, units: int) -> Tensor:
     """Turn samples (S, units·width) into signals (units, width·S); the features of a unit are in a row."""
     return samples.reshape(len(samples), units, -1).permute(1, 2, 0).reshape(units, -1)
+
+
+class Origin(NamedTuple):
+    """Where the samples (S,) of an activation come from.
+
+    Attributes:
+        example: (S,) int64, each one's example in the whole stream.
+        place: (S,) int64, its place (position, token) in its example.
+        places: places per example.
+        alone: 0, or else what sets these examples apart from others of the same index.
+    """
+
+    example: Tensor
+    place: Tensor
+    places: int
+    alone: int = 0
+
+    def numbers(self, width: int, halves: int, taps: int, call: int, columns: int) -> Tensor:
+        """Return the numbers of the unit signals that these samples become, for a sketch.
+
+        They depend on nothing but the example, the place in it and the call, so on no other batch. Examples
+        of one length and as many calls as taps are numbered without a gap, and their sketch is exact up to
+        its columns; another length or further calls begin another stream of numbers, for two samples of one
+        number would share bucket and sign.
+
+        Args:
+            width: features per unit.
+            halves: 2 where this is every second example alone, else 1.
+            taps: calls of one batch that are expected.
+            call: calls of this batch before this one.
+            columns: of the sketch.
+
+        Returns:
+            (width·S,) int64, in the order of `unit_signals`.
+        """
+        each = self.places * width
+        first = ((self.example // halves * taps + call % taps) * self.places + self.place) * width
+        stream = hash((each, call // taps, self.alone)) % STREAMS
+        inside = (torch.arange(width)[:, None] + first).reshape(-1) % (SPAN // columns * columns)
+        return stream * (SPAN // columns * columns) + inside

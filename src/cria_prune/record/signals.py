@@ -6,57 +6,24 @@ Legend: B = examples of a batch, n = features of an activation, S = samples, d =
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cria_prune.batches import SMALLER, ran_out, short_of
 from cria_prune.config import RecordConfig
-from cria_prune.errors import SignalError, StructureError
+from cria_prune.errors import ResourceError, SignalError, StructureError
 from cria_prune.graph import MomentAccumulator, Moments
+from cria_prune.graph.accumulator import Total
 from cria_prune.modules import give_back
+from cria_prune.record.buffer import Buffer
 from cria_prune.record.features import FeatureSums
-from cria_prune.record.sampling import draw_positions, gather_positions, unit_signals
+from cria_prune.record.sampling import Origin, draw_positions, gather_positions, unit_signals
 from cria_prune.record.states import GroupStates
 from cria_prune.structure.groups import Site, Tap, UnitGroup
-
-BUFFERED = 2**18  # numbers held back per side and half; small batches cost more calls than arithmetic
-
-
-class Buffer:
-    """Gathers small batches of signals into large ones for an accumulator.
-
-    Args:
-        total: where the signals go; complete only after `flush`.
-    """
-
-    def __init__(self, total: MomentAccumulator) -> None:
-        self.total = total
-        self._columns = max(1, BUFFERED // total.units)
-        self._held: Tensor | None = None  # (columns, units), the first `_used` rows are signals
-        self._used = 0
-
-    def add(self, X: Tensor) -> None:
-        """Add signals X (units, S); they are copied or used at once."""
-        if self._used + X.shape[1] > self._columns:
-            self.flush()
-        if 2 * X.shape[1] > self._columns:
-            self.total.add(X)
-            return
-        if self._held is None or self._held.dtype != X.dtype or self._held.device != X.device:
-            self.flush()
-            self._held = torch.empty(self._columns, len(X), dtype=X.dtype, device=X.device)
-        self._held[self._used : self._used + X.shape[1]] = X.T
-        self._used += X.shape[1]
-
-    def flush(self) -> MomentAccumulator:
-        """Hand over what is held back, and return the accumulator."""
-        if self._held is not None and self._used:
-            self.total.add(self._held[: self._used].T)
-            self._used = 0
-        return self.total
-
 
 Halves = tuple[Buffer, Buffer]
 
@@ -68,6 +35,7 @@ class Reader:
     Attributes:
         group: its name.
         tap: where it reads.
+        taps: how many taps the side has.
         halves: moments of the units, shared by the side's taps.
         sums: moments of the features that this tap reads, where a unit is several features wide.
         consumed: second moments of those features, where they are asked for and are not the units' own.
@@ -75,6 +43,7 @@ class Reader:
 
     group: str
     tap: Tap
+    taps: int
     halves: Halves
     sums: FeatureSums | None = None
     consumed: Buffer | None = None
@@ -84,9 +53,11 @@ class Reader:
         self.positions = torch.from_numpy(flat)
         self.features = int(flat.max()) + 1
         self.in_order = bool((flat == np.arange(len(flat))).all())
+        totals = [buffer.total for buffer in (*self.halves, self.consumed) if buffer]
+        self.sketched = not all(total.exact for total in totals)
 
-    def add(self, half: int, samples: Tensor) -> None:
-        """Add samples (S, n) to a half.
+    def add(self, half: int, samples: Tensor, first: int, origin: Origin | None) -> None:
+        """Add samples (S, n) of the batch that begins with example `first` to a half.
 
         Raises:
             StructureError: the activation has fewer features than the tap names.
@@ -103,11 +74,15 @@ class Reader:
             self.positions = self.positions.to(samples.device)
         if not whole:
             samples = samples.index_select(1, self.positions)
-        self.halves[half].add(unit_signals(samples, len(self.tap.positions)))
+        units, width = self.tap.positions.shape
+        buffer = self.halves[half]
+        numbers = buffer.number(origin, half, first, width, self.taps) if origin else None
+        buffer.add(unit_signals(samples, units), numbers)
         if self.sums:
             self.sums.add(half, samples)
         if self.consumed:
-            self.consumed.add(samples.T)
+            numbers = self.consumed.number(origin, half, first) if origin else None
+            self.consumed.add(samples.T, numbers)
 
 
 class Collector:
@@ -132,7 +107,7 @@ class Collector:
         for group in groups:
             sides = self._accumulators(group.size), self._accumulators(group.size, positive=True)
             wide = any(tap.positions.shape[1] > 1 for tap in group.outputs)
-            sums = {tap.tensor: FeatureSums(group.size) for tap in group.outputs if wide}
+            sums = {tap.tensor: FeatureSums(*tap.positions.shape) for tap in group.outputs if wide}
             self._sides[group.name], self._sums[group.name] = sides, sums
             kept = self._consumed[group.name] = {}
             if not consumed or group.normed:  # those are never repaired
@@ -145,9 +120,8 @@ class Collector:
                 for tap in taps:
                     by_dim = self._readers.setdefault((tap.tensor, tap.site), {})
                     out = halves is sides[1]
-                    reader = Reader(group.name, tap, halves)
-                    if out:
-                        reader.sums, reader.consumed = sums.get(tap.tensor), kept.get(tap.tensor)
+                    further = (sums.get(tap.tensor), kept.get(tap.tensor)) if out else ()
+                    reader = Reader(group.name, tap, len(taps), halves, *further)
                     by_dim.setdefault(tap.dim, []).append(reader)
         self.wanted = tuple(self._readers)
         self.begin(0, 1, None)
@@ -156,12 +130,11 @@ class Collector:
         """Return a side's two halves; their sketches must not share signs, for they are merged."""
         return self._accumulator(units, 0, positive), self._accumulator(units, 1, positive)
 
-    def _accumulator(self, units: int, half: int = 0, positive: bool = False) -> Buffer:
+    def _accumulator(self, units: int, half: int | None = None, positive: bool = False) -> Buffer:
         config = self._config
-        exact = units <= config.exact_units
-        return Buffer(
-            MomentAccumulator(units, exact, config.sketch_columns, 2 * config.seed + half, positive)
-        )
+        exact, seed = units <= config.exact_units, 2 * config.seed + (half or 0)
+        total = MomentAccumulator(units, exact, config.sketch_columns, seed, positive)
+        return Buffer(total, halves=1 if half is None else 2)
 
     def begin(self, first: int, examples: int, mask: Tensor | None) -> None:
         """Say what comes next: the first example's index, how many, their attention mask (B, tokens)."""
@@ -173,12 +146,37 @@ class Collector:
         """Add the samples of an activation to every group that reads it. Nothing of it is kept."""
         with torch.no_grad():
             for dim, readers in self._readers[name, site].items():
-                for half, samples in self._halves(activation, dim, name):
+                sketched = any(reader.sketched for reader in readers)
+                for half, samples, origin in self._halves(activation, dim, name, sketched):
                     for reader in readers:
-                        reader.add(half, samples)
+                        with self._named(reader.group, reader.halves[0].total.units):
+                            reader.add(half, samples, self._first, origin)
 
-    def _halves(self, activation: Tensor, dim: int, name: str) -> Iterator[tuple[int, Tensor]]:
-        """Yield (half, samples (S, n)) of an activation whose features lie along `dim`.
+    @contextmanager
+    def _named(self, group: str, units: int) -> Iterator[None]:
+        """Name the group and the batch where the memory does not suffice.
+
+        Raises:
+            ResourceError: that is so.
+        """
+        try:
+            yield
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            config = self._config
+            raise ResourceError(
+                f"Recording the {units} units of group {group!r} from {self._examples} examples at once",
+                short_of(error),
+                f"{SMALLER}; wide groups take less with a lower record.exact_units ({config.exact_units}) or "
+                f"record.sketch_columns ({config.sketch_columns}), and all without the repair (compensate, "
+                "--no-compensate)",
+            ) from error
+
+    def _halves(
+        self, activation: Tensor, dim: int, name: str, sketched: bool
+    ) -> Iterator[tuple[int, Tensor, Origin | None]]:
+        """Yield (half, samples (S, n), their origin) of an activation whose features lie along `dim`.
 
         Rows beyond one per example (windows, folded tokens) go with their example; where the rows are
         no multiple of the examples, each is dealt with as an example of its own.
@@ -198,14 +196,26 @@ class Collector:
         if samples.dtype not in (torch.float32, torch.float64):
             samples = samples.float()
         samples = samples.reshape(rows // each, -1, samples.shape[2])
-        mask = self._mask
+        masked = self._mask is not None and self._mask.shape == samples.shape[:2]
         for half in (0, 1):
             start = (half - self._first) % 2
             part = samples[start::2]
-            if mask is not None and mask.shape == samples.shape[:2]:
-                part = part[mask[start::2].to(part.device)]
+            mask = self._mask[start::2] if masked and self._mask is not None else None
+            if mask is not None:
+                part = part[mask.to(part.device)]
             if len(part):
-                yield half, part.reshape(-1, part.shape[-1])
+                origin = self._origin(samples, start, mask) if sketched else None
+                yield half, part.reshape(-1, part.shape[-1]), origin
+
+    def _origin(self, samples: Tensor, start: int, mask: Tensor | None) -> Origin:
+        """Return the origin of every second example of samples (examples, places, n), from `start` on."""
+        count, places = samples.shape[:2]
+        example = torch.arange(self._first + start, self._first + count, 2)[:, None].expand(-1, places)
+        place = torch.arange(places).expand(len(example), -1)
+        kept = slice(None) if mask is None else mask.cpu()
+        # Rows that do not go by examples have no index that the next batch's would not have, too.
+        alone = 0 if count == self._examples else self._first + 1
+        return Origin(example[kept].reshape(-1), place[kept].reshape(-1), places, alone)
 
     def _positions(self, rows: int, each: int, activation: Tensor) -> Tensor:
         """Return the spatial positions (rows, P) of this batch for the shape of an activation."""
@@ -215,6 +225,14 @@ class Collector:
             drawn = draw_positions(config.seed, self._first * each, rows, shape[1:], config.positions)
             self._drawn[shape] = torch.from_numpy(drawn).to(activation.device)
         return self._drawn[shape]
+
+    def pool(self, total: Total, device: torch.device | str) -> None:
+        """Take in what the collectors of all processes have received; see `MomentAccumulator.pool`."""
+        for name, sides in self._sides.items():
+            for buffer in (*sides[0], *sides[1], *self._consumed[name].values()):
+                buffer.flush().pool(total, device)
+            for sums in self._sums[name].values():
+                sums.pool(total, device)
 
     def states(self, taylor: Mapping[str, Tensor], fisher: Mapping[str, Tensor]) -> dict[str, GroupStates]:
         """Return the states of every group, with what the gradients gave by its name.
@@ -229,31 +247,36 @@ class Collector:
         self._readers.clear()  # they hold on to the accumulators
         give_back()
         for name in list(self._sides):
-            before, after = self._sides.pop(name)
-            inputs, whole_input = _moments(name, "input", before)
-            outputs, whole_output = _moments(name, "output", after)
-            del before, after
-            give_back()
-            features, even, odd = (
-                {tensor: found for tensor, sums in self._sums[name].items() if (found := sums.moments(half))}
-                for half in (None, 0, 1)
-            )
-            consumed = {tensor: total.flush().moments() for tensor, total in self._consumed.pop(name).items()}
-            if name in self._units_alone:
-                consumed[self._units_alone[name]] = whole_output
-            states[name] = GroupStates(
-                name,
-                inputs,
-                outputs,
-                whole_input,
-                whole_output,
-                taylor.get(name),
-                features,
-                (even, odd),
-                consumed,
-                fisher.get(name),
-            )
+            with self._named(name, self._sides[name][0][0].total.units):
+                states[name] = self._state(name, taylor.get(name), fisher.get(name))
         return states
+
+    def _state(self, name: str, taylor: Tensor | None, fisher: Tensor | None) -> GroupStates:
+        """Return the states of a group, and let go of its accumulators."""
+        before, after = self._sides.pop(name)
+        inputs, whole_input = _moments(name, "input", before)
+        outputs, whole_output = _moments(name, "output", after)
+        del before, after
+        give_back()
+        features, even, odd = (
+            {tensor: found for tensor, sums in self._sums[name].items() if (found := sums.moments(half))}
+            for half in (None, 0, 1)
+        )
+        consumed = {tensor: total.flush().moments() for tensor, total in self._consumed.pop(name).items()}
+        if name in self._units_alone:
+            consumed[self._units_alone[name]] = whole_output
+        return GroupStates(
+            name,
+            inputs,
+            outputs,
+            whole_input,
+            whole_output,
+            taylor,
+            features,
+            (even, odd),
+            consumed,
+            fisher,
+        )
 
 
 def _moments(group: str, side: str, halves: Halves) -> tuple[tuple[Moments, Moments], Moments]:

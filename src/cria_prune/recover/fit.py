@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,8 +12,9 @@ from torch import nn
 from cria_prune.config import RecoverConfig
 from cria_prune.errors import ConfigError
 from cria_prune.loss import Loss, cross_entropy
-from cria_prune.modules import modes_kept
+from cria_prune.modules import digest, modes_kept
 from cria_prune.progress import QUIET, Progress
+from cria_prune.ranks import world
 from cria_prune.recover.adapter import adapters
 from cria_prune.recover.guard import channels_last, gradients_kept, isolated, on_device, put_back, snapshot
 from cria_prune.recover.loss import Distilled
@@ -43,6 +45,10 @@ def recover(
     same weights, bit for bit. Train/eval modes, gradients, device, memory layout and the global generators
     of torch are afterwards what they were. After an error the weights are what they were, too; after a
     KeyboardInterrupt the model holds the best epoch so far.
+
+    With several processes (`cria_prune.ranks`), which all make this call with the same batches, each trains
+    on its rows of every batch and the gradients are averaged (torch's DistributedDataParallel); the first
+    evaluates and keeps the state, in a folder that all can read, and all end with the same weights.
 
     With a `state`, the same call in another process goes on where the last state was kept, also after a
     SIGKILL, and ends with the same bits. That asks of `train_batches` that the batches of an epoch depend on
@@ -77,6 +83,7 @@ def recover(
             layer or no peft.
         DataError: no batches, or a batch that the loss cannot use.
         SignalError: the loss, the metric or a weight became NaN or infinite.
+        RankError: another process failed, is gone, or has other batches.
     """
     config = config or RecoverConfig()
     _check(model, config, teacher)
@@ -85,12 +92,14 @@ def recover(
     keeper = None
     if state is not None:
         direction = "lower is better" if lower_is_better else "higher is better"
-        said = {
+        said: dict[str, Any] = {
             "config": config.model_dump(mode="json"),
             "device": place.type,
             "metric": None if evaluate is None else direction,
             "data": data,
         }
+        if world().size > 1:
+            said["processes"] = world().size
         keeper = Keeper(state, identity(model, dense, **said), save_every)
     with ExitStack() as stack:
         stack.enter_context(isolated(config.seed, place))
@@ -107,8 +116,10 @@ def recover(
         before = snapshot(model)
         run = Run(model, config, objective, evaluate, lower_is_better, place, keeper)
         try:
-            run.fit(Source(train_batches), progress or QUIET)
+            with run.here.together("Recovering"):
+                run.fit(Source(train_batches), progress or QUIET)
             put_back(model, run.best_state or before)
+            run.here.meet("The recovered weights", lambda: digest("", snapshot(model)))
         except KeyboardInterrupt:
             put_back(model, run.best_state or before)
             raise

@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-State = dict[str, Tensor]
+from cria_prune.store import State
 
 
 def snapshot(model: nn.Module) -> State:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cria_prune.batches import Batch, move
 from cria_prune.config import RecoverConfig
 from cria_prune.errors import DataError, SignalError
 from cria_prune.loss import Loss
 from cria_prune.progress import Bar, Progress
-from cria_prune.recover.guard import State, generators, lower_precision, put_back, set_generators, snapshot
+from cria_prune.ranks import world
+from cria_prune.recover.guard import generators, lower_precision, put_back, set_generators, snapshot
+from cria_prune.recover.parallel import Parallel, generators_kept
 from cria_prune.recover.result import Epoch
 from cria_prune.recover.schedule import make_optimizer, moments, rate, set_moments
 from cria_prune.recover.state import BATCHES, Facts, Keeper
+from cria_prune.store import State
 
 Batches = Iterable[Batch] | Callable[[int], Iterable[Batch]]
 Metric = Callable[[nn.Module], float]
@@ -81,13 +85,19 @@ class Run:
         self.losses: list[float] = []  # of the epoch in progress, one per batch
         self.opened: State | None = None  # the generators before that epoch's batches were asked for
         self.finished = False
+        self.here = world()
+        self.parallel: Parallel | None = None
 
     def fit(self, source: Source, progress: Progress) -> None:
         """Train from the start, or from the state that was kept, to the last epoch."""
         epochs = self.config.epochs
         if epochs:
             self.optimizer = make_optimizer(self.model, self.config)
-        if not self.resume(source):
+        resumed = self.resume(source)
+        self.here.meet("The state of the recovery", lambda: f"{resumed} {self.step} {len(self.history)}")
+        if epochs and self.here.size > 1 and not self.finished:
+            self.parallel = Parallel(self.here, self.model, self.loss, self.device, self.config.seed)
+        if not resumed:
             self.finish(Epoch(0, 0.0, None, self.measure()))
             self.finished = not epochs
         if self.finished:
@@ -103,6 +113,8 @@ class Run:
                 if epoch > first:
                     batches = self.open(source, epoch)
                 self.train(batches, bar)
+                if self.parallel is not None:
+                    self.parallel.agree()
                 loss = sum(self.losses) / len(self.losses)
                 self.finish(Epoch(epoch + 1, self.lr(self.step - 1), loss, self.measure()))
                 bar.update(0, epoch=epoch + 1, metric=self.history[-1].metric)
@@ -137,12 +149,12 @@ class Run:
                 group["lr"] = self.lr(self.step)
             optimizer.zero_grad()
             with lower_precision(config.precision, self.device):
-                loss = self.loss(self.model, move(batch, self.device))
-            self.losses.append(loss.item())
+                loss, value = self.forward(move(batch, self.device))
+            self.losses.append(value)
             if not math.isfinite(self.losses[-1]):
                 total = config.epochs * self.count
                 raise self.broken(f"the loss is {self.losses[-1]} at step {self.step + 1} of {total}")
-            loss.backward()
+            loss.backward() if self.parallel is None else self.parallel.backward(loss)
             if config.clip:
                 nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
             optimizer.step()
@@ -150,6 +162,13 @@ class Run:
             bar.update(loss=self.losses[-1])
             if self.keeper is not None and self.keeper.due():
                 self.save()
+
+    def forward(self, batch: Batch) -> tuple[Tensor, float]:
+        """Return the loss of a batch to run backwards, and its value."""
+        if self.parallel is not None:
+            return self.parallel.loss(batch, self.step)
+        loss = self.loss(self.model, batch)
+        return loss, loss.item()
 
     def lr(self, step: int) -> float:
         """Return the learning rate of a step (from 0)."""
@@ -168,10 +187,16 @@ class Run:
         if self.evaluate is None:
             return None
         self.model.eval()
-        metric = float(self.evaluate(self.model))
+        metric = self.here.lead("Evaluating", self.look)
         if not math.isfinite(metric):
             raise self.broken(f"the metric is {metric} after step {self.step}")
         return metric
+
+    def look(self) -> float:
+        """Return what `evaluate` finds."""
+        assert self.evaluate is not None
+        with generators_kept(self.device) if self.parallel is not None else nullcontext():
+            return float(self.evaluate(self.model))
 
     def finish(self, row: Epoch) -> None:
         """Add an epoch to the history; keep its weights if none was better."""
@@ -181,8 +206,8 @@ class Run:
             self.best_epoch, self.best_state = row.epoch, snapshot(self.model)
 
     def save(self) -> None:
-        """Keep the state on disk, if that is wanted."""
-        if self.keeper is None:
+        """Keep the state on disk, if that is wanted; of several processes the first does it for all."""
+        if self.keeper is None or not self.here.first:
             return
         facts = Facts(
             identity={**self.keeper.identity, BATCHES: self.count},

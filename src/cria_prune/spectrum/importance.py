@@ -5,8 +5,9 @@ Legend: d = units, live = units that are not dead on the output side, s = pairs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from scipy.stats import spearmanr
@@ -16,10 +17,11 @@ from cria_prune.errors import SignalError
 from cria_prune.graph import Graph, Moments, dead_units, learn_graph
 from cria_prune.spectrum.pcg import distortion_embedding
 from cria_prune.spectrum.pencil import DENSE_UNITS, RESIDUAL, Pairs, count_pairs, solve_pencil
+from cria_prune.spectrum.precision import unpredicted
 
 SHOWN_VALUES = 32
+EDGES = 4096  # whose differences are held at a time: 8 MB at 256 columns
 INNOVATION_EPS = 1e-4
-EDGE_NUMBERS = 2**21  # numbers of an embedding that are gathered at a time: 16 MB
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,12 @@ class Diagnosis:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON takes them."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the diagnosis that `to_dict` made these fields of."""
+        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return cls(**fields)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,9 +151,8 @@ def innovation(
 ) -> Importance:
     """Score units by what their neighbours cannot predict: consumer_norm2[p] / Θ[p, p].
 
-    Θ = (Y_c Y_cᵀ/M + εI)⁻¹, ε = `eps` times the mean variance of the live units. A sketch of r columns
-    knows at most r directions: there ε is raised to d/r mean variances where that is larger, about the
-    size of the sketch's own noise (Marchenko and Pastur).
+    Θ = (Y_c Y_cᵀ/M + εI)⁻¹, ε = `eps` times the mean variance of the live units, raised to d/r of it where
+    the moments are a sketch of r columns (`unpredicted` says why). From a sketch the time is linear in d.
 
     Args:
         moments_out: (d,) units after the activation.
@@ -163,18 +170,8 @@ def innovation(
     part = moments_out.select(live)
     if not len(live):
         return _importance(live, torch.zeros(0, dtype=torch.float64), weights, moments_out.units, {})
-    mean_variance = float(part.variance.mean())
-    if part.covariance is not None:
-        S = part.covariance.to(torch.float64).clone()
-    else:
-        assert part.sketch is not None
-        eps = max(eps, len(live) / part.sketch.shape[1])
-        rows = part.sketch.to(torch.float64)
-        S = rows @ rows.T / part.samples
-    S.diagonal().add_(eps * mean_variance)
-    precision = torch.cholesky_inverse(torch.linalg.cholesky(S)).diagonal().cpu()
     found = {"solver": "cholesky", "status": "converged"}
-    return _importance(live, 1 / precision, weights, moments_out.units, found)
+    return _importance(live, unpredicted(part, eps), weights, moments_out.units, found)
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
@@ -251,10 +248,10 @@ def _embed(
 
 def _mean_over_neighbors(graph: Graph, F: Tensor) -> Tensor:
     """Return, for every unit, the mean of ‖F_p − F_q‖² over its neighbours q; 1 without neighbour."""
-    piece = max(1, EDGE_NUMBERS // max(F.shape[1], 1))
-    parts = zip(graph.rows.split(piece), graph.cols.split(piece), strict=True)
-    edges = [(F[p] - F[q]).square().sum(dim=1) for p, q in parts]
-    scores = torch.cat(edges) if edges else torch.zeros(0, dtype=torch.float64)
+    scores = torch.empty(len(graph.rows), dtype=torch.float64)
+    for start in range(0, len(scores), EDGES):
+        block = slice(start, start + EDGES)
+        scores[block] = (F[graph.rows[block]] - F[graph.cols[block]]).square_().sum(dim=1)
     counts = graph.neighbor_counts()
     return torch.where(counts > 0, graph.sum_over_edges(scores) / counts.clamp(min=1), 1.0)
 

@@ -7,9 +7,10 @@ function returns step -> the most that this step holds; one step follows the oth
 from __future__ import annotations
 
 from cria_prune.graph.learn import COMPLETE_UNITS
-from cria_prune.graph.neighbors import BLOCK
-from cria_prune.spectrum.importance import EDGE_NUMBERS
-from cria_prune.spectrum.pcg import COLUMNS
+from cria_prune.graph.neighbors import BLOCK, EDGE_BLOCK
+from cria_prune.graph.sketch import BLOCK as HELD
+from cria_prune.spectrum.importance import EDGES
+from cria_prune.spectrum.pcg import COLUMNS, ROWS
 from cria_prune.spectrum.pencil import DENSE_UNITS, Pairs, count_pairs
 
 DOUBLE, SINGLE = 8, 4
@@ -28,8 +29,11 @@ def innovation_bytes(units: int, columns: int | None) -> Steps:
     matrix = DOUBLE * units**2
     if columns is None:
         return {"inverse": 4 * matrix}
-    rows = (SINGLE + DOUBLE) * units * columns  # the live part, and as float64
-    return {"inverse": rows + 3 * matrix}
+    live = SINGLE * units * columns
+    if units <= columns:
+        return {"inverse": live + DOUBLE * units * columns + 3 * matrix}
+    # Blocks of rows as float64, before and after the solve; the Gram matrix, its factor, a product.
+    return {"inverse": live + DOUBLE * (3 * min(units, HELD) * columns + 3 * columns**2)}
 
 
 def distortion_bytes(units: int, columns: int | None, neighbors: int, pairs: Pairs, signs: int) -> Steps:
@@ -52,7 +56,7 @@ def distortion_bytes(units: int, columns: int | None, neighbors: int, pairs: Pai
     else:
         steps["solver"] = sparse + _signed(units, edges) + DOUBLE * units * (2 * signs + 6 * COLUMNS)
         width = signs
-    steps["edges"] = DOUBLE * (3 * min(edges * width, max(EDGE_NUMBERS, width)) + 2 * units * width)
+    steps["edges"] = DOUBLE * (3 * min(edges, EDGES) * width + 2 * units * width)
     return steps
 
 
@@ -75,11 +79,13 @@ def _graph(units: int, columns: int | None, neighbors: int) -> int:
     """Return what the graph of one side takes: its live part, the products less what all share, a block."""
     block, complete = min(units, BLOCK), units <= max(COMPLETE_UNITS, neighbors + 1)
     if columns is None:
-        return DOUBLE * units * (2 * units if complete else 2 * units + max(units, 5 * block))
+        return DOUBLE * units * (2 * units if complete else 2 * units + max(units, 3 * block))
     sketch = SINGLE * units * columns
-    return 2 * sketch + max(sketch, 5 * SINGLE * block * units)
+    ends = 2 * SINGLE * EDGE_BLOCK * columns
+    return 2 * sketch + max(ends, 2 * SINGLE * block * units)
 
 
 def _signed(units: int, edges: int) -> int:
-    """Return what the random signs take, drawn for as many edges and units at a time as there are columns."""
-    return (edges + units) * COLUMNS * (DOUBLE + 1)
+    """Return what the random signs take: all as bytes, a piece and its product as numbers."""
+    count = edges + units
+    return COLUMNS * (count + DOUBLE * (2 * min(count, ROWS) + 2 * units))

@@ -17,6 +17,7 @@ from torch import Tensor
 from cria_prune.graph import Graph
 
 COLUMNS = 64  # right-hand sides solved at once
+ROWS = 2**16  # of the signs, that are held as numbers at once: 32 MB
 
 
 def pcg(L: sp.csr_matrix, B: Tensor, tolerance: float, iterations: int) -> tuple[Tensor, float, int]:
@@ -75,7 +76,7 @@ def distortion_embedding(
         F, the largest relative residual and the most iterations.
     """
     A, L = graph_in.incidence(), graph_out.laplacian()
-    width = A.shape[1] if sketch is None else sketch
+    edges, width = A.T.tocsr(), A.shape[1] if sketch is None else sketch
     generator = np.random.default_rng(seed)
     parts, residual, most = [], 0.0, 0
     for start in range(0, width, COLUMNS):
@@ -84,9 +85,9 @@ def distortion_embedding(
             B = A[:, start:stop].toarray()
         else:
             signs = generator.integers(0, 2, size=(A.shape[1], stop - start), dtype=np.int8)
-            signs *= 2
-            signs -= 1
-            B = (A @ signs.astype(np.float64)) / sketch**0.5
+            B = np.zeros((A.shape[0], stop - start))
+            for row in range(0, len(signs), ROWS):
+                B += edges[row : row + ROWS].T @ ((2.0 * signs[row : row + ROWS] - 1.0) / sketch**0.5)
         X, found, taken = pcg(L, torch.from_numpy(np.ascontiguousarray(B)), tolerance, iterations)
         parts.append(X)
         residual, most = max(residual, found), max(most, taken)

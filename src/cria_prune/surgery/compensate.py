@@ -17,10 +17,12 @@ from cria_prune.errors import SignalError
 from cria_prune.graph import Moments
 from cria_prune.modules import copy_of, named_tensors
 from cria_prune.structure.groups import ParameterSlice, UnitGroup, UnitGroups
+from cria_prune.surgery.lines import Lines
+from cria_prune.surgery.sketched import repair_from_sketch
 
 RIDGE = 1e-4
 FEWEST, WIDEST = 32, 16384
-"""Samples that say how features go together; features whose second moments are one matrix (2 GB)."""
+"""Samples that say how features go together; features whose exact second moments are one matrix (2 GB)."""
 _BIASED = (nn.Linear, nn.modules.conv._ConvNd)
 _TRANSPOSED = nn.modules.conv._ConvTransposeNd
 
@@ -32,7 +34,8 @@ class Repair:
     Attributes:
         tensor: its weight.
         recovered: share of the energy that its output loses with the removed units, and that the others
-            give back, by the recorded moments; between 0 and 1 up to the ridge.
+            give back, by the recorded moments; between 0 and 1 up to the ridge. From a sketch, of what is
+            to be expected on other samples.
         bias: its bias took the mean; without one, the units that stay stand in for the mean too.
     """
 
@@ -55,17 +58,20 @@ def compensate(
     those that stay: W_K += W_R A with A = S_RK (S_KK + eI)^-1, kernel place by kernel place. With a bias the
     moments are centred and the bias gets W_R c; a bias is never added. No gradient, no training.
 
+    From a sketch (features above `RecordConfig.exact_units`) the same without S, in time and memory linear
+    in the features, with a ridge of its own choice: see `repair_from_sketch`.
+
     Groups whose units a normalisation takes its statistics over are passed over (other units change when
     some leave), and so are consumers whose weight does not lie along the signal that was recorded (grouped
-    convolutions), those with fewer than 32 samples, and those that read more than 16,384 features. The
-    removed units are still there: `apply` cuts them.
+    convolutions), those with fewer than 32 samples (or columns of a sketch), and those that read more than
+    16,384 features of which exact moments were kept. The removed units are still there: `apply` cuts them.
 
     Args:
         model: the model that the groups are of; it is left as it was.
         kept: group name -> units that stay.
         consumed: group name -> consumer's tensor -> moments of the features that it reads (n = units times
             width, the features of a unit in a row), see `GroupStates.consumed`.
-        ridge: e, in mean second moments of the features that stay, > 0.
+        ridge: e, in mean second moments of the features that stay, > 0; for exact moments.
 
     Raises:
         SignalError: the moments do not fit the group, or the ridge is not positive.
@@ -83,11 +89,16 @@ def compensate(
             moments = consumed.get(group.name, {}).get(item.tensor)
             if moments is None or not _along_signal(group, item):
                 continue
-            if moments.samples < FEWEST or moments.units > WIDEST:
+            if _too_few(moments) or (moments.covariance is not None and moments.units > WIDEST):
                 continue
             bias = _bias_of(item, modules, tensors)
             repairs.append(_repair(group, item, tensors[item.tensor], bias, stays, moments, ridge))
     return repaired, tuple(repairs)
+
+
+def _too_few(moments: Moments) -> bool:
+    columns = moments.samples if moments.sketch is None else moments.sketch.shape[1]
+    return min(moments.samples, columns) < FEWEST
 
 
 def _along_signal(group: UnitGroup, item: ParameterSlice) -> bool:
@@ -125,24 +136,31 @@ def _repair(
             "Record this model again",
         )
     K, R = _features(group.size, item.positions.shape[1], stays)
-    S = _second_moments(moments, centred=bias is not None)
+    with torch.no_grad():
+        lines = Lines(weight, item.dim, torch.from_numpy(item.positions.ravel()))
+        if moments.covariance is not None:
+            step, lost, left = _from_covariance(lines, moments, K, R, bias is not None, ridge)
+        else:
+            step, lost, left = repair_from_sketch(lines, moments, K, R, centred=bias is not None)
+        if bias is not None:
+            outputs = step.reshape(lines.shape)  # (outputs, kernel places ...)
+            bias += outputs.flatten(1).sum(dim=1).to(bias) if outputs.ndim > 1 else outputs.to(bias)
+    return Repair(item.tensor, 1 - left / lost if lost > 0 else 1.0, bias is not None)
+
+
+def _from_covariance(
+    lines: Lines, moments: Moments, K: Tensor, R: Tensor, centred: bool, ridge: float
+) -> tuple[Tensor, float, float]:
+    """Repair by the exact second moments; returns what `repair_from_sketch` does."""
+    S = _second_moments(moments, centred)
     mean = moments.mean.to(S)
     A = _predictor(S, K, R, ridge)
-    with torch.no_grad():
-        places = torch.from_numpy(item.positions.ravel()).to(weight.device)
-        lines = weight.movedim(item.dim, 0)  # a view: what is written into it is written into the weight
-        W = lines[places].to(S.device, torch.float64)  # (n, outputs, ...)
-        removed = W[R].flatten(1)
-        update = (A.T @ removed).reshape(len(K), *W.shape[1:])
-        lines[places[K.to(places.device)]] = (W[K] + update).to(weight)
-        if bias is not None:
-            step = mean[R] - A @ mean[K]
-            outputs = torch.tensordot(step, W[R], dims=1)  # (outputs, kernel places ...)
-            bias += outputs.flatten(1).sum(dim=1).to(bias) if outputs.ndim > 1 else outputs.to(bias)
+    removed = lines.read(R, S.device)
+    lines.add(K, A.T @ removed)
     left = S[R][:, R] - A @ S[K][:, R]
-    energy = S[R][:, R] + (torch.outer(mean[R], mean[R]) if bias is not None else 0)
+    energy = S[R][:, R] + (torch.outer(mean[R], mean[R]) if centred else 0)
     lost, stayed = (float((removed * (matrix @ removed)).sum()) for matrix in (energy, left))
-    return Repair(item.tensor, 1 - stayed / lost if lost > 0 else 1.0, bias is not None)
+    return (mean[R] - A @ mean[K]) @ removed, lost, stayed
 
 
 def _features(units: int, width: int, stays: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -155,12 +173,8 @@ def _features(units: int, width: int, stays: Sequence[int]) -> tuple[Tensor, Ten
 
 def _second_moments(moments: Moments, centred: bool) -> Tensor:
     """Return S (n, n) float64: the covariance, with the products of the means if not centred."""
-    if moments.covariance is not None:
-        S = moments.covariance.to(torch.float64)
-    else:
-        assert moments.sketch is not None
-        rows = moments.sketch.to(torch.float64)
-        S = rows @ rows.T / moments.samples
+    assert moments.covariance is not None
+    S = moments.covariance.to(torch.float64)
     return S if centred else S + torch.outer(moments.mean, moments.mean).to(S)
 
 

@@ -10,6 +10,7 @@ from cria_prune.progress import Progress
 from cria_prune.recover import recover
 from cria_prune.tasks.images import Images, ImageTask, Scaling
 from cria_prune.tasks.models import build
+from cria_prune.tasks.training import led
 
 TEST, VALIDATION = 500, 200
 SPLIT_SEED = 0
@@ -56,11 +57,15 @@ def _train_dense(task: ImageTask, seed: int, progress: Progress | None) -> nn.Mo
         model = build(task.architecture)
     held = list(task.validation_batches())
     config = DENSE.model_copy(update={"seed": seed})
-    recover(
-        model,
-        task.train_batches(seed),
-        config,
-        evaluate=lambda network: task.evaluate(network, held),
-        progress=progress,
-    )
+
+    def train() -> None:
+        recover(
+            model,
+            task.train_batches(seed),
+            config,
+            evaluate=lambda network: task.evaluate(network, held),
+            progress=progress,
+        )
+
+    led(model, train)
     return model

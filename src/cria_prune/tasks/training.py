@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cria_prune.config import RecoverConfig
 from cria_prune.metrics import metric
 from cria_prune.progress import Progress
+from cria_prune.ranks import world
 from cria_prune.recover import recover
 from cria_prune.tasks.base import Task, fingerprint
 from cria_prune.tasks.cache import cache_file, fetch, keep
@@ -20,7 +23,7 @@ def trained(
 
     The best epoch on the validation split is kept, in memory and in a file of `cache_root`. The file's name
     stands for the start weights, the data, the fine-tune and the device's type, so nothing else is
-    read back. The training runs on CUDA where there is one.
+    read back. The training runs on CUDA where there is one; of several processes in the first alone.
 
     Args:
         task: gives batches and metric.
@@ -39,7 +42,10 @@ def trained(
             "device": device.type,
         },
     )
-    if not fetch(model, path):
+
+    def made() -> None:
+        if fetch(model, path):
+            return
         held = list(task.validation_batches())
         recover(
             model,
@@ -51,4 +57,13 @@ def trained(
             progress=progress,
         )
         keep(model, path)
+
+    led(model, made)
     return model.eval()
+
+
+def led(model: nn.Module, train: Callable[[], None]) -> None:
+    """Train a model in place: of several processes in the first alone, and the others get its weights."""
+    here = world()
+    here.lead("The dense model", train)
+    here.spread(value for value in model.state_dict().values() if isinstance(value, Tensor))

@@ -1,0 +1,105 @@
+"""Scores on the command line: made once and kept, and read again for pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cria_prune.artifact.provenance import provenance
+from cria_prune.artifact.scores import load_scores, save_scores
+from cria_prune.cli import show, target
+from cria_prune.cli.folder import claimed
+from cria_prune.cli.job import rounded
+from cria_prune.cli.settings import Params, pick_device, prune_config, texts_of
+from cria_prune.cli.talk import Talk
+from cria_prune.cli.target import Target
+from cria_prune.config import PruneConfig
+from cria_prune.errors import ConfigError
+from cria_prune.pipeline import clock
+from cria_prune.ranks import world
+from cria_prune.scored import Scored
+from cria_prune.scoring import score_once
+
+
+def score(params: Params, command: list[str]) -> None:
+    """Scores and diagnosis of every group, without cutting; with --output they are kept for pruning."""
+    found, talk = target.find(params["target"], texts_of(params)), Talk(params["quiet"])
+    config, output = prune_config(params, found.prune_defaults()), params["output"]
+    if output is None:
+        config = config.model_copy(update={"compensate": False})  # its moments would be thrown away
+        scored_answer(params, found, config, talk, None, command)
+        return
+    with claimed(output, "", params["overwrite"]) as folder:
+        scored_answer(params, found, config, talk, folder, command)
+
+
+def scored_answer(
+    params: Params, found: Target, config: PruneConfig, talk: Talk, folder: Path | None, command: list[str]
+) -> None:
+    """Score, show the diagnosis, keep the scores in a folder if there is one, and answer."""
+    device, seed = pick_device(params["device"]), params["seed"] or 0
+    seconds: dict[str, float] = {}
+    with clock(seconds, "model"):
+        model = found.model(device, seed, talk.progress)
+    batches = found.task.calibration(config.record.examples, config.record.seed)
+    scored = score_once(model, batches, config, example=found.task.example, seconds=seconds)
+    rows = {
+        name: {"scores": item.scores.tolist(), "diagnosis": item.diagnosis.to_dict()}
+        for name, item in scored.importances.items()
+    }
+    show.diagnosis(talk, rows)
+    head = {"target": params["target"], **found.named(), "criterion": config.score.criterion}
+    if folder is not None:
+        origin = provenance(seed, command, found.task.fingerprint(), device)
+        keep_scores(folder, scored, {**head, "provenance": origin})
+        talk.say(f"scores {folder}: cria prune {params['target']} --scores {folder} cuts to any size")
+    units = sum(len(item["scores"]) for item in rows.values())
+    talk.answer(
+        {
+            **head,
+            "groups": len(rows),
+            "units": units,
+            "seed": seed,
+            "output": None if folder is None else str(folder),
+            "seconds": rounded(seconds),
+        }
+    )
+
+
+def keep_scores(folder: Path, scored: Scored, said: Mapping[str, Any]) -> None:
+    """Write scores in place of those in a folder; of several processes the first does."""
+
+    def write() -> None:
+        save_scores(folder, scored, overwrite=True, said=said)
+
+    world().lead("Keeping the scores", write)
+
+
+def config_from(params: Params, defaults: Mapping[str, Any], scored: Scored | None) -> PruneConfig:
+    """Return the configuration of a pruning, from scores if there are any: then of one round.
+
+    Raises:
+        ConfigError: several rounds, or another recording or criterion than the scores', were asked for.
+    """
+    if scored is None:
+        return prune_config(params, defaults)
+    theirs = scored.config.model_dump(include={"record", "score"})
+    base = {**defaults, **theirs, "compensate": scored.consumed is not None}
+    config = prune_config({**params, "rounds": params.get("rounds") or 1}, base)
+    for section, values in theirs.items():
+        asked = getattr(config, section).model_dump()
+        differing = [
+            f"{key} {values[key]!r}, asked is {asked[key]!r}" for key in values if values[key] != asked[key]
+        ]
+        if differing:
+            raise ConfigError(
+                f"Pruning from scores with another {section}", f"theirs is {differing[0]}",
+                "Leave the option out, or score again with it",
+            )  # fmt: skip
+    return scored.applied(config)
+
+
+def given_scores(params: Params) -> Scored | None:
+    """Return the scores that --scores names."""
+    return None if params.get("scores") is None else load_scores(params["scores"])

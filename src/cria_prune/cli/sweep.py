@@ -1,0 +1,132 @@
+"""What `cria sweep` does: a network in several sizes from one scoring, and the metric against the size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from torch import nn
+
+from cria_prune.artifact.files import atomic, write_json
+from cria_prune.artifact.folders import check_free
+from cria_prune.artifact.plots_metric import plot_tradeoff
+from cria_prune.artifact.scores import SCORES, load_scores
+from cria_prune.cli import commands, show, target
+from cria_prune.cli.folder import interrupts_wait
+from cria_prune.cli.job import PRUNED, Job
+from cria_prune.cli.scores import config_from, given_scores, keep_scores
+from cria_prune.cli.settings import Params, texts_of
+from cria_prune.cli.talk import Kept
+from cria_prune.config import PruneConfig
+from cria_prune.errors import ConfigError, TargetError
+from cria_prune.pipeline import clock
+from cria_prune.ranks import world
+from cria_prune.scored import Scored, hash_of
+from cria_prune.scoring import score_once
+
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+RESULT, PICTURE, KEPT_SCORES = "sweep.json", "sweep.png", "scores"
+
+
+def sweep(params: Params, command: list[str], kept: Kept) -> None:
+    """Score once, prune to every share in one round each, save and measure; then table and picture."""
+    found = target.find(params["target"], texts_of(params))
+    found.check_changeable()
+    scored, shares = given_scores(params), params["reduction"] or SHARES
+    one = {**params, "rounds": 1}
+    configs = [config_from({**one, "reduction": share}, found.prune_defaults(), scored) for share in shares]
+    names = [commands.member_name(config) for config in configs]
+    if len(set(names)) < len(names):
+        raise ConfigError("A family of reductions", f"found {', '.join(names)}", "Give each share once")
+    configs, beyond = reachable(found, configs, asked=bool(params["reduction"]))
+    found.policy = commands.saved_as(configs[0])
+    with commands.job_of(found, "-sweep", params, command, kept, several=True) as job:
+        if beyond:
+            job.talk.note(f"left out, beyond what can be removed: {', '.join(beyond)}")
+        model = commands.dense_model(job)
+        if scored is None:
+            scored = own_scores(job, model, configs[0])
+        members, here = list[Mapping[str, Any]](), world()
+        for config in configs:
+            members.append(member(job, model, scored.applied(config), scored))
+            here.lead("Keeping the sizes", lambda: keep(job, members))
+        show.family(job.talk, members, found.metric)
+        job.talk.say(f"result {job.output / RESULT}, picture {job.output / PICTURE}")
+        job.talk.answer({**job.results, "output": str(job.output), "family": members})
+
+
+def reachable(
+    found: target.Target, configs: Sequence[PruneConfig], asked: bool
+) -> tuple[list[PruneConfig], list[str]]:
+    """Return the configurations that can be reached, and the shares that cannot, of the usual ones.
+
+    Raises:
+        TargetError: one that was `asked` for cannot be reached, or none can.
+    """
+    within, beyond = list[PruneConfig](), list[str]()
+    for config in configs:
+        try:
+            commands.check_target(found, config)
+            within.append(config)
+        except TargetError:
+            if asked or not within:
+                raise
+            beyond.append(f"{100 * config.plan.reduction:g} %")
+    return within, beyond
+
+
+def own_scores(job: Job, model: nn.Module, config: PruneConfig) -> Scored:
+    """Return the scores that an earlier run left in the output folder, if they are these; else score."""
+    folder = job.output / KEPT_SCORES
+    if job.resume and (folder / SCORES).exists():
+        found = load_scores(folder)
+        same = {"record", "score", "compensate"}
+        if found.weights == hash_of(model) and found.config.model_dump(include=same) == config.model_dump(
+            include=same
+        ):
+            return found
+    task = job.target.task
+    batches = task.calibration(config.record.examples, config.record.seed)
+    scored = score_once(model, batches, config, example=task.example, seconds=job.seconds)
+    with clock(job.seconds, "save"):
+        keep_scores(folder, scored, {**job.target.named(), "provenance": job.origin})
+    job.kept.text = f"the scores are kept (go on with: the same command, --output {job.output} --resume)"
+    return scored
+
+
+def member(job: Job, model: nn.Module, config: PruneConfig, scored: Scored) -> Mapping[str, Any]:
+    """Return the results of one size; one that is there already is not made again."""
+    part = job.part(commands.member_name(config))
+    described = {"prune": config.model_dump(mode="json")}
+    done = part.finished(described, PRUNED) if job.resume else None
+    share = f"{100 * config.plan.reduction:g} % fewer"
+    job.talk.heading(share + (f": already in {part.output}" if done else ""))
+    if done is not None:
+        part.forget()
+        return done
+    if job.target.pretrained and world().first:
+        check_free(part.output, part.may_replace())
+    commands.whole_pruning(part, model, config, False, scored)
+    return part.results
+
+
+def keep(job: Job, members: Sequence[Mapping[str, Any]]) -> None:
+    """Write the table and the picture of the sizes so far, each whole or not at all."""
+    metric = job.target.metric
+    dense = job.results.get("dense", job.results.get("before"))
+    points = [(item["parameters"], item["pruned"]) for item in members if "pruned" in item]
+    size = members[0]["parameters_dense"]
+    figure = Figure(figsize=(5.4, 3.2), layout="constrained")
+    figure.suptitle(
+        f"{job.target.task.name}: one scoring ({members[0]['criterion']}), one round, no training",
+        fontsize=8, parse_math=False,
+    )  # fmt: skip
+    series = {"pruned": points} if dense is None else {"dense": [(size, dense)], "pruned": points}
+    plot_tradeoff(series, figure.subplots(), metric.name)
+    with interrupts_wait():
+        with atomic(Path(job.output) / PICTURE) as temporary:
+            figure.savefig(temporary, format="png", dpi=160)
+        values = {**job.results, "metric": metric.name, "family": list(members), "provenance": job.origin}
+        write_json(Path(job.output) / RESULT, values)
