@@ -19,8 +19,9 @@ from cria_prune.graph import MomentAccumulator
 from cria_prune.memory import LiveBytes, amount, largest_batch, storages
 from cria_prune.memory.observe import _pass, carried_on, observe
 from cria_prune.modules import meta_copy
+from cria_prune.record.buffer import BUFFERED, Buffer
 from cria_prune.record.memory import group_bytes, held_back
-from cria_prune.record.signals import BUFFERED, Buffer, Collector
+from cria_prune.record.signals import Collector
 from cria_prune.record.states import GroupStates
 from cria_prune.structure import UnitGroups, without_residual
 from cria_prune.tasks import build
