@@ -10,14 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cria_prune import PruneConfig, RecordConfig, discover, predict_memory, record
+from cria_prune import PruneConfig, RecordConfig, ScoreConfig, discover, predict_memory, record
 from cria_prune.cli import plans
 from cria_prune.criteria import score
+from cria_prune.criteria.memory import score_bytes
 from cria_prune.errors import CriterionError
+from cria_prune.graph import MomentAccumulator
 from cria_prune.memory import LiveBytes, amount, largest_batch, storages
 from cria_prune.memory.observe import _pass, carried_on, observe
 from cria_prune.modules import meta_copy
-from cria_prune.record.memory import group_bytes
+from cria_prune.record.buffer import BUFFERED, Buffer
+from cria_prune.record.memory import group_bytes, held_back
 from cria_prune.record.signals import Collector
 from cria_prune.record.states import GroupStates
 from cria_prune.structure import UnitGroups, without_residual
@@ -102,7 +105,7 @@ def test_what_every_group_keeps_is_exact(
     states = record(model, groups, [batch, batch], config, consumed=consumed)
     assert len(found) == len(groups.prunable) >= 2
     for group, held in zip(groups.prunable, found, strict=True):
-        said = group_bytes(group, config, consumed, buffered=False)
+        said = group_bytes(group, config, consumed, held=0)
         assert (said.collected, said.collected_consumed) == held, group.name
         assert said.afterwards == slow(of_states(states[group.name])), group.name
         assert said.sketched == (states[group.name].output.sketch is not None)
@@ -168,7 +171,9 @@ def test_a_prediction_says_where_the_bytes_go_and_what_saves_some() -> None:
     narrow = predict_memory(net, groups, batch, PruneConfig(record={"sketch_columns": 64}))
     assert narrow.savings[0][0].startswith("record.exact_units: 256")
     assert all(size < max(stage.peak for stage in narrow.stages) for _, size in narrow.savings)
-    again = predict_memory(net, groups, batch, PruneConfig(record={"examples": 10**6}))
+    again = predict_memory(
+        net, groups, batch, PruneConfig(record={"examples": 10**6})
+    )  # the buffers are full
     assert again == found
     weights = predict_memory(net, groups, batch, PruneConfig(score={"criterion": "l1"}, compensate=False))
     assert [stage.name for stage in weights.stages] == ["score"] and weights.passes == 0
@@ -218,3 +223,23 @@ def test_a_family_network_is_foretold() -> None:
     groups = discover(model, batch)
     found = predict_memory(model, groups, batch, PruneConfig(score={"criterion": "activation-norm"}))
     assert found.passes == 5 and found.recorded == 4  # it has batch norms
+
+
+def test_weights_are_read_in_double_precision_and_those_of_a_convolution_are_turned_first() -> None:
+    _, groups, _ = made("images")
+    for criterion, most in (("l2", 8 * 8 * 3 * 9), ("fluctuation", 12 * 6 * 8 * 9), ("chip", 0)):
+        found = score_bytes(groups["conv1"], groups.shapes, ScoreConfig(criterion=criterion), RecordConfig())
+        assert found["weights"] == most
+
+
+def test_small_batches_are_held_back_up_to_a_bound() -> None:
+    total = MomentAccumulator(16)
+    buffer = Buffer(total)
+    for batches in range(1, 5):
+        buffer.add(torch.randn(16, 100))
+        assert held_back(100, 16, batches) == 16 * buffer._used
+    assert held_back(100, 16, 10**6) == BUFFERED and held_back(BUFFERED // 16, 16, 3) == 0
+    small = predict_memory(*made("images"), PruneConfig(record={"examples": 12}))
+    large = predict_memory(*made("images"), PruneConfig(record={"examples": 24}))
+    buffers = [item.stages[0].parts["buffers"] for item in (small, large)]
+    assert buffers[1] == 2 * buffers[0] > 0

@@ -10,14 +10,14 @@ from cria_prune.criteria.memory import score_bytes
 from cria_prune.criteria.score import find_criterion
 from cria_prune.loss import Loss
 from cria_prune.memory.live import storages
-from cria_prune.memory.observe import Call, Pass, carried_on, observe, reading_of
+from cria_prune.memory.observe import Pass, carried_on, observe, reading_of
 from cria_prune.memory.prediction import MemoryPrediction, Stage
 from cria_prune.modules import device_of, named_tensors
 from cria_prune.record.memory import (
     GroupMemory,
     closing_peak,
     group_bytes,
-    is_buffered,
+    held_back,
     reading_bytes,
     taps_of,
 )
@@ -111,20 +111,17 @@ class _Assembled:
         if self._passes is None:
             return []
         run = carried_on(*self._passes, size or self._size)
-        small = {
-            group.name
-            for call in run.calls
-            for group, tap in self._taps[call.name, call.site]
-            if self._is_small(call, group, tap, config)
-        }
+        batches = -(-config.record.examples // run.examples)
+        held = {group.name: 0 for group in self._groups.prunable}
+        for call in run.calls:
+            for group, tap in self._taps[call.name, call.site]:
+                reading = reading_of(call, tap.dim, config.record)
+                signals = -(-reading.taken // 2) * tap.positions.shape[1]
+                held[group.name] = max(held[group.name], held_back(signals, group.size, batches))
         return [
-            group_bytes(group, config.record, config.compensate, group.name in small)
+            group_bytes(group, config.record, config.compensate, held[group.name])
             for group in self._groups.prunable
         ]
-
-    def _is_small(self, call: Call, group: UnitGroup, tap: Tap, config: PruneConfig) -> bool:
-        reading = reading_of(call, tap.dim, config.record)
-        return is_buffered(-(-reading.taken // 2) * tap.positions.shape[1], group.size)
 
     def _record(self, config: PruneConfig, size: int) -> Stage:
         assert self._passes is not None

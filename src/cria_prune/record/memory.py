@@ -83,14 +83,14 @@ def consumed_features(group: UnitGroup) -> tuple[int, ...]:
     return tuple({tap.tensor: int(tap.positions.size) for tap in group.outputs}.values())
 
 
-def group_bytes(group: UnitGroup, config: RecordConfig, consumed: bool, buffered: bool) -> GroupMemory:
+def group_bytes(group: UnitGroup, config: RecordConfig, consumed: bool, held: int) -> GroupMemory:
     """Return what a group keeps.
 
     Args:
         group: d units.
         config: `exact_units` and `sketch_columns`.
         consumed: the second moments of what its consumers read are kept.
-        buffered: its batches are so small that signals are held back.
+        held: numbers that each of its buffers comes to hold.
     """
     d, read = group.size, consumed_features(group) if consumed else ()
     sides = (False, True)
@@ -105,7 +105,7 @@ def group_bytes(group: UnitGroup, config: RecordConfig, consumed: bool, buffered
         collected_consumed=sum(accumulator_bytes(n, config) for n in read),
         states=3 * sum(moments_bytes(d, config, side) for side in sides) + 3 * features,
         consumed=sum(moments_bytes(n, config) for n in read),
-        buffered=SINGLE * BUFFERED * (4 + len(read)) if buffered else 0,
+        buffered=SINGLE * held * (4 + len(read)),
         closing=max(_closing(width, config) for width in widths),
     )
 
@@ -194,6 +194,11 @@ def _accumulating(m: int, d: int, config: RecordConfig) -> int:
 def is_buffered(m: int, d: int) -> bool:
     """Say whether m signals of d units are held back in a `Buffer`."""
     return 2 * m <= max(1, BUFFERED // d)
+
+
+def held_back(m: int, d: int, batches: int) -> int:
+    """Return the numbers that a `Buffer` comes to hold of so many batches of m signals of d units."""
+    return min(BUFFERED, m * d * batches) if is_buffered(m, d) else 0
 
 
 def taps_of(groups: Iterable[UnitGroup]) -> Iterator[tuple[UnitGroup, Tap]]:
