@@ -228,6 +228,25 @@ def test_the_structure_of_a_dispatched_model_has_no_hooks_and_its_ties(made: Pat
     assert first_names(model)["lm_head.weight"] == "model.embed_tokens.weight"
 
 
+def test_a_dispatched_model_computes_in_another_type_without_being_loaded(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a dtype, from_pretrained would hold all weights at once: it is not asked for one."""
+    asked: list[dict[str, Any]] = []
+    real = check.load_pretrained
+    monkeypatch.setattr(
+        check,
+        "load_pretrained",
+        lambda folder, **options: (asked.append(options), real(folder, **options))[1],
+    )
+    plain = kind_of("tied").from_pretrained(made / "tied").eval().double()
+    model = check.in_type(check.load_dispatched(made / "tied", tmp_path), torch.float64)
+    batch = batches_of(1)[0]
+    assert all(map(torch.equal, outputs(model, batch), outputs(plain, batch)))
+    assert all(item.is_meta and item.dtype == torch.float64 for item in model.parameters())
+    assert asked and all("dtype" not in options for options in asked)
+
+
 def test_a_dispatched_model_is_refused_where_its_values_are_needed_at_once(
     made: Path, tmp_path: Path
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +18,12 @@ from cria_prune.surgery.verify import ADVICE, TOLERANCE, Verification, differenc
 from cria_prune.tasks.pretrained import load_pretrained
 
 
-def load_dispatched(folder: Path, scratch: Path, dtype: torch.dtype | None = None) -> nn.Module:
+def load_dispatched(folder: Path, scratch: Path) -> nn.Module:
     """Return the model of a Hugging Face folder with all of its weights on disk, read as its layers run.
 
     Args:
         folder: holds config.json and safetensors.
         scratch: for weights that transformers stores otherwise than the model holds them.
-        dtype: of the arithmetic; that of the folder if None.
 
     Raises:
         ArtifactError: accelerate is missing, the folder holds no weights, or they cannot be read.
@@ -36,13 +34,27 @@ def load_dispatched(folder: Path, scratch: Path, dtype: torch.dtype | None = Non
     except ImportError as error:
         todo = "Install it with pip install 'cria-prune[offload]'"
         raise ArtifactError(asked, "accelerate is not installed", todo) from error
-    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     scratch.mkdir(exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = load_pretrained(folder, device_map={"": "disk"}, offload_folder=str(scratch), **options)
+        model = load_pretrained(folder, device_map={"": "disk"}, offload_folder=str(scratch))
     if not hasattr(model, "hf_device_map"):
         raise ArtifactError(asked, "there are no weights beside config.json", "Copy them into the folder")
+    return model
+
+
+def in_type(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Let a dispatched model compute in another type: each weight is converted when it is loaded.
+
+    With a `dtype`, from_pretrained converts all of them first, and holds them meanwhile.
+    """
+    for module in model.modules():
+        for name, item in module._parameters.items():
+            if item is not None and item.is_floating_point():
+                module._parameters[name] = nn.Parameter(item.detach().to(dtype), requires_grad=False)
+        for name, value in module._buffers.items():
+            if value is not None and value.is_floating_point():
+                module._buffers[name] = value.to(dtype)
     return model
 
 
@@ -80,11 +92,11 @@ def verify_folder(
             value.index_fill_(dim, index.to(value.device), 0)
         return value
 
-    dense = load_dispatched(source, scratch / "dense", dtype)
+    dense = in_type(load_dispatched(source, scratch / "dense"), dtype)
     with changed(dense, masked):
         expected = outputs(dense, example)
     del dense
-    found = outputs(load_dispatched(folder, scratch / "pruned", dtype), example)
+    found = outputs(in_type(load_dispatched(folder, scratch / "pruned"), dtype), example)
     apart, tolerance = difference(expected, found), TOLERANCE[dtype]
     if not apart <= tolerance:
         raise VerificationError(
