@@ -5,20 +5,21 @@
 
 `predict_memory` is asked before; then the peak of the resident memory above the level before is measured
 (Linux: VmHWM, set back by /proc/self/clear_refs), of recording, and of scoring with what was recorded still
-there. Twice: with blocks given back to the system as soon as they are freed (MALLOC_MMAP_THRESHOLD_), which
-measures what is in use, and as the C library comes, which keeps freed blocks of up to 32 MB for itself.
+there. Twice: with blocks given back to the system as soon as they are freed (mallopt, M_MMAP_THRESHOLD),
+which measures what is in use, and as the C library comes, which keeps freed blocks of up to 32 MB for itself.
 Networks have random weights. Writes benchmarks/results/memory/predicted.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
-import os
+import multiprocessing
 import statistics
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cria_prune import PruneConfig, discover, predict_memory
+from cria_prune import PruneConfig, UnitGroups, discover, predict_memory
 from cria_prune.artifact.provenance import provenance
 from cria_prune.batches import Batch
 from cria_prune.criteria import score
 from cria_prune.criteria.score import find_criterion
 from cria_prune.memory import largest_batch
+from cria_prune.modules import give_back
 from cria_prune.pipeline import record_for
 from cria_prune.scope import scope
 from cria_prune.tasks import task
@@ -40,7 +42,7 @@ from result_files import RESULTS, write
 MB = 2**20
 SMALL = 200 * MB
 """Below this the allocator, and what libraries load at first use, are as large as what is predicted."""
-GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+M_MMAP_THRESHOLD = -3  # of mallopt, in malloc.h
 
 # name -> (criterion, other values of the configuration)
 RECIPES: dict[str, dict[str, Any]] = {
@@ -53,9 +55,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 # units, layers, examples of 128 tokens in a batch, criterion
 GATED = (
-    (1024, 4, 8, "innovation"), (1024, 4, 8, "distortion"), (2048, 2, 8, "innovation"),
-    (2048, 2, 8, "distortion"), (4096, 1, 8, "innovation"), (4096, 2, 8, "distortion"),
-    (4096, 4, 8, "activation-norm"), (11008, 1, 4, "activation-norm"), (11008, 2, 16, "distortion"),
+    (1024, 4, 8, "innovation"), (1024, 2, 32, "distortion"), (2048, 2, 8, "innovation"),
+    (2048, 1, 8, "distortion"), (4096, 1, 8, "innovation"), (4096, 4, 4, "activation-norm"),
+    (11008, 1, 4, "innovation"), (11008, 2, 8, "distortion"),
 )  # fmt: skip
 
 
@@ -101,60 +103,78 @@ def resident(key: str) -> int:
 def begin() -> int:
     """Set the peak back and return the level."""
     gc.collect()
+    give_back()
     Path("/proc/self/clear_refs").write_text("5")
     return resident("VmRSS")
 
 
-def measure(case: str) -> dict[str, Any]:
-    """Predict, record and score in this process; everything in bytes above the level before."""
-    model, batches, config = build(case)
-    batch = largest_batch(batches)
-    groups = scope(model, discover(model, batch), config.plan).groups
-    predicted = predict_memory(model, groups, batch, config)
+def warm_up() -> None:
+    """Touch the code and the tables that recording and scoring use: a fork has yet to map them."""
+    model, batch = Gated(8, 96, 1).eval(), torch.randn(8, 4, 8)
+    groups = discover(model, batch)
+    for criterion in ("innovation", "distortion"):
+        config = PruneConfig(score={"criterion": criterion})
+        score(model, groups, record_for(frozenset(), model, groups, [batch], config), config.score)
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run a function in a fork of this process; what it returns comes as JSON."""
+    context = multiprocessing.get_context("fork")
+    there, here = context.Pipe(duplex=False)
+
+    def run() -> None:
+        here.send_bytes(json.dumps(function(*arguments)).encode())
+
+    process = context.Process(target=run)
+    process.start()
+    here.close()
+    try:
+        return json.loads(there.recv_bytes())
+    except EOFError:
+        raise RuntimeError(f"{function.__name__}{arguments[-1:]} ended without an answer") from None
+    finally:
+        process.join()
+
+
+def measure(
+    model: nn.Module, groups: UnitGroups, batches: list[Batch], config: PruneConfig, at_once: bool
+) -> dict[str, int]:
+    """Record and score; return both peaks in bytes above the level before."""
+    if at_once:
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
     needs = find_criterion(config.score.criterion).needs
+    warm_up()
     level = begin()
     states = record_for(needs, model, groups, batches, config, consumed=config.compensate)
     recorded = resident("VmHWM") - level
     begin()
     score(model, groups, states, config.score)
-    scored = resident("VmHWM") - level
-    stages = {stage.name: stage for stage in predicted.stages}
-    return {
-        "predicted": {name: stage.peak for name, stage in stages.items()},
-        "parts": {name: dict(stage.parts) for name, stage in stages.items()},
-        "model": predicted.model,
-        "measured": {"record": recorded, "score": scored},
-    }
-
-
-def child(case: str, environment: dict[str, str]) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--child", case]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    )
-    if done.returncode:
-        raise RuntimeError(f"{case}: {done.stderr[-2000:]}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    return {"record": recorded, "score": resident("VmHWM") - level}
 
 
 def row(case: str, repetitions: int) -> dict[str, Any]:
-    """Measure one case: once with blocks given back, `repetitions` times as the allocator comes."""
-    first = child(case, GIVEN_BACK)
-    others = [child(case, {}) for _ in range(repetitions)]
-    usual = {name: [item["measured"][name] for item in others] for name in first["measured"]}
-    ratios = {name: first["predicted"][name] / first["measured"][name] for name in first["predicted"]}
-    peaks = {key: max(first[key].values()) for key in ("predicted", "measured")}
+    """Predict, then measure: once with blocks given back, `repetitions` times as the allocator comes."""
+    model, batches, config = build(case)
+    batch = largest_batch(batches)
+    groups = scope(model, discover(model, batch), config.plan).groups
+    predicted = predict_memory(model, groups, batch, config)
+    measured, *usual = [
+        apart(measure, model, groups, batches, config, number == 0) for number in range(1 + repetitions)
+    ]
+    said = {stage.name: stage.peak for stage in predicted.stages}
+    peak = max(said.values())
     return {
         "case": case,
-        **first,
-        "ratio": ratios,
-        "peak_ratio": peaks["predicted"] / peaks["measured"],
-        "small": peaks["measured"] < SMALL,
+        "predicted": said,
+        "parts": {stage.name: dict(stage.parts) for stage in predicted.stages},
+        "model": predicted.model,
+        "measured": measured,
+        "ratio": {name: size / measured[name] for name, size in said.items()},
+        "peak_ratio": peak / max(measured.values()),
+        "small": max(measured.values()) < SMALL,
         "usual_allocator": usual,
-        "usual_peak_ratios": [
-            peaks["predicted"] / max(item["measured"].values()) for item in others
-        ],
-    }  # fmt: skip
+        "usual_peak_ratios": [peak / max(item.values()) for item in usual],
+    }
 
 
 def show(item: dict[str, Any]) -> None:
@@ -174,17 +194,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", nargs="*", help="cases that begin with one of these; nothing is written")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--child", choices=cases(), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child:
-        torch.set_num_threads(1)
-        print(json.dumps(measure(options.child)))
-        return
+    torch.set_num_threads(1)
     chosen = [case for case in cases() if not options.only or case.startswith(tuple(options.only))]
     print("megabytes above the level before, predicted / measured")
     rows = []
     for case in chosen:
-        rows.append(row(case, options.repetitions))
+        rows.append(apart(row, case, options.repetitions))
         show(rows[-1])
     large = [item["peak_ratio"] for item in rows if not item["small"]]
     if options.only:
