@@ -98,6 +98,21 @@ def test_spectral_criteria_are_those_of_spectrum():
         assert found.scores.shape == (6,) and found.scores.dtype == torch.float64
 
 
+def test_innovation_magnitude_is_the_mean_of_two_ranks():
+    model, groups = conv_net()
+    states = record(model, groups, images(64))
+    one, other = (
+        scores(model, groups, states, name)["0"].scores.tolist() for name in ("innovation", "group-l2")
+    )
+    expected = [
+        (sum(a <= item for a in one) + sum(b <= with_it for b in other)) / 12
+        for item, with_it in zip(one, other, strict=True)
+    ]
+    found = scores(model, groups, states, "innovation-magnitude")["0"]
+    assert found.scores.tolist() == pytest.approx(expected, abs=1e-12)
+    assert found.diagnosis.split_half is not None
+
+
 def test_split_half_is_the_correlation_of_the_halves():
     model, groups = conv_net()
     states = record(model, groups, images(2), RecordConfig(positions=4))
@@ -142,9 +157,7 @@ def test_random_follows_seed_and_name_only():
 
 def test_errors_say_what_to_do():
     model, groups = conv_net()
-    with pytest.raises(
-        CriterionError, match=r"found 'magic'\. Known criteria: random, l1, l2, activation-norm"
-    ):
+    with pytest.raises(CriterionError, match=r"found 'magic'\. Known criteria: random, l1, l2, group-l2"):
         scores(model, groups, None, "magic")
     with pytest.raises(CriterionError, match=r"no recorded states.*record\(model, groups, batches\)"):
         scores(model, groups, None, "distortion")

@@ -128,6 +128,21 @@ def test_bn_scale_by_hand_and_where_there_is_none():
     assert scores(model, only, "bn-scale")["0"].tolist() == [1, 2, 0, 4, 5, 6]
 
 
+def test_group_l2_counts_producers_batch_norms_and_consumers():
+    model, groups = conv_net(dtype=torch.float64)
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([1.0, -2.0, 0.0, 4.0, -5.0, 6.0]))
+    made = [sum(w**2 for w in row) for row in model[0].weight.detach().flatten(1).tolist()]
+    read = [sum(w**2 for w in row) for row in model[3].weight.detach().transpose(0, 1).flatten(1).tolist()]
+    scale = [w**2 for w in model[1].weight.tolist()]
+    expected = [math.sqrt(a + b + c) for a, b, c in zip(made, read, scale, strict=True)]
+    found = scores(model, groups, "group-l2")
+    torch.testing.assert_close(found["0"], numbers(*expected), rtol=1e-12, atol=0)
+    made = model[3].weight.detach().flatten(1).square().sum(1)  # no batch norm follows
+    read = model[6].weight.detach().reshape(4, 5, 16).square().sum((0, 2))
+    torch.testing.assert_close(found["3"], (made + read).sqrt(), rtol=1e-12, atol=0)
+
+
 class Flat(nn.Module):
     """A batch norm without scale, then one over the flattened channels."""
 

@@ -52,6 +52,39 @@ def test_merge_is_exact_and_leaves_its_arguments_alone():
     close(a.merge(MomentAccumulator(6)).moments().covariance, before)
 
 
+def test_the_triangle_that_is_computed_makes_the_whole_covariance():
+    X = signals(300, 500)  # more than two blocks of rows
+    total = gather(X[:, :350], step=110)
+    half = total.moments()
+    expected = Moments.from_signals(X)
+    close(half.covariance, Moments.from_signals(X[:, :350]).covariance)
+    total.add(X[:, 350:])  # what was read off before does no harm
+    found = total.moments()
+    close(found.covariance, expected.covariance)
+    close(found.variance, expected.variance)
+    assert torch.equal(found.covariance[:128, 128:], found.covariance[128:, :128].T)
+    close(gather(X[:, :90]).merge(gather(X[:, 90:])).moments().covariance, expected.covariance)
+    total.pool(torch.clone)
+    close(total.moments().covariance, expected.covariance)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_without_pairs_means_and_variances_alone_are_kept(exact):
+    X = signals(6, 150)
+    kind = {"exact": exact, "pairs": False, "positive": True}
+    a, b = gather(X[:, :50], **kind), gather(X[:, 50:], **kind)
+    expected = Moments.from_signals(X)
+    pooled = gather(X, **kind)
+    pooled.pool(torch.clone)
+    for found in (gather(X, **kind).moments(), a.merge(b).moments(), pooled.moments()):
+        assert found.covariance is None and found.sketch is None and found.samples == 150
+        close(found.mean, expected.mean)
+        close(found.variance, expected.variance)
+        close(found.positive, expected.positive)
+    with pytest.raises(SignalError, match=r"pairs=False and True"):
+        a.merge(gather(X, exact=exact))
+
+
 @pytest.mark.parametrize("exact", [True, False])
 def test_the_positive_share_is_counted_and_merged_where_asked_for(exact):
     X = signals(6, 150) - 3

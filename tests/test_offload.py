@@ -27,7 +27,7 @@ from cria_prune.dispatched import Weights, changed, first_names, is_dispatched, 
 from cria_prune.errors import ArtifactError, CriaError, SignalError, StructureError, VerificationError
 from cria_prune.offload import check, write
 from cria_prune.offload.chain import Chain, outputs
-from cria_prune.offload.turns import moment_bytes, plan_turns, score_in_turns
+from cria_prune.offload.turns import plan_turns, score_in_turns
 from cria_prune.pipeline import QUIET
 from cria_prune.scope import Scope, check_target
 from cria_prune.tasks.language import train_tokenizer
@@ -330,23 +330,6 @@ def test_a_model_that_is_no_chain_of_blocks_is_recorded_as_a_whole(tmp_path: Pat
     assert moments.covariance is not None and truth.covariance is not None
     assert torch.equal(moments.covariance, truth.covariance) and torch.equal(moments.mean, truth.mean)
     assert spilled.get("blocks.1.up", "head.weight") is None
-
-
-@pytest.mark.parametrize("exact", [64, 16])
-def test_the_memory_of_a_turn_is_that_of_its_second_moments(made: Path, known: Scope, exact: int) -> None:
-    """While the states are made, two sums of a side lie beside the moments of both halves and of all."""
-    model, batches = kind_of("llama").from_pretrained(made / "llama").eval(), batches_of()
-    groups = known.groups
-    config = config_of(record={"exact_units": exact, "sketch_columns": 32})
-    states = record(model, groups, batches, config.record, consumed=True)
-    for group in groups.prunable:
-        found = states[group.name]
-        sides = [*found.inputs, *found.outputs, found.input, found.output]
-        further = [item for item in found.consumed.values() if item is not found.output]
-        sizes = [sum(part.numel() * part.element_size() for part in (item.covariance, item.sketch)
-                     if part is not None) for item in (*sides, *further)]  # fmt: skip
-        sums = 2 * sizes[0] + 2 * sizes[2] + sum(sizes[len(sides):])  # fmt: skip
-        assert moment_bytes(group, config) == sum(sizes) + sums, group.name
 
 
 # -- from folder to folder

@@ -58,6 +58,9 @@ class RecordConfig(StageConfig):
 
     examples: int = Field(1024, ge=1, description="calibration examples used at most")
     positions: int = Field(8, ge=1, description="spatial positions drawn per image and layer")
+    tokens: int | None = Field(
+        16, ge=1, description="tokens drawn per text and layer, or one in eight if that is more; all if null"
+    )
     exact_units: int = Field(2048, ge=1, description="up to this many units the exact Gram matrix is kept")
     sketch_columns: int = Field(2048, ge=2, description="columns of the countsketch above that")
     seed: int = 0

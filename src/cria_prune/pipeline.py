@@ -27,6 +27,7 @@ from cria_prune.ranks import world
 from cria_prune.record import States, record
 from cria_prune.record.collect import cut, limited
 from cria_prune.record.norms import Remeasured, batch_norms, remeasure
+from cria_prune.record.states import reads_of
 from cria_prune.result import PruneResult, Round
 from cria_prune.rounds import RoundStore
 from cria_prune.scope import check_target
@@ -201,7 +202,11 @@ class _Run:
         graphs = before.graphs
         if number == 1 and graphs is not None and states is not None:
             with clock(seconds, "graphs"):
-                sides = {name: (item.input, item.output) for name, item in states.groups.items()}
+                sides = {
+                    name: (item.input, item.output)
+                    for name, item in states.groups.items()
+                    if item.input is not None
+                }
                 graphs = keep_graphs(sides, config.score.neighbors, config.score.ridge)
         smaller, repairs, verification = self._cut(before, self._consumed(states), step, total, seconds)
         norms = Remeasured(smaller, 0)
@@ -249,8 +254,9 @@ class _Run:
         with clock(seconds, "record"):
             if self.given is not None or not (self.needs or config.compensate):
                 return None
+            needs = self.needs if before.graphs is None or before.rounds else self.needs | {"input", "output"}
             return record_for(
-                self.needs, before.model, before.groups, self.batches, config, loss=self.loss,
+                needs, before.model, before.groups, self.batches, config, loss=self.loss,
                 consumed=config.compensate,
             )  # fmt: skip
 
@@ -302,7 +308,7 @@ def record_for(
     """Record what a criterion needs, and what the consumers read if it is `consumed`; see `record`."""
     return record(
         model, groups, batches, config.record, loss=loss, gradients="gradients" in needs,
-        per_example="examples" in needs, consumed=consumed, device=device_of(model),
+        per_example="examples" in needs, consumed=consumed, reads=reads_of(needs), device=device_of(model),
     )  # fmt: skip
 
 

@@ -40,6 +40,11 @@ def l2(evidence: Evidence, config: ScoreConfig) -> Importance:
     return plain(evidence.weights.producer_l2)
 
 
+def group_l2(evidence: Evidence, config: ScoreConfig) -> Importance:
+    """Euclidean norm of all weights that leave with the unit: producers, batch norms, consumers."""
+    return plain(evidence.weights.group_norm2.sqrt())
+
+
 def bn_scale(evidence: Evidence, config: ScoreConfig) -> Importance:
     """|γ|, the scale of the unit's own batch norm: Network Slimming, the criterion only.
 
@@ -105,7 +110,7 @@ def lamp(evidence: Evidence, config: ScoreConfig) -> Importance:
 
 def activation_norm(evidence: Evidence, config: ScoreConfig) -> Importance:
     """sqrt(mean of Y[p]²) · ‖W_out[:, p]‖, the mean square taken without centring."""
-    _, output = evidence.both_sides()
+    output = evidence.output_side()
     mean_square = (output.variance + output.mean.square()).cpu()
     return plain(mean_square.sqrt() * evidence.weights.consumer_norm2.sqrt())
 
@@ -148,7 +153,7 @@ def apoz(evidence: Evidence, config: ScoreConfig) -> Importance:
     of samples on the side where a ReLU would let the unit pass. The outputs of gated units and of heads
     have no such side: the share is defined, near one half, and says little; use another criterion there.
     """
-    _, output = evidence.both_sides()
+    output = evidence.output_side()
     assert output.positive is not None
     return plain(output.positive)
 
@@ -162,7 +167,7 @@ def chip(evidence: Evidence, config: ScoreConfig) -> Importance:
     independent here and redundant there. A row holds all features of a unit; two heads are compared
     feature by feature, in the order in which they lie. Sketched groups score their sketch.
     """
-    _, output = evidence.both_sides()
+    output = evidence.output_side()
     return plain(channel_independence(output, name=f"group {evidence.name!r}"))
 
 

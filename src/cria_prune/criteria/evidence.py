@@ -61,18 +61,29 @@ class UnitWeights:
         return self._sum_powers(self.group.producers, 2).sqrt()
 
     @cached_property
+    def group_norm2(self) -> Tensor:
+        """(d,) float64, the squared weights of a unit's producers, batch norms and consumers."""
+        total = self._sum_powers(self.group.producers, 2) + self.consumer_norm2
+        return total + self._sum_powers(self._batch_norm_scales, 2)
+
+    @cached_property
     def batch_norm_scale(self) -> Tensor | None:
-        """(d,) float64, the sum of |γ| over the batch norms that a unit passes; None without any.
+        """(d,) float64, the sum of |γ| over the batch norms that a unit passes; None without any."""
+        scales = self._batch_norm_scales
+        return self._sum_powers(scales, 1) if scales else None
+
+    @cached_property
+    def _batch_norm_scales(self) -> list[ParameterSlice]:
+        """The scales of the batch norms that a unit passes.
 
         A batch norm is told by its running mean, which leaves with the unit as its scale does.
         """
         follow = {item.tensor: item for item in self.group.slices if item.role == "follows"}
-        scales = [
+        return [
             follow[name]
             for name in (f"{mean.removesuffix('running_mean')}weight" for mean in follow if _is_mean(mean))
             if name in follow
         ]
-        return self._sum_powers(scales, 1) if scales else None
 
     def producer_rows(self) -> Iterator[Tensor]:
         """Yield the weights of each producer, (d, its weights per unit), as stored.
@@ -154,7 +165,7 @@ class Evidence:
     Attributes:
         name: the group.
         weights: norms of its weights, lazily.
-        input: moments of the signals before the activation; None without recorded states.
+        input: moments of the signals before the activation; None where they were not recorded.
         output: moments of the signals that the consumers see; None without recorded states.
         taylor: (d,) float64, first-order Taylor importances; None where no gradients were recorded.
         features: consumer's tensor -> moments of each feature that it reads; empty where every unit is
@@ -175,10 +186,15 @@ class Evidence:
         """d."""
         return self.weights.group.size
 
+    def output_side(self) -> Moments:
+        """Return the moments of the output side; `score` has checked that they are there."""
+        assert self.output is not None
+        return self.output
+
     def both_sides(self) -> tuple[Moments, Moments]:
         """Return the moments of the input and the output side; `score` has checked that they are there."""
-        assert self.input is not None and self.output is not None
-        return self.input, self.output
+        assert self.input is not None
+        return self.input, self.output_side()
 
     def read_features(self) -> Iterator[tuple[FeatureMoments, ConsumerNorms]]:
         """Yield, for each consumer, the moments of the features it reads and the norms of their weights.
@@ -187,8 +203,7 @@ class Evidence:
         those of the unit as a whole, where a unit is one feature wide, and where a weight's positions are
         not those of the signal that enters it (a grouped convolution, one weight for several channels).
         """
-        assert self.output is not None
-        output = self.output
+        output = self.output_side()
         whole = FeatureMoments(output.samples, output.mean[:, None].cpu(), output.variance[:, None].cpu())
         taps = {tap.tensor: tap for tap in self.weights.group.outputs}
         for norms in self.weights.consumers:

@@ -12,6 +12,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 DISTORTIONS = ("distortion", "distortion-weighted", "consumed-distortion", "grounded-distortion")
 PRODUCERS = ("l1", "l2", "lamp", "fpgm")
+GROUPS = ("group-l2", "innovation-magnitude")
 WEIGHTLESS = ("random", "apoz", "chip", "taylor", "fisher", "distortion", "bn-scale")
 """Criteria that look at no weight, or at vectors alone."""
 
@@ -28,7 +29,7 @@ def score_bytes(group: UnitGroup, shapes: Shapes, score: ScoreConfig, record: Re
     d, name = group.size, score.criterion
     columns = record.sketch_columns if d > record.exact_units else None
     steps: Steps = {"weights": _norms(group, shapes, name)}
-    if name == "innovation":
+    if name in ("innovation", "innovation-magnitude"):
         steps |= innovation_bytes(d, columns)
     elif name in DISTORTIONS:
         steps |= distortion_bytes(d, columns, score.neighbors, score.pairs, score.sketch)
@@ -45,6 +46,8 @@ def _norms(group: UnitGroup, shapes: Shapes, criterion: str) -> int:
     if criterion in WEIGHTLESS:
         return 0
     slices = group.producers if criterion in PRODUCERS else group.consumers
+    if criterion in GROUPS:
+        slices = (*group.producers, *group.consumers)
     most = max((_norm(item, shapes[item.tensor]) for item in slices), default=0)
     if criterion == "fpgm":  # rows as they lie, twice as float64, and four blocks of distances
         return 2 * most + 4 * DOUBLE * min(group.size, 1024) * group.size

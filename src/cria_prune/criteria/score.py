@@ -15,6 +15,7 @@ from cria_prune.criteria.table import CRITERIA, Criterion
 from cria_prune.dispatched import values_of
 from cria_prune.errors import CriterionError, StructureError
 from cria_prune.ranks import World, world
+from cria_prune.record.states import EVERYTHING as READS
 from cria_prune.record.states import GroupStates, States
 from cria_prune.spectrum import Diagnosis, Importance, rank_correlation
 from cria_prune.structure.groups import UnitGroup, UnitGroups
@@ -97,6 +98,13 @@ def _check_needs(criterion: Criterion, states: States | None) -> None:
         how = f"record(model, groups, batches{', gradients=True' if 'gradients' in criterion.needs else ''})"
     if criterion.needs and states is None:
         raise CriterionError(asked, "no recorded states were given", f"Pass states={how}")
+    missing = [] if states is None else sorted(READS & criterion.needs - states.reads)
+    if missing:
+        raise CriterionError(
+            asked,
+            f"the states were recorded without {' and '.join(map(repr, missing))}",
+            f"Record again with {how}, which reads everything",
+        )
     if "gradients" in criterion.needs and states is not None and not states.gradients:
         raise CriterionError(asked, "the states were recorded without gradients", f"Record again with {how}")
     if "examples" in criterion.needs and states is not None and not states.per_example:
@@ -136,7 +144,7 @@ def _score_group(
         criterion.function(
             replace(
                 whole,
-                input=states.inputs[half],
+                input=states.inputs[half] if states.inputs else None,
                 output=states.outputs[half],
                 features=states.features_by_half[half],
             ),

@@ -5,7 +5,11 @@ Legend: d = units of a group, W_out = its consumers' weights.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
+
+import torch
+from scipy.stats import rankdata
 
 from cria_prune.config import ScoreConfig
 from cria_prune.criteria.evidence import Evidence
@@ -72,5 +76,18 @@ def grounded_distortion(evidence: Evidence, config: ScoreConfig) -> Importance:
 
 def innovation(evidence: Evidence, config: ScoreConfig) -> Importance:
     """‖W_out[:, p]‖² / Θ[p, p]: what the consumers lose of unit p after the best linear repair."""
-    _, output = evidence.both_sides()
+    output = evidence.output_side()
     return spectral_innovation(output, evidence.weights.consumer_norm2, name=f"group {evidence.name!r}")
+
+
+def innovation_magnitude(evidence: Evidence, config: ScoreConfig) -> Importance:
+    """Mean of two ranks in (0, 1]: of `innovation`, and of the L2 norm of the unit's group.
+
+    Innovation is what a cut costs before any training; the norm is a stand-in for what the unit can still
+    learn in a fine-tune. Their units have nothing to do with one another, so ranks are added, the average
+    rank at ties.
+    """
+    found = innovation(evidence, config)
+    norms = evidence.weights.group_norm2
+    ranks = [torch.from_numpy(rankdata(item.numpy())) for item in (found.scores, norms)]
+    return replace(found, scores=(ranks[0] + ranks[1]) / (2 * evidence.units))

@@ -9,9 +9,10 @@ from typing import Literal
 from cria_prune.config import ScoreConfig
 from cria_prune.criteria import baselines, spectral
 from cria_prune.criteria.evidence import Evidence
+from cria_prune.record.states import Read
 from cria_prune.spectrum import Importance
 
-Need = Literal["states", "gradients", "examples"]
+Need = Literal["states", "gradients", "examples"] | Read
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,9 @@ class Criterion:
         name: key in `CRITERIA`.
         function: (evidence, config) to the importance of a group's units.
         source: where it comes from.
-        needs: `states` (recorded signals), `gradients` (recorded with gradients) and `examples` (recorded
-            with the gradients of each example).
+        needs: `states` (recorded signals, the outputs' means and variances at least), with them what
+            `record` calls `reads`; `gradients` (recorded with gradients) and `examples` (recorded with the
+            gradients of each example).
         summary: one line.
     """
 
@@ -35,6 +37,8 @@ class Criterion:
 
 
 _STATES: frozenset[Need] = frozenset({"states"})
+_OUTPUT: frozenset[Need] = frozenset({"states", "output"})
+_BOTH: frozenset[Need] = frozenset({"states", "input", "output"})
 _WANG = "Wang 2026 (arXiv 2605.18860), after SPADE: Cheng et al., ICML 2021"
 
 CRITERIA: dict[str, Criterion] = {
@@ -54,6 +58,13 @@ CRITERIA: dict[str, Criterion] = {
             "He et al., IJCAI 2018 (arXiv 1808.06866)",
             frozenset(),
             "L2 norm of the producers' weights",
+        ),
+        Criterion(
+            "group-l2",
+            baselines.group_l2,
+            "DepGraph's group norm, without its sparse training: Fang et al., CVPR 2023 (arXiv 2301.12900)",
+            frozenset(),
+            "L2 norm of all weights that leave with the unit",
         ),
         Criterion(
             "activation-norm",
@@ -101,14 +112,14 @@ CRITERIA: dict[str, Criterion] = {
             "apoz",
             baselines.apoz,
             "average percentage of zeros, its complement: Hu et al. 2016 (arXiv 1607.03250)",
-            _STATES,
+            frozenset({"states", "positive"}),
             "share of the outputs that are above zero",
         ),
         Criterion(
             "chip",
             baselines.chip,
             "CHIP's channel independence over all samples: Sui et al., NeurIPS 2021 (arXiv 2110.13981)",
-            _STATES,
+            _OUTPUT,
             "what the nuclear norm of the output signals loses with the unit",
         ),
         Criterion(
@@ -126,35 +137,42 @@ CRITERIA: dict[str, Criterion] = {
             "diagonal Fisher information of the unit's gate, per example",
         ),
         Criterion(
-            "distortion", spectral.distortion, _WANG, _STATES, "spectral distortion between the two graphs"
+            "distortion", spectral.distortion, _WANG, _BOTH, "spectral distortion between the two graphs"
         ),
         Criterion(
             "distortion-weighted",
             spectral.distortion_weighted,
             f"{_WANG}; the consumers' factor is Cria's",
-            _STATES,
+            _BOTH,
             "spectral distortion times the consumers' squared norm",
         ),
         Criterion(
             "consumed-distortion",
             spectral.consumed_distortion,
             f"{_WANG}; the consumers' factor in the output graph is Cria's",
-            _STATES,
+            _BOTH,
             "spectral distortion between the graph before the layer and that of what the consumers take",
         ),
         Criterion(
             "grounded-distortion",
             spectral.grounded_distortion,
             "Cria, METHOD section 3",
-            _STATES,
+            _BOTH,
             "spectral distance to the removed neuron times the consumers' squared norm",
         ),
         Criterion(
             "innovation",
             spectral.innovation,
             "Cria, METHOD section 3; after the optimal brain surgeon, Hassibi and Stork, NIPS 1992",
-            _STATES,
+            _OUTPUT,
             "what neighbours cannot predict, times the consumers' squared norm",
+        ),
+        Criterion(
+            "innovation-magnitude",
+            spectral.innovation_magnitude,
+            "Cria; the norm is DepGraph's, Fang et al., CVPR 2023 (arXiv 2301.12900)",
+            _OUTPUT,
+            "mean rank of innovation and of the group's L2 norm",
         ),
     )
 }

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from cria_prune.errors import SignalError
-from cria_prune.graph.moments import Moments, centred_gram, positive_samples
+from cria_prune.graph.moments import Moments, positive_samples
+
+ROWS = 128  # of a Gram matrix at a time
 
 Total = Callable[[Tensor], Tensor]
 """A tensor -> its sum over all processes, on the CPU, the same bits on each; all call it in one order."""
@@ -23,7 +25,8 @@ Total = Callable[[Tensor], Tensor]
 class MomentAccumulator:
     """Adds up batches of signals and gives their moments.
 
-    Exact: Gram matrix of the centred rows in float64, updated by Chan's formula; merging is exact.
+    Exact: Gram matrix of the centred rows in float64, updated by Chan's formula; merging is exact. Only its
+    lower triangle is computed, the rest is its mirror image.
     Sketch: every sample goes, with a random sign, to one of r buckets. The buckets are dealt like cards,
     without putting one back before all are used: up to r samples the sketch is exact. A sample's bucket and
     sign depend on its number alone, so the sketch is the same in whatever order and by however many
@@ -36,6 +39,7 @@ class MomentAccumulator:
         columns: r.
         seed: of buckets and signs.
         positive: also count the samples above 0.
+        pairs: keep second moments between the units; without, their means and variances alone.
 
     Example:
         >>> total = MomentAccumulator(2)
@@ -45,18 +49,24 @@ class MomentAccumulator:
     """
 
     def __init__(
-        self, units: int, exact: bool = True, columns: int = 2048, seed: int = 0, positive: bool = False
+        self,
+        units: int,
+        exact: bool = True,
+        columns: int = 2048,
+        seed: int = 0,
+        positive: bool = False,
+        pairs: bool = True,
     ) -> None:
         if units < 1 or columns < 1:
             raise SignalError(
                 "A MomentAccumulator", f"found units={units}, columns={columns}", "Both must be at least 1"
             )
-        self.units, self.exact, self.columns, self.seed = units, exact, columns, seed
+        self.units, self.exact, self.columns, self.seed, self.pairs = units, exact, columns, seed, pairs
         self.samples = 0
         self._deck = (-1, torch.empty(0), torch.empty(0))  # the last deal: its number, buckets and signs
         self._mean = torch.zeros(units, dtype=torch.float64)
-        self._square = torch.zeros(units, dtype=torch.float64)  # sum of squared centred values
-        self._gram: Tensor | None = None  # (d, d) float64
+        self._square = torch.zeros(units, dtype=torch.float64)  # sum of squared centred values, if not exact
+        self._gram: Tensor | None = None  # (d, d) float64, right below and on the diagonal
         self._positive = self._mean if positive else None  # (d,) float64, samples above 0
         self._shift = self._mean  # what is subtracted before a sample enters its bucket
         self._buckets: Tensor | None = None  # (r, d) float32
@@ -82,13 +92,12 @@ class MomentAccumulator:
             return
         if self._positive is not None:
             self._positive = self._positive.to(X.device) + positive_samples(X)
-        if self.exact:
-            mean, gram = centred_gram(X)
-            self._pool(X.shape[1], mean, gram.diagonal(), gram)
-            return
         X = X.detach()
+        if self.pairs and self.exact:
+            self._add_exact(X)
+            return
         mean = X.mean(dim=1, dtype=torch.float64)
-        if self._buckets is None:
+        if self._buckets is None and self.pairs:
             self._shift = mean
             self._buckets = torch.zeros(self.columns, self.units, dtype=torch.float32, device=X.device)
             self._signs = torch.zeros(self.columns, dtype=torch.float64, device=X.device)
@@ -98,8 +107,21 @@ class MomentAccumulator:
         for piece, part in zip(X.split(4096, dim=1), numbers.split(4096), strict=True):
             wide = piece.to(torch.float64)
             square += (wide - mean[:, None]).square().sum(dim=1)
-            self._deal((wide - self._shift[:, None]).T.to(torch.float32), part)
-        self._pool(X.shape[1], mean, square, None)
+            if self.pairs:
+                self._deal((wide - self._shift[:, None]).T.to(torch.float32), part)
+        self._pool(X.shape[1], mean, square)
+
+    def _add_exact(self, X: Tensor) -> None:
+        """Add a batch to mean and Gram matrix."""
+        centred = X.to(torch.float64, copy=True)
+        mean = centred.mean(dim=1)
+        centred -= mean[:, None]
+        self._pool(X.shape[1], mean, torch.zeros_like(mean))
+        if self._gram is None:
+            self._gram = torch.zeros(self.units, self.units, dtype=torch.float64, device=X.device)
+        for start in range(0, self.units, ROWS):
+            stop = start + ROWS
+            self._gram[start:stop, :stop].addmm_(centred[start:stop], centred[:stop].T)
 
     def merge(self, other: MomentAccumulator) -> MomentAccumulator:
         """Return a new accumulator over the samples of both; neither argument changes.
@@ -110,22 +132,23 @@ class MomentAccumulator:
         Raises:
             SignalError: units, kind or columns differ.
         """
-        if (self.units, self.exact) != (other.units, other.exact) or (
-            not self.exact and self.columns != other.columns
-        ):
+        kinds = [(item.units, item.exact, item.pairs) for item in (self, other)]
+        if kinds[0] != kinds[1] or (not self.exact and self.columns != other.columns):
             raise SignalError(
                 "Merging two accumulators",
                 f"found {self.units} and {other.units} units, exact={self.exact} and {other.exact}, "
-                f"{self.columns} and {other.columns} columns",
+                f"pairs={self.pairs} and {other.pairs}, {self.columns} and {other.columns} columns",
                 "Make both with the same arguments",
             )
         one, two = self._positive, other._positive
-        total = MomentAccumulator(self.units, self.exact, self.columns, self.seed)
+        total = MomentAccumulator(self.units, self.exact, self.columns, self.seed, pairs=self.pairs)
         total._positive = None if one is None or two is None else one + two.to(one.device)
         for part in (self, other):
             if part.samples:
-                total._pool(part.samples, part._mean, part._square, part._gram)
-        if not self.exact:
+                total._pool(part.samples, part._mean, part._square)
+            if part._gram is not None:
+                total._gram = part._gram.clone() if total._gram is None else total._gram.add_(part._gram)
+        if self.pairs and not self.exact:
             total._merge_buckets(self, other)
         return total
 
@@ -147,7 +170,9 @@ class MomentAccumulator:
         square = total(self._square.cpu() + own * step.square())
         if self._positive is not None:
             self._positive = total(self._positive).to(device)
-        if self.exact:
+        if not self.pairs:
+            pass
+        elif self.exact:
             nothing = torch.zeros(self.units, self.units, dtype=torch.float64)
             gram = nothing if self._gram is None else self._gram
             step = step.to(gram.device)
@@ -176,9 +201,11 @@ class MomentAccumulator:
             raise SignalError("The moments of signals", "found no sample", "Add at least one batch")
         variance = self._square / self.samples
         positive = None if self._positive is None else self._positive / self.samples
+        if not self.pairs:
+            return Moments(self.samples, self._mean.clone(), variance, positive=positive)
         if self.exact:
             assert self._gram is not None
-            covariance = self._gram / self.samples
+            covariance = mirrored(self._gram / self.samples)
             variance = covariance.diagonal().clone()
             return Moments(self.samples, self._mean.clone(), variance, covariance, positive=positive)
         assert self._buckets is not None and self._signs is not None
@@ -189,18 +216,17 @@ class MomentAccumulator:
         sketch = (sketch * scale.to(torch.float32)).T.contiguous()
         return Moments(self.samples, self._mean.clone(), variance, sketch=sketch, positive=positive)
 
-    def _pool(self, samples: int, mean: Tensor, square: Tensor, gram: Tensor | None) -> None:
-        """Pool count, mean, squares and Gram of other samples into this accumulator."""
+    def _pool(self, samples: int, mean: Tensor, square: Tensor) -> None:
+        """Pool count, mean and squares of other samples into this accumulator, and move its Gram matrix."""
         if not self.samples:
             self.samples, self._mean, self._square = samples, mean.clone(), square.clone()
-            self._gram = None if gram is None else gram.clone()
             return
         total = self.samples + samples
         step = mean - self._mean
         weight = self.samples * samples / total
         self._square = self._square + square + weight * step.square()
-        if gram is not None and self._gram is not None:
-            self._gram.add_(gram).addr_(step, step, alpha=weight)
+        if self._gram is not None:
+            self._gram.addr_(step, step, alpha=weight)
         self._mean = self._mean + step * (samples / total)
         self.samples = total
 
@@ -236,6 +262,14 @@ class MomentAccumulator:
             step = (part._shift - self._shift).to(torch.float32)
             self._buckets = self._buckets + buckets + torch.outer(signs.to(torch.float32), step)
             self._signs = self._signs + signs
+
+
+def mirrored(lower: Tensor) -> Tensor:
+    """Return a matrix (d, d), of which only the blocks on and below the diagonal are right, made whole."""
+    for start in range(0, len(lower), ROWS):
+        stop = start + ROWS
+        lower[:start, start:stop] = lower[start:stop, :start].T
+    return lower
 
 
 def _cards(columns: int, *key: int) -> tuple[Tensor, Tensor]:

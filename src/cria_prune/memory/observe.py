@@ -18,7 +18,9 @@ from cria_prune.modules import device_of, named_tensors
 from cria_prune.record.collect import cut
 from cria_prune.record.fisher import FisherSums
 from cria_prune.record.keep import unchanged
-from cria_prune.record.memory import Reading
+from cria_prune.record.memory import Reading, taps_of
+from cria_prune.record.sampling import tokens_drawn
+from cria_prune.record.states import reads_of
 from cria_prune.record.taps import Taps
 from cria_prune.record.taylor import TaylorSums
 from cria_prune.structure.groups import Site, UnitGroup
@@ -68,7 +70,7 @@ def observe(
         model: the live model; it is left as it was. On the meta device the shapes do.
         groups: those that are recorded.
         batch: as in `record`, at least two examples.
-        needs: of the criterion: `gradients`, `examples`.
+        needs: of the criterion.
         loss: as in `record`.
 
     Raises:
@@ -95,9 +97,7 @@ def _pass(
             "the model is on the meta device, where there are none",
             "Load its weights, or use a criterion without gradients",
         )
-    wanted = dict.fromkeys(
-        (tap.tensor, tap.site) for group in groups for tap in (*group.inputs, *group.outputs)
-    )
+    wanted = dict.fromkeys((item.tap.tensor, item.tap.site) for item in taps_of(groups, reads_of(needs)))
     calls: list[Call] = []
     with unchanged(model), torch.set_grad_enabled(gradients):
         model.eval()
@@ -158,8 +158,8 @@ def carried_on(one: Pass, two: Pass, examples: int) -> Pass:
     return Pass(examples, trace, tuple(calls))
 
 
-def reading_of(call: Call, dim: int, config: RecordConfig) -> Reading:
-    """Return what a tap along `dim` of an activation takes; see `Collector`."""
+def reading_of(call: Call, dim: int, config: RecordConfig, examples: int) -> Reading:
+    """Return what a tap along `dim` of an activation of so many examples takes; see `Collector`."""
     shape, features = call.shape, call.shape[dim]
     samples = 1
     for size in shape:
@@ -168,4 +168,7 @@ def reading_of(call: Call, dim: int, config: RecordConfig) -> Reading:
     spatial = len(shape) > 2 and dim == 1
     each = samples // max(shape[0], 1)
     taken = shape[0] * min(each, config.positions) if spatial else samples
+    if not spatial:
+        rows = examples if shape[0] % examples == 0 else shape[0]
+        taken = rows * tokens_drawn(samples // max(rows, 1), config.tokens)
     return Reading(samples, taken, features, call.itemsize, strided=taken > shape[0])

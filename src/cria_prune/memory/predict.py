@@ -15,6 +15,7 @@ from cria_prune.memory.prediction import MemoryPrediction, Stage
 from cria_prune.modules import device_of, named_tensors
 from cria_prune.record.memory import (
     GroupMemory,
+    Tapped,
     closing_peak,
     group_bytes,
     held_back,
@@ -22,7 +23,8 @@ from cria_prune.record.memory import (
     taps_of,
 )
 from cria_prune.record.norms import batch_norms
-from cria_prune.structure.groups import Tap, UnitGroup, UnitGroups
+from cria_prune.record.states import reads_of
+from cria_prune.structure.groups import UnitGroups
 
 HOST = ("pencil", "solver", "edges")
 """Steps of scoring that are done on the CPU, wherever the model is."""
@@ -69,7 +71,7 @@ def predict_memory(
     needs, size = find_criterion(config.score.criterion).needs, batch_size(batch)
     tensors = list(named_tensors(model).values())
     passes = observe(model, groups.prunable, batch, needs, loss) if needs or config.compensate else None
-    assembled = _Assembled(groups, passes, size, device_of(model).type)
+    assembled = _Assembled(groups, passes, size, device_of(model).type, needs)
     stages = assembled.stages(config)
     recorded = config.plan.rounds if passes else 0
     return MemoryPrediction(
@@ -93,13 +95,22 @@ class _Assembled:
         passes: of one and of two examples; None where nothing is recorded.
         size: examples of a batch.
         device: type of the device where the model is.
+        needs: of the criterion.
     """
 
-    def __init__(self, groups: UnitGroups, passes: tuple[Pass, Pass] | None, size: int, device: str) -> None:
+    def __init__(
+        self,
+        groups: UnitGroups,
+        passes: tuple[Pass, Pass] | None,
+        size: int,
+        device: str,
+        needs: frozenset[str],
+    ) -> None:
         self._groups, self._passes, self._size, self._device = groups, passes, size, device
-        self._taps: dict[tuple[str, str], list[tuple[UnitGroup, Tap]]] = {}
-        for group, tap in taps_of(groups.prunable):
-            self._taps.setdefault((tap.tensor, tap.site), []).append((group, tap))
+        self._reads = reads_of(needs)
+        self._taps: dict[tuple[str, str], list[Tapped]] = {}
+        for item in taps_of(groups.prunable, self._reads):
+            self._taps.setdefault((item.tap.tensor, item.tap.site), []).append(item)
 
     def stages(self, config: PruneConfig, size: int | None = None) -> tuple[Stage, ...]:
         """Return recording, if there is any, and scoring."""
@@ -114,12 +125,12 @@ class _Assembled:
         batches = -(-config.record.examples // run.examples)
         held = {group.name: 0 for group in self._groups.prunable}
         for call in run.calls:
-            for group, tap in self._taps[call.name, call.site]:
-                reading = reading_of(call, tap.dim, config.record)
+            for group, tap, _ in self._taps[call.name, call.site]:
+                reading = reading_of(call, tap.dim, config.record, run.examples)
                 signals = -(-reading.taken // 2) * tap.positions.shape[1]
                 held[group.name] = max(held[group.name], held_back(signals, group.size, batches))
         return [
-            group_bytes(group, config.record, config.compensate, held[group.name])
+            group_bytes(group, config.record, config.compensate, held[group.name], self._reads)
             for group in self._groups.prunable
         ]
 
@@ -133,11 +144,13 @@ class _Assembled:
         }
         moments = [{**held, "activations": run.peak}]
         for call in run.calls:
-            readers: dict[int, list[tuple[UnitGroup, Tap]]] = {}
-            for group, tap in self._taps[call.name, call.site]:
-                readers.setdefault(tap.dim, []).append((group, tap))
+            readers: dict[int, list[Tapped]] = {}
+            for item in self._taps[call.name, call.site]:
+                readers.setdefault(item.tap.dim, []).append(item)
             taken = max(
-                reading_bytes(reading_of(call, dim, config.record), taps, config.record)
+                reading_bytes(
+                    reading_of(call, dim, config.record, run.examples), taps, config.record, config.compensate
+                )
                 for dim, taps in readers.items()
             )
             moments.append({**held, "activations": call.alive, "taking in": taken})

@@ -21,12 +21,12 @@ from cria_prune.graph import Moments
 from cria_prune.offload.chain import Chain, outputs
 from cria_prune.progress import Progress
 from cria_prune.record.collect import limited
+from cria_prune.record.memory import group_bytes
+from cria_prune.record.states import reads_of
 from cria_prune.spectrum import Importance
 from cria_prune.structure import UnitGroup, UnitGroups
 
 PARTS = ("mean", "variance", "covariance", "sketch")
-COPIES = 5
-"""Of each side's second moments while they are made: two sums, and the moments of both and of each."""
 
 
 @dataclass(frozen=True)
@@ -183,17 +183,10 @@ def _parts(
 
 
 def moment_bytes(group: UnitGroup, config: PruneConfig) -> int:
-    """Return about how many bytes the second moments of a group take while they are made."""
-    record = config.record
-
-    def second(size: int) -> int:
-        return 8 * size**2 if size <= record.exact_units else 4 * size * record.sketch_columns
-
-    wide = len(group.outputs) > 1 or any(tap.positions.shape[1] > 1 for tap in group.outputs)
-    further = 0  # what the consumers read, where that is not the units alone
-    if wide and config.compensate and not group.normed:
-        further = sum(2 * second(tap.positions.size) for tap in group.outputs)
-    return 2 * COPIES * second(group.size) + further
+    """Return how many bytes the moments of a group take while they are made: the sums, beside the result."""
+    reads = reads_of(pipeline.find_criterion(config.score.criterion).needs)
+    kept = group_bytes(group, config.record, config.compensate, 0, reads)
+    return kept.while_recording + kept.afterwards
 
 
 def _pass(model: nn.Module, batches: Iterable[Batch], config: RecordConfig) -> None:

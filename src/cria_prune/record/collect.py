@@ -23,7 +23,7 @@ from cria_prune.ranks import world
 from cria_prune.record.fisher import FisherSums
 from cria_prune.record.keep import unchanged
 from cria_prune.record.signals import Collector
-from cria_prune.record.states import States
+from cria_prune.record.states import EVERYTHING, Read, States, reads_of
 from cria_prune.record.taps import Taps
 from cria_prune.record.taylor import TaylorSums
 from cria_prune.structure.groups import UnitGroups
@@ -39,6 +39,7 @@ def record(
     gradients: bool = False,
     consumed: bool = False,
     per_example: bool = False,
+    reads: frozenset[Read] = EVERYTHING,
     device: torch.device | str = "cpu",
 ) -> States:
     """Run the model over calibration batches and return what its prunable units do.
@@ -61,6 +62,9 @@ def record(
         per_example: with `gradients`, which it switches on, also take Fisher importances, from the
             gradients of each example; the loss is then a mean over the batch. It holds a copy of every
             input-side signal of a batch.
+        reads: what to keep beyond the outputs' means and variances: `input`, the input side; `output`, the
+            second moments between the units on the output side; `positive`, the share of outputs above 0.
+            Criteria say what they read; second moments are most of the work.
         device: where the batches go.
 
     Returns:
@@ -77,6 +81,7 @@ def record(
     """
     config = config or RecordConfig()
     gradients = gradients or per_example
+    reads |= reads_of(frozenset({"examples"})) if per_example else frozenset()
     start = time.perf_counter()
     examples = count = 0
     here, seen = world(), hashlib.sha256()
@@ -85,7 +90,7 @@ def record(
         with here.together("Recording", seen.hexdigest):
             if here.size > 1:
                 seen.update(digest("", named_tensors(model)).encode())
-            collector = Collector(groups.prunable, config, consumed)
+            collector = Collector(groups.prunable, config, consumed, reads)
             taylor = TaylorSums(model, groups.prunable, loss or cross_entropy) if gradients else None
             fisher = FisherSums(groups.prunable) if per_example else None
             with_taps = Taps(model, collector.wanted, collector.receive, fisher.watch if fisher else None)
@@ -122,6 +127,7 @@ def record(
         device=str(device),
         gradients=gradients,
         per_example=per_example,
+        reads=reads,
     )
 
 

@@ -1,4 +1,4 @@
-"""Which positions of an activation are looked at, and how it becomes samples.
+"""Which positions and tokens are looked at, what numbers their samples, and how they become signals.
 
 Legend: B = examples, C = n = features along a tap's dimension, P = positions per example, S = samples.
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 
 SPAN = 2**36  # numbers of one stream, about
 STREAMS = 2**27
+ONE_IN = 8  # tokens of a long text: neighbours say much the same
 
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 _MIX = ((np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)), (np.uint64(27), np.uint64(0x94D049BB133111EB)))
@@ -60,6 +61,48 @@ def draw_positions(seed: int, first: int, examples: int, shape: Sequence[int], c
     noise = _mix(rows + np.arange(count, dtype=np.uint64))
     bounds = np.arange(count + 1) * total // count
     return bounds[:-1] + (noise % np.diff(bounds).astype(np.uint64)).astype(np.int64)
+
+
+def draw_tokens(seed: int, first: int, mask: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw distinct tokens of each example, the same for an example however it is batched and padded.
+
+    The tokens of an example are cut into pieces of equal length, `tokens_drawn` of them, and one is drawn
+    from each.
+
+    Args:
+        seed: the recording's seed.
+        first: index of the first example in the whole stream.
+        mask: (B, T) bool, the tokens that count; T are padded.
+        least: tokens per example, at least; all where there are no more.
+
+    Returns:
+        Places (B, P) int64 among T, P = tokens_drawn(T, least), and (B, P) bool, which are to be taken.
+
+    >>> mask = np.array([[True] * 6, [True, True, False, False, False, False]])
+    >>> places, taken = draw_tokens(0, first=0, mask=mask, least=3)
+    >>> taken.sum(axis=1).tolist(), places[1][taken[1]].tolist()
+    ([3, 2], [0, 1])
+    """
+    lengths = mask.sum(axis=1, keepdims=True)
+    pieces = np.array([[max(1, tokens_drawn(int(length), least))] for length in lengths[:, 0]])
+    place = np.arange(tokens_drawn(mask.shape[1], least) + 1)
+    examples = np.arange(first, first + len(mask), dtype=np.uint64)
+    rows = _mix(_mix(np.array([seed % 2**64], np.uint64)) + examples)
+    noise = _mix(rows[:, None] + place[:-1].astype(np.uint64))
+    bounds = np.minimum(place, pieces) * lengths // pieces
+    widths = np.diff(bounds)
+    ranks = bounds[:, :-1] + (noise % np.maximum(widths, 1).astype(np.uint64)).astype(np.int64)
+    order = np.argsort(~mask, axis=1, kind="stable")  # the tokens that count come first
+    return np.take_along_axis(order, np.minimum(ranks, mask.shape[1] - 1), axis=1), widths > 0
+
+
+def tokens_drawn(tokens: int, least: int | None) -> int:
+    """Return how many of an example's tokens are drawn: one in eight, `least` at least; all if None.
+
+    >>> tokens_drawn(10, 16), tokens_drawn(100, 16), tokens_drawn(2048, 16), tokens_drawn(100, None)
+    (10, 16, 256, 100)
+    """
+    return tokens if least is None else min(tokens, max(least, tokens // ONE_IN))
 
 
 def gather_positions(activation: Tensor, positions: Tensor) -> Tensor:

@@ -21,8 +21,9 @@ from cria_prune.graph.accumulator import Total
 from cria_prune.modules import give_back
 from cria_prune.record.buffer import Buffer
 from cria_prune.record.features import FeatureSums
-from cria_prune.record.sampling import Origin, draw_positions, gather_positions, unit_signals
-from cria_prune.record.states import GroupStates
+from cria_prune.record.sampler import Sampler
+from cria_prune.record.sampling import Origin, unit_signals
+from cria_prune.record.states import EVERYTHING, GroupStates, Read
 from cria_prune.structure.groups import Site, Tap, UnitGroup
 
 Halves = tuple[Buffer, Buffer]
@@ -92,32 +93,44 @@ class Collector:
         groups: the groups to record.
         config: positions, sketches and the seed.
         consumed: keep the second moments of the features that each consumer reads.
+        reads: what else to keep than the outputs' means and variances.
 
     Attributes:
         wanted: the (tensor, site) pairs to read.
     """
 
-    def __init__(self, groups: Sequence[UnitGroup], config: RecordConfig, consumed: bool = False) -> None:
-        self._config = config
+    def __init__(
+        self,
+        groups: Sequence[UnitGroup],
+        config: RecordConfig,
+        consumed: bool = False,
+        reads: frozenset[Read] = EVERYTHING,
+    ) -> None:
+        self._config, self._sampler = config, Sampler(config)
         self._consumed: dict[str, dict[str, Buffer]] = {}
         self._units_alone: dict[str, str] = {}  # group -> its only consumer, which reads the units themselves
-        self._sides: dict[str, tuple[Halves, Halves]] = {}
+        self._sides: dict[str, tuple[Halves | None, Halves]] = {}
         self._sums: dict[str, dict[str, FeatureSums]] = {}
         self._readers: dict[tuple[str, Site], dict[int, list[Reader]]] = {}
         for group in groups:
-            sides = self._accumulators(group.size), self._accumulators(group.size, positive=True)
+            before = self._accumulators(group.size) if "input" in reads else None
+            sides = (
+                before,
+                self._accumulators(group.size, positive="positive" in reads, pairs="output" in reads),
+            )
             wide = any(tap.positions.shape[1] > 1 for tap in group.outputs)
             sums = {tap.tensor: FeatureSums(*tap.positions.shape) for tap in group.outputs if wide}
             self._sides[group.name], self._sums[group.name] = sides, sums
             kept = self._consumed[group.name] = {}
             if not consumed or group.normed:  # those are never repaired
                 pass
-            elif not wide and len(group.outputs) == 1:
+            elif "output" in reads and not wide and len(group.outputs) == 1:
                 self._units_alone[group.name] = group.outputs[0].tensor
             else:
                 kept |= {tap.tensor: self._accumulator(tap.positions.size) for tap in group.outputs}
             for taps, halves in zip((group.inputs, group.outputs), sides, strict=True):
-                for tap in taps:
+                for tap in taps if halves else ():
+                    assert halves is not None
                     by_dim = self._readers.setdefault((tap.tensor, tap.site), {})
                     out = halves is sides[1]
                     further = (sums.get(tap.tensor), kept.get(tap.tensor)) if out else ()
@@ -126,28 +139,29 @@ class Collector:
         self.wanted = tuple(self._readers)
         self.begin(0, 1, None)
 
-    def _accumulators(self, units: int, positive: bool = False) -> Halves:
+    def _accumulators(self, units: int, positive: bool = False, pairs: bool = True) -> Halves:
         """Return a side's two halves; their sketches must not share signs, for they are merged."""
-        return self._accumulator(units, 0, positive), self._accumulator(units, 1, positive)
+        return self._accumulator(units, 0, positive, pairs), self._accumulator(units, 1, positive, pairs)
 
-    def _accumulator(self, units: int, half: int | None = None, positive: bool = False) -> Buffer:
+    def _accumulator(
+        self, units: int, half: int | None = None, positive: bool = False, pairs: bool = True
+    ) -> Buffer:
         config = self._config
         exact, seed = units <= config.exact_units, 2 * config.seed + (half or 0)
-        total = MomentAccumulator(units, exact, config.sketch_columns, seed, positive)
+        total = MomentAccumulator(units, exact, config.sketch_columns, seed, positive, pairs)
         return Buffer(total, halves=1 if half is None else 2)
 
     def begin(self, first: int, examples: int, mask: Tensor | None) -> None:
         """Say what comes next: the first example's index, how many, their attention mask (B, tokens)."""
         self._first, self._examples = first, examples
-        self._mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        self._drawn: dict[tuple[int, ...], Tensor] = {}
+        self._sampler.begin(first, examples, mask)
 
     def receive(self, name: str, site: Site, activation: Tensor) -> None:
         """Add the samples of an activation to every group that reads it. Nothing of it is kept."""
         with torch.no_grad():
             for dim, readers in self._readers[name, site].items():
                 sketched = any(reader.sketched for reader in readers)
-                for half, samples, origin in self._halves(activation, dim, name, sketched):
+                for half, samples, origin in self._sampler.halves(activation, dim, name, sketched):
                     for reader in readers:
                         with self._named(reader.group, reader.halves[0].total.units):
                             reader.add(half, samples, self._first, origin)
@@ -173,63 +187,10 @@ class Collector:
                 "--no-compensate)",
             ) from error
 
-    def _halves(
-        self, activation: Tensor, dim: int, name: str, sketched: bool
-    ) -> Iterator[tuple[int, Tensor, Origin | None]]:
-        """Yield (half, samples (S, n), their origin) of an activation whose features lie along `dim`.
-
-        Rows beyond one per example (windows, folded tokens) go with their example; where the rows are
-        no multiple of the examples, each is dealt with as an example of its own.
-        """
-        if activation.ndim < 2:
-            raise SignalError(
-                f"Reading the signal at {name!r}",
-                f"the activation has the shape {tuple(activation.shape)}",
-                "Give the model batches with a leading batch dimension",
-            )
-        rows, dim = len(activation), dim % activation.ndim
-        each = rows // self._examples if rows % self._examples == 0 else 1
-        if activation.ndim > 2 and dim == 1:
-            samples = gather_positions(activation, self._positions(rows, each, activation))
-        else:
-            samples = activation.movedim(dim, -1).reshape(rows, -1, activation.shape[dim])
-        if samples.dtype not in (torch.float32, torch.float64):
-            samples = samples.float()
-        samples = samples.reshape(rows // each, -1, samples.shape[2])
-        masked = self._mask is not None and self._mask.shape == samples.shape[:2]
-        for half in (0, 1):
-            start = (half - self._first) % 2
-            part = samples[start::2]
-            mask = self._mask[start::2] if masked and self._mask is not None else None
-            if mask is not None:
-                part = part[mask.to(part.device)]
-            if len(part):
-                origin = self._origin(samples, start, mask) if sketched else None
-                yield half, part.reshape(-1, part.shape[-1]), origin
-
-    def _origin(self, samples: Tensor, start: int, mask: Tensor | None) -> Origin:
-        """Return the origin of every second example of samples (examples, places, n), from `start` on."""
-        count, places = samples.shape[:2]
-        example = torch.arange(self._first + start, self._first + count, 2)[:, None].expand(-1, places)
-        place = torch.arange(places).expand(len(example), -1)
-        kept = slice(None) if mask is None else mask.cpu()
-        # Rows that do not go by examples have no index that the next batch's would not have, too.
-        alone = 0 if count == self._examples else self._first + 1
-        return Origin(example[kept].reshape(-1), place[kept].reshape(-1), places, alone)
-
-    def _positions(self, rows: int, each: int, activation: Tensor) -> Tensor:
-        """Return the spatial positions (rows, P) of this batch for the shape of an activation."""
-        shape = (rows, *activation.shape[2:])
-        if shape not in self._drawn:
-            config = self._config
-            drawn = draw_positions(config.seed, self._first * each, rows, shape[1:], config.positions)
-            self._drawn[shape] = torch.from_numpy(drawn).to(activation.device)
-        return self._drawn[shape]
-
     def pool(self, total: Total, device: torch.device | str) -> None:
         """Take in what the collectors of all processes have received; see `MomentAccumulator.pool`."""
         for name, sides in self._sides.items():
-            for buffer in (*sides[0], *sides[1], *self._consumed[name].values()):
+            for buffer in (*(sides[0] or ()), *sides[1], *self._consumed[name].values()):
                 buffer.flush().pool(total, device)
             for sums in self._sums[name].values():
                 sums.pool(total, device)
@@ -247,14 +208,14 @@ class Collector:
         self._readers.clear()  # they hold on to the accumulators
         give_back()
         for name in list(self._sides):
-            with self._named(name, self._sides[name][0][0].total.units):
+            with self._named(name, self._sides[name][1][0].total.units):
                 states[name] = self._state(name, taylor.get(name), fisher.get(name))
         return states
 
     def _state(self, name: str, taylor: Tensor | None, fisher: Tensor | None) -> GroupStates:
         """Return the states of a group, and let go of its accumulators."""
         before, after = self._sides.pop(name)
-        inputs, whole_input = _moments(name, "input", before)
+        inputs, whole_input = _moments(name, "input", before) if before else (None, None)
         outputs, whole_output = _moments(name, "output", after)
         del before, after
         give_back()

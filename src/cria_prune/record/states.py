@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
@@ -11,6 +12,16 @@ from cria_prune.graph.moments import Moments
 from cria_prune.record.features import FeatureMoments
 
 Features = Mapping[str, FeatureMoments]
+Read = Literal["input", "output", "positive"]
+"""What can be recorded beyond the outputs' means and variances: the input side, the second moments between
+the units on the output side, the share of the outputs above 0."""
+EVERYTHING: frozenset[Read] = frozenset({"input", "output", "positive"})
+
+
+def reads_of(needs: frozenset[str]) -> frozenset[Read]:
+    """Return what has to be recorded for a criterion's `needs`; gradients per example are caught inside."""
+    inside: frozenset[Read] = frozenset({"input"} if "examples" in needs else ())
+    return (EVERYTHING & needs) | inside
 
 
 @dataclass(frozen=True)
@@ -19,9 +30,9 @@ class GroupStates:
 
     Attributes:
         name: the group.
-        inputs: moments of the input side (before the activation), per half.
+        inputs: moments of the input side (before the activation), per half; None where it was not recorded.
         outputs: moments of the output side (what the consumers see), per half.
-        input: moments of the input side, all examples.
+        input: moments of the input side, all examples; None where it was not recorded.
         output: moments of the output side, all examples.
         taylor: (units,) float64, first-order Taylor importance, or None where no gradients were taken.
         features: consumer's tensor -> moments of each feature that it reads, all examples, where a unit
@@ -33,9 +44,9 @@ class GroupStates:
     """
 
     name: str
-    inputs: tuple[Moments, Moments]
+    inputs: tuple[Moments, Moments] | None
     outputs: tuple[Moments, Moments]
-    input: Moments
+    input: Moments | None
     output: Moments
     taylor: Tensor | None = None
     features: Features = field(default_factory=dict)
@@ -63,6 +74,7 @@ class States:
         device: where the pass ran.
         gradients: whether Taylor importances were taken.
         per_example: whether Fisher importances were taken.
+        reads: what was recorded beyond the outputs' means and variances.
     """
 
     groups: Mapping[str, GroupStates]
@@ -74,6 +86,7 @@ class States:
     device: str
     gradients: bool
     per_example: bool = False
+    reads: frozenset[Read] = EVERYTHING
 
     def __getitem__(self, name: str) -> GroupStates:
         return self.groups[name]
@@ -90,7 +103,9 @@ class States:
             f"{'group':{width}}  units  samples in  samples out  second moments",
         ]
         for name, group in self.groups.items():
-            kept = "exact" if group.output.covariance is not None else "sketch"
-            counts = f"{group.units:5}  {group.input.samples:10}  {group.output.samples:11}"
+            kept = "none" if group.output.sketch is None else "sketch"
+            kept = kept if group.output.covariance is None else "exact"
+            before = 0 if group.input is None else group.input.samples
+            counts = f"{group.units:5}  {before:10}  {group.output.samples:11}"
             lines.append(f"{name:{width}}  {counts}  {kept}")
         return "\n".join(lines)
