@@ -207,6 +207,7 @@ def main() -> None:
         return
     result = {
         "rows": rows,
+        "small": SMALL,
         "least": min(large),
         "most": max(large),
         "median": statistics.median(large),

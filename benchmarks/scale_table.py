@@ -29,6 +29,26 @@ LATENCY = """\
 Dense and pruned networks in turns, written by `benchmarks/latency.py`; random weights, {threads} thread(s).
 *efficiency* is the speed-up over the ratio of the MACs; 1 is what the MACs promise."""
 
+OVERHEAD = """\
+Recording and scoring beside a plain forward pass over the same calibration data, each network with the
+examples of its recipe, written by `benchmarks/overhead.py`; random weights, {threads} thread(s).
+*record* is recording less the forward pass in it, over the forward pass; *score* is scoring over the
+forward pass; *total* in brackets from the least to the most of the repetitions. The recipe draws 16
+tokens of a text, or one in eight if that is more."""
+
+MEMORY = """\
+Predicted by `cria plan --dry-run` before anything is recorded, over what is then measured: the resident
+memory above the level before, in MB, written by `benchmarks/memory.py`. Measured with blocks given back
+to the system as soon as they are freed; *as it comes* is the ratio under the C library's allocator,
+from the least to the most of the repetitions. Below {small:.0f} MB (in italics) what libraries load
+counts as much as what is predicted."""
+
+OFFLOAD = """\
+A model of TinyLlama's shape, {parameters:,} parameters with random bfloat16 weights of {weights:,.0f}
+MB (a block {block:,.0f}, the largest matrix {largest:,.0f}), pruned to 30 % fewer in one round by
+{criterion}, written by `benchmarks/offload.py`. The peak is the largest resident set of the process;
+the libraries alone take {libraries:,.0f} MB of it."""
+
 
 def read(path: str) -> list[dict[str, Any]]:
     """Return the results of a file or of all files of a folder, in order of their names."""
@@ -98,7 +118,87 @@ def latency() -> list[str]:
     return ["## Latency", "", LATENCY.format(threads=", ".join(sorted(threads))), "", *table(head, rows), ""]
 
 
-SECTIONS: tuple[Callable[[], list[str]], ...] = (wide, processes, latency)
+def overhead() -> list[str]:
+    """One row per network and variant."""
+    rows, threads = [], set()
+    for result in read("overhead/*.json"):
+        threads.add(str(result["threads"]))
+        for name, item in result["rows"].items():
+            shares = (f"{item['shares'][part]:.2f}" for part in ("record", "score"))
+            rows.append(
+                [
+                    result["network"], f"{result['examples']:,}", f"{result['widest']:,}", name,
+                    item["criterion"] + (" + repair" if item["repair"] else ""), *shares,
+                    f"{item['total']:.2f} ({item['least']:.2f} to {item['most']:.2f})",
+                ]
+            )  # fmt: skip
+    head = ["network", "examples", "widest group", "variant", "criterion", "record", "score", "total"]
+    if not rows:
+        return []
+    return [
+        "## Overhead",
+        "",
+        OVERHEAD.format(threads=", ".join(sorted(threads))),
+        "",
+        *table(head, rows),
+        "",
+    ]
+
+
+def memory() -> list[str]:
+    """One row per case."""
+    lines: list[str] = []
+    for result in read("memory/predicted.json"):
+        rows = []
+        for item in result["rows"]:
+            parts = (
+                f"{item['predicted'][stage] / MB:,.0f} / {item['measured'][stage] / MB:,.0f}"
+                for stage in ("record", "score")
+            )
+            usual = item["usual_peak_ratios"]
+            cells = [
+                item["case"],
+                *parts,
+                f"{item['peak_ratio']:.2f}",
+                f"{min(usual):.2f} to {max(usual):.2f}",
+            ]
+            rows.append([f"*{cell}*" for cell in cells] if item["small"] else cells)
+        head = ["case", "recording, predicted / measured", "scoring", "peak, ratio", "as it comes"]
+        lines += [
+            "## Predicted memory",
+            "",
+            MEMORY.format(small=result["small"] / MB),
+            "",
+            *table(head, rows),
+            "",
+        ]
+        lines += [f"Ratio of the peaks above that: {result['least']:.2f} to {result['most']:.2f}.", ""]
+    return lines
+
+
+def offload() -> list[str]:
+    """One row per way and setting."""
+    rows, said = [], ""
+    for result in read("offload/*.json"):
+        sizes, settings = result["sizes"], result["settings"]
+        found = {name: row for name, row in result["rows"].items() if "peak" in row}
+        for name, row in result["rows"].items():
+            repair = "with repair" if settings["compensate"] else "without repair"
+            ended = row.get("error", "").partition(":")[0] or f"{row['seconds']:.0f} s"
+            peak = f"{row['peak'] / MB:,.0f}" if "peak" in row else ""
+            over = f"{row['over_weights']:.2f}" if "over_weights" in row else ""
+            rows.append([name, repair, peak, over, ended])
+        first = next(iter(found.values()), {"libraries": 0})
+        said = OFFLOAD.format(
+            parameters=sizes["parameters"], weights=sizes["weights"] / MB, block=sizes["block"] / MB,
+            largest=sizes["largest_layer"] / MB, criterion=settings["criterion"],
+            libraries=first["libraries"] / MB,
+        )  # fmt: skip
+    head = ["way", "repair", "peak, MB", "(peak - libraries) / weights", "ended"]
+    return ["## Larger than the memory", "", said, "", *table(head, rows), ""] if rows else []
+
+
+SECTIONS: tuple[Callable[[], list[str]], ...] = (wide, overhead, memory, offload, processes, latency)
 
 
 def render() -> str:

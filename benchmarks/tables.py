@@ -249,25 +249,6 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
 ORDERS = ("lowest", "random", "highest")
 
 
-def timing_table() -> list[str]:
-    rows = []
-    for network in NETWORKS:
-        for path in sorted((RESULTS / network).glob("timing-*.json")):
-            item = json.loads(path.read_text())
-            seconds = item["seconds"]
-            ratios = f"{item['ratio']:.2f} ({min(item['ratios']):.2f} to {max(item['ratios']):.2f})"
-            stages = [f"{seconds[stage]:.2f}" for stage in STAGES]
-            rows.append([network, item["criterion"], f"{item['threads']}", *stages, ratios])
-    if not rows:
-        return []
-    head = ["network", "criterion", "threads", *STAGES, "(record + score) / forward"]
-    title = "### Median seconds per stage over the same 1,024 calibration images (2 shared CPU cores)"
-    return [title, "", *table(head, rows), ""]
-
-
-STAGES = ("forward", "discover", "record", "score", "plan", "surgery", "verify")
-
-
 def render() -> str:
     lines = [
         "# Results",
@@ -280,7 +261,6 @@ def render() -> str:
             lines += [line for how in WAYS for line in pruned_table(network, scope, how)]
         lines += [line for how in WAYS for line in recovered_table(network, how)]
         lines += ablation_tables(network)
-    lines += timing_table()
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -65,7 +65,7 @@ def predict_memory(
         >>> batch = torch.randn(32, 4)
         >>> found = predict_memory(net, discover(net, batch), batch)
         >>> [(stage.name, stage.largest) for stage in found.stages]
-        [('record', 'moments'), ('score', 'states')]
+        [('record', 'moments'), ('score', 'inverse')]
     """
     config = config or PruneConfig()
     needs, size = find_criterion(config.score.criterion).needs, batch_size(batch)
