@@ -11,6 +11,7 @@ from cria_prune.errors import CriterionError, SignalError
 from cria_prune.graph import Graph, MomentAccumulator, Moments, learn_graph
 from cria_prune.spectrum import distortion, grounded_distortion, importance, innovation, rank_correlation
 from cria_prune.spectrum import solve_pencil as solve
+from cria_prune.spectrum.factor import factor_embedding
 from test_graph import signals
 
 SCORES = {
@@ -172,6 +173,32 @@ def test_block_pcg_ranks_like_dense(monkeypatch, kind):
     assert abs(float((found.scores / dense).mean()) - 1) < 0.05
     again = SCORES[kind](Moments.from_signals(X), Moments.from_signals(Y))
     assert torch.equal(found.scores, again.scores)
+
+
+@pytest.mark.parametrize("kind", ["distortion", "grounded"])
+def test_all_pairs_at_once_are_those_of_the_eigensolver(monkeypatch, kind):
+    X, Y = (Moments.from_signals(part) for part in sides(150, 400))
+    at_once = SCORES[kind](X, Y)
+    assert at_once.diagnosis.solver == "cholesky" and at_once.diagnosis.status == "converged"
+    assert at_once.diagnosis.residual < 1e-12 and at_once.diagnosis.values == ()
+    monkeypatch.setattr(importance, "SMALL_UNITS", 1000)
+    one_by_one = SCORES[kind](X, Y)
+    assert one_by_one.diagnosis.solver == "dense" and len(one_by_one.diagnosis.values) == 32
+    close(at_once.scores, one_by_one.scores, rtol=1e-8)
+    monkeypatch.setattr(importance, "SMALL_UNITS", 64)
+    monkeypatch.setattr(importance, "factor_embedding", lambda *graphs: None)  # not positive definite
+    assert torch.equal(SCORES[kind](X, Y).scores, one_by_one.scores)
+
+
+def test_what_is_not_positive_definite_is_not_factored():
+    X = signals(70, 100, 0)
+    graph = learn_graph(Moments.from_signals(X), 8, 1e-2)
+    found = factor_embedding(graph, graph)
+    assert found is not None and found[1] < 1e-12
+    L, F = graph.dense_laplacian(), found[0]
+    close(F @ F.T, torch.linalg.inv(L), rtol=1e-8)  # L⁻¹ L L⁻¹
+    bad = replace(graph, ridge=-1e3)
+    assert factor_embedding(bad, graph) is None and factor_embedding(graph, bad) is None
 
 
 @pytest.mark.parametrize("kind, least", [("distortion", 0.85), ("grounded", 0.9)])

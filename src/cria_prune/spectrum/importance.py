@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cria_prune.errors import SignalError
 from cria_prune.graph import Graph, Moments, dead_units, learn_graph
+from cria_prune.spectrum.factor import factor_embedding
 from cria_prune.spectrum.pcg import distortion_embedding
 from cria_prune.spectrum.pencil import DENSE_UNITS, RESIDUAL, Pairs, count_pairs, solve_pencil
 from cria_prune.spectrum.precision import unpredicted
@@ -22,6 +23,7 @@ from cria_prune.spectrum.precision import unpredicted
 SHOWN_VALUES = 32
 EDGES = 4096  # whose differences are held at a time: 8 MB at 256 columns
 INNOVATION_EPS = 1e-4
+SMALL_UNITS = 64  # up to here all pairs are solved for one by one, and shown
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Diagnosis:
         gap: (z_s − z_{s+1}) / z_s at the cut; None with all pairs.
         split_half: rank correlation of the scores from two halves of the samples; the caller fills it.
         solver: "dense", "lobpcg", "lanczos", "pcg", "cholesky" or "none".
-        values: top eigenvalues z, at most 32; empty without eigensolver.
+        values: top eigenvalues z, at most 32; empty without eigensolver, as with all pairs above 64 units.
         status: "converged", "unconverged" or "nothing to solve".
     """
 
@@ -232,10 +234,12 @@ def _embed(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Return F (live, s or r) whose squared distances are the distortion, and the solver's diagnosis."""
     d = graph_in.units
-    if d > DENSE_UNITS and count_pairs(pairs, d) == d:
-        F, residual, _ = distortion_embedding(graph_in, graph_out, sketch, seed)
-        status = "converged" if residual <= RESIDUAL else "unconverged"
-        return F, {"solver": "pcg", "residual": residual, "status": status}
+    if d > SMALL_UNITS and count_pairs(pairs, d) == d:
+        found = _embed_all(graph_in, graph_out, sketch, seed)
+        if found is not None:
+            F, residual, solver = found
+            status = "converged" if residual <= RESIDUAL else "unconverged"
+            return F, {"solver": solver, "residual": residual, "status": status}
     solved = solve_pencil(graph_in, graph_out, pairs, seed)
     return solved.embedding(), {
         "solver": solved.solver,
@@ -244,6 +248,15 @@ def _embed(
         "status": solved.status,
         "values": tuple(solved.values[:SHOWN_VALUES].tolist()),
     }
+
+
+def _embed_all(graph_in: Graph, graph_out: Graph, sketch: int, seed: int) -> tuple[Tensor, float, str] | None:
+    """Return F of all pairs, its residual and the solver; None where a factor would not be exact."""
+    if graph_in.units > DENSE_UNITS:
+        F, residual, _ = distortion_embedding(graph_in, graph_out, sketch, seed)
+        return F, residual, "pcg"
+    found = factor_embedding(graph_in, graph_out)
+    return None if found is None else (*found, "cholesky")
 
 
 def _mean_over_neighbors(graph: Graph, F: Tensor) -> Tensor:

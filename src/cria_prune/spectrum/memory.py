@@ -9,7 +9,7 @@ from __future__ import annotations
 from cria_prune.graph.learn import COMPLETE_UNITS
 from cria_prune.graph.neighbors import BLOCK, EDGE_BLOCK
 from cria_prune.graph.sketch import BLOCK as HELD
-from cria_prune.spectrum.importance import EDGES
+from cria_prune.spectrum.importance import EDGES, SMALL_UNITS
 from cria_prune.spectrum.pcg import COLUMNS, ROWS
 from cria_prune.spectrum.pencil import DENSE_UNITS, Pairs, count_pairs
 
@@ -49,7 +49,10 @@ def distortion_bytes(units: int, columns: int | None, neighbors: int, pairs: Pai
     steps = {"graph": _graph(units, columns, neighbors)}
     wanted, edges = count_pairs(pairs, units), _edges(units, neighbors)
     sparse = 2 * (DOUBLE + SINGLE) * (2 * edges + units) * 3  # both Laplacians, and what they are made of
-    if units <= DENSE_UNITS or wanted < units:
+    if SMALL_UNITS < units <= DENSE_UNITS and wanted == units:
+        steps["pencil"] = DOUBLE * 7 * units**2  # both matrices and their factors, the solution, its residual
+        width = units
+    elif units <= DENSE_UNITS or wanted < units:
         # Both matrices, turned for LAPACK, and its work space; then the residuals of the vectors.
         steps["pencil"] = sparse + DOUBLE * (6 * units**2 if units <= DENSE_UNITS else 12 * units * wanted)
         width = wanted
