@@ -114,7 +114,8 @@ def warm_up() -> None:
     groups = discover(model, batch)
     for criterion in ("innovation", "distortion"):
         config = PruneConfig(score={"criterion": criterion})
-        score(model, groups, record_for(frozenset(), model, groups, [batch], config), config.score)
+        needs = find_criterion(criterion).needs
+        score(model, groups, record_for(needs, model, groups, [batch], config), config.score)
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:

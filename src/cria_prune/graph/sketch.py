@@ -21,7 +21,7 @@ def sketch_rows(sketch: Tensor, samples: int, units: Tensor | None = None) -> It
     for start in range(0, count, BLOCK):
         block = slice(start, start + BLOCK)
         rows = sketch[block] if units is None else sketch[units[block].to(sketch.device)]
-        yield rows.to(torch.float64) / samples**0.5
+        yield rows.to(torch.float64, copy=True).div_(samples**0.5)
 
 
 def sketch_gram(sketch: Tensor, samples: int, units: Tensor | None = None) -> Tensor:
@@ -30,4 +30,5 @@ def sketch_gram(sketch: Tensor, samples: int, units: Tensor | None = None) -> Te
     total = torch.zeros(columns, columns, dtype=torch.float64, device=sketch.device)
     for rows in sketch_rows(sketch, samples, units):
         total.addmm_(rows.T, rows)
+        del rows  # or it would be held while the next block is made
     return total

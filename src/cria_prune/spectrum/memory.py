@@ -32,8 +32,8 @@ def innovation_bytes(units: int, columns: int | None) -> Steps:
     live = SINGLE * units * columns
     if units <= columns:
         return {"inverse": live + DOUBLE * units * columns + 3 * matrix}
-    # Blocks of rows as float64, before and after the solve; the Gram matrix, its factor, a product.
-    return {"inverse": live + DOUBLE * (3 * min(units, HELD) * columns + 3 * columns**2)}
+    # A block of rows as float64, before and after the solve; the Gram matrix and its factor.
+    return {"inverse": live + DOUBLE * (2 * min(units, HELD) * columns + 2 * columns**2)}
 
 
 def distortion_bytes(units: int, columns: int | None, neighbors: int, pairs: Pairs, signs: int) -> Steps:

@@ -51,6 +51,7 @@ def unpredicted(moments: Moments, eps: float) -> Tensor:
         half = torch.linalg.solve_triangular(factor, rows.T, upper=False)  # (r, block)
         leverage = half.square_().sum(dim=0)
         parts.append(ridge * leverage / (1 - leverage))
+        del rows, half  # or they would be held while the next block is made
     return torch.cat(parts).cpu()
 
 
