@@ -60,8 +60,7 @@ def forward(model: Callable[..., Any], batch: Batch, step: Callable[[Batch], Any
     except Exception as error:
         shapes = [describe(value) for value in (*args, *kwargs.values())]
         asked = f"Running {type(model).__name__} on a calibration batch ({', '.join(shapes)})"
-        if ran_out(error):
-            raise ResourceError(asked, short_of(error), SMALLER) from error
+        check_memory(error, asked, SMALLER)
         raise DataError(
             asked,
             f"{type(error).__name__}: {error}",
@@ -73,6 +72,18 @@ def ran_out(error: BaseException) -> bool:
     """Say whether an error means that a device or the machine has no memory left."""
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return known or "DefaultCPUAllocator" in str(error)  # the CPU has no class of its own
+
+
+def check_memory(error: Exception, asked: str, mend: str) -> None:
+    """Raise a ResourceError where an error means that memory is lacking, for it says nothing of a model.
+
+    Raises:
+        ResourceError: that is so.
+    """
+    if isinstance(error, ResourceError):
+        raise error
+    if ran_out(error):
+        raise ResourceError(asked, short_of(error), mend) from error
 
 
 def short_of(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from cria_prune.config import PruneConfig
 from cria_prune.criteria import score
 from cria_prune.criteria.score import find_criterion
 from cria_prune.dispatched import is_dispatched, structure_of
-from cria_prune.errors import CriaError, DataError, SignalError, StructureError
+from cria_prune.errors import CriaError, DataError, ResourceError, SignalError, StructureError
 from cria_prune.graph import keep_graphs
 from cria_prune.modules import device_of, digest, named_tensors
 from cria_prune.plan import Allowed, Plan, compose, identity_plan
@@ -62,6 +62,8 @@ def _discover(model: nn.Module, example: Batch, reference: Reference) -> UnitGro
     """Find the unit groups by one capture, of the model's copy that the cuts are compared with."""
     try:
         traced = reference.trace()
+    except ResourceError:
+        raise
     except CriaError:  # it may not run in float64; if it cannot be captured at all, the model itself says so
         traced = None
     return settle(model, follow(model, example, traced), example, reference)

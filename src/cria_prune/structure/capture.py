@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from cria_prune.attention import plain_attention
-from cria_prune.batches import Batch, model_inputs
+from cria_prune.batches import SMALLER, Batch, check_memory, model_inputs
 from cria_prune.errors import CaptureError, DataError
 from cria_prune.modules import cache_off, shared_copy
 
@@ -40,6 +40,7 @@ def capture(model: nn.Module, example: Batch) -> ExportedProgram:
         try:
             return torch.export.export(model, args, kwargs, strict=False)
         except Exception as error:
+            check_memory(error, f"Capturing the operations of {type(model).__name__}", SMALLER)
             _raise_clear(model, args, kwargs, error)
             raise AssertionError("unreachable") from error
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from cria_prune.batches import Batch, map_tensors, model_inputs
-from cria_prune.errors import CriaError
+from cria_prune.errors import CriaError, ResourceError
 from cria_prune.modules import cache_off, device_of, meta_copy, shared_copy
 from cria_prune.plan.make import make_plan
 from cria_prune.plan.plan import Plan
@@ -158,6 +158,8 @@ class _Trials:
             try:
                 groups = replace(self.all, groups=tuple(self.groups.values()))
                 text = self.test(make_plan(groups, self.cut(names, seed)))
+            except ResourceError:  # of the machine, not of the cut
+                raise
             except CriaError as error:
                 text = error.found
             if text is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cria_prune.batches import Batch, map_tensors, model_inputs, move
+from cria_prune.batches import Batch, check_memory, map_tensors, model_inputs, move
 from cria_prune.errors import VerificationError
 from cria_prune.modules import cache_off, copy_of, device_of, named_tensors, shared_copy
 from cria_prune.plan.plan import Plan
@@ -137,12 +137,14 @@ class Reference:
 
         Raises:
             VerificationError: they differ by more than the tolerance, or one of them does not run.
+            ResourceError: the memory does not suffice.
         """
         expected = self._expected(plan)
         try:
             same = _is_of(smaller, self.dtype)
             found = self._run(smaller if same else _in_type(copy_of(smaller), self.dtype))
         except Exception as error:
+            check_memory(error, "Comparing the pruned model with the masked one", LESS)
             raise VerificationError(
                 "A forward pass of the pruned model", f"{type(error).__name__}: {first_line(error)}", ADVICE
             ) from error
@@ -175,6 +177,7 @@ class Reference:
         try:
             return self.masked_outputs(plan)
         except Exception as error:
+            check_memory(error, "Running the masked model, to compare a cut with it", LESS)
             if self.dtype is torch.float64:  # the forward makes tensors of its own type
                 self.dtype, self._trace = torch.float32, None
                 self.model = _in_type(self.model, self.dtype)
@@ -211,6 +214,10 @@ class Reference:
             return [item for item in tree_leaves(model(*args, **kwargs)) if isinstance(item, Tensor)]
 
 
+LESS = (
+    "The check holds a copy of the model in float64: run on a device with more memory, with a shorter first "
+    "example, or prune its folder with prune_offloaded (cria prune --offload)"
+)
 ADVICE = (
     "The model's forward depends on a size in a way that its operations do not show; "
     "freeze the groups concerned, and please report the network"

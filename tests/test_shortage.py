@@ -1,0 +1,76 @@
+"""A lack of memory while the structure is found says nothing of the model: no group is frozen for it."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from cria_prune import discover
+from cria_prune.errors import DataError, ResourceError
+from cria_prune.plan import make_plan
+from cria_prune.surgery import apply, verify
+
+ERRORS = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError()]
+CPU = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 99 bytes")
+
+
+class Hungry(nn.Module):
+    """Raises an error where `wanted` says so; on the meta device, where nothing is allocated, never."""
+
+    def __init__(self, error, wanted):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 16), nn.Linear(16, 3)
+        self.error, self.wanted = error, wanted
+
+    def forward(self, x):
+        if x.device.type != "meta" and self.wanted(self, x):
+            raise self.error
+        return self.down(self.up(x).relu())
+
+
+def narrow(model, x):
+    return model.up.weight.shape[0] < 16
+
+
+def untouched(model, call, match):
+    before = copy.deepcopy(model.state_dict())
+    state = torch.get_rng_state()
+    with pytest.raises(ResourceError, match=match):
+        call()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("error", [*ERRORS, CPU], ids=["cuda", "python", "cpu"])
+def test_in_a_trial_cut(error):
+    model = Hungry(error, narrow)
+    untouched(model, lambda: discover(model, torch.ones(2, 4)), "pruned model with the masked.*float64")
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_in_the_capture(error):
+    model = Hungry(error, lambda model, x: True)
+    untouched(model, lambda: discover(model, torch.ones(2, 4)), "Capturing the operations of Hungry")
+    model = Hungry(error, lambda model, x: x.dtype is torch.float64)  # the copy that cuts are compared with
+    untouched(model, lambda: discover(model, torch.ones(2, 4)), "Capturing the operations of Hungry")
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_in_the_verification(error):
+    model = Hungry(error, lambda model, x: False)
+    batch = torch.randn(2, 4)
+    plan = make_plan(discover(model, batch), {"up": torch.arange(8).numpy()})
+    smaller = apply(model, plan)
+    smaller.wanted = narrow
+    untouched(model, lambda: verify(model, plan, smaller, batch), "Comparing the pruned model")
+    model.wanted = lambda model, x: not narrow(model, x)
+    untouched(model, lambda: verify(model, plan, smaller, batch), "Running the masked model")
+
+
+def test_another_error_is_still_told_of_the_model():
+    broken = Hungry(ZeroDivisionError("mine"), narrow)
+    found = discover(broken, torch.randn(2, 4))
+    assert "ZeroDivisionError: mine" in found["up"].frozen
+    with pytest.raises(DataError, match="ZeroDivisionError"):
+        discover(Hungry(ZeroDivisionError("mine"), lambda model, x: True), torch.randn(2, 4))
