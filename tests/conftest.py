@@ -1,5 +1,9 @@
 """One thread per test process: the tensors are small, and waiting threads cost more than they help."""
 
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: no test waits for a server that cannot be reached
+
 from pathlib import Path
 from typing import Any
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -207,12 +208,11 @@ def test_a_text_without_labels_calibrates_a_classifier(here: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_datasets_of_every_shape(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_datasets_of_every_shape(here: Path) -> None:
     parts = read_dataset("rows")
     assert {name: len(part) for name, part in parts.items()} == {"train": 200, "validation": 60}
     one = read_dataset("rows/validation-00000-of-00001.parquet")
     assert one["train"].texts == parts["validation"].texts and set(one) == {"train"}
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(DataError, match=r"The data set nobody/nothing of the hub.*--dataset"):
         read_dataset("nobody/nothing")
     with pytest.raises(DataError, match="there is no such file or folder"):
@@ -243,12 +243,7 @@ BAD: list[tuple[list[str], str]] = [
 
 
 @pytest.mark.parametrize(("words", "text"), BAD, ids=[f"{words[0]}-{n}" for n, (words, _) in enumerate(BAD)])
-def test_bad_input_is_told_in_one_line_and_leaves_nothing(
-    here: Path, words: list[str], text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import re
-
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_bad_input_is_told_in_one_line_and_leaves_nothing(here: Path, words: list[str], text: str) -> None:
     prepare(here)
     said = error("prune", "--reduce", "0.2", *SMALL, *words)
     assert re.search(text, said.replace("\n", " ")), said
