@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from cria_prune.batches import Batch, batch_size, describe, move
+from cria_prune.batches import Batch
 from cria_prune.config import PruneConfig
 from cria_prune.criteria import score
 from cria_prune.criteria.score import find_criterion
 from cria_prune.dispatched import is_dispatched, structure_of
-from cria_prune.errors import CriaError, DataError, ResourceError, SignalError, StructureError
+from cria_prune.errors import CriaError, ResourceError
+from cria_prune.given import again, check_finite, first_examples, shortened
 from cria_prune.graph import keep_graphs
 from cria_prune.modules import device_of, digest, named_tensors
 from cria_prune.plan import Allowed, Plan, compose, identity_plan
@@ -25,7 +26,7 @@ from cria_prune.plan import plan as make_round
 from cria_prune.progress import QUIET, Progress
 from cria_prune.ranks import world
 from cria_prune.record import States, record
-from cria_prune.record.collect import cut, limited
+from cria_prune.record.collect import limited
 from cria_prune.record.norms import Remeasured, batch_norms, remeasure
 from cria_prune.record.states import reads_of
 from cria_prune.result import PruneResult, Round
@@ -36,9 +37,6 @@ from cria_prune.spectrum import Importance
 from cria_prune.structure import UnitGroups, shrink
 from cria_prune.structure import discover as follow
 from cria_prune.surgery import Reference, Repair, Verification, apply, compensate, settle
-
-EXAMPLES = 2
-"""Examples in the batch that captures and verifies a model."""
 
 
 def discover(model: nn.Module, example: Batch) -> UnitGroups:
@@ -54,7 +52,7 @@ def discover(model: nn.Module, example: Batch) -> UnitGroups:
     """
     if is_dispatched(model):  # its shapes decide, for there is no room for a copy with values
         model = structure_of(model)
-    batch = move(cut(example, batch_size(example), EXAMPLES), device_of(model))
+    batch = shortened(example, device_of(model))
     return _discover(model, batch, Reference(model, batch))
 
 
@@ -320,47 +318,6 @@ def clock(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
-
-
-def again(batches: Iterable[Batch]) -> Iterable[Batch]:
-    """Return batches that can be gone through once per round; an iterator is read into a list."""
-    if isinstance(batches, (torch.Tensor, str, Mapping)) or not isinstance(batches, Iterable):
-        raise DataError(
-            "Calibration batches", f"found {describe(batches)}", "Pass a list or loader of batches"
-        )
-    return list(batches) if iter(batches) is batches else batches
-
-
-def first_examples(batches: Iterable[Batch], device: torch.device) -> Batch:
-    """Return the first examples of the first batch, on the device.
-
-    Raises:
-        DataError: there is no batch.
-    """
-    with torch.random.fork_rng(devices=[]):  # a shuffling loader draws from the global generator
-        for batch in batches:
-            return move(cut(batch, batch_size(batch), EXAMPLES), device)
-    raise DataError(
-        "Calibration batches", "found none", "Pass at least one batch; a used-up iterator has none"
-    )
-
-
-def check_finite(model: nn.Module) -> None:
-    """Raise SignalError, naming the tensor, if a parameter or buffer holds NaN or infinity.
-
-    Raises:
-        StructureError: a tensor has no values, as in a model that is offloaded.
-    """
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            raise StructureError(
-                f"Pruning {type(model).__name__} in memory", f"{name!r} has no values there",
-                "Load the model into memory, or prune its folder with prune_offloaded (cria prune --offload)",
-            )  # fmt: skip
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise SignalError(
-                f"The weights of {name!r}", "found NaN or infinity", "Prune a model whose weights are finite"
-            )
 
 
 __all__ = ["PruneResult", "Round", "discover", "prune"]
