@@ -26,10 +26,11 @@ DEMO = RESULTS / "digits" / "demo.txt"
 NETWORKS = ("digits", "cifar10-resnet20", "cifar10-resnet56", "sst2-minilm", "llama-shakespeare")
 SHARE_OF = {"sst2-minilm": "encoder parameters", "llama-shakespeare": "parameters without embeddings"}
 ORDER = (
-    *("random", "l1", "l2", "activation-norm", "wanda-sp", "fluctuation"),
+    *("random", "l1", "l2", "group-l2", "activation-norm", "wanda-sp", "fluctuation"),
     *("bn-scale", "fpgm", "lamp", "apoz", "chip", "taylor", "fisher"),
     *("tp-magnitude", "tp-bn-scale", "tp-fpgm", "tp-lamp", "tp-taylor", "tp-hessian"),
     *("distortion", "distortion-weighted", "consumed-distortion", "grounded-distortion", "innovation"),
+    "innovation-magnitude",
 )
 Cells = list[dict[str, Any]]
 
