@@ -113,6 +113,15 @@ def test_a_file_of_another_configuration_is_refused_before_any_work(tmp_path: Pa
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(ArtifactError, match=r"was measured with config\.record\.examples 64, asked is 128"):
         measured(Grid(**{**GRID.model_dump(), "examples": 128}), tmp_path)
+    for path in tmp_path.glob("inner-*.json"):  # files from before there was a choice
+        said = json.loads(path.read_text())
+        del said["config"]["record"]["tokens"]
+        path.write_text(json.dumps(said))
+    assert measured(GRID, tmp_path) == 0
+    with pytest.raises(ArtifactError, match=r"config\.record\.tokens None, asked is 16"):
+        measured(Grid(**{**GRID.model_dump(), "tokens": 16}), tmp_path)
+    for path, kept in before.items():
+        path.write_bytes(kept)
     one = next(tmp_path.glob("inner*.json"))
     one.write_text(before[one][:50].decode())
     with pytest.raises(ArtifactError, match="Remove it to measure again"):

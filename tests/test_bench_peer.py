@@ -42,7 +42,7 @@ def widths(model: torch.nn.Module, end: str) -> list[int]:
 def test_inner_channels_leave_and_the_network_stays_as_it_was(name: str) -> None:
     dense = network()
     before = {key: value.clone() for key, value in dense.state_dict().items()}
-    config = config_of(task("cifar10-resnet20"), cells(GRID)[0], 64)
+    config = config_of(task("cifar10-resnet20"), cells(GRID)[0], GRID)
     state = torch.get_rng_state()
     found = prune_by_peer(name, dense, batches(6), config)
     assert torch.equal(torch.get_rng_state(), state)
@@ -63,7 +63,7 @@ def test_magnitude_takes_the_weakest_and_taylor_needs_the_gradients() -> None:
         for part in ("layer1.0.conv1.weight", "layer1.0.bn1.weight"):
             dense.get_parameter(part)[:8] *= 1e-3
         dense.get_parameter("layer1.0.conv2.weight")[:, :8] *= 1e-3
-    config = config_of(task("cifar10-resnet20"), cells(GRID)[0], 64)
+    config = config_of(task("cifar10-resnet20"), cells(GRID)[0], GRID)
     found = prune_by_peer("tp-magnitude", dense, batches(6), config)
     assert torch.equal(found.model.get_submodule("layer1.0.conv1").weight, layer.weight[8:])
     one, other = (
@@ -80,7 +80,7 @@ def test_only_usual_cells_are_compared() -> None:
 
 
 def test_what_cannot_be_compared_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = config_of(task("cifar10-resnet20"), cells(GRID)[0], 64)
+    config = config_of(task("cifar10-resnet20"), cells(GRID)[0], GRID)
     prunable = config.model_copy(update={"plan": config.plan.model_copy(update={"of": "prunable"})})
     with pytest.raises(ConfigError, match="we count parameters or MACs"):
         prune_by_peer("tp-lamp", network(), batches(4), prunable)

@@ -113,6 +113,20 @@ def test_innovation_magnitude_is_the_mean_of_two_ranks():
     assert found.diagnosis.split_half is not None
 
 
+def test_innovation_magnitude_of_a_dead_unit_is_nothing_whatever_its_weights():
+    model, groups = mlp()
+    with torch.no_grad():
+        model.first.bias[2], model.shared.bias[2] = -1e4, -1e4
+        model.first.weight[2] *= 100
+        model.shared.weight[:, 2] *= 100
+    states = record(model, groups, [torch.randn(60, 7)])
+    found = scores(model, groups, states, "innovation-magnitude")["first"]
+    assert found.diagnosis.dead == (2,) and found.scores[2] == 0
+    alive = found.scores[torch.arange(len(found.scores)) != 2]
+    assert alive.min() > 0 and float(alive.max()) <= 1
+    assert float(alive.sum()) == pytest.approx((len(alive) + 1) / 2)  # ranks of the live alone
+
+
 def test_split_half_is_the_correlation_of_the_halves():
     model, groups = conv_net()
     states = record(model, groups, images(2), RecordConfig(positions=4))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cria_prune import PruneConfig, RecordConfig, ScoreConfig, discover, predict_memory, record
+from cria_prune import PruneConfig, RecordConfig, ScoreConfig, discover, predict_memory, prune, record
 from cria_prune.cli import plans
 from cria_prune.criteria import score
 from cria_prune.criteria.memory import score_bytes
@@ -138,7 +138,7 @@ def test_two_examples_foretell_a_batch(kind: str, needs: frozenset[str]) -> None
     one, two = observe(model, groups.prunable, batch, needs, loss)
     several, whole = observe(model, groups.prunable, batch.repeat(2, *[1] * (batch.ndim - 1)), needs, loss)
     assert (several, whole) == (one, two)
-    real = _pass(model, groups.prunable, batch, len(batch), needs, loss)
+    real = _pass(model, groups.prunable, batch, len(batch), needs, loss, ())
     assert carried_on(one, two, len(batch)) == real
     assert carried_on(one, two, 1) == one and carried_on(one, two, 2) == two
 
@@ -186,6 +186,22 @@ def test_a_prediction_says_where_the_bytes_go_and_what_saves_some() -> None:
     assert weights.largest_group is None
     repaired = predict_memory(net, groups, batch, PruneConfig(score={"criterion": "l1"}))
     assert repaired.passes == 4 and repaired.gradients is None
+
+
+def test_layers_whose_graphs_are_kept_count_with_both_sides() -> None:
+    net = nn.Sequential(nn.Linear(8, 3000), nn.ReLU(), nn.Linear(3000, 512), nn.ReLU(), nn.Linear(512, 3))
+    batch = torch.randn(64, 8)
+    groups = discover(net, batch)
+    config = PruneConfig(score={"criterion": "activation-norm"}, compensate=False)
+    plain, drawn = (predict_memory(net, groups, batch, config, graphs=graphs) for graphs in (False, True))
+    # The wider layer is never drawn. Of the other three moments of both sides are kept instead of variances.
+    assert drawn.stages[1].parts["states"] - plain.stages[1].parts["states"] == pytest.approx(
+        6 * 8 * 512**2, rel=0.01
+    )
+    wide = {item.name: item.afterwards for item in drawn.groups}
+    assert wide["0"] == {item.name: item.afterwards for item in plain.groups}["0"]
+    result = prune(net, [batch] * 4, config, graphs=True)
+    assert set(result.graphs or {}) == {"2"}
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "tasks": BASE | {"recover"},
     "bench": BASE | {"pipeline", "criteria", "recover", "tasks", "artifact", "structure", "plan"},
     "result": BASE | {"structure", "plan", "surgery", "graph"},
-    "memory": BASE | {"structure", "record", "criteria"},
+    "memory": BASE | {"structure", "graph", "record", "criteria"},
     "scored": BASE | {"graph", "spectrum", "structure"},
     "rounds": BASE | {"graph", "plan", "result", "structure", "surgery"},
     "scoring": BASE | {"pipeline", "scope", "scored", "record", "structure", "spectrum"},

@@ -9,6 +9,7 @@ from cria_prune.config import RecordConfig, ScoreConfig
 from cria_prune.criteria import CRITERIA, score
 from cria_prune.errors import CriterionError
 from cria_prune.record import record
+from cria_prune.record.sampler import Sampler
 from cria_prune.record.sampling import draw_tokens, tokens_drawn
 from cria_prune.record.states import EVERYTHING, reads_of
 from cria_prune.surgery import compensate
@@ -137,6 +138,27 @@ def test_the_moments_are_those_of_the_drawn_tokens(masked, exact):
     covariance = np.cov(samples.T, bias=True)
     kept = found.covariance if exact == 2048 else found.sketch @ found.sketch.T / found.samples
     np.testing.assert_allclose(kept, covariance, rtol=1e-3, atol=1e-6)
+
+
+def test_rows_that_are_no_tokens_are_all_taken():
+    """Routed tokens come as a matrix: whether their number is a multiple of the examples means nothing."""
+    sampler = Sampler(RecordConfig(tokens=5))
+    sampler.begin(0, 4, None)
+
+    def taken(*shape):
+        return sum(len(part) for _, part, _ in sampler.halves(torch.randn(shape), -1, "x", False))
+
+    assert (taken(128, 3), taken(127, 3)) == (128, 127)
+    assert (taken(4, 32, 3), taken(8, 32, 3)) == (4 * 5, 4 * 8)  # windows of an image go with it
+    sampler.begin(0, 4, torch.ones(4, 32))
+    assert (taken(128, 3), taken(127, 3)) == (4 * 5, 127)  # tokens of the texts, folded
+
+
+def test_graphs_ask_for_both_sides_of_their_groups_alone():
+    model, groups = conv_net()
+    states = record(model, groups, images(12), reads=frozenset(), graphs=["3"])
+    assert states["0"].input is None and not states["0"].output.has_pairs
+    assert states["3"].input.has_pairs and states["3"].output.has_pairs
 
 
 def hooked_with(network, batch, name):

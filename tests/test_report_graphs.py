@@ -12,7 +12,7 @@ from cria_prune.artifact.canvas import styles
 from cria_prune.artifact.intervals import mean_interval
 from cria_prune.artifact.plots_layer import plot_neuron_graph, plot_spectrum, strongest_edges
 from cria_prune.artifact.plots_metric import plot_ablation, plot_bench, plot_tradeoff
-from cria_prune.graph import Graph, Moments, choose_layer, keep_graphs, largest_piece
+from cria_prune.graph import Graph, Moments, choose_layer, keep_graphs, largest_piece, worth_keeping
 from cria_prune.spectrum import laplacian_embedding
 
 
@@ -45,6 +45,10 @@ def test_when_edges_run_short_the_widest_that_can_be_drawn_comes_first() -> None
     assert list(keep_graphs(both, edges=2 * 60 * 59 // 2)) == ["right"]
     assert list(keep_graphs(both, edges=2 * 60 * 59 // 2 + 90)) == ["small", "right"]
     assert list(keep_graphs(both)) == ["small", "wide", "right"]
+    widths = {name: item.units for name, (item, _) in both.items()}
+    assert worth_keeping(widths, edges=2 * 60 * 59 // 2) == {"right"}
+    assert worth_keeping(widths, edges=2 * 60 * 59 // 2 + 90) == {"small", "right"}
+    assert worth_keeping({**widths, "one": 1, "huge": 10**6}) == {"small", "wide", "right"}
 
 
 def test_layers_without_two_live_units_or_too_many_keep_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,13 @@
 """A lack of memory while the structure is found says nothing of the model: no group is frozen for it."""
 
 import copy
+from importlib import import_module
 
 import pytest
 import torch
 from torch import nn
 
-from cria_prune import discover
+from cria_prune import discover, pipeline, prune
 from cria_prune.errors import DataError, ResourceError
 from cria_prune.plan import make_plan
 from cria_prune.surgery import apply, verify
@@ -52,8 +53,41 @@ def test_in_a_trial_cut(error):
 def test_in_the_capture(error):
     model = Hungry(error, lambda model, x: True)
     untouched(model, lambda: discover(model, torch.ones(2, 4)), "Capturing the operations of Hungry")
-    model = Hungry(error, lambda model, x: x.dtype is torch.float64)  # the copy that cuts are compared with
-    untouched(model, lambda: discover(model, torch.ones(2, 4)), "Capturing the operations of Hungry")
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_what_does_not_fit_in_float64_is_compared_in_float32(error):
+    model = Hungry(error, lambda model, x: x.dtype is torch.float64)
+    groups = discover(model, torch.ones(2, 4))
+    assert groups["up"].frozen is None
+    plan = make_plan(groups, {"up": torch.arange(8).numpy()})
+    assert verify(model, plan, apply(model, plan), torch.ones(2, 4)).dtype == "float32"
+
+
+@pytest.mark.parametrize("place", ["_in_type", "difference"])
+def test_in_the_copy_and_in_the_comparison(place, monkeypatch):
+    model, batch = Hungry(None, lambda model, x: False), torch.ones(2, 4)
+    plan = make_plan(discover(model, batch), {"up": torch.arange(8).numpy()})
+    smaller = apply(model, plan)
+    monkeypatch.setattr(import_module("cria_prune.surgery.verify"), place, raising(MemoryError()))
+    match = "A copy of the model" if place == "_in_type" else "Comparing the pruned model"
+    untouched(model, lambda: verify(model, plan, smaller, batch), match)
+
+
+def test_in_the_cut(monkeypatch):
+    model, batches = Hungry(None, lambda model, x: False), [torch.randn(8, 4)]
+    monkeypatch.setattr(pipeline, "apply", raising(ERRORS[0]))
+    untouched(model, lambda: prune(model, batches), "Cutting the model")
+    monkeypatch.setattr(import_module("cria_prune.surgery.trial"), "apply", raising(ERRORS[0]))
+    monkeypatch.setattr(import_module("cria_prune.surgery.trial")._Shapes, "of", lambda *_: None)
+    untouched(model, lambda: discover(model, batches[0]), "A trial cut")
+
+
+def raising(error):
+    def call(*_args, **_named):
+        raise error
+
+    return call
 
 
 @pytest.mark.parametrize("error", ERRORS)
@@ -65,7 +99,7 @@ def test_in_the_verification(error):
     smaller.wanted = narrow
     untouched(model, lambda: verify(model, plan, smaller, batch), "Comparing the pruned model")
     model.wanted = lambda model, x: not narrow(model, x)
-    untouched(model, lambda: verify(model, plan, smaller, batch), "Running the masked model")
+    untouched(model, lambda: verify(model, plan, smaller, batch), "Comparing the pruned model")
 
 
 def test_another_error_is_still_told_of_the_model():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -84,6 +85,20 @@ def check_memory(error: Exception, asked: str, mend: str) -> None:
         raise error
     if ran_out(error):
         raise ResourceError(asked, short_of(error), mend) from error
+
+
+@contextmanager
+def named_shortage(asked: str, mend: str) -> Iterator[None]:
+    """Name what was asked, where memory is lacking inside; other errors pass.
+
+    Raises:
+        ResourceError: that is so.
+    """
+    try:
+        yield
+    except Exception as error:
+        check_memory(error, asked, mend)
+        raise
 
 
 def short_of(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from cria_prune.batches import Batch
+from cria_prune.batches import Batch, named_shortage
 from cria_prune.config import PruneConfig
 from cria_prune.criteria import score
 from cria_prune.criteria.score import find_criterion
 from cria_prune.dispatched import is_dispatched, structure_of
-from cria_prune.errors import CriaError, ResourceError
+from cria_prune.errors import CriaError
 from cria_prune.given import again, check_finite, first_examples, shortened
-from cria_prune.graph import keep_graphs
+from cria_prune.graph import keep_graphs, worth_keeping
 from cria_prune.modules import device_of, digest, named_tensors
 from cria_prune.plan import Allowed, Plan, compose, identity_plan
 from cria_prune.plan import plan as make_round
@@ -37,6 +37,7 @@ from cria_prune.spectrum import Importance
 from cria_prune.structure import UnitGroups, shrink
 from cria_prune.structure import discover as follow
 from cria_prune.surgery import Reference, Repair, Verification, apply, compensate, settle
+from cria_prune.surgery.verify import LESS
 
 
 def discover(model: nn.Module, example: Batch) -> UnitGroups:
@@ -60,8 +61,6 @@ def _discover(model: nn.Module, example: Batch, reference: Reference) -> UnitGro
     """Find the unit groups by one capture, of the model's copy that the cuts are compared with."""
     try:
         traced = reference.trace()
-    except ResourceError:
-        raise
     except CriaError:  # it may not run in float64; if it cannot be captured at all, the model itself says so
         traced = None
     return settle(model, follow(model, example, traced), example, reference)
@@ -205,7 +204,7 @@ class _Run:
                 sides = {
                     name: (item.input, item.output)
                     for name, item in states.groups.items()
-                    if item.input is not None
+                    if item.input is not None and item.output.has_pairs
                 }
                 graphs = keep_graphs(sides, config.score.neighbors, config.score.ridge)
         smaller, repairs, verification = self._cut(before, self._consumed(states), step, total, seconds)
@@ -254,10 +253,12 @@ class _Run:
         with clock(seconds, "record"):
             if self.given is not None or not (self.needs or config.compensate):
                 return None
-            needs = self.needs if before.graphs is None or before.rounds else self.needs | {"input", "output"}
+            widths = {group.name: group.size for group in before.groups.prunable}
+            drawn = before.graphs is not None and not before.rounds
             return record_for(
-                needs, before.model, before.groups, self.batches, config, loss=self.loss,
+                self.needs, before.model, before.groups, self.batches, config, loss=self.loss,
                 consumed=config.compensate,
+                graphs=worth_keeping(widths, config.score.neighbors) if drawn else (),
             )  # fmt: skip
 
     def _scores(self, before: PruneResult, states: States | None) -> dict[str, Importance]:
@@ -285,7 +286,7 @@ class _Run:
         if before.config.compensate and consumed is not None:
             with clock(seconds, "compensate"):
                 source, repairs = compensate(before.model, before.groups, step.kept, consumed)
-        with clock(seconds, "surgery"):
+        with clock(seconds, "surgery"), named_shortage("Cutting the model", LESS):
             smaller = apply(source, step)
         if not before.config.verify:
             return smaller, repairs, None
@@ -304,11 +305,13 @@ def record_for(
     *,
     loss: Callable[[nn.Module, Batch], torch.Tensor] | None = None,
     consumed: bool = False,
+    graphs: Collection[str] = (),
 ) -> States:
     """Record what a criterion needs, and what the consumers read if it is `consumed`; see `record`."""
     return record(
         model, groups, batches, config.record, loss=loss, gradients="gradients" in needs,
-        per_example="examples" in needs, consumed=consumed, reads=reads_of(needs), device=device_of(model),
+        per_example="examples" in needs, consumed=consumed, reads=reads_of(needs), graphs=graphs,
+        device=device_of(model),
     )  # fmt: skip
 
 

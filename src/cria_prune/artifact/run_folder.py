@@ -20,13 +20,14 @@ from cria_prune.artifact.folders import is_plain_file
 from cria_prune.artifact.history import RUN, Scores, read_run
 from cria_prune.artifact.manifest import read_manifest
 from cria_prune.errors import ArtifactError, ConfigError, CriaError
-from cria_prune.graph import DRAWN_UNITS, NeuronGraphs, choose_layer
+from cria_prune.graph import NeuronGraphs, choose_layer
 from cria_prune.plan.plan import Plan
 from cria_prune.spectrum import solve_pencil
 from cria_prune.tasks import TASKS, task
 
 ABLATION = "ablation.json"
 SHOWN_VALUES = 32
+SOLVED_UNITS = 512  # of a kept graph that is solved for the report: about half a second
 
 
 class Curves(BaseModel):
@@ -138,15 +139,15 @@ def _layer(
 def _spectra(
     diagnosis: list[dict[str, dict[str, Any]]], graphs: Mapping[str, NeuronGraphs]
 ) -> dict[str, dict[str, list[float]]]:
-    """Return group -> round -> z: of the first and the last round; of the kept graphs if none was solved."""
+    """Return group -> round -> z of the first and last round; the first from kept graphs, if need be."""
     ends = {"first round": diagnosis[0], "last round": diagnosis[-1]} if diagnosis else {}
     found: dict[str, dict[str, list[float]]] = {}
     for name in diagnosis[0] if diagnosis else ():
         known = {title: _numbers(end.get(name, {}).get("values")) for title, end in ends.items()}
         known = known if len(diagnosis) > 1 else {"first round": known["first round"]}
         both = graphs.get(name)
-        if not any(known.values()) and both is not None and len(both.units) <= DRAWN_UNITS:
-            known = {"first round": _solved(both)}
+        if not known["first round"] and both is not None and len(both.units) <= SOLVED_UNITS:
+            known["first round"] = _solved(both)
         found[name] = {title: values for title, values in known.items() if values}
     return found
 

@@ -140,7 +140,9 @@ def _scored(kept: Kept, tensors: Mapping[str, Tensor]) -> Scored:
             }
             for name, by_weight in kept.consumed.items()
         }
-    return Scored(importances, consumed, PruneConfig(**kept.config), kept.weights)
+    record = {"tokens": None, **kept.config.get("record", {})}  # scores from before there was a choice
+    config = PruneConfig(**{**kept.config, "record": record})
+    return Scored(importances, consumed, config, kept.weights)
 
 
 def _tensors(place: str, moments: Moments) -> dict[str, Tensor]:

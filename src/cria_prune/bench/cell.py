@@ -76,11 +76,11 @@ def file_name(cell: Cell) -> str:
     return "-".join([name, *words]) + ".json"
 
 
-def config_of(task: Task, cell: Cell, examples: int | None = None) -> PruneConfig:
-    """Return the configuration of a cell: the recipe's own, and what the cell says."""
-    record = {**task.prune_defaults.get("record", {}), "seed": cell["seed"]}
-    if examples is not None:
-        record["examples"] = examples
+def config_of(task: Task, cell: Cell, grid: Grid) -> PruneConfig:
+    """Return the configuration of a cell: the recipe's own, and what the cell and its grid say."""
+    record = {**task.prune_defaults.get("record", {}), "seed": cell["seed"], "tokens": grid.tokens}
+    if grid.examples is not None:
+        record["examples"] = grid.examples
     plan = {
         **task.prune_defaults.get("plan", {}),
         "reduction": cell["reduction"],

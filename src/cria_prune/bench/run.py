@@ -82,12 +82,13 @@ def run_grids(
 def _missing(grid: Grid, chosen: Task, folder: Path, data: str) -> Iterator[tuple[Cell, PruneConfig]]:
     """Yield the cells without a file, once those that have one are seen to be the same."""
     for cell in cells(grid):
-        path, config = folder / file_name(cell), config_of(chosen, cell, grid.examples)
+        path, config = folder / file_name(cell), config_of(chosen, cell, grid)
         if not path.exists():
             yield cell, config
             continue
         with _reading(path):
             said = json.loads(path.read_text(encoding="utf-8"))
+            said["config"]["record"].setdefault("tokens", None)  # files from before there was a choice
             found, measured = PruneConfig(**said["config"]), said["cell"]
             known = said["provenance"].get("data") in (data, chosen.fingerprint("test"))
             tuned = said.get("recover")

@@ -46,6 +46,7 @@ class Grid(StageConfig):
     )
     quick: bool = Field(False, description="recover on the recipe's --quick training data")
     examples: int | None = Field(None, ge=2, description="for the calibration; the recipe's, else 1,024")
+    tokens: int | None = Field(None, ge=1, description="record.tokens: of each text; all if None")
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:

@@ -60,7 +60,7 @@ def _dry(params: Params, found: Target, config: PruneConfig, talk: Talk) -> Made
     with clock(seconds, "data"):
         batches = found.task.calibration(config.record.examples, config.record.seed)
     with clock(seconds, "predict"):
-        memory = predict_memory(model, scope.groups, largest_batch(batches), config)
+        memory = predict_memory(model, scope.groups, largest_batch(batches), config, graphs=True)
     reach = _reach(scope, config)
     here = available_memory(device)
     data = {

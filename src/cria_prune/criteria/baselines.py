@@ -41,7 +41,7 @@ def l2(evidence: Evidence, config: ScoreConfig) -> Importance:
 
 
 def group_l2(evidence: Evidence, config: ScoreConfig) -> Importance:
-    """Euclidean norm of all weights that leave with the unit: producers, batch norms, consumers."""
+    """Euclidean norm of the weights of a unit's producers, batch norms and consumers together."""
     return plain(evidence.weights.group_norm2.sqrt())
 
 

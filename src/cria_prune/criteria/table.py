@@ -64,7 +64,7 @@ CRITERIA: dict[str, Criterion] = {
             baselines.group_l2,
             "DepGraph's group norm, without its sparse training: Fang et al., CVPR 2023 (arXiv 2301.12900)",
             frozenset(),
-            "L2 norm of all weights that leave with the unit",
+            "L2 norm of the unit's producers, batch norms and consumers together",
         ),
         Criterion(
             "activation-norm",

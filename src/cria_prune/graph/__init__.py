@@ -5,7 +5,14 @@ from cria_prune.graph.graph import Graph
 from cria_prune.graph.learn import learn_graph, refine_graph
 from cria_prune.graph.moments import Moments, dead_units
 from cria_prune.graph.neighbors import edge_distances, nearest_neighbors
-from cria_prune.graph.sides import DRAWN_UNITS, NeuronGraphs, choose_layer, keep_graphs, largest_piece
+from cria_prune.graph.sides import (
+    DRAWN_UNITS,
+    NeuronGraphs,
+    choose_layer,
+    keep_graphs,
+    largest_piece,
+    worth_keeping,
+)
 
 __all__ = [
     "DRAWN_UNITS",
@@ -21,4 +28,5 @@ __all__ = [
     "learn_graph",
     "nearest_neighbors",
     "refine_graph",
+    "worth_keeping",
 ]

@@ -46,6 +46,11 @@ class Moments:
         """d."""
         return int(self.mean.shape[0])
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether there are second moments between units, exact or as a sketch."""
+        return self.covariance is not None or self.sketch is not None
+
     @classmethod
     def from_signals(cls, X: Tensor) -> Self:
         """Return the exact moments of signals X (units, samples), computed in float64.

@@ -67,15 +67,29 @@ def keep_graphs(
     for name in sorted(sides, key=lambda name: _fitness(sides[name][1].units)):
         before, after = sides[name]
         live = (~dead_units(after)).nonzero()[:, 0].cpu()
-        count = len(live)
-        most = count * (count - 1) // 2 if count <= COMPLETE_UNITS else count * min(neighbors, count - 1)
-        if not 2 <= count <= KEPT_UNITS or 2 * most > edges:
+        if not 2 <= len(live) <= KEPT_UNITS or _most_edges(len(live), neighbors) > edges:
             continue
         kept[name] = NeuronGraphs(
             live, *(learn_graph(part.select(live), neighbors, ridge) for part in (before, after))
         )
         edges -= len(kept[name].input.rows) + len(kept[name].output.rows)
     return {name: kept[name] for name in sides if name in kept}
+
+
+def worth_keeping(widths: Mapping[str, int], neighbors: int = 32, edges: int = KEPT_EDGES) -> frozenset[str]:
+    """Return the layers whose graphs `keep_graphs` has room for, by their units alone; no other is recorded.
+
+    Args:
+        widths: name -> units.
+        neighbors, edges: as there.
+    """
+    chosen = set()
+    for name in sorted(widths, key=lambda name: _fitness(widths[name])):
+        most = _most_edges(widths[name], neighbors)
+        if 2 <= widths[name] <= KEPT_UNITS and most <= edges:
+            chosen.add(name)
+            edges -= most
+    return frozenset(chosen)
 
 
 def choose_layer(widths: Mapping[str, int]) -> str | None:
@@ -97,6 +111,11 @@ def largest_piece(graph: Graph) -> Tensor:
     W = sp.csr_matrix((np.ones(len(graph.rows)), where), shape=(graph.units, graph.units))
     _, labels = connected_components(W, directed=False)
     return torch.from_numpy(np.flatnonzero(labels == np.bincount(labels).argmax()))
+
+
+def _most_edges(count: int, neighbors: int) -> int:
+    """Return the edges that both graphs of so many units have at most."""
+    return count * (count - 1) if count <= COMPLETE_UNITS else 2 * count * min(neighbors, count - 1)
 
 
 def _fitness(units: int) -> tuple[int, int]:

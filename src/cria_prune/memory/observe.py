@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +63,7 @@ def observe(
     batch: Batch,
     needs: frozenset[str],
     loss: Loss | None = None,
+    graphs: Collection[str] = (),
 ) -> tuple[Pass, Pass]:
     """Return a pass of one example, and one of two, of this batch: as recording makes them, keeping nothing.
 
@@ -71,14 +72,14 @@ def observe(
         groups: those that are recorded.
         batch: as in `record`, at least two examples.
         needs: of the criterion.
-        loss: as in `record`.
+        loss, graphs: as in `record`.
 
     Raises:
         DataError: the model does not run on the batch.
         CriterionError: gradients are asked for on the meta device.
     """
     size = batch_size(batch)
-    one, two = (_pass(model, groups, cut(batch, size, count), count, needs, loss) for count in (1, 2))
+    one, two = (_pass(model, groups, cut(batch, size, count), count, needs, loss, graphs) for count in (1, 2))
     return one, two
 
 
@@ -89,6 +90,7 @@ def _pass(
     examples: int,
     needs: frozenset[str],
     loss: Loss | None,
+    graphs: Collection[str],
 ) -> Pass:
     device, gradients = device_of(model), "gradients" in needs
     if gradients and device.type == "meta":
@@ -97,7 +99,9 @@ def _pass(
             "the model is on the meta device, where there are none",
             "Load its weights, or use a criterion without gradients",
         )
-    wanted = dict.fromkeys((item.tap.tensor, item.tap.site) for item in taps_of(groups, reads_of(needs)))
+    wanted = dict.fromkeys(
+        (item.tap.tensor, item.tap.site) for item in taps_of(groups, reads_of(needs), graphs)
+    )
     calls: list[Call] = []
     with unchanged(model), torch.set_grad_enabled(gradients):
         model.eval()

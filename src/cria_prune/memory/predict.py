@@ -8,6 +8,7 @@ from cria_prune.batches import Batch, batch_size
 from cria_prune.config import PruneConfig
 from cria_prune.criteria.memory import score_bytes
 from cria_prune.criteria.score import find_criterion
+from cria_prune.graph import worth_keeping
 from cria_prune.loss import Loss
 from cria_prune.memory.live import storages
 from cria_prune.memory.observe import Pass, carried_on, observe, reading_of
@@ -23,7 +24,7 @@ from cria_prune.record.memory import (
     taps_of,
 )
 from cria_prune.record.norms import batch_norms
-from cria_prune.record.states import reads_of
+from cria_prune.record.states import BOTH, reads_of
 from cria_prune.structure.groups import UnitGroups
 
 HOST = ("pencil", "solver", "edges")
@@ -39,6 +40,7 @@ def predict_memory(
     config: PruneConfig | None = None,
     *,
     loss: Loss | None = None,
+    graphs: bool = False,
 ) -> MemoryPrediction:
     """Predict the memory that recording and scoring a model takes, without recording.
 
@@ -53,6 +55,7 @@ def predict_memory(
         batch: the largest calibration batch, as `record` takes it; all of it counts, two examples are run.
         config: the whole configuration of the pruning.
         loss: as in `record`.
+        graphs: neuron graphs are kept, as by `cria prune`: of their layers both sides are recorded.
 
     Raises:
         DataError: the model does not run on the batch.
@@ -70,16 +73,19 @@ def predict_memory(
     config = config or PruneConfig()
     needs, size = find_criterion(config.score.criterion).needs, batch_size(batch)
     tensors = list(named_tensors(model).values())
-    passes = observe(model, groups.prunable, batch, needs, loss) if needs or config.compensate else None
-    assembled = _Assembled(groups, passes, size, device_of(model).type, needs)
+    widths = {group.name: group.size for group in groups.prunable}
+    drawn = worth_keeping(widths, config.score.neighbors) if graphs else frozenset[str]()
+    recorded = bool(needs or config.compensate)
+    passes = observe(model, groups.prunable, batch, needs, loss, drawn) if recorded else None
+    assembled = _Assembled(groups, passes, size, device_of(model).type, needs, drawn)
     stages = assembled.stages(config)
-    recorded = config.plan.rounds if passes else 0
+    passes_recorded = config.plan.rounds if passes else 0
     return MemoryPrediction(
         model=storages(tensors),
         stages=stages,
         groups=tuple(assembled.kept(config)),
-        passes=recorded + bool(config.batch_norm and batch_norms(model)),
-        recorded=recorded,
+        passes=passes_recorded + bool(config.batch_norm and batch_norms(model)),
+        recorded=passes_recorded,
         gradients="example" if "examples" in needs else "batch" if "gradients" in needs else None,
         batch=size,
         device=device_of(model).type,
@@ -96,6 +102,7 @@ class _Assembled:
         size: examples of a batch.
         device: type of the device where the model is.
         needs: of the criterion.
+        graphs: the groups whose graphs are kept.
     """
 
     def __init__(
@@ -105,11 +112,12 @@ class _Assembled:
         size: int,
         device: str,
         needs: frozenset[str],
+        graphs: frozenset[str],
     ) -> None:
         self._groups, self._passes, self._size, self._device = groups, passes, size, device
-        self._reads = reads_of(needs)
+        self._reads, self._graphs = reads_of(needs), graphs
         self._taps: dict[tuple[str, str], list[Tapped]] = {}
-        for item in taps_of(groups.prunable, self._reads):
+        for item in taps_of(groups.prunable, self._reads, graphs):
             self._taps.setdefault((item.tap.tensor, item.tap.site), []).append(item)
 
     def stages(self, config: PruneConfig, size: int | None = None) -> tuple[Stage, ...]:
@@ -130,7 +138,13 @@ class _Assembled:
                 signals = -(-reading.taken // 2) * tap.positions.shape[1]
                 held[group.name] = max(held[group.name], held_back(signals, group.size, batches))
         return [
-            group_bytes(group, config.record, config.compensate, held[group.name], self._reads)
+            group_bytes(
+                group,
+                config.record,
+                config.compensate,
+                held[group.name],
+                self._reads | BOTH if group.name in self._graphs else self._reads,
+            )
             for group in self._groups.prunable
         ]
 

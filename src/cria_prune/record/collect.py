@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ def record(
     consumed: bool = False,
     per_example: bool = False,
     reads: frozenset[Read] = EVERYTHING,
+    graphs: Collection[str] = (),
     device: torch.device | str = "cpu",
 ) -> States:
     """Run the model over calibration batches and return what its prunable units do.
@@ -55,7 +56,7 @@ def record(
         groups: its unit groups; frozen ones are passed over.
         batches: tensors, (inputs, target) pairs or mappings; at most `config.examples` examples are
             used, the last batch is cut. Positions where a mapping's `attention_mask` is 0 are left out.
-        config: examples, positions, sketches and the seed.
+        config: examples, positions, tokens, sketches and the seed.
         loss: (model, batch) to a scalar, for `gradients`; cross-entropy by default.
         gradients: also take first-order Taylor importances, by one backward pass per batch.
         consumed: also keep the second moments of the features that each consumer reads, for `compensate`.
@@ -65,11 +66,12 @@ def record(
         reads: what to keep beyond the outputs' means and variances: `input`, the input side; `output`, the
             second moments between the units on the output side; `positive`, the share of outputs above 0.
             Criteria say what they read; second moments are most of the work.
+        graphs: names of groups of which both sides are kept in any case.
         device: where the batches go.
 
     Returns:
         The states of every prunable group: per side its moments, and those of the even and the odd
-        examples apart. The draw of positions depends only on the seed and the example's index.
+        examples apart. The draw of positions and tokens depends only on the seed and the example's index.
 
     Raises:
         DataError: no batches, batches of a wrong kind, or the model fails on one.
@@ -90,7 +92,7 @@ def record(
         with here.together("Recording", seen.hexdigest):
             if here.size > 1:
                 seen.update(digest("", named_tensors(model)).encode())
-            collector = Collector(groups.prunable, config, consumed, reads)
+            collector = Collector(groups.prunable, config, consumed, reads, graphs)
             taylor = TaylorSums(model, groups.prunable, loss or cross_entropy) if gradients else None
             fisher = FisherSums(groups.prunable) if per_example else None
             with_taps = Taps(model, collector.wanted, collector.receive, fisher.watch if fisher else None)

@@ -6,14 +6,14 @@ at a time. Counted in the terms of `graph/accumulator.py`, `graph/moments.py` an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from cria_prune.config import RecordConfig
 from cria_prune.record.buffer import BUFFERED
 from cria_prune.record.features import PIECE
-from cria_prune.record.states import EVERYTHING, Read
+from cria_prune.record.states import BOTH, EVERYTHING, Read
 from cria_prune.structure.groups import Tap, UnitGroup
 
 DOUBLE, SINGLE = 8, 4
@@ -231,9 +231,13 @@ def held_back(m: int, d: int, batches: int) -> int:
     return min(BUFFERED, m * d * batches) if is_buffered(m, d) else 0
 
 
-def taps_of(groups: Iterable[UnitGroup], reads: frozenset[Read] = EVERYTHING) -> Iterator[Tapped]:
-    """Yield every tap that is read, with its group."""
+def taps_of(
+    groups: Iterable[UnitGroup], reads: frozenset[Read] = EVERYTHING, graphs: Collection[str] = ()
+) -> Iterator[Tapped]:
+    """Yield every tap that is read, with its group; `reads` and `graphs` as in `record`."""
+    everywhere = reads
     for group in groups:
+        reads = everywhere | BOTH if group.name in graphs else everywhere
         for tap in group.inputs if "input" in reads else ():
             yield Tapped(group, tap, True)
         for tap in group.outputs:

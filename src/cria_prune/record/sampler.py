@@ -31,8 +31,8 @@ class Sampler:
         """Say what comes next: the first example's index, how many, their attention mask (B, tokens)."""
         self._first, self._examples = first, examples
         self._mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        self._drawn: dict[tuple[int, ...], Tensor] = {}
-        self._tokens: dict[tuple[int, int, bool], tuple[Tensor, Tensor]] = {}
+        self._drawn: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+        self._tokens: dict[tuple[int, int, bool, torch.device], tuple[Tensor, Tensor]] = {}
 
     def halves(
         self, activation: Tensor, dim: int, name: str, sketched: bool
@@ -56,7 +56,8 @@ class Sampler:
             samples = activation.movedim(dim, -1).reshape(rows, -1, activation.shape[dim])
         samples = samples.reshape(rows // each, -1, samples.shape[2])
         mask = self._mask if self._mask is not None and self._mask.shape == samples.shape[:2] else None
-        if not (activation.ndim > 2 and dim == 1):
+        folded = activation.ndim > 2 and rows % self._examples == 0  # else rows may be routed tokens, or time
+        if (folded and dim != 1) or mask is not None:
             samples, mask = self._some_tokens(samples, mask)
         if samples.dtype not in (torch.float32, torch.float64):
             samples = samples.float()
@@ -75,7 +76,7 @@ class Sampler:
         config, shape = self._config, (samples.shape[0], samples.shape[1])
         if config.tokens is None or tokens_drawn(shape[1], config.tokens) == shape[1]:
             return samples, mask
-        key = (*shape, mask is not None)
+        key = (*shape, mask is not None, samples.device)
         if key not in self._tokens:
             counted = np.ones(shape, dtype=bool) if mask is None else mask.cpu().numpy()
             drawn = draw_tokens(config.seed, self._first, counted, config.tokens)
@@ -97,9 +98,9 @@ class Sampler:
 
     def _positions(self, rows: int, each: int, activation: Tensor) -> Tensor:
         """Return the spatial positions (rows, P) of this batch for the shape of an activation."""
-        shape = (rows, *activation.shape[2:])
-        if shape not in self._drawn:
+        shape, device = (rows, *activation.shape[2:]), activation.device
+        if (shape, device) not in self._drawn:
             config = self._config
             drawn = draw_positions(config.seed, self._first * each, rows, shape[1:], config.positions)
-            self._drawn[shape] = torch.from_numpy(drawn).to(activation.device)
-        return self._drawn[shape]
+            self._drawn[shape, device] = torch.from_numpy(drawn).to(device)
+        return self._drawn[shape, device]

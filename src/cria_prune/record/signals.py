@@ -5,7 +5,7 @@ Legend: B = examples of a batch, n = features of an activation, S = samples, d =
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from cria_prune.record.buffer import Buffer
 from cria_prune.record.features import FeatureSums
 from cria_prune.record.sampler import Sampler
 from cria_prune.record.sampling import Origin, unit_signals
-from cria_prune.record.states import EVERYTHING, GroupStates, Read
+from cria_prune.record.states import BOTH, EVERYTHING, GroupStates, Read
 from cria_prune.structure.groups import Site, Tap, UnitGroup
 
 Halves = tuple[Buffer, Buffer]
@@ -55,7 +55,7 @@ class Reader:
         self.features = int(flat.max()) + 1
         self.in_order = bool((flat == np.arange(len(flat))).all())
         totals = [buffer.total for buffer in (*self.halves, self.consumed) if buffer]
-        self.sketched = not all(total.exact for total in totals)
+        self.sketched = any(total.pairs and not total.exact for total in totals)
 
     def add(self, half: int, samples: Tensor, first: int, origin: Origin | None) -> None:
         """Add samples (S, n) of the batch that begins with example `first` to a half.
@@ -91,9 +91,10 @@ class Collector:
 
     Args:
         groups: the groups to record.
-        config: positions, sketches and the seed.
+        config: positions, tokens, sketches and the seed.
         consumed: keep the second moments of the features that each consumer reads.
         reads: what else to keep than the outputs' means and variances.
+        graphs: names of groups of which both sides are kept in any case.
 
     Attributes:
         wanted: the (tensor, site) pairs to read.
@@ -105,6 +106,7 @@ class Collector:
         config: RecordConfig,
         consumed: bool = False,
         reads: frozenset[Read] = EVERYTHING,
+        graphs: Collection[str] = (),
     ) -> None:
         self._config, self._sampler = config, Sampler(config)
         self._consumed: dict[str, dict[str, Buffer]] = {}
@@ -112,7 +114,9 @@ class Collector:
         self._sides: dict[str, tuple[Halves | None, Halves]] = {}
         self._sums: dict[str, dict[str, FeatureSums]] = {}
         self._readers: dict[tuple[str, Site], dict[int, list[Reader]]] = {}
+        everywhere = reads
         for group in groups:
+            reads = everywhere | BOTH if group.name in graphs else everywhere
             before = self._accumulators(group.size) if "input" in reads else None
             sides = (
                 before,

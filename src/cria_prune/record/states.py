@@ -17,6 +17,9 @@ Read = Literal["input", "output", "positive"]
 the units on the output side, the share of the outputs above 0."""
 EVERYTHING: frozenset[Read] = frozenset({"input", "output", "positive"})
 
+BOTH: frozenset[Read] = frozenset({"input", "output"})
+"""What the graphs of a group are learned from."""
+
 
 def reads_of(needs: frozenset[str]) -> frozenset[Read]:
     """Return what has to be recorded for a criterion's `needs`; gradients per example are caught inside."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from cria_prune.batches import Batch, map_tensors, model_inputs
+from cria_prune.batches import Batch, map_tensors, model_inputs, named_shortage
 from cria_prune.errors import CriaError, ResourceError
 from cria_prune.modules import cache_off, device_of, meta_copy, shared_copy
 from cria_prune.plan.make import make_plan
@@ -24,7 +24,7 @@ from cria_prune.structure.alike import alike
 from cria_prune.structure.capture import first_line
 from cria_prune.structure.groups import UnitGroups
 from cria_prune.surgery.apply import apply
-from cria_prune.surgery.verify import Reference
+from cria_prune.surgery.verify import LESS, Reference
 
 
 def settle(model: nn.Module, groups: UnitGroups, example: Batch, reference: Reference) -> UnitGroups:
@@ -186,7 +186,9 @@ class _Values:
 
     def failure(self, plan: Plan) -> str | None:
         """Cut a copy; an error says how it differs from the masked model."""
-        self.reference.compare(plan, apply(self.reference.model, plan, share=True))
+        with named_shortage("A trial cut of the model", LESS):
+            smaller = apply(self.reference.model, plan, share=True)
+        self.reference.compare(plan, smaller)
         return None
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cria_prune.batches import Batch, check_memory, map_tensors, model_inputs, move
+from cria_prune.batches import Batch, map_tensors, model_inputs, move, named_shortage, ran_out
 from cria_prune.errors import VerificationError
 from cria_prune.modules import cache_off, copy_of, device_of, named_tensors, shared_copy
 from cria_prune.plan.plan import Plan
@@ -119,7 +119,8 @@ class Reference:
 
     def __init__(self, model: nn.Module, example: Batch, *, dtype: torch.dtype = torch.float64) -> None:
         self.dtype, self._example = dtype, move(example, device_of(model))
-        self.model = _in_type(copy_of(model), dtype)
+        with named_shortage("A copy of the model, to compare its cut with", LESS):
+            self.model = _in_type(copy_of(model), dtype)
         self._trace: Trace | None = None
 
     def trace(self) -> Trace:
@@ -139,12 +140,17 @@ class Reference:
             VerificationError: they differ by more than the tolerance, or one of them does not run.
             ResourceError: the memory does not suffice.
         """
+        with named_shortage("Comparing the pruned model with the masked one", LESS):
+            return self._compared(plan, smaller)
+
+    def _compared(self, plan: Plan, smaller: nn.Module) -> Verification:
         expected = self._expected(plan)
         try:
             same = _is_of(smaller, self.dtype)
             found = self._run(smaller if same else _in_type(copy_of(smaller), self.dtype))
         except Exception as error:
-            check_memory(error, "Comparing the pruned model with the masked one", LESS)
+            if ran_out(error):
+                raise
             raise VerificationError(
                 "A forward pass of the pruned model", f"{type(error).__name__}: {first_line(error)}", ADVICE
             ) from error
@@ -177,11 +183,12 @@ class Reference:
         try:
             return self.masked_outputs(plan)
         except Exception as error:
-            check_memory(error, "Running the masked model, to compare a cut with it", LESS)
-            if self.dtype is torch.float64:  # the forward makes tensors of its own type
+            if self.dtype is torch.float64:  # the forward makes tensors of its own type, or memory is lacking
                 self.dtype, self._trace = torch.float32, None
                 self.model = _in_type(self.model, self.dtype)
                 return self._expected(plan)
+            if ran_out(error):
+                raise
             raise VerificationError(
                 f"A forward pass of the dense model in {str(self.dtype).removeprefix('torch.')}",
                 f"{type(error).__name__}: {first_line(error)}",
