@@ -184,7 +184,9 @@ def offload() -> list[str]:
         found = {name: row for name, row in result["rows"].items() if "peak" in row}
         for name, row in result["rows"].items():
             repair = "with repair" if settings["compensate"] else "without repair"
-            ended = row.get("error", "").partition(":")[0] or f"{row['seconds']:.0f} s"
+            error = row.get("error", "").partition(":")[0]
+            limit = f", address space limited to {settings['limit'] / MB:,.0f} MB" if settings["limit"] else ""
+            ended = f"{error}{limit}" if error else f"after {row['seconds']:.0f} s"
             peak = f"{row['peak'] / MB:,.0f}" if "peak" in row else ""
             over = f"{row['over_weights']:.2f}" if "over_weights" in row else ""
             rows.append([name, repair, peak, over, ended])
