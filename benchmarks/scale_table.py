@@ -185,7 +185,7 @@ def offload() -> list[str]:
         for name, row in result["rows"].items():
             repair = "with repair" if settings["compensate"] else "without repair"
             error = row.get("error", "").partition(":")[0]
-            limit = f", address space limited to {settings['limit'] / MB:,.0f} MB" if settings["limit"] else ""
+            limit = f" at a limit of {settings['limit'] / MB:,.0f} MB" if settings["limit"] else ""
             ended = f"{error}{limit}" if error else f"after {row['seconds']:.0f} s"
             peak = f"{row['peak'] / MB:,.0f}" if "peak" in row else ""
             over = f"{row['over_weights']:.2f}" if "over_weights" in row else ""
