@@ -7,7 +7,8 @@ gated neurons), shard by shard, in a temporary place, and prunes it to 30 % fewe
 with repair, in fresh processes: by `prune_offloaded`, and by `prune` in memory. A third process prunes a tiny
 model layer by layer, for what the libraries take. All record the same few sequences with the same settings:
 sketches of `--columns` columns for layers of more than 2,048 units, no split halves. The peak is the largest
-resident set of the process (VmHWM); weights that are mapped from a file count as long as they are mapped.
+resident set of the process (VmHWM); weights that are mapped from a file count as long as they are mapped, though
+the system can drop them at any time. `anonymous` is the peak of what it cannot drop (RssAnon, looked at every 20 ms).
 `--limit` bounds the address space, so that a pruning that does not fit does not take the machine down: it
 ends with the error that is noted, at the peak that is noted. Writes benchmarks/results/offload/llama-1b.json,
 or llama-1b-no-repair.json with `--no-repair`: the moments of a consumer's repair are then in no peak.
@@ -20,7 +21,9 @@ import json
 import resource
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -122,10 +125,28 @@ def job(kind: str, folder: Path, output: Path, options: dict[str, Any]) -> dict[
     }
 
 
-def peak() -> int:
-    """Return the largest resident set of this process so far, in bytes."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+def memory(key: str) -> int:
+    """Return a line of this process's status in bytes."""
+    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) * 1024
+
+
+def watched(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what a function returns, with the largest resident set so far and the most anonymous memory."""
+    done, most = threading.Event(), 0
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.02):
+            most = max(most, memory("RssAnon"))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        values = function()
+    finally:
+        done.set()
+        thread.join()
+    return {**values, "peak": memory("VmHWM"), "anonymous": most}
 
 
 def child(kind: str, folder: Path, output: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -144,9 +165,9 @@ def table(sizes: dict[str, int], rows: dict[str, dict[str, Any]]) -> None:
         f"{name} {sizes[name] / MIB:,.0f} MiB" for name in ("weights", "block", "largest_layer")
     )
     print(f"{sizes['parameters']:,} parameters, {parts}")
-    print(f"{'':<12} {'peak MiB':>9} {'libraries':>10} {'/ weights':>10} {'seconds':>8}")
+    print(f"{'':<12} {'peak MiB':>9} {'anonymous':>10} {'/ weights':>10} {'seconds':>8}")
     for name, row in rows.items():
-        numbers = (row.get("peak", 0) / MIB, row.get("libraries", 0) / MIB, row.get("over_weights", 0))
+        numbers = (row.get("peak", 0) / MIB, row.get("anonymous", 0) / MIB, row.get("over_weights", 0))
         seconds, error = row.get("seconds", 0), row.get("error", "")
         print(
             "{:<12} {:9,.0f} {:10,.0f} {:10.2f} {:8.0f}  {}".format(name, *numbers, seconds, error),
@@ -170,7 +191,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.child:
         kind, folder, output, said = json.loads(options.child)
-        print(json.dumps({**job(kind, Path(folder), Path(output), said), "peak": peak()}))
+        print(json.dumps(watched(lambda: job(kind, Path(folder), Path(output), said))))
         return
     settings = {
         "examples": options.examples, "tokens": options.tokens, "columns": options.columns,
@@ -188,8 +209,8 @@ def main() -> None:
         for kind in options.kinds:
             rows[kind] = row = child(kind, folder, Path(scratch) / kind.replace(" ", "-"), settings)
             if "peak" in row:
-                row["libraries"] = libraries["peak"]
-                row["over_weights"] = (row["peak"] - libraries["peak"]) / sizes["weights"]
+                row["libraries"], row["libraries_anonymous"] = libraries["peak"], libraries["anonymous"]
+                row["over_weights"] = (row["anonymous"] - libraries["anonymous"]) / sizes["weights"]
             table(sizes, rows)
     origin = provenance(seed=0, command=sys.argv)
     name = "llama-1b-no-repair" if options.no_repair else "llama-1b"

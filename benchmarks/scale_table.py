@@ -46,8 +46,9 @@ counts as much as what is predicted."""
 OFFLOAD = """\
 A model of TinyLlama's shape, {parameters:,} parameters with random bfloat16 weights of {weights:,.0f}
 MB (a block {block:,.0f}, the largest matrix {largest:,.0f}), pruned to 30 % fewer in one round by
-{criterion}, written by `benchmarks/offload.py`. The peak is the largest resident set of the process;
-the libraries alone take {libraries:,.0f} MB of it."""
+{criterion}, written by `benchmarks/offload.py`. The peak is the largest resident set of the process,
+with what is mapped from files, which the system can drop at any time; *anonymous* is the peak of the
+rest. The libraries alone take {libraries:,.0f} MB, {anonymous:,.0f} of them anonymous."""
 
 
 def read(path: str) -> list[dict[str, Any]]:
@@ -188,15 +189,16 @@ def offload() -> list[str]:
             limit = f" at a limit of {settings['limit'] / MB:,.0f} MB" if settings["limit"] else ""
             ended = f"{error}{limit}" if error else f"after {row['seconds']:.0f} s"
             peak = f"{row['peak'] / MB:,.0f}" if "peak" in row else ""
+            anonymous = f"{row['anonymous'] / MB:,.0f}" if "anonymous" in row else ""
             over = f"{row['over_weights']:.2f}" if "over_weights" in row else ""
-            rows.append([name, repair, peak, over, ended])
-        first = next(iter(found.values()), {"libraries": 0})
+            rows.append([name, repair, peak, anonymous, over, ended])
+        first = next(iter(found.values()), {"libraries": 0, "libraries_anonymous": 0})
         said = OFFLOAD.format(
             parameters=sizes["parameters"], weights=sizes["weights"] / MB, block=sizes["block"] / MB,
             largest=sizes["largest_layer"] / MB, criterion=settings["criterion"],
-            libraries=first["libraries"] / MB,
+            libraries=first["libraries"] / MB, anonymous=first["libraries_anonymous"] / MB,
         )  # fmt: skip
-    head = ["way", "repair", "peak, MB", "(peak - libraries) / weights", "ended"]
+    head = ["way", "repair", "peak, MB", "anonymous, MB", "(anonymous - libraries) / weights", "ended"]
     return ["## Larger than the memory", "", said, "", *table(head, rows), ""] if rows else []
 
 
