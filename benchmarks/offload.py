@@ -7,8 +7,9 @@ gated neurons), shard by shard, in a temporary place, and prunes it to 30 % fewe
 with repair, in fresh processes: by `prune_offloaded`, and by `prune` in memory. A third process prunes a tiny
 model layer by layer, for what the libraries take. All record the same few sequences with the same settings:
 sketches of `--columns` columns for layers of more than 2,048 units, no split halves. The peak is the largest
-resident set of the process (VmHWM); weights that are mapped from a file count as long as they are mapped, though
-the system can drop them at any time. `anonymous` is the peak of what it cannot drop (RssAnon, looked at every 20 ms).
+resident set of the process (VmHWM); weights that are mapped from a file count as long as they are mapped,
+though the system can drop them at any time. `anonymous` is the peak of what it cannot drop (RssAnon, looked
+at every 20 ms).
 `--limit` bounds the address space, so that a pruning that does not fit does not take the machine down: it
 ends with the error that is noted, at the peak that is noted. Writes benchmarks/results/offload/llama-1b.json,
 or llama-1b-no-repair.json with `--no-repair`: the moments of a consumer's repair are then in no peak.
