@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib import import_module
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ from cria_prune.errors import VerificationError
 from cria_prune.pipeline import discover
 from cria_prune.plan import identity_plan
 from cria_prune.surgery import verify
+from cria_prune.surgery.verify import difference
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+
+verifying = import_module("cria_prune.surgery.verify")
 
 
 class Net(nn.Module):
@@ -57,3 +61,31 @@ def test_tolerance_follows_the_arithmetic_of_the_forward(
         return
     found = verify(net, plan, apart(net, by), X.double())
     assert 0 < found.difference <= found.tolerance == (1e-6 if by == 1e-8 else 1e-10)
+
+
+@pytest.mark.parametrize("block", [1, 7, 2**22])
+def test_the_difference_is_the_same_in_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    one = 2 + torch.rand(5, 9, generator=generator)  # the median counts up to one
+    other = one.clone()
+    other[1, 2] += 0.3
+    other[4, 8] -= 0.1
+    other[2, 2] = one[2, 2] = float("inf")
+    expected = 0.3 / float(max(one[1, 2], one[4, 8]))
+    monkeypatch.setattr(verifying, "BLOCK", block)
+    assert difference([one], [other]) == pytest.approx(expected, rel=1e-6)
+    assert difference([one, one], [one, other]) == pytest.approx(expected, rel=1e-6)
+    assert difference([one], [one.clone()]) == difference([], []) == 0
+    assert difference([torch.zeros(0, 3)], [torch.zeros(0, 3)]) == 0
+    assert difference([one], [one.T]) == float("inf")
+    for place in ((0, 0), (4, 8)):
+        broken = one.clone()
+        broken[place] = float("nan")
+        assert difference([one], [broken]) == difference([broken], [one]) == float("inf")
+    both = torch.tensor([True, True, False]), torch.tensor([True, False, False])
+    assert difference([both[0]], [both[1]]) == 1
+    turned = torch.complex(torch.full((3, 3), 2.0), torch.full((3, 3), 2.0))
+    assert difference([turned], [turned * 1j]) == pytest.approx(2**0.5, rel=1e-6)
+    hidden = torch.tensor([-1e9, 0.5, 0.25, 0.5]), torch.tensor([-1e9, 0.5, 0.3, 0.5])
+    if block > 4:  # a masked logit that is equal on both sides does not hide the others
+        assert difference([hidden[0]], [hidden[1]]) == pytest.approx(0.05 / 0.5, rel=1e-6)

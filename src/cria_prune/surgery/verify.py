@@ -225,6 +225,8 @@ LESS = (
     "The check holds a copy of the model in float64: run on a device with more memory, with a shorter first "
     "example, or prune its folder with prune_offloaded (cria prune --offload)"
 )
+BLOCK = 2**22
+"""Numbers that are compared at a time: 32 MB."""
 ADVICE = (
     "The model's forward depends on a size in a way that its operations do not show; "
     "freeze the groups concerned, and please report the network"
@@ -260,17 +262,24 @@ def difference(expected: list[Tensor], found: list[Tensor]) -> float:
     """
     if [item.shape for item in expected] != [item.shape for item in found]:
         return float("inf")
-    worst = 0.0
-    for one, other in zip(expected, found, strict=True):
-        if one.numel():
-            if not one.is_complex():  # truth values and whole numbers too
-                one, other = one.double(), other.double()
-            sizes, apart = one.abs(), (one - other).abs()
-            apart = apart.masked_fill(one == other, 0.0)  # equal infinities are equal
-            usual = sizes[sizes.isfinite()]
-            differing = sizes[sizes.isfinite() & (one != other)]
-            scale = min(float(usual.median()), 1.0) if len(usual) else 0.0
-            scale = max(scale, float(differing.max()) if len(differing) else 0.0)
-            distance = float(apart.max()) / (scale or 1.0)
-            worst = max(worst, distance if distance == distance else float("inf"))
-    return worst
+    pairs = [(one, other) for one, other in zip(expected, found, strict=True) if one.numel()]
+    return max((_distance(one.reshape(-1), other.reshape(-1)) for one, other in pairs), default=0.0)
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    """Return the difference of two outputs (n,), a block at a time: logits of a long text are large."""
+    usual = one[:: -(-len(one) // BLOCK)]  # every output, or as many as a block holds
+    usual = (usual if usual.is_complex() else usual.double()).abs()
+    usual = usual[usual.isfinite()]
+    scale, worst = min(float(usual.median()), 1.0) if len(usual) else 0.0, 0.0
+    for a, b in zip(one.split(BLOCK), other.split(BLOCK), strict=True):
+        if not a.is_complex():  # truth values and whole numbers too
+            a, b = a.double(), b.double()
+        equal, sizes = a == b, a.abs()
+        apart = (a - b).abs().masked_fill_(equal, 0.0)  # equal infinities are equal
+        if bool(apart.isnan().any()):
+            return float("inf")
+        differing = sizes[sizes.isfinite() & ~equal]
+        scale = max(scale, float(differing.max()) if len(differing) else 0.0)
+        worst = max(worst, float(apart.max()))
+    return worst / (scale or 1.0)
