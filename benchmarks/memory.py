@@ -37,6 +37,7 @@ from cria_prune.modules import give_back
 from cria_prune.pipeline import record_for
 from cria_prune.scope import scope
 from cria_prune.tasks import task
+from resident import resident
 from result_files import RESULTS, write
 
 MB = 2**20
@@ -93,11 +94,6 @@ def build(case: str) -> tuple[nn.Module, list[Batch], PruneConfig]:
     size = next(item[2] for item in GATED if (*item[:2], item[3]) == (units, layers, criterion))
     batches: list[Batch] = [torch.randn(size, 128, 256) for _ in range(4)]
     return Gated(256, units, layers).eval(), batches, PruneConfig(score={"criterion": criterion})
-
-
-def resident(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 def begin() -> int:

@@ -37,6 +37,7 @@ from cria_prune.artifact.provenance import provenance
 from cria_prune.dispatched import bytes_of
 from cria_prune.errors import CriaError
 from cria_prune.tasks.pretrained import load_pretrained
+from resident import resident
 from result_files import RESULTS, write
 
 SHAPE: dict[str, Any] = {
@@ -126,11 +127,6 @@ def job(kind: str, folder: Path, output: Path, options: dict[str, Any]) -> dict[
     }
 
 
-def memory(key: str) -> int:
-    """Return a line of this process's status in bytes."""
-    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) * 1024
-
-
 def watched(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return what a function returns, with the largest resident set so far and the most anonymous memory."""
     done, most = threading.Event(), 0
@@ -138,7 +134,7 @@ def watched(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     def watch() -> None:
         nonlocal most
         while not done.wait(0.02):
-            most = max(most, memory("RssAnon"))
+            most = max(most, resident("RssAnon"))
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -147,7 +143,7 @@ def watched(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     finally:
         done.set()
         thread.join()
-    return {**values, "peak": memory("VmHWM"), "anonymous": most}
+    return {**values, "peak": resident("VmHWM"), "anonymous": most}
 
 
 def child(kind: str, folder: Path, output: Path, options: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from torch import nn
 
 from cria_prune import PruneConfig, UnitGroups, discover
 from cria_prune.artifact.provenance import provenance
-from cria_prune.batches import Batch, model_inputs
+from cria_prune.batches import Batch, forward
 from cria_prune.criteria import score
 from cria_prune.criteria.score import find_criterion
 from cria_prune.pipeline import record_for
@@ -40,11 +40,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def forward(model: nn.Module, batches: list[Batch]) -> None:
+def all_forward(model: nn.Module, batches: list[Batch]) -> None:
     with torch.no_grad():
         for batch in batches:
-            args, kwargs = model_inputs(batch)
-            model(*args, **kwargs)
+            forward(model, batch)
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
@@ -66,7 +65,7 @@ def measure(
     needs = find_criterion(config.score.criterion).needs
     rows = []
     for number in range(repetitions + 1):
-        plain, _ = timed(lambda: forward(model, batches))
+        plain, _ = timed(lambda: all_forward(model, batches))
         recorded, states = timed(
             lambda: record_for(needs, model, groups, batches, config, consumed=config.compensate)
         )

@@ -17,7 +17,7 @@ from cria_prune.criteria.memory import score_bytes
 from cria_prune.errors import CriterionError
 from cria_prune.graph import MomentAccumulator
 from cria_prune.memory import LiveBytes, amount, largest_batch, storages
-from cria_prune.memory.observe import _pass, carried_on, observe
+from cria_prune.memory.observe import Call, _pass, carried_on, observe, reading_of
 from cria_prune.modules import meta_copy
 from cria_prune.record.buffer import BUFFERED, Buffer
 from cria_prune.record.memory import group_bytes, held_back
@@ -186,6 +186,17 @@ def test_a_prediction_says_where_the_bytes_go_and_what_saves_some() -> None:
     assert weights.largest_group is None
     repaired = predict_memory(net, groups, batch, PruneConfig(score={"criterion": "l1"}))
     assert repaired.passes == 4 and repaired.gradients is None
+
+
+def test_a_reading_takes_what_the_sampler_takes() -> None:
+    config = RecordConfig(tokens=5, positions=7)
+
+    def taken(*shape: int, dim: int = -1) -> int:
+        return reading_of(Call("x", "input", shape, 4, 0), dim, config, 4).taken
+
+    assert (taken(4, 3), taken(128, 3), taken(127, 3)) == (4, 128, 127)
+    assert (taken(4, 32, 3), taken(8, 32, 3), taken(9, 32, 3)) == (4 * 5, 4 * 8, 9 * 32)
+    assert taken(4, 3, 9, 9, dim=1) == 4 * 7
 
 
 def test_layers_whose_graphs_are_kept_count_with_both_sides() -> None:

@@ -15,8 +15,7 @@ from cria_prune.criteria.table import CRITERIA, Criterion
 from cria_prune.dispatched import values_of
 from cria_prune.errors import CriterionError, StructureError
 from cria_prune.ranks import World, world
-from cria_prune.record.states import EVERYTHING as READS
-from cria_prune.record.states import GroupStates, States
+from cria_prune.record.states import EVERYTHING, GroupStates, States
 from cria_prune.spectrum import Diagnosis, Importance, rank_correlation
 from cria_prune.structure.groups import UnitGroup, UnitGroups
 
@@ -98,7 +97,7 @@ def _check_needs(criterion: Criterion, states: States | None) -> None:
         how = f"record(model, groups, batches{', gradients=True' if 'gradients' in criterion.needs else ''})"
     if criterion.needs and states is None:
         raise CriterionError(asked, "no recorded states were given", f"Pass states={how}")
-    missing = [] if states is None else sorted(READS & criterion.needs - states.reads)
+    missing = [] if states is None else sorted(EVERYTHING & criterion.needs - states.reads)
     if missing:
         raise CriterionError(
             asked,

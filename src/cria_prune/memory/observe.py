@@ -172,7 +172,6 @@ def reading_of(call: Call, dim: int, config: RecordConfig, examples: int) -> Rea
     spatial = len(shape) > 2 and dim == 1
     each = samples // max(shape[0], 1)
     taken = shape[0] * min(each, config.positions) if spatial else samples
-    if not spatial:
-        rows = examples if shape[0] % examples == 0 else shape[0]
-        taken = rows * tokens_drawn(samples // max(rows, 1), config.tokens)
+    if not spatial and len(shape) > 2 and shape[0] % examples == 0:  # of a matrix all rows, if no mask fits
+        taken = examples * tokens_drawn(samples // examples, config.tokens)
     return Reading(samples, taken, features, call.itemsize, strided=taken > shape[0])

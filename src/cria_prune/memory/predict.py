@@ -24,7 +24,7 @@ from cria_prune.record.memory import (
     taps_of,
 )
 from cria_prune.record.norms import batch_norms
-from cria_prune.record.states import BOTH, reads_of
+from cria_prune.record.states import reads_for, reads_of
 from cria_prune.structure.groups import UnitGroups
 
 HOST = ("pencil", "solver", "edges")
@@ -143,7 +143,7 @@ class _Assembled:
                 config.record,
                 config.compensate,
                 held[group.name],
-                self._reads | BOTH if group.name in self._graphs else self._reads,
+                reads_for(group.name, self._reads, self._graphs),
             )
             for group in self._groups.prunable
         ]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from cria_prune.config import RecordConfig
 from cria_prune.record.buffer import BUFFERED
 from cria_prune.record.features import PIECE
-from cria_prune.record.states import BOTH, EVERYTHING, Read
+from cria_prune.record.states import EVERYTHING, Read, reads_for
 from cria_prune.structure.groups import Tap, UnitGroup
 
 DOUBLE, SINGLE = 8, 4
@@ -235,10 +235,9 @@ def taps_of(
     groups: Iterable[UnitGroup], reads: frozenset[Read] = EVERYTHING, graphs: Collection[str] = ()
 ) -> Iterator[Tapped]:
     """Yield every tap that is read, with its group; `reads` and `graphs` as in `record`."""
-    everywhere = reads
     for group in groups:
-        reads = everywhere | BOTH if group.name in graphs else everywhere
-        for tap in group.inputs if "input" in reads else ():
+        own = reads_for(group.name, reads, graphs)
+        for tap in group.inputs if "input" in own else ():
             yield Tapped(group, tap, True)
         for tap in group.outputs:
-            yield Tapped(group, tap, "output" in reads)
+            yield Tapped(group, tap, "output" in own)

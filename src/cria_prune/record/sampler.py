@@ -50,14 +50,15 @@ class Sampler:
             )
         rows, dim = len(activation), dim % activation.ndim
         each = rows // self._examples if rows % self._examples == 0 else 1
-        if activation.ndim > 2 and dim == 1:
+        spatial = activation.ndim > 2 and dim == 1
+        if spatial:
             samples = gather_positions(activation, self._positions(rows, each, activation))
         else:
             samples = activation.movedim(dim, -1).reshape(rows, -1, activation.shape[dim])
         samples = samples.reshape(rows // each, -1, samples.shape[2])
         mask = self._mask if self._mask is not None and self._mask.shape == samples.shape[:2] else None
         folded = activation.ndim > 2 and rows % self._examples == 0  # else rows may be routed tokens, or time
-        if (folded and dim != 1) or mask is not None:
+        if not spatial and (folded or mask is not None):
             samples, mask = self._some_tokens(samples, mask)
         if samples.dtype not in (torch.float32, torch.float64):
             samples = samples.float()

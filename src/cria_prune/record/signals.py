@@ -5,17 +5,17 @@ Legend: B = examples of a batch, n = features of an activation, S = samples, d =
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cria_prune.batches import SMALLER, ran_out, short_of
+from cria_prune.batches import SMALLER, named_shortage
 from cria_prune.config import RecordConfig
-from cria_prune.errors import ResourceError, SignalError, StructureError
+from cria_prune.errors import SignalError, StructureError
 from cria_prune.graph import MomentAccumulator, Moments
 from cria_prune.graph.accumulator import Total
 from cria_prune.modules import give_back
@@ -23,7 +23,7 @@ from cria_prune.record.buffer import Buffer
 from cria_prune.record.features import FeatureSums
 from cria_prune.record.sampler import Sampler
 from cria_prune.record.sampling import Origin, unit_signals
-from cria_prune.record.states import BOTH, EVERYTHING, GroupStates, Read
+from cria_prune.record.states import EVERYTHING, GroupStates, Read, reads_for
 from cria_prune.structure.groups import Site, Tap, UnitGroup
 
 Halves = tuple[Buffer, Buffer]
@@ -114,13 +114,12 @@ class Collector:
         self._sides: dict[str, tuple[Halves | None, Halves]] = {}
         self._sums: dict[str, dict[str, FeatureSums]] = {}
         self._readers: dict[tuple[str, Site], dict[int, list[Reader]]] = {}
-        everywhere = reads
         for group in groups:
-            reads = everywhere | BOTH if group.name in graphs else everywhere
-            before = self._accumulators(group.size) if "input" in reads else None
+            own = reads_for(group.name, reads, graphs)
+            before = self._accumulators(group.size) if "input" in own else None
             sides = (
                 before,
-                self._accumulators(group.size, positive="positive" in reads, pairs="output" in reads),
+                self._accumulators(group.size, positive="positive" in own, pairs="output" in own),
             )
             wide = any(tap.positions.shape[1] > 1 for tap in group.outputs)
             sums = {tap.tensor: FeatureSums(*tap.positions.shape) for tap in group.outputs if wide}
@@ -128,13 +127,14 @@ class Collector:
             kept = self._consumed[group.name] = {}
             if not consumed or group.normed:  # those are never repaired
                 pass
-            elif "output" in reads and not wide and len(group.outputs) == 1:
+            elif "output" in own and not wide and len(group.outputs) == 1:
                 self._units_alone[group.name] = group.outputs[0].tensor
             else:
                 kept |= {tap.tensor: self._accumulator(tap.positions.size) for tap in group.outputs}
             for taps, halves in zip((group.inputs, group.outputs), sides, strict=True):
-                for tap in taps if halves else ():
-                    assert halves is not None
+                if halves is None:
+                    continue
+                for tap in taps:
                     by_dim = self._readers.setdefault((tap.tensor, tap.site), {})
                     out = halves is sides[1]
                     further = (sums.get(tap.tensor), kept.get(tap.tensor)) if out else ()
@@ -170,26 +170,15 @@ class Collector:
                         with self._named(reader.group, reader.halves[0].total.units):
                             reader.add(half, samples, self._first, origin)
 
-    @contextmanager
-    def _named(self, group: str, units: int) -> Iterator[None]:
-        """Name the group and the batch where the memory does not suffice.
-
-        Raises:
-            ResourceError: that is so.
-        """
-        try:
-            yield
-        except Exception as error:
-            if not ran_out(error):
-                raise
-            config = self._config
-            raise ResourceError(
-                f"Recording the {units} units of group {group!r} from {self._examples} examples at once",
-                short_of(error),
-                f"{SMALLER}; wide groups take less with a lower record.exact_units ({config.exact_units}) or "
-                f"record.sketch_columns ({config.sketch_columns}), and all without the repair (compensate, "
-                "--no-compensate)",
-            ) from error
+    def _named(self, group: str, units: int) -> AbstractContextManager[None]:
+        """Name the group and the batch where the memory does not suffice, see `named_shortage`."""
+        config = self._config
+        return named_shortage(
+            f"Recording the {units} units of group {group!r} from {self._examples} examples at once",
+            f"{SMALLER}; wide groups take less with a lower record.exact_units ({config.exact_units}) or "
+            f"record.sketch_columns ({config.sketch_columns}), and all without the repair (compensate, "
+            "--no-compensate)",
+        )
 
     def pool(self, total: Total, device: torch.device | str) -> None:
         """Take in what the collectors of all processes have received; see `MomentAccumulator.pool`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,6 +25,11 @@ def reads_of(needs: frozenset[str]) -> frozenset[Read]:
     """Return what has to be recorded for a criterion's `needs`; gradients per example are caught inside."""
     inside: frozenset[Read] = frozenset({"input"} if "examples" in needs else ())
     return (EVERYTHING & needs) | inside
+
+
+def reads_for(group: str, reads: frozenset[Read], graphs: Collection[str]) -> frozenset[Read]:
+    """Return what is recorded of one group: `reads`, and both sides where it is among the `graphs`."""
+    return reads | BOTH if group in graphs else reads
 
 
 @dataclass(frozen=True)
