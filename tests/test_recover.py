@@ -202,6 +202,8 @@ def test_bad_arguments_are_told_apart():
     model = network()
     with pytest.raises(ConfigError, match="teacher is the model itself"):
         recover(model, data(), RecoverConfig(distill=0.5), teacher=model)
+    with pytest.raises(ConfigError, match="A fine-tune by FSDP: this is one process"):
+        recover(model, data(), RecoverConfig(fsdp=True))
     with pytest.raises(ConfigError, match="no parameter of the model requires a gradient"):
         recover(network().requires_grad_(False), data())
     with pytest.raises(DataError, match="epoch 0 has no batches"):

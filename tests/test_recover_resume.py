@@ -240,6 +240,21 @@ def test_a_metric_where_lower_is_better_and_the_best_epoch_before_the_stop(tmp_p
     assert expected.best_epoch == 1 and same_result(result(tmp_path), expected)
 
 
+def test_a_tied_weight_is_kept_and_stays_tied(tmp_path):
+    def tied():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            layers = [nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 3)]
+        layers[2].weight = layers[0].weight
+        return nn.Sequential(nn.Flatten(), *layers)
+
+    expected = tuned(CONFIGS["adamw"], model=tied())
+    with pytest.raises(Stop):
+        tuned(CONFIGS["adamw"], tmp_path, StopAt(6, stop), model=tied())
+    result = tuned(CONFIGS["adamw"], tmp_path, model=tied())
+    assert same_result(result, expected) and result.model[3].weight is result.model[1].weight
+
+
 def test_once_finished_the_same_call_returns_the_same_without_training(whole, tmp_path):
     tuned(CONFIGS["adamw"], tmp_path)
     loss = StopAt()

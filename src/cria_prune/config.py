@@ -128,6 +128,9 @@ class RecoverConfig(StageConfig):
     lora: int = Field(
         0, ge=0, description="rank of the adapters trained in place of the linear layers' weights, 0 for none"
     )
+    fsdp: bool = Field(
+        False, description="share weights, gradients and the optimizer's tensors out over the processes"
+    )
     seed: int = 0
 
 

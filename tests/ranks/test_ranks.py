@@ -47,9 +47,8 @@ def read(folder: Path, part: str, rank: int) -> Any:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results of all parts in two processes, the second of which is killed in the last part."""
     folder = tmp_path_factory.mktemp("two")
-    assert spawn(
-        folder, 2, "exact", "sketched", "pruned", "recovered", "went_on", "raises", "leads", "killed"
-    ) == [0, -9]
+    parts = ["exact", "sketched", "pruned", "recovered", "went_on", "replicated", "sharded"]
+    assert spawn(folder, 2, *parts, "sharded_went_on", "raises", "leads", "killed") == [0, -9]
     return folder
 
 
@@ -94,6 +93,33 @@ def test_a_recovery_goes_on_on_all_processes(two: Path) -> None:
     assert first["ended error"].startswith("StopIteration")
     assert "Evaluating on 2 processes: failed on rank 0: StopIteration" in second["ended error"]
     assert "rank 1 differs: it is at 'A training step'" in first["batches"]
+
+
+def test_fsdp_trains_as_ddp_does_with_a_share_of_the_weights(two: Path) -> None:
+    expected = read(two, "replicated", 0)
+    first, second = (read(two, "sharded", rank) for rank in (0, 1))
+    for name, item in first.items():
+        looks = [item.pop("seen"), second[name].pop("seen"), expected[name].pop("seen")]
+        assert item == second[name]
+        close(item, expected[name], 1e-9, name)
+        assert len(looks[0]) == (0 if name == "lora" else len(item["losses"]) + 1)
+        for one, other, whole in zip(*looks, strict=True):
+            assert one[0] == other[0] == pytest.approx(whole[0], rel=1e-9)
+            assert one[1] + other[1] == whole[1] and abs(one[1] - other[1]) < 0.2 * whole[1]
+
+
+def test_a_recovery_by_fsdp_goes_on_and_its_errors_reach_all(two: Path) -> None:
+    first, second = (read(two, "sharded_went_on", rank) for rank in (0, 1))
+    for found in (first, second):
+        assert found["whole error"] == found["on error"] == found["again error"] == ""
+        assert found["whole"] == found["on"] == found["again"] == first["whole"]
+        assert found["whole"]["best"] > 0 and "-1.0" not in found["whole"]["text"]
+        assert found["as it was"] and found["waited"] < 20 and found["after"] == 2
+        assert "A training step on 2 processes" in found["other"]
+    assert first["ended error"].startswith("StopIteration")
+    assert "failed on rank 0: StopIteration" in second["ended error"]
+    assert second["loss"] == "ArithmeticError: in the middle"
+    assert "Recovering by FSDP on 2 processes: failed on rank 1: ArithmeticError" in first["loss"]
 
 
 def test_the_others_hear_of_a_failure_and_all_can_go_on(two: Path) -> None:

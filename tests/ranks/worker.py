@@ -149,6 +149,100 @@ def recovered() -> Values:
     return outcome(model, result)
 
 
+class Tied(nn.Module):
+    """Blocks in a list, one of them twice, a weight that two blocks share, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        blocks = [nn.Sequential(nn.Linear(7, 7), nn.Tanh(), nn.Dropout(0.1)) for _ in range(3)]
+        blocks[2][0].weight = blocks[0][0].weight
+        self.first, self.blocks = nn.Linear(6, 7), nn.ModuleList([*blocks, blocks[1]])
+        self.norm, self.last = nn.BatchNorm1d(7), nn.Linear(7, 4, bias=False)
+        self.register_buffer("scale", torch.full((1,), 0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.last(self.norm(x) * self.scale)
+
+
+def sharded(fsdp: bool = True) -> Values:
+    """FSDP: momentum; AdamW with clipped gradients and a teacher; LoRA; no metric; a look at every epoch."""
+    found: Values = {}
+    configs = {
+        "sgd": RecoverConfig(epochs=3, lr=0.1, fsdp=fsdp),
+        "adamw": RecoverConfig(epochs=2, lr=0.01, optimizer="adamw", clip=0.5, distill=0.5, fsdp=fsdp),
+        "lora": RecoverConfig(epochs=2, lr=0.1, lora=2, fsdp=fsdp),
+    }
+    for name, config in configs.items():
+        model, scores, seen = Tied().double(), iter([0.1, 0.9, 0.5, 0.3]), list[list[float]]()
+        before = {id(item) for item in model.parameters()}
+
+        def look(network: nn.Module, scores: Any = scores, seen: Any = seen) -> float:
+            here = [item.to_local() if fsdp else item for item in network.parameters()]
+            with torch.inference_mode():
+                seen.append([network(rows()[0][0].double()).sum().item(), sum(item.numel() for item in here)])
+            return next(scores)
+
+        teacher = Tied().double() if config.distill else None
+        if teacher is not None:
+            teacher.last.weight.data.neg_()
+        data = [(x.double(), y) for x, y in rows() if len(x) > 1]
+        evaluate = None if name == "lora" else look
+        result = recover(model, data, config, evaluate=evaluate, teacher=teacher)
+        found[name] = outcome(model, result) | {"seen": seen}
+        assert before == {id(item) for item in model.parameters()}
+        assert all(type(item) is nn.Parameter for item in model.parameters()) and type(model) is Tied
+    return found
+
+
+def replicated() -> Values:
+    """The same as `sharded` by DistributedDataParallel."""
+    return sharded(fsdp=False)
+
+
+def sharded_went_on() -> Values:
+    """FSDP, a tied weight, dropout: ended by an error of the first process alone and gone on with."""
+    config, state = RecoverConfig(epochs=3, lr=0.01, optimizer="adamw", fsdp=True), Path(sys.argv[1], "share")
+    data = [item for item in rows() if len(item[0]) > 1]
+    found: Values = {}
+    for name, looks in {"whole": 9, "ended": 2, "on": 9, "again": 9}.items():
+        left, model = iter(range(looks)), Tied()
+        weights = {key: value.clone() for key, value in model.state_dict().items()}
+
+        def look(network: nn.Module, left: Any = left) -> float:  # the first one's word counts
+            found = -network(rows()[0][0]).square().sum().item()
+            return -1.0 if dist.get_rank() else found + 0 * next(left)
+
+        def run(model: nn.Module = model, look: Any = look, name: str = name) -> None:
+            kept = None if name == "whole" else state
+            result = recover(model, data, config, evaluate=look, state=kept, save_every=0)
+            found[name] = outcome(model, result)
+
+        found[f"{name} error"] = error_of(run)
+        if name == "ended":
+            found["as it was"] = all(map(torch.equal, weights.values(), model.state_dict().values()))
+    wrong = [(X[:, : 6 - world().rank], y) for X, y in data]
+    found["other"] = error_of(lambda: recover(Tied(), wrong, config))
+
+    def forward(model: nn.Module, batch: Any) -> torch.Tensor:
+        if world().rank:
+            raise ArithmeticError("in the middle")
+        return model(batch[0]).sum()
+
+    # What waits for a share waits half as long as processes wait for each other.
+    usual = dist.group.WORLD._get_backend(torch.device("cpu"))  # type: ignore[union-attr]
+    before = usual.options._timeout
+    usual.options._timeout = timedelta(seconds=2)
+    began = time.monotonic()
+    found["loss"] = error_of(lambda: recover(Tied(), data, config, loss=forward))
+    found["waited"] = time.monotonic() - began
+    usual.options._timeout = before
+    return found | {"after": world().total(torch.ones(1)).item()}
+
+
 def went_on() -> Values:
     """Batch norm, dropout, a shuffling loader, a look that draws; ended by an error, and gone on with."""
     data = [(x, y) for X, Y in rows() for x, y in zip(X, Y, strict=True)]
@@ -166,7 +260,8 @@ def went_on() -> Values:
         def run(model: nn.Module = model, loader: Any = loader, look: Any = look, name: str = name) -> None:
             kept = None if name == "whole" else state
             found[name] = outcome(
-                model, recover(model, loader, config, evaluate=look, lower_is_better=True, state=kept)
+                model,
+                recover(model, loader, config, evaluate=look, lower_is_better=True, state=kept, save_every=0),
             )
 
         found[f"{name} error"] = error_of(run)

@@ -161,6 +161,14 @@ Lora = Annotated[
     int | None,
     Option(help="Rank of LoRA adapters to train and merge, in place of all weights [default: 0, none]."),
 ]
+Fsdp = Annotated[
+    bool | None,
+    Option(
+        "--fsdp",
+        help="Under torchrun: share weights, gradients and the optimizer's state out over the processes.",
+        show_default=False,
+    ),
+]
 Resume = Annotated[
     bool,
     Option("--resume", help="Go on with what an interrupted run of the same command left for --output."),

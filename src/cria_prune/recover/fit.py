@@ -16,11 +16,21 @@ from cria_prune.modules import digest, modes_kept
 from cria_prune.progress import QUIET, Progress
 from cria_prune.ranks import world
 from cria_prune.recover.adapter import adapters
-from cria_prune.recover.guard import channels_last, gradients_kept, isolated, on_device, put_back, snapshot
+from cria_prune.recover.guard import (
+    channels_last,
+    gradients_kept,
+    isolated,
+    on_device,
+    put_back,
+    snapshot,
+    trained,
+)
 from cria_prune.recover.loss import Distilled
 from cria_prune.recover.result import RecoverResult
-from cria_prune.recover.run import Batches, Metric, Run, Source
+from cria_prune.recover.run import Metric, Run
+from cria_prune.recover.source import Batches, Source
 from cria_prune.recover.state import Keeper, identity
+from cria_prune.store import State
 
 
 def recover(
@@ -49,6 +59,12 @@ def recover(
     With several processes (`cria_prune.ranks`), which all make this call with the same batches, each trains
     on its rows of every batch and the gradients are averaged (torch's DistributedDataParallel); the first
     evaluates and keeps the state, in a folder that all can read, and all end with the same weights.
+
+    With `fsdp` in the config every process has on `device` its share alone of the weights, the gradients and
+    the optimizer's tensors (torch's `fully_shard`), also of a teacher; a block's weights are put together
+    while it runs. The model waits where it is, on the CPU for instance, until the weights of the best epoch
+    are copied back into it. `evaluate` is called by all processes with the model that is shared out, and has
+    to run the same forwards on all. For a state and the best epoch the first process holds all on the CPU.
 
     With a `state`, the same call in another process goes on where the last state was kept, also after a
     SIGKILL, and ends with the same bits. That asks of `train_batches` that the batches of an epoch depend on
@@ -79,8 +95,8 @@ def recover(
 
     Raises:
         ArtifactError: the state cannot be kept, is damaged, or is of another fine-tune.
-        ConfigError: distillation without a teacher, or the model has nothing to train; for LoRA, no linear
-            layer or no peft.
+        ConfigError: distillation without a teacher, FSDP in one process, or the model has nothing to train;
+            for LoRA, no linear layer or no peft.
         DataError: no batches, or a batch that the loss cannot use.
         SignalError: the loss, the metric or a weight became NaN or infinite.
         RankError: another process failed, is gone, or has other batches.
@@ -105,21 +121,26 @@ def recover(
         stack.enter_context(isolated(config.seed, place))
         stack.enter_context(gradients_kept(model))
         for network in [model] if dense is None else [model, dense]:
-            for guard in (modes_kept, channels_last) if place.type == "cpu" else (modes_kept,):
-                stack.enter_context(guard(network))
+            stack.enter_context(modes_kept(network))
+            if config.fsdp:  # a copy is trained
+                continue
+            if place.type == "cpu":
+                stack.enter_context(channels_last(network))
             stack.enter_context(on_device(network, place))
         if config.lora and config.epochs:
             stack.enter_context(adapters(model, config.lora))
         objective = loss or cross_entropy
         if dense is not None:
             objective = Distilled(objective, dense.eval(), config.distill, config.temperature)
-        before = snapshot(model)
+        before: State = {} if config.fsdp else snapshot(model)
         run = Run(model, config, objective, evaluate, lower_is_better, place, keeper)
         try:
             with run.here.together("Recovering"):
                 run.fit(Source(train_batches), progress or QUIET)
             put_back(model, run.best_state or before)
-            run.here.meet("The recovered weights", lambda: digest("", snapshot(model)))
+            if config.fsdp:
+                run.here.spread(trained(model).values())
+            run.here.meet("The recovered weights", lambda: digest("", trained(model)))
         except KeyboardInterrupt:
             put_back(model, run.best_state or before)
             raise
@@ -137,6 +158,10 @@ def _check(model: nn.Module, config: RecoverConfig, teacher: nn.Module | None) -
             f"Distillation with weight {config.distill}",
             found,
             "Pass teacher=<a copy of the dense model>, or set distill to 0",
+        )
+    if config.fsdp and world().size == 1:
+        raise ConfigError(
+            "A fine-tune by FSDP", "this is one process", "Start several, with torchrun, or set fsdp to false"
         )
     if config.epochs and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("A fine-tune", "no parameter of the model requires a gradient", "Unfreeze some")

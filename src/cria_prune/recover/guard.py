@@ -12,11 +12,16 @@ from torch import nn
 from cria_prune.store import State
 
 
-def snapshot(model: nn.Module) -> State:
-    """Return a copy of what a training changes, by name: trained parameters and persistent buffers."""
+def trained(model: nn.Module) -> State:
+    """Return what a training changes, by name: trained parameters and persistent buffers."""
     named = model.named_parameters(remove_duplicate=False)
     frozen = {name for name, parameter in named if not parameter.requires_grad}
-    return {name: deepcopy(value) for name, value in model.state_dict().items() if name not in frozen}
+    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+
+
+def snapshot(model: nn.Module) -> State:
+    """Return a copy of what a training changes, by name."""
+    return {name: deepcopy(value) for name, value in trained(model).items()}
 
 
 def put_back(model: nn.Module, state: State) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from cria_prune.loss import Loss
 from cria_prune.modules import digest
 from cria_prune.ranks import World, lost
 from cria_prune.recover.guard import generators, isolated, set_generators
+from cria_prune.store import State
 
 
 class _Step(nn.Module):
@@ -49,13 +49,17 @@ class Parallel:
 
     def __init__(self, here: World, model: nn.Module, loss: Loss, device: torch.device, seed: int) -> None:
         self.here, self.model, self.device, self.seed = here, model, device, seed
+        self._step = self.wrapped(loss)
+
+    def wrapped(self, loss: Loss) -> Callable[[Batch], Tensor]:
+        """Return what gives the loss of a batch, and in its backward pass the averages of the gradients."""
         with warnings.catch_warnings():
             # `broadcast_buffers` has another name in newer versions of torch, which older ones do not know.
             warnings.simplefilter("ignore", FutureWarning)
-            self._step = DistributedDataParallel(
-                _Step(model, loss, device),
+            return DistributedDataParallel(
+                _Step(self.model, loss, self.device),
                 broadcast_buffers=False,
-                process_group=here.group if device.type == "cpu" else None,
+                process_group=self.here.group if self.device.type == "cpu" else None,
                 # Not every loss reads every parameter, and a pruned network may have some that nothing reads.
                 find_unused_parameters=True,
             )
@@ -73,8 +77,12 @@ class Parallel:
         share = map_tensors(batch, lambda item: item[rows] if item.ndim and len(item) == examples else item)
         with isolated(hash((self.seed, rank, step)) % 2**63, self.device):
             found = self._step(share) * weight
-        self.here.meet("A training step", lambda: f"{step} {_told_apart(batch)}")
+        self.meet(batch, step)
         return found, float(self.here.total(found.detach().double())) / size
+
+    def meet(self, batch: Batch, step: int) -> None:
+        """Wait for all processes, and check that they are at the same step with the same batch."""
+        self.here.meet("A training step", lambda: f"{step} {_told_apart(batch)}")
 
     def backward(self, loss: Tensor) -> None:
         """Run a loss backwards; the gradients are then the average of all processes.
@@ -88,19 +96,49 @@ class Parallel:
                 warnings.filterwarnings("ignore", "Grad strides do not match", UserWarning)
                 loss.backward()
         except RuntimeError as error:
-            if any(word in str(error).lower() for word in ("gloo", "nccl", "connection")):
+            if of_others(error):
                 raise lost("A training step", error) from error
             raise
 
     def agree(self) -> None:
         """Make the buffers alike: averages of what the batch norms saw, all else from the first process."""
-        norms = [item for item in self.model.modules() if isinstance(item, nn.modules.batchnorm._BatchNorm)]
-        averaged = [value for item in norms for value in (item.running_mean, item.running_var)]
-        of_norms: dict[int, Any] = {id(value): value for value in averaged if value is not None}
         self.here.meet("The end of an epoch")
-        for value in of_norms.values():
+        norms = statistics(self.model)
+        for value in norms.values():
             value.copy_(self.here.total(value.double()) / self.here.size)
-        self.here.spread(value for value in self.model.buffers() if id(value) not in of_norms)
+        seen = {id(value) for value in norms.values()}
+        self.here.spread(value for value in self.model.buffers() if id(value) not in seen)
+
+    def each(self) -> State:
+        """Return what the batch norms of every process have seen: name -> (processes, channels), float64."""
+        found: State = {}
+        for name, value in statistics(self.model).items():
+            stacked = torch.zeros(self.here.size, *value.shape, dtype=torch.float64)
+            stacked[self.here.rank] = value
+            found[name] = self.here.total(stacked)
+        return found
+
+    def take(self, held: State) -> None:
+        """Put back what `each` returned: every process takes its own."""
+        for name, value in statistics(self.model).items():
+            value.copy_(held[name][self.here.rank])
+
+
+def statistics(model: nn.Module) -> State:
+    """Return the running means and variances of a model's batch norms, by name."""
+    return {
+        f"{path}.{local}".strip("."): value
+        for path, item in model.named_modules()
+        if isinstance(item, nn.modules.batchnorm._BatchNorm)
+        for local, value in (("running_mean", item.running_mean), ("running_var", item.running_var))
+        if value is not None
+    }
+
+
+def of_others(error: BaseException) -> bool:
+    """Say whether an error is of the exchange with another process, which is gone or silent."""
+    words = ("gloo", "nccl", "connection")
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
 
 @contextmanager

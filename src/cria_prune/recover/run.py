@@ -6,57 +6,36 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from cria_prune.batches import Batch, move
 from cria_prune.config import RecoverConfig
-from cria_prune.errors import DataError, SignalError
+from cria_prune.errors import SignalError
 from cria_prune.loss import Loss
 from cria_prune.progress import Bar, Progress
-from cria_prune.ranks import world
-from cria_prune.recover.guard import generators, lower_precision, put_back, set_generators, snapshot
+from cria_prune.ranks import alone, world
+from cria_prune.recover.guard import generators, lower_precision, put_back, set_generators, snapshot, trained
 from cria_prune.recover.parallel import Parallel, generators_kept
 from cria_prune.recover.result import Epoch
-from cria_prune.recover.schedule import make_optimizer, moments, rate, set_moments
+from cria_prune.recover.schedule import all_of, make_optimizer, moments, rate, set_moments
+from cria_prune.recover.source import Source
 from cria_prune.recover.state import BATCHES, Facts, Keeper
 from cria_prune.store import State
 
-Batches = Iterable[Batch] | Callable[[int], Iterable[Batch]]
+if TYPE_CHECKING:
+    from cria_prune.recover.sharded import Sharded
+
 Metric = Callable[[nn.Module], float]
-
-
-class Source:
-    """Batches of one epoch, always with a length."""
-
-    def __init__(self, batches: Batches) -> None:
-        self.batches = list(batches) if isinstance(batches, Iterator) else batches
-
-    def sized(self, epoch: int) -> tuple[Iterable[Batch], int]:
-        """Return the batches of an epoch (from 0) and their number.
-
-        Raises:
-            DataError: there are none.
-        """
-        batches = self.batches(epoch) if callable(self.batches) else self.batches
-        try:
-            count = len(batches)  # type: ignore[arg-type]
-        except TypeError:
-            batches = list(batches)
-            count = len(batches)
-        if count == 0:
-            raise DataError(
-                "A fine-tune", f"epoch {epoch} has no batches", "Pass at least one training batch"
-            )
-        return batches, count
 
 
 class Run:
     """One fine-tune: how far it is, and the weights of the best epoch so far.
 
     Args:
-        model: on `device`; trained in place.
+        model: on `device`, and trained in place; by FSDP wherever it is, and a copy is trained.
         config: the training.
         loss: (model, batch) -> scalar.
         evaluate: model -> metric, or None.
@@ -87,16 +66,28 @@ class Run:
         self.finished = False
         self.here = world()
         self.parallel: Parallel | None = None
+        self.sharded: Sharded | None = None
 
     def fit(self, source: Source, progress: Progress) -> None:
         """Train from the start, or from the state that was kept, to the last epoch."""
+        if not (self.config.fsdp and self.config.epochs):
+            return self.go(source, progress)
+        from cria_prune.recover.sharded import Sharded
+
+        self.sharded = Sharded(self.here, self.model, self.loss, self.device, self.config.seed)
+        self.parallel, self.model = self.sharded, self.sharded.model
+        with self.sharded.open():
+            self.go(source, progress)
+
+    def go(self, source: Source, progress: Progress) -> None:
+        """Take the epochs that are left."""
         epochs = self.config.epochs
         if epochs:
             self.optimizer = make_optimizer(self.model, self.config)
+            if self.here.size > 1 and self.parallel is None:
+                self.parallel = Parallel(self.here, self.model, self.loss, self.device, self.config.seed)
         resumed = self.resume(source)
         self.here.meet("The state of the recovery", lambda: f"{resumed} {self.step} {len(self.history)}")
-        if epochs and self.here.size > 1 and not self.finished:
-            self.parallel = Parallel(self.here, self.model, self.loss, self.device, self.config.seed)
         if not resumed:
             self.finish(Epoch(0, 0.0, None, self.measure()))
             self.finished = not epochs
@@ -160,7 +151,7 @@ class Run:
             optimizer.step()
             self.step += 1
             bar.update(loss=self.losses[-1])
-            if self.keeper is not None and self.keeper.due():
+            if self.due():
                 self.save()
 
     def forward(self, batch: Batch) -> tuple[Tensor, float]:
@@ -181,13 +172,18 @@ class Run:
         Raises:
             SignalError: it, or a weight, is NaN or infinite.
         """
-        broken = [name for name, value in self.model.named_parameters() if not torch.isfinite(value).all()]
+        broken = [name for name, value in self.model.named_parameters() if not _finite(value)]
         if broken:
             raise self.broken(f"{broken[0]} holds NaN or infinity after step {self.step}")
         if self.evaluate is None:
             return None
         self.model.eval()
-        metric = self.here.lead("Evaluating", self.look)
+        if self.sharded is None:
+            metric = self.here.lead("Evaluating", self.look)
+        else:  # the weights are everybody's, so all look; the first one's word counts
+            with alone():
+                found = self.look()
+            metric = self.here.lead("Evaluating", lambda: found)
         if not math.isfinite(metric):
             raise self.broken(f"the metric is {metric} after step {self.step}")
         return metric
@@ -203,11 +199,24 @@ class Run:
         self.history.append(row)
         best = self.history[self.best_epoch].metric
         if row.metric is None or best is None or self.sign * row.metric >= self.sign * best:
-            self.best_epoch, self.best_state = row.epoch, snapshot(self.model)
+            self.best_epoch, self.best_state = row.epoch, self.copied()
+
+    def copied(self) -> State:
+        """Return a copy of what is trained; by FSDP to the first process alone, and all have to call it."""
+        if self.sharded is None:
+            return snapshot(self.model)
+        return self.sharded.whole(trained(self.model))
+
+    def due(self) -> bool:
+        """Say whether a state is due within an epoch; of several processes the first one's clock counts."""
+        due = self.keeper is not None and self.keeper.due()
+        if self.keeper is None or self.parallel is None:
+            return due
+        return bool(self.here.total(torch.tensor(float(due and self.here.first))))
 
     def save(self) -> None:
-        """Keep the state on disk, if that is wanted; of several processes the first does it for all."""
-        if self.keeper is None or not self.here.first:
+        """Keep the state on disk, if that is wanted; all processes call it, and the first one writes."""
+        if self.keeper is None:
             return
         facts = Facts(
             identity={**self.keeper.identity, BATCHES: self.count},
@@ -218,11 +227,15 @@ class Run:
         )
         parts: dict[str, State] = {"best": self.best_state or {}}
         if not self.finished:
-            parts["weights"] = snapshot(self.model)
-            parts["optimizer"] = moments(self.optimizer)
+            parts["weights"], parts["optimizer"] = self.copied(), moments(self.optimizer)
+            if self.sharded is not None:
+                parts["optimizer"] = self.sharded.whole(parts["optimizer"])
+            if self.parallel is not None:
+                parts["norms"] = self.parallel.each()
             parts["losses"] = {"epoch": torch.tensor(self.losses, dtype=torch.float64)}
             parts["generators"], parts["opened"] = generators(self.device), self.opened or {}
-        self.keeper.write(facts, parts)
+        if self.here.first:
+            self.keeper.write(facts, parts)
 
     def resume(self, source: Source) -> bool:
         """Go on from the state on disk; say whether there was one.
@@ -238,19 +251,23 @@ class Run:
         self.keeper.check(facts, self.count)
         self.history, self.best_epoch, self.step = list(facts.history), facts.best_epoch, facts.step
         self.finished = facts.finished
+        share = all_of if self.sharded is None else self.sharded.share
+        own = trained(self.model)
         try:
             for part in ("best",) if self.finished else ("best", "weights"):
-                if parts[part].keys() != snapshot(self.model).keys():
+                if parts[part].keys() != own.keys():
                     raise LookupError("they have other names")
-                put_back(self.model, parts[part])
+                put_back(self.model, {name: share(value, own[name]) for name, value in parts[part].items()})
             if not self.finished:
-                set_moments(self.optimizer, parts.get("optimizer", {}))
+                set_moments(self.optimizer, parts.get("optimizer", {}), share)
+                if self.parallel is not None:
+                    self.parallel.take(parts.get("norms", {}))
                 self.losses = parts["losses"]["epoch"].tolist()
                 self.opened = parts.get("opened")
                 set_generators(parts["generators"], self.device)
         except (LookupError, ValueError, RuntimeError) as error:
             raise self.keeper.damaged(f"its tensors do not fit the model: {error}") from error
-        self.best_state = parts["best"]
+        self.best_state = parts["best"] if self.sharded is None or self.here.first else {}
         return True
 
     def broken(self, found: str) -> SignalError:
@@ -260,3 +277,8 @@ class Run:
             found,
             "The weights were put back; try a lower learning rate or a longer warm-up, and check the inputs",
         )
+
+
+def _finite(value: Tensor) -> bool:
+    local = getattr(value, "to_local", None)  # of a parameter that is shared out
+    return bool(torch.isfinite(value if local is None else local()).all())

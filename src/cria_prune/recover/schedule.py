@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,14 +61,31 @@ def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def set_moments(optimizer: torch.optim.Optimizer, held: dict[str, Tensor]) -> None:
-    """Give an optimizer the tensors that `moments` returned."""
+def all_of(value: Tensor, _parameter: Tensor) -> Tensor:
+    """Return the tensor: a process that shares nothing out holds all of it."""
+    return value
+
+
+def set_moments(
+    optimizer: torch.optim.Optimizer,
+    held: dict[str, Tensor],
+    share: Callable[[Tensor, Tensor], Tensor] = all_of,
+) -> None:
+    """Give an optimizer the tensors that `moments` returned.
+
+    Args:
+        optimizer: its tensors are replaced.
+        held: name -> tensor.
+        share: (tensor, parameter) -> what of the tensor this process holds, as it does of the parameter.
+    """
     parameters = _parameters(optimizer)
     for name, value in held.items():
         index, _, key = name.partition(".")
         parameter = parameters[int(index)]
         # In the parameter's memory layout: sums over other layouts may round differently.
-        optimizer.state[parameter][key] = value if key == "step" else torch.empty_like(parameter).copy_(value)
+        optimizer.state[parameter][key] = (
+            value if key == "step" else torch.empty_like(parameter).copy_(share(value, parameter))
+        )
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
