@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from cria_prune.errors import DataError
 from cria_prune.metrics import metric
+from cria_prune.tasks import encode as encoding
+from cria_prune.tasks.encode import encode
 from cria_prune.tasks.language import (
     conventions,
-    encode,
     perplexities,
     perplexity,
     sample_text,
@@ -123,6 +125,53 @@ def test_a_tokenizer_repeats_and_gives_every_text_back() -> None:
     assert one.decode(encode(one, strange)) == strange
     assert len(encode(one, TEXT)) < len(TEXT) / 2
     assert one.pad_token_id == one.eos_token_id == 0
+
+
+def tokenizers_of_all_kinds() -> dict[str, Any]:
+    """Bytes; WordPiece with tokens at both ends; Unigram with a token in front of a space that is put there;
+    pairs of a letter, where the first of all decides which go together."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    bert = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    bert.normalizer, bert.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    bert.train_from_iterator([TEXT], trainers.WordPieceTrainer(special_tokens=["[UNK]", "[CLS]", "[SEP]"]))
+    bert.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    spaces = Tokenizer(models.Unigram())
+    spaces.pre_tokenizer, spaces.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    spaces.train_from_iterator(
+        [TEXT], trainers.UnigramTrainer(special_tokens=["<s>", "<u>"], unk_token="<u>")
+    )
+    spaces.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    pairs = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "aa": 2}, merges=[("a", "a")]))
+    fast = {"bert": bert, "spaces": spaces, "pairs": pairs}
+    wrapped = {name: transformers.PreTrainedTokenizerFast(tokenizer_object=it) for name, it in fast.items()}
+    return {"bytes": train_tokenizer(TEXT, 300), **wrapped}
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bert", "spaces", "pairs"])
+def test_a_text_in_pieces_has_the_tokens_of_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tokenizers_of_all_kinds()[kind]
+    text = (TEXT + "\N{SNOWMAN} née \N{GRINNING FACE}\n\n   so\tun<s>\r\n" * 9 + TEXT) * 2
+    if kind == "pairs":
+        text = "b" + "a" * (len(text) // 2) + "ba" * 999
+    whole, lengths = tokenizer(text)["input_ids"], list[int]()
+
+    class Counting:
+        is_fast = True
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            lengths.append(len(text))
+            return tokenizer(text, **options)
+
+    for piece, overlap, compared in ((1000, 201, 16), (317, 101, 8), (3001, 65, 4)):
+        for name, value in (("PIECE", piece), ("OVERLAP", overlap), ("COMPARED", compared)):
+            monkeypatch.setattr(encoding, name, value)
+        lengths.clear()
+        assert encode(Counting(), text).tolist() == whole
+        assert (max(lengths) == len(text)) is (kind == "pairs") and len(lengths) > 1
+    Counting.is_fast = False
+    lengths.clear()
+    assert encode(Counting(), text).tolist() == whole and lengths == [len(text)]
 
 
 def test_a_sample_repeats_by_its_seed_and_leaves_no_trace() -> None:

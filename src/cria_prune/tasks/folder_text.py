@@ -12,8 +12,9 @@ from cria_prune.config import RecoverConfig
 from cria_prune.errors import DataError
 from cria_prune.progress import Progress
 from cria_prune.tasks.corpus import Corpus, read_text
+from cria_prune.tasks.encode import encode
 from cria_prune.tasks.folder import HELD, TUNING, FolderTask
-from cria_prune.tasks.language import SHORT, conventions, encode, perplexities
+from cria_prune.tasks.language import SHORT, conventions, perplexities
 from cria_prune.tasks.language_task import SPLITS, LanguageTask
 
 HELD_BLOCKS, TRAINED = 512, 512

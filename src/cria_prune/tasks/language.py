@@ -15,6 +15,7 @@ from cria_prune.errors import DataError
 from cria_prune.loss import logits_of
 from cria_prune.modules import cache_off, device_of, modes_kept
 from cria_prune.progress import Progress, track
+from cria_prune.tasks.encode import encode
 from cria_prune.tasks.pretrained import find_library
 from cria_prune.tasks.text import BlockBatches
 
@@ -139,12 +140,6 @@ def train_tokenizer(text: str, vocabulary: int) -> Any:
     )
     made.train_from_iterator(text.splitlines(keepends=True), trainer)
     return library.PreTrainedTokenizerFast(tokenizer_object=made, bos_token=END, eos_token=END, pad_token=END)
-
-
-def encode(tokenizer: Any, text: str) -> Tensor:
-    """Return the tokens of a whole text, (tokens,) int64, with what the tokenizer itself adds at its ends."""
-    found = tokenizer(text, verbose=False)["input_ids"]  # not verbose: it would warn of a long text
-    return torch.tensor(found, dtype=torch.int64)
 
 
 def sample_text(model: Any, tokenizer: Any, prompt: str, tokens: int = 60, seed: int = 0) -> str:

@@ -15,7 +15,8 @@ from cria_prune.config import RecoverConfig
 from cria_prune.errors import DataError
 from cria_prune.progress import Progress
 from cria_prune.tasks.base import data_file
-from cria_prune.tasks.language import SHORT, encode, perplexities, sample_text, train_tokenizer
+from cria_prune.tasks.encode import encode
+from cria_prune.tasks.language import SHORT, perplexities, sample_text, train_tokenizer
 from cria_prune.tasks.language_task import LanguageTask
 from cria_prune.tasks.models import build
 from cria_prune.tasks.text_models import LONGEST, VOCABULARY
