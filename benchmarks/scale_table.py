@@ -25,6 +25,12 @@ PROCESSES = """\
 The calibration shared out over processes (gloo, one machine), written by `benchmarks/processes.py`: the
 largest relative difference of a unit's score from that of one process, and whether the plan is the same."""
 
+RECOVERY = """\
+The most anonymous memory of a process while it recovers a Llama of random weights ({weights:,.0f} MB) by {steps} steps
+of {optimizer} on the CPU, over the weights, written by `benchmarks/recovery.py`: on the first process, which holds the
+best epoch too, and on the others. With FSDP the whole model waits on the CPU beside the shares; it is 1 of the
+multiples, and would not be on a GPU. *apart* is the largest difference of a weight from DDP's, over the largest weight."""
+
 LATENCY = """\
 Dense and pruned networks in turns, written by `benchmarks/latency.py`; random weights, {threads} thread(s).
 *efficiency* is the speed-up over the ratio of the MACs; 1 is what the MACs promise."""
@@ -99,6 +105,20 @@ def processes() -> list[str]:
         rows.append([*key, *(f"{seen[count][0]:.0e}" for count in (2, 4)), alike])
     head = ["network", "moments", "criterion", "2 processes", "4 processes", "same plan"]
     return ["## Several processes", "", PROCESSES, "", *table(head, rows), ""] if rows else []
+
+
+def recovery() -> list[str]:
+    """One row per kind of recovery."""
+    rows: list[list[str]] = []
+    said = ""
+    for result in read("recovery/*.json"):
+        for kind, row in result["rows"].items():
+            times = [f"{memory / row['weights']:.2f}" for memory in row["memory"]]
+            said = RECOVERY.format(weights=row["weights"] / MB, **result["settings"])
+            apart = "" if row["apart"] is None else f"{row['apart']:.0e}"
+            rows.append([kind, times[0], max(times[1:], default=""), apart])
+    head = ["processes", "first / weights", "another / weights", "apart from DDP"]
+    return ["## Recovery over several processes", "", said, "", *table(head, rows), ""] if rows else []
 
 
 def latency() -> list[str]:
@@ -202,7 +222,15 @@ def offload() -> list[str]:
     return ["## Larger than the memory", "", said, "", *table(head, rows), ""] if rows else []
 
 
-SECTIONS: tuple[Callable[[], list[str]], ...] = (wide, overhead, memory, offload, processes, latency)
+SECTIONS: tuple[Callable[[], list[str]], ...] = (
+    wide,
+    overhead,
+    memory,
+    offload,
+    processes,
+    recovery,
+    latency,
+)
 
 
 def render() -> str:
