@@ -4,10 +4,10 @@
 
 A Llama-shaped model of random weights takes a few steps of AdamW on random tokens, on the CPU (gloo, one
 thread each). Of every process the most anonymous memory during the recovery is taken, less what it held just
-before the model was made, and shown as a multiple of the weights. With FSDP a process holds the whole model, which
-waits, beside its share; with a GPU the share alone is there. The C library is told to give memory back at once
-(MALLOC_MMAP_THRESHOLD_), for what it keeps for later is not the recovery's. The weights that come out are
-compared with those of DDP. Writes benchmarks/results/recovery/llama.json.
+before the model was made, and shown as a multiple of the weights. With FSDP a process holds the whole model,
+which waits, beside its share; on a GPU there is the share alone. The C library is told to give memory back
+at once (MALLOC_MMAP_THRESHOLD_), for what it keeps for later is not the recovery's. The weights that come out
+are compared with those of DDP. Writes benchmarks/results/recovery/llama.json.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def run(kind: str, folder: Path) -> list[dict[str, Any]]:
     processes = [
         subprocess.Popen([*command, str(rank), str(folder)], env=environment) for rank in range(size)
     ]
-    if any([process.wait() for process in processes]):
+    codes = [process.wait() for process in processes]
+    if any(codes):
         raise SystemExit(f"{kind}: a process did not end well")
     return [json.loads((folder / f"{kind}-{rank}.json").read_text()) for rank in range(size)]
 
