@@ -26,10 +26,10 @@ The calibration shared out over processes (gloo, one machine), written by `bench
 largest relative difference of a unit's score from that of one process, and whether the plan is the same."""
 
 RECOVERY = """\
-The most anonymous memory of a process while it recovers a Llama of random weights ({weights:,.0f} MB) by {steps}
-steps of {optimizer} on the CPU, over the weights, written by `benchmarks/recovery.py`: on the first process,
-which holds the best epoch too, and on the others. With FSDP the whole model waits on the CPU beside the
-shares; it is 1 of the multiples, and is not on the device where that is a GPU. *apart* is the largest
+The most anonymous memory of a process while it recovers a Llama of random weights ({weights:,.0f} MB) by
+{steps} steps of {optimizer} on the CPU, over the weights, written by `benchmarks/recovery.py`: on the first
+process, which holds the best epoch too, and on the others. With FSDP the whole model waits on the CPU beside
+the shares; it is 1 of the multiples, and is not on the device where that is a GPU. *apart* is the largest
 difference of a weight from DDP's, over the largest weight."""
 
 LATENCY = """\
