@@ -62,9 +62,9 @@ def recover(
 
     With `fsdp` in the config every process has on `device` its share alone of the weights, the gradients and
     the optimizer's tensors (torch's `fully_shard`), also of a teacher; a block's weights are put together
-    while it runs. The model waits where it is, on the CPU for instance, until the weights of the best epoch
-    are copied back into it. `evaluate` is called by all processes with the model that is shared out, and has
-    to run the same forwards on all. For a state and the best epoch the first process holds all on the CPU.
+    while it runs. The model waits on the CPU until the weights of the best epoch are copied back into it.
+    `evaluate` is called by all processes with the model that is shared out, and has to run the same forwards
+    on all. For a state and the best epoch the first process holds all weights on the CPU.
 
     With a `state`, the same call in another process goes on where the last state was kept, also after a
     SIGKILL, and ends with the same bits. That asks of `train_batches` that the batches of an epoch depend on
@@ -122,11 +122,10 @@ def recover(
         stack.enter_context(gradients_kept(model))
         for network in [model] if dense is None else [model, dense]:
             stack.enter_context(modes_kept(network))
-            if config.fsdp:  # a copy is trained
-                continue
-            if place.type == "cpu":
+            if place.type == "cpu" and not config.fsdp:
                 stack.enter_context(channels_last(network))
-            stack.enter_context(on_device(network, place))
+            # By FSDP a copy is trained: the model waits where it is in nobody's way.
+            stack.enter_context(on_device(network, torch.device("cpu") if config.fsdp else place))
         if config.lora and config.epochs:
             stack.enter_context(adapters(model, config.lora))
         objective = loss or cross_entropy
