@@ -13,6 +13,7 @@ from cria_prune import pipeline
 from cria_prune.batches import Batch
 from cria_prune.config import PruneConfig
 from cria_prune.dispatched import Weights
+from cria_prune.modules import give_back
 from cria_prune.offload.check import verify_folder
 from cria_prune.offload.repair import repair
 from cria_prune.offload.turns import score_in_turns
@@ -108,6 +109,7 @@ class Rounds:
             CriaError: each stage's own.
         """
         structure, groups, config = before.structure, before.groups, self.config
+        weights = Weights(before.model)
         with pipeline.clock(seconds, "score"):
             importances, spilled, turns = score_in_turns(
                 before.model, groups, self.batches, config, scratch, self.memory, self.example, self.progress
@@ -118,11 +120,13 @@ class Rounds:
             target=config.plan.reduction * number / config.plan.rounds, allowed=self.scope.allowed,
         )  # fmt: skip
         with pipeline.clock(seconds, "repair"):
-            repaired, repairs = repair(structure, groups, step.kept, spilled, Weights(before.model), scratch)
+            repaired, repairs = repair(structure, groups, step.kept, spilled, weights, scratch)
         with pipeline.clock(seconds, "save"):
             smaller = write_model(
                 folder, structure, step, repaired, self.source, self.max_shard_size, self.asked
             )
+        weights.forget()
+        give_back()
         verification = None
         if config.verify:
             with pipeline.clock(seconds, "verify"):
