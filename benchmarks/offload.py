@@ -107,8 +107,8 @@ def job(kind: str, folder: Path, output: Path, options: dict[str, Any]) -> dict[
             done = prune_offloaded(
                 folder, output, batches, config, memory=options["memory"], max_shard_size="250MB"
             )
-            check, report = done.verification, done.plan.report
-            further = {"turns": done.turns, "seconds_by_stage": dict(done.seconds)}
+            check, report = done.rounds[-1].verification, done.plan.report
+            further = {"turns": done.rounds[0].turns, "seconds_by_stage": done.seconds}
         else:
             result = prune(load_pretrained(folder), batches, config)
             result.model.save_pretrained(output)

@@ -25,10 +25,10 @@ from cria_prune.batches import Batch
 from cria_prune.cli.main import app
 from cria_prune.dispatched import Weights, changed, first_names, is_dispatched, places, structure_of
 from cria_prune.errors import ArtifactError, CriaError, SignalError, StructureError, VerificationError
-from cria_prune.offload import check, write
+from cria_prune.offload import Offloaded, check, write
 from cria_prune.offload.chain import Chain, outputs
 from cria_prune.offload.turns import plan_turns, score_in_turns
-from cria_prune.pipeline import QUIET
+from cria_prune.pipeline import QUIET, PruneResult
 from cria_prune.scope import Scope, check_target
 from cria_prune.tasks.language import train_tokenizer
 from cria_prune.tasks.pretrained import load_pretrained
@@ -37,6 +37,7 @@ transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
 
 stages = sys.modules["cria_prune.offload.prune"]
+rounds = sys.modules["cria_prune.offload.rounds"]
 DECODER: dict[str, Any] = {
     "vocab_size": 99, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
@@ -335,6 +336,17 @@ def test_a_model_that_is_no_chain_of_blocks_is_recorded_as_a_whole(tmp_path: Pat
 # -- from folder to folder
 
 
+def agree(done: Offloaded, expected: PruneResult) -> None:
+    """Check that every round did what pruning in memory does, and was verified."""
+    assert done.plan.to_dict() == expected.plan.to_dict()
+    assert len(done.rounds) == len(expected.rounds)
+    for found, other in zip(done.rounds, expected.rounds, strict=True):
+        assert (found.number, found.report) == (other.number, other.report)
+        assert found.scores == other.scores and found.kept == other.kept
+        assert found.diagnosis == other.diagnosis and found.repairs == other.repairs
+        assert found.verification is not None and found.verification.difference <= 1e-5
+
+
 @pytest.mark.parametrize(
     ("name", "memory", "values"),
     [
@@ -353,13 +365,10 @@ def test_layer_by_layer_gives_what_pruning_in_memory_gives(
     done = prune_offloaded(
         made / name, tmp_path / "small", batches, config, memory=memory, max_shard_size="50KB"
     )
-    round_ = expected.rounds[0]
-    assert {key: tuple(item.scores.tolist()) for key, item in done.importances.items()} == round_.scores
-    assert done.plan.to_dict() == expected.plan.to_dict()
-    assert done.repairs == round_.repairs and bool(done.repairs) == config.compensate
-    assert done.verification is not None and done.verification.difference <= 1e-5
     blocks = MODELS[name][2].get("num_hidden_layers", 2)
-    assert done.turns == (0 if "l2" in str(values) else 1 if memory > 1 else blocks)
+    agree(done, expected)
+    assert bool(done.rounds[0].repairs) == config.compensate
+    assert done.rounds[0].turns == (0 if "l2" in str(values) else 1 if memory > 1 else blocks)
     assert hashes(made / name) == before
     plain, info = kind_of(name).from_pretrained(tmp_path / "small", output_loading_info=True)
     assert not any(info.values()), info
@@ -378,6 +387,116 @@ def test_a_result_is_pruned_again_and_its_plan_is_of_the_dense_model(made: Path,
     assert second.plan.sizes == first.plan.sizes
     assert second.plan.report["parameters"] < first.plan.report["parameters"]
     assert load(tmp_path / "two").plan == second.plan
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "values"),
+    [
+        ("llama", 1, {"plan": {"multiple": 8}}),
+        ("llama", 2**31, {"compensate": False, "score": {"criterion": "distortion"}}),
+        ("llama", 1, {"record": {"exact_units": 40, "sketch_columns": 64}, "plan": {"ranking": "global"}}),
+        ("tied", 1, {"plan": {"multiple": 8}}),
+        ("gpt2", 1, {}),
+    ],
+    ids=str,
+)
+def test_rounds_give_what_rounds_in_memory_give(
+    made: Path, tmp_path: Path, name: str, memory: int, values: dict[str, Any]
+) -> None:
+    plan = {"reduction": 0.3, "rounds": 3, **values.get("plan", {})}
+    batches, config, before = batches_of(), config_of(**{**values, "plan": plan}), hashes(made / name)
+    expected = prune(kind_of(name).from_pretrained(made / name).eval(), batches, config)
+    done = prune_offloaded(
+        made / name, tmp_path / "small", batches, config, memory=memory, max_shard_size="50KB"
+    )
+    agree(done, expected)
+    sizes = [sum(map(len, item.kept.values())) for item in done.rounds]
+    assert sizes[0] > sizes[1] > sizes[2], "a round removed nothing"
+    assert all(bool(item.repairs) == config.compensate for item in done.rounds)
+    assert [item.turns for item in done.rounds] == [1 if memory > 1 else 2] * 3
+    assert done.difference == max(item.verification.difference for item in done.rounds if item.verification)
+    assert done.seconds["score"] == sum(item.seconds["score"] for item in done.rounds)
+    assert hashes(made / name) == before
+    plain, info = kind_of(name).from_pretrained(tmp_path / "small", output_loading_info=True)
+    assert not any(info.values()), info
+    assert same(plain.state_dict(), expected.model.state_dict())
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+    assert read_plan(tmp_path / "small") == done.plan == load(tmp_path / "small").plan
+    assert not [path for path in (tmp_path / "small").iterdir() if path.is_dir()]
+
+
+def test_a_result_is_pruned_again_in_rounds_and_its_plan_is_of_the_dense_model(
+    made: Path, tmp_path: Path
+) -> None:
+    config = config_of(plan={"rounds": 2})
+    first = prune_offloaded(made / "llama", tmp_path / "one", batches_of(), config_of())
+    second = prune_offloaded(tmp_path / "one", tmp_path / "two", batches_of(), config)
+    expected = prune(kind_of("llama").from_pretrained(tmp_path / "one").eval(), batches_of(), config)
+    assert second.plan.sizes == first.plan.sizes and second.plan != expected.plan
+    for name, stays in expected.plan.kept.items():
+        assert second.plan.kept[name] == tuple(first.plan.kept[name][place] for place in stays)
+    assert second.plan.report["parameters_dense"] == first.plan.report["parameters_dense"]
+    assert second.plan.report["parameters"] == expected.plan.report["parameters"]
+    assert load(tmp_path / "two").plan == second.plan
+    assert same(load(tmp_path / "two").model.state_dict(), expected.model.state_dict())
+
+
+def test_of_the_models_between_the_rounds_one_is_on_disk(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    """When a round is verified, its own model and the one before it are there, and nothing else."""
+    real, seen, read = rounds.verify_folder, list[list[str]](), list[Path]()
+
+    def verify(source: Path, folder: Path, *rest: Any) -> Any:
+        read.append(source)
+        found = [path for path in tmp_path.rglob("config.json") if path.parent != source]
+        seen.append([str(path.parent == folder) for path in found])
+        assert (source == made / "llama") or len(list(source.glob("*.safetensors"))) > 1
+        places = {path.name for path in tmp_path.rglob("round-*")}
+        assert places == {f"round-{len(seen)}"}, "files of an earlier round are left"
+        return real(source, folder, *rest)
+
+    monkeypatch.setattr(rounds, "verify_folder", verify)
+    config = config_of(plan={"reduction": 0.3, "rounds": 4})
+    prune_offloaded(made / "llama", tmp_path / "small", batches_of(), config, max_shard_size="50KB")
+    assert seen == [["True"]] * 4
+    assert len(set(read)) == 4 and read[0] == made / "llama"
+
+
+@pytest.mark.parametrize("stage", ["score_in_turns", "repair", "write_model", "verify_folder"])
+def test_an_error_in_a_later_round_leaves_nothing(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None, stage: str
+) -> None:
+    real, calls, before = getattr(rounds, stage), list[int](), hashes(made / "llama")
+
+    def fails(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(rounds, stage, fails)
+    with pytest.raises(KeyboardInterrupt):
+        prune_offloaded(
+            made / "llama", tmp_path / "deep" / "small", batches_of(), config_of(plan={"rounds": 3})
+        )
+    assert len(calls) == 2 and not list(tmp_path.iterdir()) and hashes(made / "llama") == before
+
+
+def test_a_wrong_cut_in_a_later_round_is_found(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    """The first round's tensors have other shapes: the second alone is wrong."""
+
+    def wrong(tensor: Tensor, cuts: Any) -> Tensor:
+        value = write_slice(tensor, cuts)
+        later = tensor.ndim == 2 and tensor.shape[0] == 48 and 48 < tensor.shape[1] < 96
+        return value.flip(0) if later else value
+
+    monkeypatch.setattr(write, "slice_tensor", wrong)
+    with pytest.raises(VerificationError, match="the relative difference is"):
+        prune_offloaded(made / "llama", tmp_path / "small", batches_of(), config_of(plan={"rounds": 2}))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
@@ -447,7 +566,6 @@ def empty(made: Path, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("source", "plan", "criterion", "text"),
     [
-        (None, {"rounds": 4}, "innovation", "in 4 rounds.*one round"),
         (None, {"residual": True}, "innovation", "less residual width"),
         (None, {}, "taylor", "takes gradients"),
         (None, {"reduction": 0.9999}, "innovation", "at most"),
@@ -519,7 +637,8 @@ def test_the_command_prunes_a_folder_and_plain_transformers_loads_it(
     done = CliRunner().invoke(app, ["prune", "llama", "--offload", *WORDS])
     assert done.exit_code == 0, done.output
     answer = json.loads(done.stdout.splitlines()[-1])
-    assert answer["reduction"] >= 0.2 and answer["masked_equals_pruned"] < 1e-5 and answer["turns"] == 1
+    assert answer["reduction"] >= 0.2 and answer["masked_equals_pruned"] < 1e-5
+    assert answer["rounds"] == 1 and answer["turns"] == 1
     model = transformers.AutoModelForCausalLM.from_pretrained("small")
     assert sum(item.numel() for item in model.parameters()) == answer["parameters"]
     assert transformers.AutoTokenizer.from_pretrained("small")("the sea")["input_ids"]
@@ -528,12 +647,26 @@ def test_the_command_prunes_a_folder_and_plain_transformers_loads_it(
     monkeypatch.undo()
 
 
+def test_the_command_prunes_a_folder_in_rounds(here: Path) -> None:
+    done = CliRunner().invoke(app, ["prune", "llama", "--offload", "--rounds", "3", *WORDS])
+    assert done.exit_code == 0, done.output
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert answer["rounds"] == 3 and answer["turns"] == 3 and answer["reduction"] >= 0.2
+    rows = [line.split() for line in done.stdout.splitlines() if re.match(r" *[123] ", line)]
+    assert [row[0] for row in rows] == ["1", "2", "3"]
+    counts = [int(row[1].replace(",", "")) for row in rows]
+    assert counts[0] > counts[1] > counts[2] == answer["parameters"]
+    results = json.loads(Path("small/cria.json").read_text())["results"]
+    assert results["rounds"] == 3 and results["masked_equals_pruned"] == answer["masked_equals_pruned"]
+    model = transformers.AutoModelForCausalLM.from_pretrained("small")
+    assert sum(item.numel() for item in model.parameters()) == answer["parameters"]
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [
         (["digits"], "found a recipe"),
         (["text.txt"], "no such folder"),
-        (["llama", "--rounds", "2"], "in 2 rounds"),
         (["llama", "--residual"], "less residual width"),
         (["llama", "--criterion", "taylor"], "takes gradients"),
         (["llama", "--policy", "per-layer"], "layers that differ"),

@@ -45,6 +45,7 @@ MAY_IMPORT = {
         "graph",
         "plan",
         "record",
+        "result",
         "scope",
         "spectrum",
         "structure",

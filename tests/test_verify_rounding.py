@@ -73,6 +73,7 @@ def test_the_difference_is_the_same_in_blocks(block: int, monkeypatch: pytest.Mo
     other[2, 2] = one[2, 2] = float("inf")
     expected = 0.3 / float(max(one[1, 2], one[4, 8]))
     monkeypatch.setattr(verifying, "BLOCK", block)
+    monkeypatch.setattr(verifying, "PIECE", block)
     assert difference([one], [other]) == pytest.approx(expected, rel=1e-6)
     assert difference([one, one], [one, other]) == pytest.approx(expected, rel=1e-6)
     assert difference([one], [one.clone()]) == difference([], []) == 0

@@ -79,7 +79,7 @@ def first_names(model: nn.Module) -> dict[str, str]:
 class Weights(Mapping[str, Tensor]):
     """The weights of a dispatched model by name, each loaded when it is asked for.
 
-    The last one that was loaded is held, since it is often asked for again.
+    The last one that was loaded is held, since it is often asked for again, until `forget`.
 
     Args:
         model: the model; it is only read.
@@ -107,6 +107,10 @@ class Weights(Mapping[str, Tensor]):
             place = self._places[name]
             self._last = name, place.hook.weights_map[place.key].detach()
         return self._last[1]
+
+    def forget(self) -> None:
+        """Let go of the last one that was loaded."""
+        self._last = None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._here)

@@ -94,7 +94,7 @@ def whole_recipe(job: Job, dense: nn.Module, config: PruneConfig, tuning: Recove
     """Prune the dense model, recover, save and report."""
     metric = job.target.metric
     result, plan = prune_stage(job, dense, config, watch)
-    show.rounds(job.talk, result, metric)
+    show.rounds(job.talk, result.rounds, metric)
     job.measure(result.model, "pruned")
     described = described_by(config, tuning)
     teacher = dense if tuning.distill else None
@@ -146,7 +146,7 @@ def whole_pruning(
     """Prune a model, save and report."""
     metric = job.target.metric
     result, plan = prune_stage(job, model, config, watch, scored)
-    show.rounds(job.talk, result, metric)
+    show.rounds(job.talk, result.rounds, metric)
     show.left_alone(job.talk, result.dense)
     job.measure(result.model, "pruned")
     show.outcome(job.talk, job.results, metric)

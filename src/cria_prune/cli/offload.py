@@ -8,12 +8,14 @@ from typing import Any
 import torch
 
 from cria_prune.artifact.provenance import peak_memory, provenance
+from cria_prune.cli import show
 from cria_prune.cli.folder import claimed
 from cria_prune.cli.job import PRUNED, rounded
 from cria_prune.cli.settings import Params, prune_config, texts_of
 from cria_prune.cli.talk import Talk
 from cria_prune.config import PruneConfig
 from cria_prune.errors import ConfigError
+from cria_prune.metrics import Metric, metric
 from cria_prune.offload import Offloaded, prune_offloaded
 from cria_prune.offload.prune import checked
 from cria_prune.ranks import world
@@ -25,7 +27,7 @@ UNUSED = {
     "export": "padding", "scores": "kept scores", "watch": "a metric for every round",
     "resume": "going on where it was interrupted", "text": "measuring the perplexity",
 }  # fmt: skip
-"""Options of `cria prune` that need the whole model, or more than one round."""
+"""Options of `cria prune` that need the whole model, or keep what this does not."""
 
 
 def prune(params: Params, command: list[str]) -> None:
@@ -42,7 +44,7 @@ def prune(params: Params, command: list[str]) -> None:
             task.folder, folder, batches, config, overwrite=params["overwrite"], provenance=origin,
             results={**head, "stage": PRUNED}, progress=talk.progress,
         )  # fmt: skip
-        _tell(talk, done)
+        _tell(talk, done, metric(task.metric))
         talk.answer({**head, **_answer(done, config), "memory": peak_memory(cpu)})
 
 
@@ -74,28 +76,28 @@ def _task(params: Params) -> FolderTask:
     return folder_task(folder, texts_of(params), load_pretrained(folder, meta=True))
 
 
-def _tell(talk: Talk, done: Offloaded) -> None:
-    report = done.plan.report
-    turns = f"{done.turns} turn{'s' if done.turns > 1 else ''}"
+def _tell(talk: Talk, done: Offloaded, metric: Metric) -> None:
+    report, turns = done.plan.report, sum(item.turns for item in done.rounds)
+    show.rounds(talk, done.rounds, metric)
     talk.say(
-        f"parameters {report['parameters_dense']:,.0f} before, {report['parameters']:,.0f} after, in {turns}"
+        f"parameters {report['parameters_dense']:,.0f} before, {report['parameters']:,.0f} after, recorded "
+        f"layer by layer in {turns} turn{'' if turns == 1 else 's'}"
     )
-    if done.verification is not None:
-        talk.say(f"masked equals pruned, layer by layer: {done.verification.difference:.1e} (relative)")
     talk.say(f"folder {done.path}: plain transformers loads it (measure it with cria eval)")
 
 
 def _answer(done: Offloaded, config: PruneConfig) -> dict[str, Any]:
-    said = done.plan.report
+    said, last = done.plan.report, done.rounds[-1].report
     counts = ("parameters_dense", "parameters", "macs_dense", "macs")
     return {
         "criterion": config.score.criterion,
         "asked": config.plan.reduction,
         "of": config.plan.of,
-        "reduction": said["reached"],
+        "reduction": last["reached"],
         **{name: said[name] for name in counts if name in said},
-        "turns": done.turns,
-        "masked_equals_pruned": None if done.verification is None else done.verification.difference,
+        "rounds": len(done.rounds),
+        "turns": sum(item.turns for item in done.rounds),
+        "masked_equals_pruned": done.difference,
         "output": str(done.path),
         "seconds": rounded(done.seconds),
     }

@@ -107,7 +107,8 @@ Offload = Annotated[
     bool,
     Option(
         "--offload",
-        help="For a folder whose model is larger than the memory: layer by layer, in one round.",
+        help="For a folder whose model is larger than the memory: layer by layer, in one round unless "
+        "--rounds says more.",
     ),
 ]
 

@@ -10,7 +10,7 @@ from cria_prune.batches import Batch, model_inputs
 from cria_prune.cli.outline import COSTS
 from cria_prune.cli.talk import Talk, percent
 from cria_prune.metrics import Metric, metric
-from cria_prune.pipeline import PruneResult
+from cria_prune.pipeline import PruneResult, Round
 
 if TYPE_CHECKING:
     from cria_prune.cli.inventory import Inventory
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from cria_prune.structure import UnitGroups
 
 
-def rounds(talk: Talk, result: PruneResult, metric: Metric) -> None:
+def rounds(talk: Talk, done: Sequence[Round], metric: Metric) -> None:
     """Print one row per round."""
-    watched = any(item.metric is not None for item in result.rounds)
+    watched = any(item.metric is not None for item in done)
     columns = ["round", "parameters", "MACs", "removed", "masked = pruned", "seconds"]
     rows = []
-    for item in result.rounds:
+    for item in done:
         report, check = item.report, item.verification
         row = [
             str(item.number),

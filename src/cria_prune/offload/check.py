@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from cria_prune.batches import Batch
 from cria_prune.dispatched import changed
 from cria_prune.errors import ArtifactError, VerificationError
+from cria_prune.modules import give_back
 from cria_prune.offload.chain import outputs
 from cria_prune.offload.repair import Repaired
 from cria_prune.plan import Plan
@@ -85,6 +87,7 @@ def verify_folder(
             gone.setdefault(cut.tensor, []).append((cut.dim, left.nonzero().ravel()))
 
     def masked(name: str, value: Tensor) -> Tensor:
+        give_back()
         if name not in gone and name not in repaired.paths:
             return value
         value = (repaired[name] if name in repaired.paths else value).to(value, copy=True)
@@ -92,11 +95,13 @@ def verify_folder(
             value.index_fill_(dim, index.to(value.device), 0)
         return value
 
-    dense = in_type(load_dispatched(source, scratch / "dense"), dtype)
-    with changed(dense, masked):
-        expected = outputs(dense, example)
-    del dense
-    found = outputs(in_type(load_dispatched(folder, scratch / "pruned"), dtype), example)
+    def plain(name: str, value: Tensor) -> Tensor:
+        give_back()  # what the weight before took: it can be hundreds of megabytes after a few layers
+        return value
+
+    expected = _outputs(in_type(load_dispatched(source, scratch / "dense"), dtype), example, masked)
+    found = _outputs(in_type(load_dispatched(folder, scratch / "pruned"), dtype), example, plain)
+    give_back()
     apart, tolerance = difference(expected, found), TOLERANCE[dtype]
     if not apart <= tolerance:
         raise VerificationError(
@@ -104,3 +109,9 @@ def verify_folder(
             f"the relative difference is {apart:.3g}", ADVICE,
         )  # fmt: skip
     return Verification(apart, tolerance, str(dtype).removeprefix("torch."))
+
+
+def _outputs(model: nn.Module, example: Batch, change: Callable[[str, Tensor], Tensor]) -> list[Tensor]:
+    """Return the outputs of a dispatched model with changed weights; see `changed`."""
+    with changed(model, change):
+        return outputs(model, example)

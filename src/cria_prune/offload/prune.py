@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,17 +21,13 @@ from cria_prune.batches import Batch
 from cria_prune.config import PlanConfig, PruneConfig
 from cria_prune.dispatched import Weights, structure_of
 from cria_prune.errors import ArtifactError, ConfigError, CriterionError, SignalError
-from cria_prune.offload.check import load_dispatched, verify_folder
-from cria_prune.offload.repair import repair
-from cria_prune.offload.turns import score_in_turns
-from cria_prune.offload.write import floats, write_model
+from cria_prune.offload.check import load_dispatched
+from cria_prune.offload.rounds import OffloadedRound, Rounds, Standing
 from cria_prune.plan import Plan, compose
-from cria_prune.plan import plan as make_plan
 from cria_prune.progress import QUIET, Progress
 from cria_prune.scope import check_target
-from cria_prune.spectrum import Importance
 from cria_prune.structure import UnitGroups
-from cria_prune.surgery import Repair, Verification
+from cria_prune.surgery import Verification
 
 MEMORY = 2**31
 """Bytes for the moments and weights of a turn of recording, unless other is asked for."""
@@ -42,22 +40,28 @@ class Offloaded:
     Attributes:
         path: the folder.
         plan: what was removed, relative to the dense model; `plan.report` has the counts.
-        groups: the structure before this cut, with why the frozen groups are frozen.
-        importances: group name -> importance of its units.
-        repairs: what became of the consumers; empty without repair.
-        verification: the folder against the masked model; None where that was not asked for.
-        turns: in how many parts the groups were recorded; 0 where nothing was.
-        seconds: stage -> wall time.
+        groups: the structure of the source, with why the frozen groups are frozen.
+        rounds: what each round did; their reports have the shares of the source.
     """
 
     path: Path
     plan: Plan
     groups: UnitGroups = field(repr=False)
-    importances: Mapping[str, Importance] = field(repr=False)
-    repairs: tuple[Repair, ...] = field(repr=False)
-    verification: Verification | None
-    turns: int
-    seconds: Mapping[str, float] = field(repr=False)
+    rounds: tuple[OffloadedRound, ...]
+
+    @property
+    def difference(self) -> float | None:
+        """Largest difference of a round's folder from its masked model; None where that was not asked for."""
+        return _largest(self.rounds)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Stage -> wall time, over all rounds."""
+        total: dict[str, float] = {}
+        for item in self.rounds:
+            for stage, spent in item.seconds.items():
+                total[stage] = total.get(stage, 0.0) + spent
+        return total
 
 
 def prune_offloaded(
@@ -77,17 +81,19 @@ def prune_offloaded(
 
     The weights stay on disk: accelerate loads each layer when it runs, and no more than a layer, a shard, and
     the moments of a turn are in memory. The scores, the plan and the weights are those that `prune` gives in
-    one round. Plain transformers loads the result.
+    as many rounds. Plain transformers loads the result.
 
-    Units are ranked once: `config.plan.rounds` is 1. Which groups can be cut is seen on shapes alone; that
-    the saved folder computes what the masked model does is tried on the first two examples, both models
-    loaded layer by layer. Batch norms are not measured again.
+    Which groups can be cut is seen on shapes alone. Between two rounds the smaller model is a folder in a
+    hidden one beside the result. It is removed as soon as the next one stands: of whole models there are at
+    most two on disk beside the source. That the folder of a round computes what its masked model does is
+    tried on the first two examples, both loaded layer by layer. Batch norms are not measured again.
 
     Args:
         source: the folder: config.json and safetensors, in one file or in shards; it is only read.
         output: the folder to write; whole or not there.
         batches: calibration batches; with several turns they are gone through several times.
-        config: what to remove and how. `plan.vanilla` is set: one configuration has to say all sizes.
+        config: what to remove and how, in `plan.rounds` rounds (four, unless it says otherwise).
+            `plan.vanilla` is set: one configuration has to say all sizes.
         memory: bytes for the moments and weights of a turn. What does not fit is recorded in turns: a few
             blocks at a time where the model is a chain of blocks, else a few groups with a pass each.
         max_shard_size: bytes of a file of weights, or a text such as `1GB`; one shard is in memory.
@@ -96,7 +102,7 @@ def prune_offloaded(
         progress: where to show the turns.
 
     Raises:
-        ConfigError: several rounds, or less residual width, were asked for.
+        ConfigError: less residual width was asked for.
         CriterionError: the criterion takes gradients, which need the whole model.
         ArtifactError: the folder cannot be read or written, or accelerate is missing.
         VerificationError: masked and pruned differ; nothing is left behind then, nor after other errors.
@@ -106,60 +112,50 @@ def prune_offloaded(
     asked = f"Pruning {source} layer by layer"
     if source.resolve() == target.resolve():
         raise ArtifactError(asked, "the result would take its place", "Name another folder for the result")
-    before = _earlier_plan(source, asked)
+    plans = _earlier_plans(source, asked)
     batches = pipeline.again(batches)
     example = pipeline.first_examples(batches, torch.device("cpu"))
-    seconds: dict[str, float] = {}
     with whole_folder(target, overwrite) as folder, TemporaryDirectory(dir=folder, prefix=".") as name:
-        scratch = Path(name)
+        places = _Places(Path(name), folder, config.plan.rounds)
+        seconds: dict[str, float] = {}
         with pipeline.clock(seconds, "model"):
-            model = load_dispatched(source, scratch / "weights")
-            weights = Weights(model)
-            _check_finite(weights)
+            model = load_dispatched(source, places.scratch(1) / "weights")
+            _check_finite(Weights(model))
         with pipeline.clock(seconds, "structure"):
             structure = structure_of(model)
             found = check_target(structure, pipeline.discover(structure, example), config.plan)
-        with pipeline.clock(seconds, "score"):
-            importances, spilled, turns = score_in_turns(
-                model, found.groups, batches, config, scratch, memory, example, progress or QUIET
-            )
-        values = {name: item.scores.numpy() for name, item in importances.items()}
-        step = make_plan(
-            found.groups, values, config.plan, dense=found.groups, target=config.plan.reduction,
-            allowed=found.allowed,
-        )  # fmt: skip
-        with pipeline.clock(seconds, "repair"):
-            repaired, repairs = repair(structure, found.groups, step.kept, spilled, weights, scratch)
-        with pipeline.clock(seconds, "save"):
-            smaller = write_model(folder, structure, step, repaired, source, max_shard_size, asked)
-        del model
-        verification = None
+        rounds = Rounds(
+            source, batches, example, config, found, memory, max_shard_size, progress or QUIET, asked
+        )
+        before, done = Standing(source, model, structure, found.groups), list[OffloadedRound]()
+        for number in range(1, config.plan.rounds + 1):
+            cut = rounds.cut(before, number, places.model(number), places.scratch(number), seconds)
+            done.append(cut.done)
+            plans.append(cut.plan)
+            if number < config.plan.rounds:
+                seconds = {}
+                with pipeline.clock(seconds, "model"):
+                    model = load_dispatched(places.model(number), places.scratch(number + 1) / "weights")
+                before = Standing(places.model(number), model, cut.structure, cut.groups)
+                places.clear(number)
+        total = reduce(compose, plans)
+        said = {**(results or {}), "offloaded": True, "rounds": len(done)}
         if config.verify:
-            with pipeline.clock(seconds, "verify"):
-                dtype = torch.float64 if floats(structure) is torch.float64 else torch.float32
-                verification = verify_folder(source, folder, step, repaired, example, scratch, dtype)
-        total = step if before is None else compose(before, step)
-        said = {**(results or {}), "offloaded": True}
-        if verification is not None:
-            said["masked_equals_pruned"] = verification.difference
-        manifest = render_manifest(smaller, total, "vanilla", config, provenance, said)
+            said["masked_equals_pruned"] = _largest(done)
+        manifest = render_manifest(cut.structure, total, "vanilla", config, provenance, said)
         (folder / MANIFEST).write_text(manifest, encoding="utf-8")
-        write_json(folder / CERTIFICATE, {"sha256": hashes(folder), **_vouched(verification)})
-    return Offloaded(target, total, found.groups, importances, repairs, verification, turns, seconds)
+        write_json(folder / CERTIFICATE, {"sha256": hashes(folder), **_vouched(done[-1].verification)})
+    return Offloaded(target, total, found.groups, tuple(done))
 
 
 def checked(config: PruneConfig) -> PruneConfig:
     """Return a configuration with the policy that a folder of plain transformers needs.
 
     Raises:
-        ConfigError: several rounds, or less residual width, were asked for.
+        ConfigError: less residual width was asked for.
         CriterionError: the criterion takes gradients.
     """
     asked = "Pruning layer by layer"
-    if config.plan.rounds != 1:
-        raise ConfigError(
-            f"{asked} in {config.plan.rounds} rounds", "units are ranked once", "Ask for one round (rounds=1)"
-        )
     if config.plan.residual:
         raise ConfigError(
             f"{asked} with less residual width", "its masked twin runs in memory alone",
@@ -174,6 +170,42 @@ def checked(config: PruneConfig) -> PruneConfig:
     return config.model_copy(update={"plan": plan})
 
 
+class _Places:
+    """Where the rounds put their files: a hidden folder in that of the result, of one file system with it.
+
+    Args:
+        root: the hidden folder.
+        result: where the last model goes.
+        rounds: how many there are.
+    """
+
+    def __init__(self, root: Path, result: Path, rounds: int) -> None:
+        self._root, self._result, self._rounds = root, result, rounds
+
+    def scratch(self, number: int) -> Path:
+        """Return the place of what a round alone needs."""
+        return self._made(self._root / f"round-{number}")
+
+    def model(self, number: int) -> Path:
+        """Return the folder of the model that a round makes."""
+        return self._made(self._result if number == self._rounds else self._root / f"model-{number}")
+
+    def clear(self, number: int) -> None:
+        """Remove what a round needed, once the next one has begun: its files, and the model before it."""
+        for path in (self.scratch(number), self._root / f"model-{number - 1}"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _made(self, path: Path) -> Path:
+        path.mkdir(exist_ok=True)
+        return path
+
+
+def _largest(rounds: Sequence[OffloadedRound]) -> float | None:
+    """Return the largest difference of masked from pruned; None where it was not looked at."""
+    found = [item.verification.difference for item in rounds if item.verification is not None]
+    return max(found, default=None)
+
+
 def _vouched(verification: Verification | None) -> dict[str, Any]:
     """Return what the certificate says beside the hashes: no fresh process has loaded the folder."""
     if verification is None:
@@ -186,14 +218,14 @@ def _vouched(verification: Verification | None) -> dict[str, Any]:
     }
 
 
-def _earlier_plan(source: Path, asked: str) -> Plan | None:
-    """Return what was removed before, where Cria has written the folder.
+def _earlier_plans(source: Path, asked: str) -> list[Plan]:
+    """Return what was removed before: one plan where Cria has written the folder, else none.
 
     Raises:
         ArtifactError: plain transformers does not load it, or zeros pad it.
     """
     if not (source / MANIFEST).is_file():
-        return None
+        return []
     policy = read_manifest(source)["policy"]
     if policy != "vanilla":
         raise ArtifactError(
@@ -201,7 +233,7 @@ def _earlier_plan(source: Path, asked: str) -> Plan | None:
             f"Cria saved it {policy}",
             "Give the dense model, or a result that plain transformers loads",
         )
-    return read_plan(source)
+    return [read_plan(source)]
 
 
 def _check_finite(weights: Mapping[str, Tensor]) -> None:

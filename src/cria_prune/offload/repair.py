@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cria_prune.modules import named_tensors
+from cria_prune.modules import give_back, named_tensors
 from cria_prune.offload.turns import Spilled
 from cria_prune.structure import UnitGroups
 from cria_prune.surgery import Repair, compensate
@@ -77,11 +77,12 @@ def repair(
             with _filled(structure, item.tensor, found) as names:
                 alone, one = replace(groups, groups=(group,)), {group.name: {item.tensor: moments}}
                 after, done = compensate(structure, alone, kept, one)
-            del moments
             tensors = named_tensors(after)
             for name in names if done else ():
                 found.put(name, tensors[name])
             repairs += done
+            del moments, one, after, tensors  # not two consumers at a time
+            give_back()
     return found, tuple(repairs)
 
 

@@ -18,6 +18,7 @@ from cria_prune.batches import Batch
 from cria_prune.config import PruneConfig, RecordConfig
 from cria_prune.dispatched import bytes_of
 from cria_prune.graph import Moments
+from cria_prune.modules import give_back
 from cria_prune.offload.chain import Chain, outputs
 from cria_prune.progress import Progress
 from cria_prune.record.collect import limited
@@ -113,6 +114,7 @@ def score_in_turns(
             for name, item in ({} if states is None else states.groups).items():
                 spilled.add(name, item.consumed)
             del states
+            give_back()
             bar.update()
     return {group.name: found[group.name] for group in groups.prunable}, spilled, len(turns)
 

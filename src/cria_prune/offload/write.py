@@ -18,7 +18,7 @@ from cria_prune.artifact.folders import GENERATION, copy_known
 from cria_prune.artifact.sizes import check_sizes
 from cria_prune.dispatched import bytes_of, first_names
 from cria_prune.errors import StructureError
-from cria_prune.modules import named_tensors
+from cria_prune.modules import give_back, named_tensors
 from cria_prune.plan import Plan
 from cria_prune.surgery import apply, slice_tensor
 from cria_prune.surgery.apply import check
@@ -90,6 +90,7 @@ def _write_weights(
     shapes = {name: tuple(value.shape) for name, value in stored.state_dict().items()}
     for file, held in split.filename_to_tensors.items():
         shard = {}
+        give_back()  # the shard before
         for name in held:
             value = slice_tensor(weights[first[name]], cuts.get(first[name], ()))
             if tuple(value.shape) != shapes[name]:

@@ -157,8 +157,9 @@ def _from_covariance(
     A = _predictor(S, K, R, ridge)
     removed = lines.read(R, S.device)
     lines.add(K, A.T @ removed)
-    left = S[R][:, R] - A @ S[K][:, R]
-    energy = S[R][:, R] + (torch.outer(mean[R], mean[R]) if centred else 0)
+    SRR = S[R[:, None], R]
+    left = SRR - A @ S[K[:, None], R]
+    energy = SRR + torch.outer(mean[R], mean[R]) if centred else SRR
     lost, stayed = (float((removed * (matrix @ removed)).sum()) for matrix in (energy, left))
     return (mean[R] - A @ mean[K]) @ removed, lost, stayed
 
@@ -180,9 +181,11 @@ def _second_moments(moments: Moments, centred: bool) -> Tensor:
 
 def _predictor(S: Tensor, K: Tensor, R: Tensor, ridge: float) -> Tensor:
     """Return A (removed, kept): the best linear prediction of y_R from y_K."""
-    SKK = S[K][:, K]
+    SKK = S[K[:, None], K]
     size = float(SKK.diagonal().mean())
     if size <= 0:  # what stays is constant: it predicts nothing
         return S.new_zeros(len(R), len(K))
-    SKK = SKK + ridge * size * torch.eye(len(K)).to(S)
-    return torch.cholesky_solve(S[K][:, R], torch.linalg.cholesky(SKK)).T
+    SKK.diagonal().add_(ridge * size)
+    factor = torch.linalg.cholesky(SKK)
+    del SKK  # (K, K) twice is enough
+    return torch.cholesky_solve(S[K[:, None], R], factor).T

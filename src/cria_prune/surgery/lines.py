@@ -26,7 +26,7 @@ class Lines:
 
     def add(self, features: Tensor, update: Tensor) -> None:
         """Add an update (b, outputs times kernel places) float64; each weight is rounded once."""
-        total = self.read(features, update.device) + update
+        total = self.read(features, update.device).add_(update)  # what is read is a copy
         self._view[self._where(features)] = total.reshape(len(features), *self.shape).to(self._view)
 
     def _where(self, features: Tensor) -> Tensor:

@@ -54,6 +54,7 @@ def repair_from_sketch(
         removed = lines.read(part, device)
         target.addmm_(rows.T, removed)
         step += mean[part.to(device)] @ removed
+        del removed  # or it would be held while the next block is read
     core, lost, left = _regress(sketch_gram(sketch, moments.samples, K), target)
     if centred:
         lost += float(step.square().sum())
@@ -61,6 +62,7 @@ def repair_from_sketch(
         update = rows @ core
         step -= mean[part.to(device)] @ update
         lines.add(part, update)
+        del update
     return step, lost, left
 
 

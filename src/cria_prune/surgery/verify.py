@@ -225,8 +225,9 @@ LESS = (
     "The check holds a copy of the model in float64: run on a device with more memory, with a shorter first "
     "example, or prune its folder with prune_offloaded (cria prune --offload)"
 )
-BLOCK = 2**22
-"""Numbers that are compared at a time: 32 MB."""
+BLOCK, PIECE = 2**22, 2**20
+"""Numbers that the usual size of an output is taken of; numbers that are compared at a time: 8 MB, held
+several times."""
 ADVICE = (
     "The model's forward depends on a size in a way that its operations do not show; "
     "freeze the groups concerned, and please report the network"
@@ -272,7 +273,7 @@ def _distance(one: Tensor, other: Tensor) -> float:
     usual = (usual if usual.is_complex() else usual.double()).abs()
     usual = usual[usual.isfinite()]
     scale, worst = min(float(usual.median()), 1.0) if len(usual) else 0.0, 0.0
-    for a, b in zip(one.split(BLOCK), other.split(BLOCK), strict=True):
+    for a, b in zip(one.split(PIECE), other.split(PIECE), strict=True):
         if not a.is_complex():  # truth values and whole numbers too
             a, b = a.double(), b.double()
         equal, sizes = a == b, a.abs()

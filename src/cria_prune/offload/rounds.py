@@ -1,0 +1,149 @@
+"""One round layer by layer: from a folder and its structure to a smaller folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cria_prune import pipeline
+from cria_prune.batches import Batch
+from cria_prune.config import PruneConfig
+from cria_prune.dispatched import Weights
+from cria_prune.modules import give_back
+from cria_prune.offload.check import verify_folder
+from cria_prune.offload.repair import repair
+from cria_prune.offload.turns import score_in_turns
+from cria_prune.offload.write import floats, write_model
+from cria_prune.plan import Plan
+from cria_prune.plan import plan as make_plan
+from cria_prune.progress import Progress
+from cria_prune.result import Round
+from cria_prune.scope import Scope
+from cria_prune.structure import UnitGroups, shrink
+
+
+@dataclass(frozen=True)
+class OffloadedRound(Round):
+    """What one round did; its verification is against the folder that the round began with, repaired.
+
+    Attributes:
+        turns: in how many parts the groups were recorded; 0 where nothing was.
+    """
+
+    turns: int = 0
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The model before a round.
+
+    Attributes:
+        folder: where it is.
+        model: with all of its weights on disk.
+        structure: the same on the meta device, without hooks.
+        groups: its unit groups.
+    """
+
+    folder: Path
+    model: nn.Module
+    structure: nn.Module
+    groups: UnitGroups
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a round leaves to the next one.
+
+    Attributes:
+        plan: what was removed, relative to the model before the round.
+        structure: the smaller model on the meta device; groups: its unit groups.
+        done: what the round did.
+    """
+
+    plan: Plan
+    structure: nn.Module
+    groups: UnitGroups
+    done: OffloadedRound
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What stays the same over the rounds.
+
+    Attributes:
+        source: folder of the first model, for its tokenizer and generation settings.
+        batches: calibration batches; example: the first two examples.
+        config: what to remove and how.
+        scope: what may be cut of the first model, which the shares count from.
+        memory, max_shard_size, progress: see `prune_offloaded`.
+        asked: for error texts.
+    """
+
+    source: Path
+    batches: Iterable[Batch]
+    example: Batch
+    config: PruneConfig
+    scope: Scope
+    memory: int
+    max_shard_size: int | str
+    progress: Progress
+    asked: str
+
+    def cut(
+        self, before: Standing, number: int, folder: Path, scratch: Path, seconds: dict[str, float]
+    ) -> Cut:
+        """Record, score, plan, repair, write and verify.
+
+        Args:
+            before: the model.
+            number: of the round, from 1.
+            folder: where the smaller model goes; it is there, and empty but for hidden folders.
+            scratch: for all else; what is left in it is of no use after the round.
+            seconds: stage -> wall time, added to.
+
+        Raises:
+            CriaError: each stage's own.
+        """
+        structure, groups, config = before.structure, before.groups, self.config
+        weights = Weights(before.model)
+        with pipeline.clock(seconds, "score"):
+            importances, spilled, turns = score_in_turns(
+                before.model, groups, self.batches, config, scratch, self.memory, self.example, self.progress
+            )
+        values = {name: item.scores.numpy() for name, item in importances.items()}
+        step = make_plan(
+            groups, values, config.plan, dense=self.scope.groups,
+            target=config.plan.reduction * number / config.plan.rounds, allowed=self.scope.allowed,
+        )  # fmt: skip
+        with pipeline.clock(seconds, "repair"):
+            repaired, repairs = repair(structure, groups, step.kept, spilled, weights, scratch)
+        with pipeline.clock(seconds, "save"):
+            smaller = write_model(
+                folder, structure, step, repaired, self.source, self.max_shard_size, self.asked
+            )
+        weights.forget()
+        give_back()
+        verification = None
+        if config.verify:
+            with pipeline.clock(seconds, "verify"):
+                dtype = torch.float64 if floats(structure) is torch.float64 else torch.float32
+                verification = verify_folder(
+                    before.folder, folder, step, repaired, self.example, scratch, dtype
+                )
+        done = OffloadedRound(
+            number=number,
+            report=step.report,
+            seconds=seconds,
+            scores={name: tuple(item.tolist()) for name, item in values.items()},
+            kept=dict(step.kept),
+            diagnosis={name: item.diagnosis.to_dict() for name, item in importances.items()},
+            verification=verification,
+            metric=None,
+            repairs=repairs,
+            turns=turns,
+        )
+        return Cut(step, smaller, shrink(groups, step.kept), done)
