@@ -134,7 +134,7 @@ def pruned_table(network: str, scope: str, how: tuple[Any, ...] = PLAIN) -> list
         ]
         for name in names
     ]
-    head = ["criterion", *(f"{share:.0%}, {plural(rounds, 'round')}" for share, rounds in columns)]
+    head = ["criterion", *(f"{100 * share:g}%, {plural(rounds, 'round')}" for share, rounds in columns)]
     inner = "neurons and heads" if network in SHARE_OF else "inner channels"
     width = inner if scope == "inner" else f"{inner} and residual width"
     said = metric_of(network)
@@ -167,7 +167,7 @@ def compact_table(network: str) -> list[str]:
     fewer = SHARE_OF.get(network, "parameters")
     title = f"### {network}: {metric_of(network)} with fewer {fewer}, no training"
     chosen = [item for item in cells if item["cell"]["reduction"] in shares]
-    head = ["criterion", *(f"{share:.0%}" for share in shares)]
+    head = ["criterion", *(f"{100 * share:g}%" for share in shares)]
     return section(network, title, chosen, head, rows)
 
 
@@ -205,7 +205,7 @@ def recovered_table(network: str, how: tuple[Any, ...] = PLAIN) -> list[str]:
         start = "" if how == PLAIN else f" {WAYS[how].removesuffix(', no training')}"
         title = f"### {network}: recovered{start}, {length}, {unit}"
         rows = [
-            [name + (" (neurons alone)" if scope == "neurons" else ""), f"{share:.0%}",
+            [name + (" (neurons alone)" if scope == "neurons" else ""), f"{100 * share:g}%",
              figures(network, found, "pruned"), figures(network, found, "recovered"),
              f"{found[0]['report']['reached']:.1%}", f"{found[0]['report']['parameters']:,}"]
             for share in sorted({item["cell"]["reduction"] for item in chosen})
@@ -227,7 +227,7 @@ def ablation_tables(network: str) -> list[str]:
         known = metric(item["metric"])
         curves = [[values for _, values in item["curves"][order]] for order in ORDERS]
         rows = [
-            [f"{share:.0%}", f"{reached:.1%}", *map(known.text, (low[0], *spread(random), high[0]))]
+            [f"{100 * share:g}%", f"{reached:.1%}", *map(known.text, (low[0], *spread(random), high[0]))]
             for share, reached, low, random, high in zip(
                 item["shares"], item["reached"], *curves, strict=True
             )
