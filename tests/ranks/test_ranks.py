@@ -116,6 +116,10 @@ def test_a_recovery_by_fsdp_goes_on_and_its_errors_reach_all(two: Path) -> None:
         assert found["whole"]["best"] > 0 and "-1.0" not in found["whole"]["text"]
         assert found["as it was"] and found["waited"] < 20 and found["after"] == 2
         assert "A training step on 2 processes" in found["other"]
+        assert "The state of the recovery on 2 processes" in found["a state on one"]
+        assert "Sharing Tied out over the processes: fully_shard doesn't support scalar" in found["scalar"]
+        assert found["boxes"] == "" and "ZeroDivisionError" in found["late"] and found["late, as it was"]
+        assert found["not waited"] < 20
     assert first["ended error"].startswith("StopIteration")
     assert "failed on rank 0: StopIteration" in second["ended error"]
     assert second["loss"] == "ArithmeticError: in the middle"

@@ -240,6 +240,21 @@ def sharded_went_on() -> Values:
     found["loss"] = error_of(lambda: recover(Tied(), data, config, loss=forward))
     found["waited"] = time.monotonic() - began
     usual.options._timeout = before
+    began = time.monotonic()
+    kept = None if dist.get_rank() else Path(sys.argv[1], "alone")
+    found["a state on one"] = error_of(lambda: recover(Tied(), data, config, state=kept))
+    scalar, boxes = Tied(), Tied()
+    scalar.factor = nn.Parameter(torch.ones(()))
+    found["scalar"] = error_of(lambda: recover(scalar, data, config))
+    boxes.blocks = nn.ModuleList(nn.ModuleDict({"in": item}) for item in boxes.blocks)
+    boxes.forward = lambda x: boxes.last(boxes.blocks[0]["in"](boxes.first(x)))  # type: ignore[method-assign]
+    found["boxes"] = error_of(lambda: recover(boxes.to(memory_format=torch.channels_last), data, config))
+    broken, weights = Tied(), Tied().state_dict()
+    spread, World.spread = World.spread, lambda *_: 1 / 0  # type: ignore[method-assign, assignment]
+    found["late"] = error_of(lambda: recover(broken, data, config))
+    World.spread = spread  # type: ignore[method-assign]
+    found["late, as it was"] = all(map(torch.equal, weights.values(), broken.state_dict().values()))
+    found["not waited"] = time.monotonic() - began
     return found | {"after": world().total(torch.ones(1)).item()}
 
 

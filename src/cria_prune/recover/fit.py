@@ -64,7 +64,8 @@ def recover(
     the optimizer's tensors (torch's `fully_shard`), also of a teacher; a block's weights are put together
     while it runs. The model waits on the CPU until the weights of the best epoch are copied back into it.
     `evaluate` is called by all processes with the model that is shared out, and has to run the same forwards
-    on all. For a state and the best epoch the first process holds all weights on the CPU.
+    on all. For a state and the best epoch the first process holds all weights on the CPU, and after a
+    KeyboardInterrupt it alone has the best epoch. A model that `fully_shard` cannot take is refused.
 
     With a `state`, the same call in another process goes on where the last state was kept, also after a
     SIGKILL, and ends with the same bits. That asks of `train_batches` that the batches of an epoch depend on
@@ -100,11 +101,13 @@ def recover(
         DataError: no batches, or a batch that the loss cannot use.
         SignalError: the loss, the metric or a weight became NaN or infinite.
         RankError: another process failed, is gone, or has other batches.
+        StructureError: the model cannot be shared out.
     """
     config = config or RecoverConfig()
     _check(model, config, teacher)
     place = torch.device(device)
     dense = teacher if config.distill else None
+    shared = config.fsdp and config.epochs > 0  # a copy is trained: the model waits in nobody's way
     keeper = None
     if state is not None:
         direction = "lower is better" if lower_is_better else "higher is better"
@@ -122,22 +125,23 @@ def recover(
         stack.enter_context(gradients_kept(model))
         for network in [model] if dense is None else [model, dense]:
             stack.enter_context(modes_kept(network))
-            if place.type == "cpu" and not config.fsdp:
+            if place.type == "cpu" and not shared:
                 stack.enter_context(channels_last(network))
-            # By FSDP a copy is trained: the model waits where it is in nobody's way.
-            stack.enter_context(on_device(network, torch.device("cpu") if config.fsdp else place))
+            stack.enter_context(on_device(network, torch.device("cpu") if shared else place))
         if config.lora and config.epochs:
             stack.enter_context(adapters(model, config.lora))
         objective = loss or cross_entropy
         if dense is not None:
             objective = Distilled(objective, dense.eval(), config.distill, config.temperature)
-        before: State = {} if config.fsdp else snapshot(model)
+        before: State = {} if shared else snapshot(model)
         run = Run(model, config, objective, evaluate, lower_is_better, place, keeper)
         try:
             with run.here.together("Recovering"):
                 run.fit(Source(train_batches), progress or QUIET)
+            if shared:  # not touched so far
+                before = snapshot(model)
             put_back(model, run.best_state or before)
-            if config.fsdp:
+            if shared:
                 run.here.spread(trained(model).values())
             run.here.meet("The recovered weights", lambda: digest("", trained(model)))
         except KeyboardInterrupt:

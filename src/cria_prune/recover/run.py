@@ -87,7 +87,10 @@ class Run:
             if self.here.size > 1 and self.parallel is None:
                 self.parallel = Parallel(self.here, self.model, self.loss, self.device, self.config.seed)
         resumed = self.resume(source)
-        self.here.meet("The state of the recovery", lambda: f"{resumed} {self.step} {len(self.history)}")
+        kept = self.keeper is not None
+        self.here.meet(
+            "The state of the recovery", lambda: f"{kept} {resumed} {self.step} {len(self.history)}"
+        )
         if not resumed:
             self.finish(Epoch(0, 0.0, None, self.measure()))
             self.finished = not epochs
@@ -173,6 +176,8 @@ class Run:
             SignalError: it, or a weight, is NaN or infinite.
         """
         broken = [name for name, value in self.model.named_parameters() if not _finite(value)]
+        if self.sharded is not None and self.here.total(torch.tensor(float(len(broken)))) and not broken:
+            broken = ["a weight on another process"]  # all stop: none waits for a share in vain
         if broken:
             raise self.broken(f"{broken[0]} holds NaN or infinity after step {self.step}")
         if self.evaluate is None:
@@ -227,11 +232,15 @@ class Run:
         )
         parts: dict[str, State] = {"best": self.best_state or {}}
         if not self.finished:
-            parts["weights"], parts["optimizer"] = self.copied(), moments(self.optimizer)
-            if self.sharded is not None:
-                parts["optimizer"] = self.sharded.whole(parts["optimizer"])
             if self.parallel is not None:
                 parts["norms"] = self.parallel.each()
+            if self.sharded is not None:
+                parts["optimizer"] = self.sharded.whole(moments(self.optimizer))
+            elif self.here.first:
+                parts["optimizer"] = moments(self.optimizer)
+            else:  # it writes nothing
+                return
+            parts["weights"] = self.copied()
             parts["losses"] = {"epoch": torch.tensor(self.losses, dtype=torch.float64)}
             parts["generators"], parts["opened"] = generators(self.device), self.opened or {}
         if self.here.first:

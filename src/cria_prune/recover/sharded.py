@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cria_prune.batches import Batch
+from cria_prune.errors import StructureError
 from cria_prune.loss import Loss
 from cria_prune.modules import copy_of
 from cria_prune.ranks import World, lost
@@ -27,6 +28,9 @@ from cria_prune.recover.parallel import Parallel, of_others
 from cria_prune.store import State
 
 DOING = "Recovering by FSDP"
+
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+"""Modules without a forward, before which nothing could be put together."""
 
 _NUMBERS = count()
 
@@ -45,7 +49,7 @@ class Sharded(Parallel):
         seed: of the dropout.
 
     Raises:
-        StructureError: the model cannot be copied.
+        StructureError: the model cannot be copied or shared out.
     """
 
     def __init__(self, here: World, model: nn.Module, loss: Loss, device: torch.device, seed: int) -> None:
@@ -121,15 +125,24 @@ def shared_out(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Return a copy of a model whose weights are shared out, those of each block by themselves.
 
     Raises:
-        StructureError: the model cannot be copied.
+        StructureError: the model cannot be copied, or torch cannot share it out.
     """
     copied = copy_of(model)
+    for weight in copied.parameters():
+        weight.data = weight.data.contiguous()
     everywhere = _holders(copied)
-    for block in dict.fromkeys(_blocks(copied)):
-        # A weight that others hold too, such as a tied one, is shared out with what holds them all.
-        if all(places == everywhere[weight] for weight, places in _holders(block).items()):
-            fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    fully_shard(copied, mesh=mesh, reshard_after_forward=True)
+    try:
+        for block in dict.fromkeys(_blocks(copied)):
+            # A weight that others hold too, such as a tied one, is shared out with what holds them all.
+            if all(places == everywhere[weight] for weight, places in _holders(block).items()):
+                fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        fully_shard(copied, mesh=mesh, reshard_after_forward=True)
+    except (ValueError, NotImplementedError, AssertionError) as error:  # a weight without dimensions
+        raise StructureError(
+            f"Sharing {type(model).__name__} out over the processes",
+            (str(error).strip().splitlines() or [type(error).__name__])[0],
+            "Recover it without fsdp",
+        ) from error
     for item in copied.modules():
         if isinstance(item, FSDPModule):
             # What a block's weights are put together in is made here and kept. Made by a look at the metric
@@ -142,7 +155,8 @@ def shared_out(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the members of the outermost lists and sequences of modules."""
     for child in module.children():
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and not isinstance(child, nn.ModuleList):
+        listed = isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
+        if listed and not isinstance(child, CONTAINERS):
             yield child
         else:
             yield from _blocks(child)

@@ -19,8 +19,8 @@ def encode(tokenizer: Any, text: str) -> Tensor:
     A long text goes through the tokenizer in pieces that overlap. Two of them are joined between two tokens
     where both have the same ones from there on; where they do not, the text is tokenised as a whole.
     """
-    # Only a fast tokenizer says where in the text a token is.
-    found = _in_pieces(tokenizer, text) if len(text) > PIECE and tokenizer.is_fast else None
+    fast = getattr(tokenizer, "is_fast", False)  # others do not say where in the text a token is
+    found = _in_pieces(tokenizer, text) if len(text) > PIECE and fast else None
     if found is None:
         ids = tokenizer(text, verbose=False)["input_ids"]  # not verbose: it would warn of a long text
         found = torch.tensor(ids, dtype=torch.int64)
