@@ -250,7 +250,16 @@ def sharded_went_on() -> Values:
     boxes.forward = lambda x: boxes.last(boxes.blocks[0]["in"](boxes.first(x)))  # type: ignore[method-assign]
     found["boxes"] = error_of(lambda: recover(boxes.to(memory_format=torch.channels_last), data, config))
     broken, weights = Tied(), Tied().state_dict()
-    spread, World.spread = World.spread, lambda *_: 1 / 0  # type: ignore[method-assign, assignment]
+    spread, left = (
+        World.spread,
+        iter([1, 1, 1, 0]),
+    )  # once after each epoch, then with the weights of the best
+
+    def failing(here: World, tensors: Any) -> None:
+        spread(here, tensors)
+        1 / next(left)
+
+    World.spread = failing  # type: ignore[method-assign]
     found["late"] = error_of(lambda: recover(broken, data, config))
     World.spread = spread  # type: ignore[method-assign]
     found["late, as it was"] = all(map(torch.equal, weights.values(), broken.state_dict().values()))
