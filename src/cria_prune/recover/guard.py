@@ -31,14 +31,22 @@ def put_back(model: nn.Module, state: State) -> None:
 
 @contextmanager
 def isolated(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generators (dropout, a shuffling DataLoader) and put them back on leaving."""
-    cuda = device.type == "cuda"
+    """Seed torch's global generators (dropout, a shuffling DataLoader) and put them back on leaving.
+
+    Meanwhile cuDNN takes the algorithms that give the same bits every time.
+    """
+    cuda, cudnn = device.type == "cuda", torch.backends.cudnn
     devices = [torch.cuda.current_device() if device.index is None else device.index] if cuda else []
-    with torch.random.fork_rng(devices=devices), torch.backends.cudnn.flags(deterministic=True):
+    before = cudnn.deterministic, cudnn.benchmark
+    with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(seed)
         for index in devices:
             torch.cuda.default_generators[index].manual_seed(seed)
-        yield
+        try:  # not by `cudnn.flags`: what it is not told, it switches off, cuDNN itself among it
+            cudnn.deterministic, cudnn.benchmark = True, False
+            yield
+        finally:
+            cudnn.deterministic, cudnn.benchmark = before
 
 
 def generators(device: torch.device) -> State:

@@ -38,6 +38,7 @@ class Twin:
     def __init__(self, traced: Trace, example: Batch) -> None:
         self._trace = traced
         self._inputs = [item for item in tree_leaves(model_inputs(example)) if isinstance(item, Tensor)]
+        self._device = next((item.device for item in traced.tensors.values()), torch.device("cpu"))
 
     def outputs(self, plan: Plan) -> list[Tensor]:
         """Return the tensors of the model's output, in the order of its tree."""
@@ -80,7 +81,7 @@ class Twin:
             if item is None:
                 return None
             found = np.flatnonzero(removed[self._trace.resolved.classes[item]])
-            return torch.from_numpy(found) if len(found) else None
+            return torch.from_numpy(found).to(self._device) if len(found) else None
 
         return cast(list[Any], positions(self._trace.context.axes.get(node, [])))
 
@@ -173,6 +174,6 @@ def _over_kept(target: Any, args: tuple[Any, ...], gone: Tensor, dim: int) -> Te
 
 
 def _complement(size: int, gone: Tensor) -> Tensor:
-    stays = torch.ones(size, dtype=torch.bool)
+    stays = torch.ones(size, dtype=torch.bool, device=gone.device)
     stays[gone] = False
     return torch.nonzero(stays).ravel()
