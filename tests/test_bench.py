@@ -148,10 +148,24 @@ def test_another_recovery_is_another_measurement(tmp_path: Path) -> None:
     measured(grid, tmp_path)
     path = tmp_path / "inner-l2-0.5-rounds1-seed0-epochs1.json"
     said = json.loads(path.read_text())
+    del said["recover"]["compile"]  # as in a file from before there was a choice
+    path.write_text(json.dumps(said))
+    assert measured(grid, tmp_path) == 0
     said["recover"]["lr"] = 1.0
     path.write_text(json.dumps(said))
     with pytest.raises(ArtifactError, match=r"recover\.lr 1\.0, asked is 0\.02"):
         measured(grid, tmp_path)
+
+
+def test_a_recovery_can_be_tuned_and_the_cell_says_so(tmp_path: Path) -> None:
+    values = {"network": "digits", "criteria": ["l2"], "reductions": [0.5], "rounds": [1], "epochs": 1}
+    grid = Grid(**values, tune={"distill": 0.5, "lr": 0.01})
+    assert measured(grid, tmp_path)
+    said = json.loads((tmp_path / "inner-l2-0.5-rounds1-seed0-epochs1-distill_0.5-lr_0.01.json").read_text())
+    assert said["recover"]["distill"] == 0.5 and said["cell"]["tune"] == {"distill": 0.5, "lr": 0.01}
+    for wrong in ({"epochs": 3}, {"distil": 0.5}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            Grid(**values, tune=wrong)
 
 
 def test_a_cell_that_cannot_be_measured_does_not_stop_the_others(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ PRUNING = {
     "--compensate", "--no-compensate", "--batch-norm", "--no-batch-norm",
     "--floor", "--uniform", "--no-uniform", "--multiple", "--examples", "--positions", "--watch", "--config",
 }  # fmt: skip
-TUNING = {"--epochs", "--lr", "--distill", "--lora", "--fsdp"}
+TUNING = {"--epochs", "--lr", "--distill", "--lora", "--compile", "--fsdp"}
 COMMON = {"--seed", "--device", "--quiet", "-q"}
 SAVING = {"--output", "--overwrite"}
 DATA = {"--calibration", "--dataset", "--text"}

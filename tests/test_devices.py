@@ -31,6 +31,7 @@ from cria_prune.modules import device_of
 from cria_prune.pipeline import record_for
 from cria_prune.scoring import score_once
 from cria_prune.structure.groups import freeze
+from cria_prune.tasks import task
 from elsewhere import Elsewhere
 from networks import OptionA, Plain, randomize
 
@@ -246,6 +247,14 @@ def test_scores_once_and_the_ablation_there(device: str) -> None:
     values = {name: item.scores for name, item in scored.importances.items()}
     curves = ablate(model, groups, values, accuracy, (0.2, 0.5), measure="accuracy")
     assert curves is not None
+
+
+def test_images_are_moved_and_mirrored_there_to_the_same_values(device: str) -> None:
+    digits = task("digits")
+    one, other = (digits.train_batches(3, 200, device=place)(1) for place in ("cpu", device))
+    for (x, y), (there, target) in zip(one, other, strict=True):
+        assert there.device.type == target.device.type == torch.device(device).type
+        assert torch.equal(x, there.cpu()) and torch.equal(y, target.cpu())
 
 
 def test_global_state_is_as_it_was(device: str) -> None:

@@ -47,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.txt").write_text("".join(lines(1500, 0)))
     (folder / "held.txt").write_text("".join(lines(300, 1)))
     tokenizer = train_tokenizer((folder / "text.txt").read_text(), 300)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         llama = transformers.LlamaConfig(
             vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

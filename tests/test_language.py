@@ -46,7 +46,7 @@ def llama(longest: int = 64, vocabulary: int = 300) -> nn.Module:
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=longest,
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return transformers.LlamaForCausalLM(config)
 

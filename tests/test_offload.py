@@ -65,7 +65,7 @@ DISK = {"": "disk"}
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("offload")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for name, (kind, config, values) in MODELS.items():
             said = getattr(transformers, config)(**values)
@@ -178,7 +178,7 @@ class Stack(nn.Module):
 
 def stack(skips: bool = False) -> tuple[nn.Module, nn.Module]:
     """Return a stack, and one that accelerate offloads to memory, whole blocks at a time."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         plain = Stack(skips).eval()
     dispatched = Stack(skips).eval()
@@ -612,7 +612,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     text = "".join(" ".join(words[place] for place in line) + ".\n" for line in picks)
     (tmp_path / "text.txt").write_text(text)
     tokenizer = train_tokenizer(text, 280)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = transformers.LlamaConfig(
             **{**DECODER, "vocab_size": 280, "bos_token_id": 0, "eos_token_id": 0}

@@ -186,6 +186,36 @@ def test_distillation_pulls_towards_the_teacher_and_leaves_it_alone(kept):
     assert after < 0.5 * gap
 
 
+@pytest.mark.parametrize("settings", [{}, {"distill": 0.5}])
+def test_compiled_it_ends_where_it_does_uncompiled(kept, settings):
+    plain, teacher = network(), network(1)
+    kept[3].p = plain[3].p = 0.0  # torch.compile draws dropout in its own way
+    kept[1].train()
+    found = recover(plain, data(), CONFIG.model_copy(update=settings), evaluate=accuracy, teacher=teacher)
+    config = CONFIG.model_copy(update={**settings, "compile": True})
+    calls = []
+    kept.register_forward_hook(lambda *_: calls.append(torch.compiler.is_compiling()))
+    again = recover(kept, data(), config, evaluate=accuracy, teacher=teacher)
+    kept._forward_hooks.clear()
+    kept[1].eval()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(kept.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+    assert [row.epoch for row in again.history] == [row.epoch for row in found.history]
+    assert any(calls)  # it was traced
+
+
+def test_what_cannot_be_compiled_is_told_and_the_model_put_back(kept, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no compiler")
+
+    before = state(kept)
+    torch.compiler.reset()  # nothing compiled before is taken
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", broken)
+    with pytest.raises(ConfigError, match=r"no compiler.*without compile"):
+        recover(kept, data(), CONFIG.model_copy(update={"compile": True}))
+    assert same(state(kept), before)
+
+
 def test_soft_targets_by_hand():
     student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]])
     p = torch.softmax(teacher[0] / 2, 0)

@@ -77,7 +77,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "data" / "tinyshakespeare.txt").write_text("".join(lines))
     write_sst2(tmp_path / "data" / "sst2", "train", 400)
     write_sst2(tmp_path / "data" / "sst2", "validation", 90)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         tiny_bert().bert.save_pretrained(tmp_path / "encoder")
     train_tokenizer("".join(lines), 300).save_pretrained(tmp_path / "encoder")
@@ -173,7 +173,7 @@ def test_the_dense_classifier_is_trained_once_and_depends_on_its_seed(
         with pytest.raises(AssertionError, match="trained again"):
             task("sst2-minilm", base=str(here / "encoder")).dense(0)
         shutil.copytree(here / "encoder", here / "other")
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(6)
             tiny_bert().bert.save_pretrained(here / "other")
         with pytest.raises(AssertionError, match="trained again"):

@@ -252,7 +252,7 @@ def _here(
     asked, todo = f"Running the {type(model).__name__} to be saved", "Pass an `example` that it can run on"
     tokens = None
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             found = reload.outputs(copy, inputs)
             if job["tokens"]:
                 copy.generation_config = GenerationConfig.from_pretrained(job["folder"])

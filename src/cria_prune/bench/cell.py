@@ -39,6 +39,7 @@ def cells(grid: Grid) -> list[Cell]:
             "seed": seed,
             "epochs": grid.epochs,
             **({"quick": True} if grid.quick and grid.epochs else {}),
+            **({"tune": dict(grid.tune)} if grid.tune and grid.epochs else {}),
             **({"ranking": ranking} if ranking != "uniform" else {}),
             **({"compensate": True} if compensate else {}),
             **({"batch_norm": True} if batch_norm else {}),
@@ -63,10 +64,13 @@ def file_name(cell: Cell) -> str:
     'inner-l2-0.5-rounds4-seed0-epochs0.json'
     >>> file_name({**cell, "compensate": True, "ranking": "global"})
     'inner-l2-0.5-rounds4-seed0-epochs0-global-repair.json'
+    >>> file_name({**cell, "epochs": 60, "tune": {"compile": True}})
+    'inner-l2-0.5-rounds4-seed0-epochs60-compile_true.json'
     """
     name = "{scope}-{criterion}-{reduction:g}-rounds{rounds}-seed{seed}-epochs{epochs}".format(**cell)
     words = [
         *(["quick"] if cell.get("quick") else []),
+        *(f"{key}_{value}".lower() for key, value in sorted(cell.get("tune", {}).items())),
         *([cell["ranking"]] if cell.get("ranking") else []),
         *(["repair"] if cell.get("compensate") else []),
         *(["norms"] if cell.get("batch_norm") else []),

@@ -83,7 +83,7 @@ def prune_by_peer(name: str, model: nn.Module, batches: list[Batch], config: Pru
 
     def pruned(ratio: float, importance: Any, steps: int, before: Callable[[nn.Module], None]) -> nn.Module:
         smaller = copy.deepcopy(model)
-        with warnings.catch_warnings(), modes_kept(smaller), torch.random.fork_rng():
+        with warnings.catch_warnings(), modes_kept(smaller), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
             pruner = library.pruner.BasePruner(
                 smaller, inputs, importance=importance, pruning_ratio=ratio, iterative_steps=steps,

@@ -20,6 +20,7 @@ from cria_prune.bench.peer import IMPORTANCES, prune_by_peer
 from cria_prune.bench.suite import Grid
 from cria_prune.config import PruneConfig, RecoverConfig
 from cria_prune.errors import ArtifactError, CriaError
+from cria_prune.modules import device_of
 from cria_prune.pipeline import PruneResult, prune
 from cria_prune.progress import QUIET, Progress
 from cria_prune.recover import recover
@@ -95,7 +96,8 @@ def _missing(grid: Grid, chosen: Task, folder: Path, data: str) -> Iterator[tupl
         asked: dict[str, Any] = {"cell": cell, "config": config.model_dump(mode="json")}
         there: dict[str, Any] = {"cell": measured, "config": found.model_dump(mode="json")}
         if cell["epochs"] and tuned is not None:  # files of the first benches do not say it
-            asked["recover"], there["recover"] = tuning(chosen, cell).model_dump(mode="json"), tuned
+            asked["recover"] = tuning(chosen, cell).model_dump(mode="json")
+            there["recover"] = RecoverConfig(**tuned).model_dump(mode="json")  # settings that came later too
         differs = _difference(there, asked)
         if differs or not known:
             raise ArtifactError(
@@ -118,7 +120,8 @@ def _reading(path: Path) -> Iterator[None]:
 
 def tuning(chosen: Task, cell: Cell) -> RecoverConfig:
     """Return the recovery of a cell: the recipe's own, for the epochs and with the seed of the cell."""
-    return chosen.recover_defaults.model_copy(update={"epochs": cell["epochs"], "seed": cell["seed"]})
+    own = chosen.recover_defaults.model_dump()
+    return RecoverConfig(**{**own, **cell.get("tune", {}), "epochs": cell["epochs"], "seed": cell["seed"]})
 
 
 def _difference(found: dict[str, Any], asked: dict[str, Any]) -> str:
@@ -202,7 +205,9 @@ def _measure(
         source = task(cell["network"], quick=True) if cell.get("quick") else chosen
         # No metric while training: some published weights have seen the validation split, so the last
         # epoch is what is reported.
-        recover(smaller, source.train_batches(cell["seed"]), settings, progress=progress)
+        training = source.train_batches(cell["seed"], device=device_of(smaller))
+        teacher = model if settings.distill else None
+        recover(smaller, training, settings, teacher=teacher, device=device_of(smaller), progress=progress)
         seconds["recover"] = round(time.perf_counter() - start, 1)
         figures["recovered"] = chosen.evaluate(smaller, chosen.test_batches(), progress)
     return {"cell": cell, **figures, **found, "seconds": seconds, "config": config.model_dump(mode="json")}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from cria_prune.bench.peer import IMPORTANCES
-from cria_prune.config import StageConfig
+from cria_prune.config import RecoverConfig, StageConfig
 from cria_prune.criteria import CRITERIA
 from cria_prune.errors import ConfigError
 from cria_prune.tasks import TASKS
@@ -44,6 +44,9 @@ class Grid(StageConfig):
     batch_norm: tuple[bool, ...] = Field(
         (False,), min_length=1, description="without and with batch-norm statistics measured again"
     )
+    tune: dict[str, Any] = Field(
+        default_factory=dict, description="settings of the recovery other than the recipe's"
+    )
     quick: bool = Field(False, description="recover on the recipe's --quick training data")
     examples: int | None = Field(None, ge=2, description="for the calibration; the recipe's, else 1,024")
     tokens: int | None = Field(None, ge=1, description="record.tokens: of each text; all if None")
@@ -52,6 +55,10 @@ class Grid(StageConfig):
     def _names_are_known(self) -> Self:
         if self.network not in TASKS:
             raise ValueError(f"no recipe {self.network!r}; known: {', '.join(sorted(TASKS))}")
+        RecoverConfig(**self.tune)
+        taken = sorted({"epochs", "seed"} & set(self.tune))
+        if taken:
+            raise ValueError(f"tune has {taken[0]!r}, which the grid itself says")
         known = (*CRITERIA, *IMPORTANCES)
         unknown = [name for name in self.criteria if name not in known]
         if unknown:

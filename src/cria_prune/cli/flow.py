@@ -125,7 +125,7 @@ def recover_stage(
         with clock(job.seconds, "recover"):
             return recover(
                 model,
-                task.train_batches(config.seed),
+                task.train_batches(config.seed, device=job.device),
                 config,
                 evaluate=lambda network: task.evaluate(network, held),
                 teacher=dense if config.distill else None,

@@ -44,8 +44,8 @@ def launched() -> Iterator[None]:
         backend, devices = "gloo", torch.cuda.device_count() if torch.cuda.is_available() else 0
         if devices:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % devices)
-            if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= devices:  # NCCL wants a device for each process
-                backend = "cpu:gloo,cuda:nccl"
+            each = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= devices
+            backend = "cpu:gloo,cuda:nccl" if each else "gloo"  # NCCL wants a device for each process
         dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
     except (RuntimeError, ValueError) as error:
         found = error if isinstance(error, ConfigError) else RankError(

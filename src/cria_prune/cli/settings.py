@@ -30,7 +30,7 @@ OPTIONS = {
     "record": ("examples", "positions", "seed"),
     "score": ("criterion", "seed"),
     "plan": ("reduction", "of", "rounds", "ranking", "residual", "floor", "units", "uniform", "multiple"),
-    "recover": ("epochs", "lr", "distill", "lora", "fsdp", "seed"),
+    "recover": ("epochs", "lr", "distill", "lora", "compile", "fsdp", "seed"),
 }
 POLICIES: dict[str, dict[str, Any]] = {
     "uniform": {"vanilla": True, "uniform": True},

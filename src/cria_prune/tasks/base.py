@@ -64,9 +64,21 @@ class Task(ABC):
 
     @abstractmethod
     def train_batches(
-        self, seed: int = 0, batch_size: int | None = None, augment: bool = True
+        self,
+        seed: int = 0,
+        batch_size: int | None = None,
+        augment: bool = True,
+        device: torch.device | str = "cpu",
     ) -> EpochBatches:
-        """Return a function from the epoch to its shuffled batches; the same seed gives the same batches."""
+        """Return a function from the epoch to its shuffled batches; the same seed gives the same batches.
+
+        Args:
+            seed: of the order and the augmentation.
+            batch_size: examples; the task's own if None.
+            augment: whether to change the examples from epoch to epoch.
+            device: where images are moved and mirrored, with the same values; other batches are small, and
+                come from the CPU.
+        """
 
     @abstractmethod
     def calibration(self, examples: int, seed: int = 0) -> list[Batch]:

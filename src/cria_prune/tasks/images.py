@@ -28,6 +28,10 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def to(self, device: torch.device | str) -> Images:
+        """Return the images on a device."""
+        return Images(self.pixels.to(device), self.labels.to(device))
+
     def rows(self, index: Tensor | slice) -> Images:
         """Return the images at `index`."""
         return Images(self.pixels[index], self.labels[index])
@@ -43,7 +47,9 @@ class Scaling:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return float32 images (batch, channels, height, width) of uint8 pixels of that shape."""
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(values, device=pixels.device).view(1, -1, 1, 1) for values in (self.mean, self.std)
+        )
         return (pixels.float() / self.top - mean) / std
 
 
@@ -51,10 +57,10 @@ def augment(pixels: Tensor, shift: int, flip: bool, generator: torch.Generator) 
     """Move every image by up to `shift` pixels (black comes in) and mirror half of them.
 
     Args:
-        pixels: (batch, channels, height, width), any type.
+        pixels: (batch, channels, height, width), any type, on any device.
         shift: largest move along each axis, in pixels.
         flip: whether to mirror left and right.
-        generator: draws the moves and the mirrored images.
+        generator: draws the moves and the mirrored images, on the CPU: the same ones for every device.
     """
     count, _, height, width = pixels.shape
     padded = functional.pad(pixels, (shift,) * 4)
@@ -65,7 +71,8 @@ def augment(pixels: Tensor, shift: int, flip: bool, generator: torch.Generator) 
     if flip:
         mirrored = torch.randint(2, (count, 1), generator=generator).bool()
         columns = torch.where(mirrored, columns.flip(1), columns)
-    example = torch.arange(count).view(-1, 1, 1)
+    rows, columns = rows.to(pixels.device), columns.to(pixels.device)
+    example = torch.arange(count, device=pixels.device).view(-1, 1, 1)
     return padded[example, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
@@ -73,7 +80,7 @@ class ImageBatches:
     """Batches (images, labels) in the order of `index`, made anew on every pass.
 
     Args:
-        images: the split.
+        images: the split, on the device where the batches are made.
         scaling: pixels to inputs.
         index: (examples,) rows to take, in this order.
         batch_size: examples per batch; the last batch holds the rest.
@@ -91,7 +98,7 @@ class ImageBatches:
         seed: int = 0,
     ) -> None:
         self.images, self.scaling, self.change, self.seed = images, scaling, change, seed
-        self.chunks = [chunk for chunk in index.split(batch_size) if len(chunk)]
+        self.chunks = [chunk for chunk in index.to(images.pixels.device).split(batch_size) if len(chunk)]
 
     def __len__(self) -> int:
         return len(self.chunks)
@@ -151,13 +158,18 @@ class ImageTask(Task):
         return self.make_dense(self, seed, progress).eval()
 
     def train_batches(
-        self, seed: int = 0, batch_size: int | None = None, augment: bool = True
+        self,
+        seed: int = 0,
+        batch_size: int | None = None,
+        augment: bool = True,
+        device: torch.device | str = "cpu",
     ) -> EpochBatches:
         """Return epoch -> shuffled batches; a rest of one example is left out (batch norm needs two)."""
-        size = batch_size or self.batch_size
+        size, there = batch_size or self.batch_size, list[Images]()
 
         def epoch_batches(epoch: int) -> Iterable[Batch]:
-            images = self.split("train")
+            there[:] = there or [self.split("train").to(device)]
+            images = there[0]
             key = seed * 100_003 + epoch
             index = torch.randperm(len(images), generator=torch.Generator().manual_seed(key))
             if len(index) % size == 1 and len(index) > 1:

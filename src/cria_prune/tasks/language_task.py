@@ -48,7 +48,11 @@ class LanguageTask(Task):
         return scratch
 
     def train_batches(
-        self, seed: int = 0, batch_size: int | None = None, augment: bool = True
+        self,
+        seed: int = 0,
+        batch_size: int | None = None,
+        augment: bool = True,
+        device: torch.device | str = "cpu",
     ) -> EpochBatches:
         """Return epoch -> shuffled blocks of `longest` tokens; with `augment` each epoch cuts elsewhere."""
         size = batch_size or self.batch_size

@@ -59,7 +59,11 @@ class SentenceTask(Task):
         return scratch
 
     def train_batches(
-        self, seed: int = 0, batch_size: int | None = None, augment: bool = True
+        self,
+        seed: int = 0,
+        batch_size: int | None = None,
+        augment: bool = True,
+        device: torch.device | str = "cpu",
     ) -> EpochBatches:
         """Return epoch -> shuffled batches of alike length; nothing is augmented."""
         size = batch_size or self.batch_size

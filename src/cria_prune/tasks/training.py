@@ -49,7 +49,7 @@ def trained(
         held = list(task.validation_batches())
         recover(
             model,
-            task.train_batches(config.seed),
+            task.train_batches(config.seed, device=device),
             config,
             evaluate=lambda network: task.evaluate(network, held),
             lower_is_better=not metric(task.metric).higher_is_better,
