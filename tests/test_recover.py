@@ -210,7 +210,7 @@ def test_what_cannot_be_compiled_is_told_and_the_model_put_back(kept, monkeypatc
 
     before = state(kept)
     torch.compiler.reset()  # nothing compiled before is taken
-    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", broken)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", broken)
     with pytest.raises(ConfigError, match=r"no compiler.*without compile"):
         recover(kept, data(), CONFIG.model_copy(update={"compile": True}))
     assert same(state(kept), before)
