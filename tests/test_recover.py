@@ -205,7 +205,7 @@ def test_compiled_it_ends_where_it_does_uncompiled(kept, settings):
 
 
 def test_what_cannot_be_compiled_is_told_and_the_model_put_back(kept, monkeypatch):
-    def broken(*_):
+    def broken(*_, **__):
         raise RuntimeError("no compiler")
 
     before = state(kept)
