@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: no test waits for a server that cannot be reached
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import torch
 
 from cria_prune.artifact import certificate, reload
 from cria_prune.artifact.checkpoint import load
+from elsewhere import Elsewhere
 
 torch.set_num_threads(1)
+
+DEVICES = ["mps", "cuda"] if torch.cuda.is_available() else ["mps"]
 
 
 @pytest.fixture(autouse=True)
@@ -37,3 +41,14 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         return {"class": type(model).__name__, "wrong": {}, "seconds": 0.0, "versions": versions}, found
 
     monkeypatch.setattr(certificate, "_there", loaded)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A device other than the CPU; sums in float32 are not rounded to fewer bits on it."""
+    if request.param == "cuda":
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        yield "cuda"
+        return
+    with Elsewhere():
+        yield "mps"

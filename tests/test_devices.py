@@ -6,8 +6,6 @@ and, where there is one, on CUDA.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import nn
@@ -32,22 +30,9 @@ from cria_prune.pipeline import record_for
 from cria_prune.scoring import score_once
 from cria_prune.structure.groups import freeze
 from cria_prune.tasks import task
-from elsewhere import Elsewhere
 from networks import OptionA, Plain, randomize
 
 CLASSES, EXAMPLES = 4, 64
-DEVICES = ["mps", "cuda"] if torch.cuda.is_available() else ["mps"]
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A device other than the CPU; sums in float32 are not rounded to fewer bits on it."""
-    if request.param == "cuda":
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-        yield "cuda"
-        return
-    with Elsewhere():
-        yield "mps"
 
 
 def tolerance(device: str) -> float:

@@ -25,7 +25,7 @@ from cria_prune.batches import Batch
 from cria_prune.cli.main import app
 from cria_prune.dispatched import Weights, changed, first_names, is_dispatched, places, structure_of
 from cria_prune.errors import ArtifactError, CriaError, SignalError, StructureError, VerificationError
-from cria_prune.offload import Offloaded, check, write
+from cria_prune.offload import Offloaded, check, turns, write
 from cria_prune.offload.chain import Chain, outputs
 from cria_prune.offload.turns import plan_turns, score_in_turns
 from cria_prune.pipeline import QUIET, PruneResult
@@ -241,7 +241,7 @@ def test_a_dispatched_model_computes_in_another_type_without_being_loaded(
         lambda folder, **options: (asked.append(options), real(folder, **options))[1],
     )
     plain = kind_of("tied").from_pretrained(made / "tied").eval().double()
-    model = check.in_type(check.load_dispatched(made / "tied", tmp_path), torch.float64)
+    model = check.in_type(check.load_dispatched(made / "tied", tmp_path, torch.device("cpu")), torch.float64)
     batch = batches_of(1)[0]
     assert all(map(torch.equal, outputs(model, batch), outputs(plain, batch)))
     assert all(item.is_meta and item.dtype == torch.float64 for item in model.parameters())
@@ -378,6 +378,30 @@ def test_layer_by_layer_gives_what_pruning_in_memory_gives(
     index = json.loads((tmp_path / "small" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) == len(list((tmp_path / "small").glob("*.safetensors"))) > 1
     assert same(load(tmp_path / "small").model.state_dict(), plain.state_dict())
+
+
+@pytest.mark.parametrize("memory", [1, 2**31])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "tied"])
+def test_layers_run_on_another_device(
+    made: Path, tmp_path: Path, device: str, name: str, memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+    honest = turns.pipeline.score
+
+    def looked(model: nn.Module, groups: UnitGroups, states: Any, config: Any) -> Any:
+        seen.update(item.output.mean.device.type for item in states.groups.values())
+        return honest(model, groups, states, config)
+
+    monkeypatch.setattr(turns.pipeline, "score", looked)
+    config = config_of(plan={"reduction": 0.3, "rounds": 2})
+    done, here = (
+        prune_offloaded(made / name, tmp_path / place, batches_of(), config, memory=memory, device=place)
+        for place in (device, "cpu")
+    )
+    assert seen == {torch.device(device).type, "cpu"}
+    assert done.plan.report == here.plan.report and len(done.rounds[0].repairs) == len(here.rounds[0].repairs)
+    one, other = (load(tmp_path / place).model.state_dict() for place in (device, "cpu"))
+    assert device == "cuda" or same(one, other)
 
 
 def test_a_result_is_pruned_again_and_its_plan_is_of_the_dense_model(made: Path, tmp_path: Path) -> None:
@@ -598,7 +622,7 @@ def test_without_accelerate_the_text_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(ArtifactError, match=r"accelerate is not installed.*cria-prune\[offload\]"):
-        check.load_dispatched(made / "llama", tmp_path)
+        check.load_dispatched(made / "llama", tmp_path, torch.device("cpu"))
 
 
 # -- on the command line

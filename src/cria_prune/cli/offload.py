@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cria_prune.artifact.provenance import peak_memory, provenance
 from cria_prune.cli import show
 from cria_prune.cli.folder import claimed
 from cria_prune.cli.job import PRUNED, rounded
-from cria_prune.cli.settings import Params, prune_config, texts_of
+from cria_prune.cli.settings import Params, pick_device, prune_config, texts_of
 from cria_prune.cli.talk import Talk
 from cria_prune.config import PruneConfig
 from cria_prune.errors import ConfigError
@@ -35,17 +33,17 @@ def prune(params: Params, command: list[str]) -> None:
     task = _task(params)
     defaults = {**task.prune_defaults, "plan": {**task.prune_defaults["plan"], "rounds": 1}}
     config = checked(prune_config(params, defaults))
-    seed, cpu, talk = params["seed"] or 0, torch.device("cpu"), Talk(params["quiet"])
+    seed, device, talk = params["seed"] or 0, pick_device(params["device"]), Talk(params["quiet"])
     batches = task.calibration(config.record.examples, config.record.seed)
-    origin = provenance(seed, command, task.fingerprint(), cpu)
-    head: dict[str, Any] = {"recipe": None, "model": task.name, "seed": seed, "device": "cpu"}
+    origin = provenance(seed, command, task.fingerprint(), device)
+    head: dict[str, Any] = {"recipe": None, "model": task.name, "seed": seed, "device": str(device)}
     with claimed(params["output"], f"{task.name}-pruned", params["overwrite"]) as folder:
         done = prune_offloaded(
-            task.folder, folder, batches, config, overwrite=params["overwrite"], provenance=origin,
+            task.folder, folder, batches, config, device=device, overwrite=params["overwrite"], provenance=origin,
             results={**head, "stage": PRUNED}, progress=talk.progress,
         )  # fmt: skip
         _tell(talk, done, metric(task.metric))
-        talk.answer({**head, **_answer(done, config), "memory": peak_memory(cpu)})
+        talk.answer({**head, **_answer(done, config), "memory": peak_memory(device)})
 
 
 def _task(params: Params) -> FolderTask:
@@ -65,8 +63,6 @@ def _task(params: Params) -> FolderTask:
             )  # fmt: skip
     if params["policy"] not in (None, "uniform") or params["uniform"] is False:
         raise ConfigError(asked, "layers that differ were asked for", "Leave out --policy and --no-uniform")
-    if params["device"] not in ("auto", "cpu"):
-        raise ConfigError(asked, f"found --device {params['device']}", "Leave it out: layers run on the CPU")
     folder = Path() if name in TASKS else find_folder(name)
     if name in TASKS or not (folder / CONFIG).is_file():
         kind = "a recipe" if name in TASKS else f"no {CONFIG} there"

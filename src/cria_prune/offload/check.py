@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,13 @@ from cria_prune.surgery.verify import ADVICE, TOLERANCE, Verification, differenc
 from cria_prune.tasks.pretrained import load_pretrained
 
 
-def load_dispatched(folder: Path, scratch: Path) -> nn.Module:
+def load_dispatched(folder: Path, scratch: Path, device: torch.device) -> nn.Module:
     """Return the model of a Hugging Face folder with all of its weights on disk, read as its layers run.
 
     Args:
         folder: holds config.json and safetensors.
         scratch: for weights that transformers stores otherwise than the model holds them.
+        device: where the layers run.
 
     Raises:
         ArtifactError: accelerate is missing, the folder holds no weights, or they cannot be read.
@@ -42,7 +44,20 @@ def load_dispatched(folder: Path, scratch: Path) -> nn.Module:
         model = load_pretrained(folder, device_map={"": "disk"}, offload_folder=str(scratch))
     if not hasattr(model, "hf_device_map"):
         raise ArtifactError(asked, "there are no weights beside config.json", "Copy them into the folder")
+    _run_on(model, device)
     return model
+
+
+def _run_on(model: nn.Module, device: torch.device) -> None:
+    """Let the layers of a dispatched model run on a device; transformers alone takes the CPU."""
+    for module in model.modules():
+        hook: Any = getattr(module, "_hf_hook", None)
+        for item in getattr(hook, "hooks", (hook,)):
+            if hasattr(item, "execution_device"):
+                item.execution_device = device
+        for name, value in module._buffers.items():
+            if value is not None and not value.is_meta:
+                module._buffers[name] = value.to(device)
 
 
 def in_type(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -62,7 +77,7 @@ def in_type(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def verify_folder(
     source: Path, folder: Path, plan: Plan, repaired: Repaired, example: Batch, scratch: Path,
-    dtype: torch.dtype,
+    dtype: torch.dtype, device: torch.device,
 ) -> Verification:  # fmt: skip
     """Compare what a folder computes with the dense model whose consumers read no removed unit.
 
@@ -74,6 +89,7 @@ def verify_folder(
         example: one batch.
         scratch: see `load_dispatched`.
         dtype: arithmetic of the comparison.
+        device: where the layers run.
 
     Raises:
         VerificationError: they differ by more than the tolerance.
@@ -99,8 +115,11 @@ def verify_folder(
         give_back()  # what the weight before took: it can be hundreds of megabytes after a few layers
         return value
 
-    expected = _outputs(in_type(load_dispatched(source, scratch / "dense"), dtype), example, masked)
-    found = _outputs(in_type(load_dispatched(folder, scratch / "pruned"), dtype), example, plain)
+    dense, pruned = (
+        in_type(load_dispatched(path, scratch / name, device), dtype)
+        for path, name in ((source, "dense"), (folder, "pruned"))
+    )
+    expected, found = _outputs(dense, example, masked), _outputs(pruned, example, plain)
     give_back()
     apart, tolerance = difference(expected, found), TOLERANCE[dtype]
     if not apart <= tolerance:

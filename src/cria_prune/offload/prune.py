@@ -72,6 +72,7 @@ def prune_offloaded(
     *,
     memory: int = MEMORY,
     max_shard_size: int | str = "500MB",
+    device: torch.device | str = "cpu",
     overwrite: bool = False,
     provenance: Mapping[str, Any] | None = None,
     results: Mapping[str, Any] | None = None,
@@ -97,6 +98,7 @@ def prune_offloaded(
         memory: bytes for the moments and weights of a turn. What does not fit is recorded in turns: a few
             blocks at a time where the model is a chain of blocks, else a few groups with a pass each.
         max_shard_size: bytes of a file of weights, or a text such as `1GB`; one shard is in memory.
+        device: where the layers run, and where the moments of a turn are.
         overwrite: replace a folder that Cria wrote.
         provenance, results: kept in `cria.json`; they must be plain JSON.
         progress: where to show the turns.
@@ -114,18 +116,19 @@ def prune_offloaded(
         raise ArtifactError(asked, "the result would take its place", "Name another folder for the result")
     plans = _earlier_plans(source, asked)
     batches = pipeline.again(batches)
-    example = pipeline.first_examples(batches, torch.device("cpu"))
+    place = torch.device(device)
+    example = pipeline.first_examples(batches, place)
     with whole_folder(target, overwrite) as folder, TemporaryDirectory(dir=folder, prefix=".") as name:
         places = _Places(Path(name), folder, config.plan.rounds)
         seconds: dict[str, float] = {}
         with pipeline.clock(seconds, "model"):
-            model = load_dispatched(source, places.scratch(1) / "weights")
+            model = load_dispatched(source, places.scratch(1) / "weights", place)
             _check_finite(Weights(model))
         with pipeline.clock(seconds, "structure"):
             structure = structure_of(model)
             found = check_target(structure, pipeline.discover(structure, example), config.plan)
         rounds = Rounds(
-            source, batches, example, config, found, memory, max_shard_size, progress or QUIET, asked
+            source, batches, example, config, found, memory, max_shard_size, place, progress or QUIET, asked
         )
         before, done = Standing(source, model, structure, found.groups), list[OffloadedRound]()
         for number in range(1, config.plan.rounds + 1):
@@ -135,7 +138,9 @@ def prune_offloaded(
             if number < config.plan.rounds:
                 seconds = {}
                 with pipeline.clock(seconds, "model"):
-                    model = load_dispatched(places.model(number), places.scratch(number + 1) / "weights")
+                    model = load_dispatched(
+                        places.model(number), places.scratch(number + 1) / "weights", place
+                    )
                 before = Standing(places.model(number), model, cut.structure, cut.groups)
                 places.clear(number)
         total = reduce(compose, plans)

@@ -79,7 +79,7 @@ class Rounds:
         batches: calibration batches; example: the first two examples.
         config: what to remove and how.
         scope: what may be cut of the first model, which the shares count from.
-        memory, max_shard_size, progress: see `prune_offloaded`.
+        memory, max_shard_size, device, progress: see `prune_offloaded`.
         asked: for error texts.
     """
 
@@ -90,6 +90,7 @@ class Rounds:
     scope: Scope
     memory: int
     max_shard_size: int | str
+    device: torch.device
     progress: Progress
     asked: str
 
@@ -132,7 +133,7 @@ class Rounds:
             with pipeline.clock(seconds, "verify"):
                 dtype = torch.float64 if floats(structure) is torch.float64 else torch.float32
                 verification = verify_folder(
-                    before.folder, folder, step, repaired, self.example, scratch, dtype
+                    before.folder, folder, step, repaired, self.example, scratch, dtype, self.device
                 )
         done = OffloadedRound(
             number=number,

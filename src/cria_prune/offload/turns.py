@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -18,7 +19,7 @@ from cria_prune.batches import Batch
 from cria_prune.config import PruneConfig, RecordConfig
 from cria_prune.dispatched import bytes_of
 from cria_prune.graph import Moments
-from cria_prune.modules import give_back
+from cria_prune.modules import device_of, give_back
 from cria_prune.offload.chain import Chain, outputs
 from cria_prune.progress import Progress
 from cria_prune.record.collect import limited
@@ -48,10 +49,11 @@ class Spilled:
 
     Args:
         folder: where they are.
+        device: where they go when they are read.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self._folder, self._device = folder, device
         self._samples: dict[tuple[str, str], tuple[Path, int]] = {}
 
     def add(self, group: str, consumed: Mapping[str, Moments]) -> None:
@@ -65,7 +67,9 @@ class Spilled:
     def get(self, group: str, tensor: str) -> Moments | None:
         """Return the moments of what one consumer reads of a group; None where there are none."""
         path, samples = self._samples.get((group, tensor), (None, 0))
-        return None if path is None else Moments(samples, **load_file(path))
+        if path is None:
+            return None
+        return Moments(samples, **{name: value.to(self._device) for name, value in load_file(path).items()})
 
 
 def score_in_turns(
@@ -94,7 +98,7 @@ def score_in_turns(
         Importances in the order of the network, moments for the repair, and how many turns there were.
     """
     needs = pipeline.find_criterion(config.score.criterion).needs
-    spilled = Spilled(scratch)
+    spilled = Spilled(scratch, device_of(model))
     if not needs and not config.compensate:
         return pipeline.score(model, groups, None, config.score), spilled, 0
     chain, turns = plan_turns(model, groups, config, memory, scratch, example)
