@@ -388,7 +388,7 @@ def test_layers_run_on_another_device(
     seen = set()
     honest = turns.pipeline.score
 
-    def looked(model: nn.Module, groups: UnitGroups, states: Any, config: Any) -> Any:
+    def looked(model: nn.Module, groups: Any, states: Any, config: Any) -> Any:
         seen.update(item.output.mean.device.type for item in states.groups.values())
         return honest(model, groups, states, config)
 

@@ -39,8 +39,8 @@ def prune(params: Params, command: list[str]) -> None:
     head: dict[str, Any] = {"recipe": None, "model": task.name, "seed": seed, "device": str(device)}
     with claimed(params["output"], f"{task.name}-pruned", params["overwrite"]) as folder:
         done = prune_offloaded(
-            task.folder, folder, batches, config, device=device, overwrite=params["overwrite"], provenance=origin,
-            results={**head, "stage": PRUNED}, progress=talk.progress,
+            task.folder, folder, batches, config, device=device, overwrite=params["overwrite"],
+            provenance=origin, results={**head, "stage": PRUNED}, progress=talk.progress,
         )  # fmt: skip
         _tell(talk, done, metric(task.metric))
         talk.answer({**head, **_answer(done, config), "memory": peak_memory(device)})

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from cria_prune.batches import Batch, map_tensors, model_inputs
 from cria_prune.dispatched import bytes_of
 from cria_prune.errors import StructureError
-from cria_prune.modules import cache_off, device_of, offloading_hooks
+from cria_prune.modules import cache_off, offloading_hooks
 
 
 class Chain:
@@ -102,9 +102,8 @@ class Chain:
     def read(self, batch: int) -> Any:
         """Return what the stretch before gave for a batch."""
         form, rest = self._form
-        held, device = load_file(self._folder / f"{self._turn}-{batch}.safetensors"), device_of(self.model)
-        there = {int(place): value.to(device) for place, value in held.items()}
-        return tree_unflatten([there.get(place, item) for place, item in enumerate(rest)], form)
+        held = load_file(self._folder / f"{self._turn}-{batch}.safetensors")
+        return tree_unflatten([held.get(str(place), item) for place, item in enumerate(rest)], form)
 
 
 class _Run:
