@@ -7,7 +7,8 @@ widths as they fall and in multiples of 8 and 16. Weights are random: latency de
 uniform ranking gives all criteria alike. Dense and pruned networks take short turns in one process; a time is
 that of the best turn, the one that other work on the machine disturbed least, and the spread to the median is
 kept. `efficiency` = (dense / pruned time) / (dense / pruned MACs): 1 is what the MACs promise. Writes
-benchmarks/results/latency/<network>.json.
+benchmarks/results/latency/<network>.json, of a GPU (compiled with graphs of
+its kernels) <network>-cuda.json.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from torch import nn
 
 from cria_prune import apply, discover, plan, score
 from cria_prune.artifact.provenance import provenance
-from cria_prune.batches import Batch, batch_size, map_tensors, model_inputs
+from cria_prune.batches import Batch, batch_size, map_tensors, model_inputs, move
 from cria_prune.config import PlanConfig, ScoreConfig
 from cria_prune.errors import CriaError
 from cria_prune.structure import without_residual
 from cria_prune.tasks import TASKS, build, task
-from result_files import RESULTS, write
+from result_files import RESULTS, finished, on, write
 
 SHARES, BATCHES, MULTIPLES = (0.3, 0.5), (1, 64), (1, 8, 16)
 SLICE = 0.05  # seconds of calls that are timed together
@@ -48,19 +49,23 @@ def once(model: nn.Module, batch: Batch) -> Callable[[], Any]:
     return lambda: model(*args, **kwargs)
 
 
-def timed(calls: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[float]]:
+def timed(calls: dict[str, Callable[[], Any]], turns: int, device: str) -> dict[str, list[float]]:
     """Return the seconds per call of each, ascending, one value per turn."""
     counts, times = {}, {name: list[float]() for name in calls}
     for name, call in calls.items():
-        call()  # compiles, allocates
+        for _ in range(3):
+            call()  # compiles, allocates
+        finished(device)
         start = time.perf_counter()
         call()
+        finished(device)
         counts[name] = max(1, round(SLICE / (time.perf_counter() - start)))
     for _ in range(turns):
         for name, call in calls.items():
             start = time.perf_counter()
             for _ in range(counts[name]):
                 call()
+            finished(device)
             times[name].append((time.perf_counter() - start) / counts[name])
     return {name: sorted(found) for name, found in times.items()}
 
@@ -99,21 +104,22 @@ def compared(dense: list[float], pruned: list[float], promised: float) -> dict[s
     }
 
 
-def measure(network: str, turns: int, modes: list[str]) -> list[dict[str, Any]]:
+def measure(network: str, turns: int, modes: list[str], device: str) -> list[dict[str, Any]]:
     chosen = task(network)
-    model = build(chosen.architecture).eval()
-    models, macs = sizes(model, chosen.example, network)
+    model, example = build(chosen.architecture).eval().to(device), move(chosen.example, device)
+    models, macs = sizes(model, example, network)
+    graphs = {} if device == "cpu" else {"mode": "reduce-overhead"}
     rows = []
     for mode in modes:
         for size in BATCHES:
-            batch = resized(chosen.example, size)
+            batch = resized(example, size)
             torch.compiler.reset()
             ready = {
-                name: torch.compile(item, dynamic=False) if mode == "compiled" else item
+                name: torch.compile(item, dynamic=False, **graphs) if mode == "compiled" else item
                 for name, item in models.items()
             }
             with torch.no_grad():
-                seconds = timed({name: once(item, batch) for name, item in ready.items()}, turns)
+                seconds = timed({name: once(item, batch) for name, item in ready.items()}, turns, device)
             for name in list(models)[1:]:
                 row = compared(seconds["dense"], seconds[name], macs["dense"] / macs[name])
                 rows.append({"pruned": name, "mode": mode, "batch": size, **row})
@@ -130,22 +136,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--network", choices=sorted(TASKS), nargs="+", default=["cifar10-resnet56"])
     parser.add_argument("--turns", type=int, default=40)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for network in options.network:
         load = os.getloadavg()[0]
-        rows = measure(network, options.turns, options.modes)
+        rows = measure(network, options.turns, options.modes, options.device)
         result = {
             "network": network,
             "threads": torch.get_num_threads(),
             "load_before": load,
             "turns": options.turns,
             "rows": rows,
-            "provenance": provenance(seed=0, command=sys.argv),
+            "provenance": provenance(seed=0, command=sys.argv, device=options.device),
         }
-        write(RESULTS / "latency" / f"{network}.json", result)
+        write(RESULTS / "latency" / on(f"{network}.json", options.device), result)
 
 
 if __name__ == "__main__":

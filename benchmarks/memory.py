@@ -7,7 +7,8 @@
 (Linux: VmHWM, set back by /proc/self/clear_refs), of recording, and of scoring with what was recorded still
 there. Twice: with blocks given back to the system as soon as they are freed (mallopt, M_MMAP_THRESHOLD),
 which measures what is in use, and as the C library comes, which keeps freed blocks of up to 32 MB for itself.
-Networks have random weights. Writes benchmarks/results/memory/predicted.json.
+On a GPU (`--device cuda`) it is torch that says what is allocated there, the first time and again.
+Networks have random weights. Writes benchmarks/results/memory/predicted.json, of a GPU predicted-cuda.json.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from cria_prune import PruneConfig, UnitGroups, discover, predict_memory
 from cria_prune.artifact.provenance import provenance
-from cria_prune.batches import Batch
+from cria_prune.batches import Batch, move
 from cria_prune.criteria import score
 from cria_prune.criteria.score import find_criterion
 from cria_prune.memory import largest_batch
@@ -38,7 +39,7 @@ from cria_prune.pipeline import record_for
 from cria_prune.scope import scope
 from cria_prune.tasks import task
 from resident import resident
-from result_files import RESULTS, write
+from result_files import RESULTS, on, write
 
 MB = 2**20
 SMALL = 200 * MB
@@ -104,9 +105,9 @@ def begin() -> int:
     return resident("VmRSS")
 
 
-def warm_up() -> None:
+def warm_up(device: str = "cpu") -> None:
     """Touch the code and the tables that recording and scoring use: a fork has yet to map them."""
-    model, batch = Gated(8, 96, 1).eval(), torch.randn(8, 4, 8)
+    model, batch = Gated(8, 96, 1).eval().to(device), torch.randn(8, 4, 8, device=device)
     groups = discover(model, batch)
     for criterion in ("innovation", "distortion"):
         config = PruneConfig(score={"criterion": criterion})
@@ -149,14 +150,33 @@ def measure(
     return {"record": recorded, "score": resident("VmHWM") - level}
 
 
-def row(case: str, repetitions: int) -> dict[str, Any]:
+def there(
+    model: nn.Module, groups: UnitGroups, batches: list[Batch], config: PruneConfig, device: str
+) -> dict[str, int]:
+    """Record and score on a GPU; return both peaks of its memory in bytes above the level before."""
+    needs = find_criterion(config.score.criterion).needs
+    warm_up(device)
+    level = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    states = record_for(needs, model, groups, batches, config, consumed=config.compensate)
+    recorded = torch.cuda.max_memory_allocated(device) - level
+    torch.cuda.reset_peak_memory_stats(device)
+    score(model, groups, states, config.score)
+    return {"record": recorded, "score": torch.cuda.max_memory_allocated(device) - level}
+
+
+def row(case: str, repetitions: int, device: str) -> dict[str, Any]:
     """Predict, then measure: once with blocks given back, `repetitions` times as the allocator comes."""
     model, batches, config = build(case)
-    batch = largest_batch(batches)
+    model.to(device)
+    batch = move(largest_batch(batches), device)
     groups = scope(model, discover(model, batch), config.plan).groups
     predicted = predict_memory(model, groups, batch, config)
     measured, *usual = [
-        apart(measure, model, groups, batches, config, number == 0) for number in range(1 + repetitions)
+        apart(measure, model, groups, batches, config, number == 0)
+        if device == "cpu"
+        else there(model, groups, batches, config, device)
+        for number in range(1 + repetitions)
     ]
     said = {stage.name: stage.peak for stage in predicted.stages}
     peak = max(said.values())
@@ -191,13 +211,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", nargs="*", help="cases that begin with one of these; nothing is written")
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(1)
     chosen = [case for case in cases() if not options.only or case.startswith(tuple(options.only))]
     print("megabytes above the level before, predicted / measured")
     rows = []
     for case in chosen:
-        rows.append(apart(row, case, options.repetitions))
+        rows.append(apart(row, case, options.repetitions, options.device))
         show(rows[-1])
     large = [item["peak_ratio"] for item in rows if not item["small"]]
     if options.only:
@@ -209,9 +230,9 @@ def main() -> None:
         "most": max(large),
         "median": statistics.median(large),
         "threads": 1,
-        "provenance": provenance(seed=0, command=sys.argv),
+        "provenance": provenance(seed=0, command=sys.argv, device=options.device),
     }
-    write(RESULTS / "memory" / "predicted.json", result)
+    write(RESULTS / "memory" / on("predicted.json", options.device), result)
     print(f"of peaks above {SMALL // MB} MB: predicted / measured {min(large):.2f} to {max(large):.2f}")
 
 

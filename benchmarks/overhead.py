@@ -1,13 +1,13 @@
 """What recording and scoring cost beside a plain forward pass over the same calibration data.
 
     python benchmarks/overhead.py
-    python benchmarks/overhead.py --only llama-shakespeare
+    python benchmarks/overhead.py --only llama-shakespeare --device cuda
 
 For each network its recipe (criterion, repair, calibration examples), the same with all tokens of a text, and
 `distortion`, which reads both sides. Forward, recording and scoring alternate in one process; of every
 repetition the shares are kept: `record` = recording less the forward pass in it, over the forward pass;
 `score` = scoring over the forward pass. Weights are random, for none of it depends on them. Writes
-benchmarks/results/overhead/<network>.json.
+benchmarks/results/overhead/<network>.json, of a GPU <network>-cuda.json.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from torch import nn
 
 from cria_prune import PruneConfig, UnitGroups, discover
 from cria_prune.artifact.provenance import provenance
-from cria_prune.batches import Batch, forward
+from cria_prune.batches import Batch, forward, move
 from cria_prune.criteria import score
 from cria_prune.criteria.score import find_criterion
+from cria_prune.modules import device_of
 from cria_prune.pipeline import record_for
 from cria_prune.scope import scope
 from cria_prune.tasks import task
-from result_files import RESULTS, write
+from result_files import RESULTS, finished, on, write
 
 NETWORKS = ("cifar10-resnet56", "sst2-minilm", "llama-shakespeare")
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -43,12 +44,14 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 def all_forward(model: nn.Module, batches: list[Batch]) -> None:
     with torch.no_grad():
         for batch in batches:
-            forward(model, batch)
+            forward(model, move(batch, device_of(model)))
 
 
-def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+def timed(function: Callable[[], Any], device: str) -> tuple[float, Any]:
+    finished(device)
     start = time.perf_counter()
     value = function()
+    finished(device)
     return time.perf_counter() - start, value
 
 
@@ -62,14 +65,14 @@ def configured(defaults: dict[str, Any], changes: dict[str, dict[str, Any]]) -> 
 def measure(
     model: nn.Module, groups: UnitGroups, batches: list[Batch], config: PruneConfig, repetitions: int
 ) -> dict[str, Any]:
-    needs = find_criterion(config.score.criterion).needs
+    needs, device = find_criterion(config.score.criterion).needs, str(device_of(model))
     rows = []
     for number in range(repetitions + 1):
-        plain, _ = timed(lambda: all_forward(model, batches))
+        plain, _ = timed(lambda: all_forward(model, batches), device)
         recorded, states = timed(
-            lambda: record_for(needs, model, groups, batches, config, consumed=config.compensate)
+            lambda: record_for(needs, model, groups, batches, config, consumed=config.compensate), device
         )
-        scored, _ = timed(lambda: score(model, groups, states, config.score))  # noqa: B023
+        scored, _ = timed(lambda: score(model, groups, states, config.score), device)  # noqa: B023
         if number:  # the first touches code and memory
             rows.append({"forward": plain, "record": recorded, "score": scored})
     shares = [
@@ -92,6 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -99,8 +103,8 @@ def main() -> None:
         chosen = task(network)
         recipe = configured(chosen.prune_defaults, {})
         batches = list(chosen.calibration(recipe.record.examples))
-        model, rows = chosen.untrained().eval(), {}
-        groups = scope(model, discover(model, batches[0]), recipe.plan).groups
+        model, rows = chosen.untrained().eval().to(options.device), {}
+        groups = scope(model, discover(model, move(batches[0], options.device)), recipe.plan).groups
         for name, changes in VARIANTS.items():
             if name == "all tokens" and not isinstance(batches[0], dict):
                 continue
@@ -116,9 +120,9 @@ def main() -> None:
             "widest": max(group.size for group in groups.prunable),
             "threads": options.threads,
             "rows": rows,
-            "provenance": provenance(seed=0, command=sys.argv),
+            "provenance": provenance(seed=0, command=sys.argv, device=options.device),
         }
-        write(RESULTS / "overhead" / f"{network}.json", result)
+        write(RESULTS / "overhead" / on(f"{network}.json", options.device), result)
 
 
 if __name__ == "__main__":

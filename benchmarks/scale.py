@@ -2,14 +2,15 @@
 
     python benchmarks/scale.py
     python benchmarks/scale.py 4096 28672 --again
+    python benchmarks/scale.py --device cuda
 
 A gated feed-forward layer with weights in families and random correlated inputs stands in for a real one.
 Every width is measured in a process of its own: recording against a plain forward over the same tokens,
 both neuron graphs, all pairs by block PCG, innovation, and the repair of the consumer on tokens that were
 not recorded; up to 4,096 units also from exact moments with the dense eigensolver, with the rank
 correlation between the two. Processor time over the threads is given beside wall time: on a machine that
-others use it is the one that repeats. Writes benchmarks/results/scale/wide.json; a width that is in it is
-not run again.
+others use it is the one that repeats. Writes benchmarks/results/scale/wide.json, of a GPU wide-cuda.json; a
+width that is in it is not run again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import sys
 from pathlib import Path
 
 from cria_prune.artifact.provenance import provenance
-from result_files import RESULTS, write
+from result_files import RESULTS, on, write
 from scale_cell import SEED, THREADS
 from staged import Values, collect
 
@@ -78,9 +79,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("widths", nargs="*", type=int, default=list(WIDTHS), help="units; all by default")
     parser.add_argument("--again", action="store_true", help="measure widths again that are in the file")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--results", type=Path, default=RESULTS / "scale", help="folder of the result file")
     options = parser.parse_args()
-    path = options.results / "wide.json"
+    path = options.results / on("wide.json", options.device)
     sizes: dict[str, Values] = json.loads(path.read_text())["sizes"] if path.exists() else {}
     # The dense solver runs on one thread: on a shared machine two of OpenBLAS wait for each other, 15 times
     # as long. Processor time over the threads is then what two would take at best.
@@ -88,11 +90,11 @@ def main() -> None:
     for width in options.widths:
         if str(width) in sizes and not options.again:
             continue
-        found = collect("scale_cell.py", [str(width)], LIMIT)
+        found = collect("scale_cell.py", [str(width), options.device], LIMIT)
         wrong = {stage: item["error"] for stage, item in found.items() if "error" in item}
         if wrong:
             raise SystemExit(f"{width} units: {wrong}; nothing of this width is written")
-        origin = provenance(seed=SEED, command=["benchmarks/scale.py", *sys.argv[1:]])
+        origin = provenance(seed=SEED, command=["benchmarks/scale.py", *sys.argv[1:]], device=options.device)
         sizes[str(width)] = {**found, "provenance": origin}
         result = {"threads": THREADS, "sizes": sizes, "exponents": exponents(sizes), "provenance": origin}
         write(path, result)

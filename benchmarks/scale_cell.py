@@ -24,6 +24,7 @@ from cria_prune.spectrum import distortion_embedding, innovation, rank_correlati
 from cria_prune.spectrum.importance import _mean_over_neighbors as mean_over_neighbors
 from cria_prune.structure import UnitGroups
 from cria_prune.surgery import compensate
+from result_files import finished
 from staged import Values, stages
 
 THREADS, SEED = 2, 0
@@ -66,10 +67,12 @@ class Gated(nn.Module):
 class Meter:
     """Wall and processor time of a call, and the most memory that it took beyond what was there."""
 
-    def __init__(self) -> None:
-        self.status = Path("/proc/self/status")
+    def __init__(self, device: str) -> None:
+        self.status, self.device = Path("/proc/self/status"), device
 
     def __call__(self, function: Callable[[], Any]) -> tuple[Any, Values]:
+        if self.device != "cpu":
+            return self._there(function)
         before = self._memory("VmRSS", reset=True)
         wall, processor = time.perf_counter(), time.process_time()
         value = function()
@@ -78,6 +81,17 @@ class Meter:
         if before is not None and peak is not None:
             spent["bytes"] = max(0, peak - before)
         return value, spent
+
+    def _there(self, function: Callable[[], Any]) -> tuple[Any, Values]:
+        """Time a call on a GPU, to its end, and take the most memory of the GPU."""
+        finished(self.device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        wall, processor = time.perf_counter(), time.process_time()
+        value = function()
+        finished(self.device)
+        spent = {"wall": time.perf_counter() - wall, "processor": time.process_time() - processor}
+        return value, {**spent, "bytes": torch.cuda.max_memory_allocated() - before}
 
     def _memory(self, name: str, reset: bool = False) -> int | None:
         """Return a line of the process's status in bytes; None where the system does not tell."""
@@ -93,16 +107,19 @@ class Meter:
 class Cell:
     """The stages of one width, each from what the one before left."""
 
-    def __init__(self, units: int) -> None:
-        self.units, self.meter = units, Meter()
+    def __init__(self, units: int, device: str = "cpu") -> None:
+        self.units, self.device, self.meter = units, device, Meter(device)
 
     @cached_property
     def model(self) -> Gated:
-        return Gated(self.units).eval()
+        return Gated(self.units).eval().to(self.device)
+
+    def tokens(self, count: int, seed: int) -> list[Tensor]:
+        return [batch.to(self.device) for batch in self.model.tokens(count, seed)]
 
     def record(self) -> Values:
         """Recording against a plain forward over the same tokens."""
-        batches = self.model.tokens(BATCHES, 1)
+        batches = self.tokens(BATCHES, 1)
         groups, _ = self.meter(lambda: discover(self.model, batches[0][:2]))
         self.groups: UnitGroups = groups
         (self.name,) = (group.name for group in groups.prunable if group.size == self.units)
@@ -117,13 +134,14 @@ class Cell:
         _, plain = self.meter(forward)
         self.states, spent = self.meter(only)
         found: Values = {"inputs": len(self.model.scales), "samples": BATCH * BATCHES, "forward": plain}
-        return {**found, "record": spent, "ratio": spent["processor"] / plain["processor"]}
+        clock = "processor" if self.device == "cpu" else "wall"
+        return {**found, "record": spent, "ratio": spent[clock] / plain[clock]}
 
     def recorder(self, batches: list[Tensor], config: RecordConfig) -> Callable[[], States]:
-        return lambda: record(self.model, self.groups, batches, config, consumed=True)
+        return lambda: record(self.model, self.groups, batches, config, consumed=True, device=self.device)
 
     def sides(self, states: States) -> tuple[Moments, Moments]:
-        live = (~dead_units(states[self.name].output)).nonzero()[:, 0]
+        live = (~dead_units(states[self.name].output)).nonzero()[:, 0].cpu()
         return states[self.name].input.select(live), states[self.name].output.select(live)
 
     def graph(self) -> Values:
@@ -144,7 +162,7 @@ class Cell:
         return {"solve": spent, "mean": mean, "residual": residual, "iterations": iterations}
 
     def innovation(self) -> Values:
-        self.norms = self.model.down.weight.detach().double().square().sum(dim=0)
+        self.norms = self.model.down.weight.detach().double().square().sum(dim=0).cpu()
         output = self.states[self.name].output
         found, spent = self.meter(lambda: innovation(output, self.norms))
         self.innovations = found.scores
@@ -175,7 +193,7 @@ class Cell:
         kept = torch.tensor(self.kept[self.name])
         wrong = total = 0.0
         with torch.no_grad():
-            for batch in self.model.tokens(HELD_OUT, 2):
+            for batch in self.tokens(HELD_OUT, 2):
                 middle = self.model.middle(batch)
                 full = self.model.down(middle)
                 cut = middle[:, kept] @ model.down.weight[:, kept].T
@@ -190,7 +208,7 @@ class Cell:
         solved = mean_over_neighbors(before, exact_pairs.embedding())
         found["ranks: solver"] = rank_correlation(self.scores, solved)
         settings = RecordConfig(examples=BATCH * BATCHES, seed=SEED, exact_units=self.units)
-        states, found["record"] = self.meter(self.recorder(self.model.tokens(BATCHES, 1), settings))
+        states, found["record"] = self.meter(self.recorder(self.tokens(BATCHES, 1), settings))
         exact, found["innovation"] = self.meter(lambda: innovation(states[self.name].output, self.norms))
         found["ranks: innovation"] = rank_correlation(self.innovations, exact.scores)
         sides = [learn_graph(side) for side in self.sides(states)]
@@ -204,8 +222,10 @@ class Cell:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("units", type=int)
+    parser.add_argument("device")
     torch.set_num_threads(THREADS)
-    cell = Cell(parser.parse_args().units)
+    options = parser.parse_args()
+    cell = Cell(options.units, options.device)
     steps = [("load", lambda: {"average": os.getloadavg()[0]})] if hasattr(os, "getloadavg") else []
     steps += [("record", cell.record), ("graph", cell.graph), ("solve", cell.solve)]
     steps += [("innovation", cell.innovation), ("repair", cell.repair)]
