@@ -4,17 +4,18 @@
     python benchmarks/offload.py --shape 7b --device cuda --memory 4096 --kinds offloaded
 
 Makes the folder of a model of TinyLlama's shape with random bfloat16 weights (22 layers, 2,048 wide, 5,632
-gated neurons; `--shape 7b`: of Llama-7B's), shard by shard, in a temporary place, and prunes it to 30 % fewer parameters in one round
-with repair, in fresh processes: by `prune_offloaded`, and by `prune` in memory. A third process prunes a tiny
-model layer by layer, for what the libraries take. All record the same few sequences with the same settings:
+gated neurons; `--shape 7b`: of Llama-7B's), shard by shard, in a temporary place, and prunes it to 30 % fewer
+parameters in one round with repair, in fresh processes: by `prune_offloaded`, and by `prune` in memory. A
+third process prunes a tiny model layer by layer, for what the libraries take. All record the same few
+sequences with the same settings:
 sketches of `--columns` columns for layers of more than 2,048 units, no split halves. The peak is the largest
 resident set of the process (VmHWM); weights that are mapped from a file count as long as they are mapped,
 though the system can drop them at any time. `anonymous` is the peak of what it cannot drop (RssAnon, looked
 at every 20 ms).
 `--limit` bounds the address space, so that a pruning that does not fit does not take the machine down: it
 ends with the error that is noted, at the peak that is noted. Writes benchmarks/results/offload/llama-1b.json,
-or llama-1b-no-repair.json with `--no-repair`: the moments of a consumer's repair are then in no peak. On a GPU
-the file ends in -cuda, and `device` is the most that torch allocated there.
+or llama-1b-no-repair.json with `--no-repair`: the moments of a consumer's repair are then in no peak. On a
+GPU the file ends in -cuda, and `device` is the most that torch allocated there.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ SMALL: dict[str, Any] = {
     "num_key_value_heads": 4, "vocab_size": 32000, "tie_word_embeddings": False,
 }  # fmt: skip
 LARGE: dict[str, Any] = {
-    **SMALL, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_key_value_heads": 32,
+    **SMALL, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
 }  # fmt: skip
 TINY: dict[str, Any] = {
     **SMALL, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2,
