@@ -108,6 +108,39 @@ def test_an_interrupted_bench_keeps_what_it_has(tmp_path: Path, monkeypatch: pyt
     assert len(list(tmp_path.iterdir())) == 3 and measured(GRID, tmp_path) == 6
 
 
+def test_a_recovery_that_was_killed_goes_on_to_the_same_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = Grid(network="digits", criteria=["l2"], reductions=[0.5], rounds=[1], epochs=3)
+    name = "inner-l2-0.5-rounds1-seed0-epochs3.json"
+    measured(grid, tmp_path / "whole")
+    real, epochs = module.recover, list[int]()
+
+    def until(last: int) -> Any:
+        def recovered(model: Any, batches: Any, *args: Any, **kwargs: Any) -> Any:
+            def counted(epoch: int) -> Any:
+                if epoch == last:
+                    raise KeyboardInterrupt
+                epochs.append(epoch)
+                return batches(epoch)
+
+            return real(model, counted, *args, **kwargs)
+
+        return recovered
+
+    monkeypatch.setattr(module, "recover", until(2))
+    with pytest.raises(KeyboardInterrupt):
+        measured(grid, tmp_path / "part")
+    assert not (tmp_path / "part" / name).exists()
+    monkeypatch.setattr(module, "recover", until(9))
+    epochs.clear()
+    assert measured(grid, tmp_path / "part") == 1
+    assert set(epochs) == {0, 2}  # the first is asked for its length
+    one, other = (json.loads((tmp_path / part / name).read_text()) for part in ("whole", "part"))
+    assert one["recovered"] == other["recovered"] and other["resumed"] and "resumed" not in one
+    assert sorted(path.name for path in (tmp_path / "part").iterdir()) == ["dense-seed0.json", name]
+
+
 def test_a_file_of_another_configuration_is_refused_before_any_work(tmp_path: Path) -> None:
     measured(GRID, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}

@@ -8,7 +8,8 @@ from torch import nn
 from cria_prune.config import RecoverConfig
 from cria_prune.errors import ConfigError, DataError, SignalError
 from cria_prune.loss import cross_entropy
-from cria_prune.recover import recover, soft_targets
+from cria_prune.ranks import World
+from cria_prune.recover import fit, recover, soft_targets
 from cria_prune.recover.guard import lower_precision
 from cria_prune.recover.loss import without_padding
 from cria_prune.recover.schedule import decay_groups, make_optimizer, rate
@@ -226,12 +227,19 @@ def test_soft_targets_by_hand():
         soft_targets(student, torch.zeros(1, 3), 1.0)
 
 
-def test_bad_arguments_are_told_apart():
+def test_bad_arguments_are_told_apart(monkeypatch):
     with pytest.raises(ConfigError, match="no teacher was passed"):
         recover(network(), data(), RecoverConfig(distill=0.5))
     model = network()
     with pytest.raises(ConfigError, match="teacher is the model itself"):
         recover(model, data(), RecoverConfig(distill=0.5), teacher=model)
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "world", lambda: World(0, 2))
+        patch.setattr(fit.dist, "get_backend_config", lambda: "cpu:gloo,cuda:gloo")
+        with pytest.raises(ConfigError, match=r"FSDP on GPUs: the processes talk by cpu:gloo.*NCCL"):
+            recover(model, data(), RecoverConfig(fsdp=True), device="cuda")
+        with pytest.raises(ConfigError, match="compiled fine-tune in 2 processes"):
+            recover(model, data(), RecoverConfig(compile=True))
     with pytest.raises(ConfigError, match="A fine-tune by FSDP: this is one process"):
         recover(model, data(), RecoverConfig(fsdp=True))
     with pytest.raises(ConfigError, match="no parameter of the model requires a gradient"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,7 +41,8 @@ def run_grids(
     """Measure the missing cells of grids, one result file each.
 
     A file of the same cell is kept if it was measured with the same configuration and data. Each file is
-    written whole under a temporary name and renamed: a bench that is killed goes on with the same command.
+    written whole under a temporary name and renamed: a bench that is killed goes on with the same command,
+    also within the recovery of a cell, whose state is in a hidden folder until the cell is measured.
     A cell that cannot be measured is passed over.
 
     Args:
@@ -68,13 +70,16 @@ def run_grids(
         if seed not in models:
             models = {seed: chosen.dense(seed, progress).to(device)}  # one at a time
             _dense(chosen, models[seed], seed, folder, command, data, device, progress)
+        state = folder / f".{Path(file_name(cell)).stem}.recovery"
         try:
-            values = _measure(chosen, models[seed], cell, config, progress)
+            values = _measure(chosen, models[seed], cell, config, progress, state, data)
         except CriaError as error:
             failed[file_name(cell)] = error
+            shutil.rmtree(state, ignore_errors=True)
             continue
         origin = provenance(seed=cell["seed"], command=command, data_fingerprint=data, device=device)
         write_json(folder / file_name(cell), {**values, "provenance": origin})
+        shutil.rmtree(state, ignore_errors=True)
         if on_cell is not None:
             on_cell(number, len(missing), cell, values)
     return len(missing) - len(failed), failed
@@ -178,10 +183,17 @@ def _dense(
 
 
 def _measure(
-    chosen: Task, model: nn.Module, cell: Cell, config: PruneConfig, progress: Progress
+    chosen: Task,
+    model: nn.Module,
+    cell: Cell,
+    config: PruneConfig,
+    progress: Progress,
+    state: Path,
+    data: str,
 ) -> dict[str, Any]:
     """Prune, measure, recover and measure again."""
     batches = chosen.calibration(config.record.examples, cell["seed"])
+    found: dict[str, Any]
     start = time.perf_counter()
     if cell["criterion"] in IMPORTANCES:
         peer = prune_by_peer(cell["criterion"], model, batches, config)
@@ -202,12 +214,17 @@ def _measure(
         start = time.perf_counter()
         settings = tuning(chosen, cell)
         found["recover"] = settings.model_dump(mode="json")
+        if state.exists():  # the seconds of the recovery are those of its end alone
+            found["resumed"] = True
         source = task(cell["network"], quick=True) if cell.get("quick") else chosen
         # No metric while training: some published weights have seen the validation split, so the last
         # epoch is what is reported.
         training = source.train_batches(cell["seed"], device=device_of(smaller))
         teacher = model if settings.distill else None
-        recover(smaller, training, settings, teacher=teacher, device=device_of(smaller), progress=progress)
+        recover(
+            smaller, training, settings, teacher=teacher, device=device_of(smaller), progress=progress,
+            state=state, data=data,
+        )  # fmt: skip
         seconds["recover"] = round(time.perf_counter() - start, 1)
         figures["recovered"] = chosen.evaluate(smaller, chosen.test_batches(), progress)
     return {"cell": cell, **figures, **found, "seconds": seconds, "config": config.model_dump(mode="json")}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed as dist
 from torch import nn
 
 from cria_prune.config import RecoverConfig
@@ -100,16 +101,16 @@ def recover(
 
     Raises:
         ArtifactError: the state cannot be kept, is damaged, or is of another fine-tune.
-        ConfigError: distillation without a teacher, FSDP in one process, compile in several or where torch
-            cannot, or the model has nothing to train; for LoRA, no linear layer or no peft.
+        ConfigError: distillation without a teacher; FSDP in one process, or without NCCL on GPUs; compile in
+            several, or where torch cannot; nothing to train; for LoRA, no linear layer or no peft.
         DataError: no batches, or a batch that the loss cannot use.
         SignalError: the loss, the metric or a weight became NaN or infinite.
         RankError: another process failed, is gone, or has other batches.
         StructureError: the model cannot be shared out.
     """
     config = config or RecoverConfig()
-    _check(model, config, teacher)
     place = torch.device(device)
+    _check(model, config, teacher, place)
     dense = teacher if config.distill else None
     shared = config.fsdp and config.epochs > 0  # a copy is trained: the model waits in nobody's way
     keeper = None
@@ -160,7 +161,7 @@ def recover(
     return RecoverResult(model, tuple(run.history), best.epoch, best.metric, run.history[-1].metric)
 
 
-def _check(model: nn.Module, config: RecoverConfig, teacher: nn.Module | None) -> None:
+def _check(model: nn.Module, config: RecoverConfig, teacher: nn.Module | None, device: torch.device) -> None:
     if config.distill and (teacher is None or teacher is model):
         found = "no teacher was passed" if teacher is None else "the teacher is the model itself"
         raise ConfigError(
@@ -171,6 +172,12 @@ def _check(model: nn.Module, config: RecoverConfig, teacher: nn.Module | None) -
     if config.fsdp and world().size == 1:
         raise ConfigError(
             "A fine-tune by FSDP", "this is one process", "Start several, with torchrun, or set fsdp to false"
+        )
+    if config.fsdp and device.type == "cuda" and "nccl" not in dist.get_backend_config():
+        raise ConfigError(
+            "A fine-tune by FSDP on GPUs",
+            f"the processes talk by {dist.get_backend_config()}, with which torch crashes there",
+            "Start one process for each GPU, so that NCCL joins them, or set fsdp to false",
         )
     if config.compile and world().size > 1:
         raise ConfigError(
