@@ -21,6 +21,11 @@ the block conjugate gradients over all pairs of `distortion`, *rank correlation*
 `innovation` and the repair work on the sketch above 2,048 units. *left* is the error of the consumer on other
 samples after half of the units left with repair, over that without."""
 
+THERE = """\
+The same on one {gpu}, seconds of wall time, each measured once. Recording is what first uses the GPU's
+libraries: some 0.1 s of it are the same whatever the units. Moments, neighbours, innovation and repair are
+computed there, the conjugate gradients on the CPU. *MB* is the most that torch held there for a step."""
+
 PROCESSES = """\
 The calibration shared out over processes (gloo, one machine), written by `benchmarks/processes.py`: the
 largest relative difference of a unit's score from that of one process, and whether the plan is the same."""
@@ -59,8 +64,36 @@ rest. The libraries alone take {libraries:,.0f} MB, {anonymous:,.0f} of them ano
 
 
 def read(path: str) -> list[dict[str, Any]]:
-    """Return the results of a file or of all files of a folder, in order of their names."""
-    return [json.loads(found.read_text()) for found in sorted(FOLDER.glob(path))]
+    """Return the results of a file or of all files of a folder, in order of their names, GPUs last."""
+    found = sorted(FOLDER.glob(path), key=lambda item: ("-cuda" in item.name, item.name))
+    return [json.loads(item.read_text()) for item in found]
+
+
+def place(result: dict[str, Any]) -> str:
+    """Return the name of the GPU that a result is of, or `CPU`."""
+    device = result["provenance"].get("device") or "cpu"
+    return device.partition("(")[2].rstrip(")") or "CPU"
+
+
+def there() -> list[str]:
+    """One row per width on a GPU."""
+    lines: list[str] = []
+    for result in read("scale/wide-cuda.json"):
+        rows = []
+        for units, size in sorted(result["sizes"].items(), key=lambda item: int(item[0])):
+            record, repair = size["record"], size["repair"]
+            stages = [
+                record["forward"], record["record"], size["graph"]["both"], size["solve"]["solve"],
+                size["innovation"]["innovation"], repair["repair"],
+            ]  # fmt: skip
+            most = max(stage["bytes"] for stage in stages)
+            rows.append(
+                [f"{int(units):,}", *(f"{stage['wall']:.3f}" for stage in stages), f"{most / MB:,.0f}",
+                 f"{repair['relative']:.2f}"]
+            )  # fmt: skip
+        head = ["units", "forward", "record", "both graphs", "solve", "innovation", "repair", "MB", "left"]
+        lines += ["## Wide layers on a GPU", "", THERE.format(gpu=place(result)), "", *table(head, rows), ""]
+    return lines
 
 
 def both(value: dict[str, float], threads: int) -> str:
@@ -126,15 +159,25 @@ def latency() -> list[str]:
     """One row per network, pruned size, mode and batch."""
     rows, threads = [], set()
     for result in read("latency/*.json"):
-        threads.add(str(result["threads"]))
+        if place(result) == "CPU":
+            threads.add(str(result["threads"]))
         for item in result["rows"]:
             rows.append(
                 [
-                    result["network"], item["pruned"], item["mode"], str(item["batch"]),
+                    result["network"], place(result), item["pruned"], item["mode"], str(item["batch"]),
                     f"{item['macs_ratio']:.2f}", f"{item['speedup']:.2f}", f"{item['efficiency']:.2f}",
                 ]
             )  # fmt: skip
-    head = ["network", "fewer MACs", "mode", "batch", "MACs, dense / pruned", "speed-up", "efficiency"]
+    head = [
+        "network",
+        "device",
+        "fewer MACs",
+        "mode",
+        "batch",
+        "MACs, dense / pruned",
+        "speed-up",
+        "efficiency",
+    ]
     if not rows:
         return []
     return ["## Latency", "", LATENCY.format(threads=", ".join(sorted(threads))), "", *table(head, rows), ""]
@@ -144,17 +187,29 @@ def overhead() -> list[str]:
     """One row per network and variant."""
     rows, threads = [], set()
     for result in read("overhead/*.json"):
-        threads.add(str(result["threads"]))
+        if place(result) == "CPU":
+            threads.add(str(result["threads"]))
         for name, item in result["rows"].items():
             shares = (f"{item['shares'][part]:.2f}" for part in ("record", "score"))
             rows.append(
                 [
-                    result["network"], f"{result['examples']:,}", f"{result['widest']:,}", name,
+                    result["network"], place(result), f"{result['examples']:,}",
+                    f"{result['widest']:,}", name,
                     item["criterion"] + (" + repair" if item["repair"] else ""), *shares,
                     f"{item['total']:.2f} ({item['least']:.2f} to {item['most']:.2f})",
                 ]
             )  # fmt: skip
-    head = ["network", "examples", "widest group", "variant", "criterion", "record", "score", "total"]
+    head = [
+        "network",
+        "device",
+        "examples",
+        "widest group",
+        "variant",
+        "criterion",
+        "record",
+        "score",
+        "total",
+    ]
     if not rows:
         return []
     return [
@@ -225,6 +280,7 @@ def offload() -> list[str]:
 
 SECTIONS: tuple[Callable[[], list[str]], ...] = (
     wide,
+    there,
     overhead,
     memory,
     offload,
