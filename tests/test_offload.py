@@ -286,6 +286,7 @@ def test_a_stretch_runs_its_blocks_alone_and_reads_each_weight_once(made: Path, 
         counts: dict[str, int] = {}
         with loads(model, counts), chain.stretch(first, last):
             found = [outputs(model, batch) for batch in batches]
+        chain.forget()
         read = {name: count for name, count in counts.items() if name.startswith("model.layers.")}
         assert {int(name.split(".")[2]) for name in read} == {*range(first, last + 1)}
         assert set(read.values()) == {1}
@@ -686,6 +687,30 @@ def test_the_command_prunes_a_folder_in_rounds(here: Path) -> None:
     assert sum(item.numel() for item in model.parameters()) == answer["parameters"]
 
 
+def test_the_command_goes_on_where_it_was_stopped(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest, calls = turns.pipeline.record_for, list[int]()
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return honest(*args, **kwargs)
+
+    monkeypatch.setattr(turns.pipeline, "record_for", interrupted)
+    words = ["prune", "llama", "--offload", "--rounds", "2", *WORDS]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 130 and "what is finished is kept (go on with: the same command" in done.stderr
+    assert not Path("small").exists() and Path(".small.offload").is_dir()
+    done = CliRunner().invoke(app, [*words, "--resume"])
+    assert done.exit_code == 0, done.output
+    assert len(calls) == 3 and not Path(".small.offload").exists()
+    kept = json.loads(Path("small/cria.json").read_text())["plan"]
+    done = CliRunner().invoke(app, [*words, "--overwrite"])
+    assert done.exit_code == 0 and json.loads(Path("small/cria.json").read_text())["plan"] == kept
+    done = CliRunner().invoke(app, [*words[:-2], "--resume"])
+    assert done.exit_code == 2 and "no --output was given" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [
@@ -696,7 +721,6 @@ def test_the_command_prunes_a_folder_in_rounds(here: Path) -> None:
         (["llama", "--policy", "per-layer"], "layers that differ"),
         (["llama", "--export", "padded"], "Leave out --export"),
         (["llama", "--watch"], "Leave out --watch"),
-        (["llama", "--resume"], "Leave out --resume"),
         (["llama", "--scores", "kept"], "Leave out --scores"),
     ],
 )

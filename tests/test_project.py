@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "offload": BASE
     | {
         "pipeline",
+        "rounds",
         "artifact",
         "graph",
         "plan",

@@ -65,20 +65,20 @@ class RoundStore:
         model: the dense model.
         config: what is asked.
         example: the first examples of the calibration data.
-        said: what else makes the pruning this one, plain JSON.
+        further: what else makes the pruning this one, plain JSON.
 
     Raises:
         ArtifactError: the state of the model holds something else than tensors.
     """
 
     def __init__(
-        self, folder: str | Path, model: nn.Module, config: PruneConfig, example: Batch, **said: Any
+        self, folder: str | Path, model: nn.Module, config: PruneConfig, example: Batch, **further: Any
     ) -> None:
         self.store = Store(folder, NAME, FORMAT, "pruning")
         leaves = [item for item in tree_leaves(example) if isinstance(item, Tensor)]
         self.identity = {
             "config": config.model_dump(mode="json"),
-            **said,
+            **further,
             "first examples": digest("", {str(place): item for place, item in enumerate(leaves)}),
             **weights_of({"model": model}, "pruning"),
             "torch": torch.__version__,
@@ -98,7 +98,7 @@ class RoundStore:
             ridges[name] = (both.input.ridge, both.output.ridge)
         facts = Facts(
             identity=self.identity,
-            rounds=[_said(item) for item in result.rounds],
+            rounds=[said(item) for item in result.rounds],
             ridges=None if graphs is None else ridges,
         )
         self.store.write(facts.model_dump(mode="json"), parts)
@@ -130,13 +130,13 @@ class RoundStore:
         self, start: PruneResult, facts: Facts, parts: Mapping[str, State], planner: Planner
     ) -> PruneResult:
         result = start
-        for number, said in enumerate(facts.rounds, 1):
+        for number, known in enumerate(facts.rounds, 1):
             scores = {name: item.numpy() for name, item in parts[f"scores{number}"].items()}
             step = planner(result, scores, number)
             kept = {name: tuple(item.tolist()) for name, item in parts[f"kept{number}"].items()}
             if kept != dict(step.kept):
                 raise ValueError(f"the scores of round {number} do not give the units that it kept")
-            item = _round(said, scores, step)
+            item = restored(known, scores, step)
             groups = shrink(result.groups, step.kept)
             result = replace(
                 result, plan=compose(result.plan, step), groups=groups, rounds=(*result.rounds, item)
@@ -165,7 +165,8 @@ def _put_back(model: nn.Module, state: State) -> None:
     model.load_state_dict(state, strict=False)  # further names of one tensor are left out
 
 
-def _said(item: Round) -> RoundFacts:
+def said(item: Round) -> RoundFacts:
+    """Return what a round says beside its tensors."""
     return RoundFacts(
         number=item.number,
         report=dict(item.report),
@@ -179,20 +180,21 @@ def _said(item: Round) -> RoundFacts:
     )
 
 
-def _round(said: RoundFacts, scores: Mapping[str, Any], step: Plan) -> Round:
-    check = said.verification
+def restored(found: RoundFacts, scores: Mapping[str, Any], step: Plan) -> Round:
+    """Return the round again, from what it said, its scores and its plan."""
+    check = found.verification
     return Round(
-        number=said.number,
-        report=said.report,
-        seconds=said.seconds,
+        number=found.number,
+        report=found.report,
+        seconds=found.seconds,
         scores={name: tuple(item.tolist()) for name, item in scores.items()},
         kept=dict(step.kept),
-        diagnosis=said.diagnosis,
+        diagnosis=found.diagnosis,
         verification=None if check is None else Verification(**check),
-        metric=said.metric,
-        repairs=tuple(Repair(**item) for item in said.repairs),
-        batch_norms=said.batch_norms,
-        batch_norms_kept=said.batch_norms_kept,
+        metric=found.metric,
+        repairs=tuple(Repair(**item) for item in found.repairs),
+        batch_norms=found.batch_norms,
+        batch_norms_kept=found.batch_norms_kept,
     )
 
 

@@ -232,7 +232,7 @@ def prune(
         if offload:
             from cria_prune.cli import offload as by_layers
 
-            by_layers.prune(context.params, command_line(context))
+            by_layers.prune(context.params, command_line(context), kept)
             return
         commands.prune(context.params, command_line(context), kept)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from cria_prune.cli import show
 from cria_prune.cli.folder import claimed
 from cria_prune.cli.job import PRUNED, rounded
 from cria_prune.cli.settings import Params, pick_device, prune_config, texts_of
-from cria_prune.cli.talk import Talk
+from cria_prune.cli.talk import Kept, Talk
 from cria_prune.config import PruneConfig
 from cria_prune.errors import ConfigError
 from cria_prune.metrics import Metric, metric
@@ -23,13 +24,15 @@ from cria_prune.tasks.pretrained import CONFIG, load_pretrained
 
 UNUSED = {
     "export": "padding", "scores": "kept scores", "watch": "a metric for every round",
-    "resume": "going on where it was interrupted", "text": "measuring the perplexity",
+    "text": "measuring the perplexity",
 }  # fmt: skip
 """Options of `cria prune` that need the whole model, or keep what this does not."""
 
 
-def prune(params: Params, command: list[str]) -> None:
+def prune(params: Params, command: list[str], kept: Kept) -> None:
     """Prune a folder of transformers layer by layer, and save it shard by shard."""
+    if params["resume"] and params["output"] is None:
+        raise ConfigError("Resuming", "no --output was given", "Name the folder of the interrupted run")
     task = _task(params)
     defaults = {**task.prune_defaults, "plan": {**task.prune_defaults["plan"], "rounds": 1}}
     config = checked(prune_config(params, defaults))
@@ -38,9 +41,14 @@ def prune(params: Params, command: list[str]) -> None:
     origin = provenance(seed, command, task.fingerprint(), device)
     head: dict[str, Any] = {"recipe": None, "model": task.name, "seed": seed, "device": str(device)}
     with claimed(params["output"], f"{task.name}-pruned", params["overwrite"]) as folder:
+        state = folder.with_name(f".{folder.name}.offload")
+        if not params["resume"]:
+            shutil.rmtree(state, ignore_errors=True)
+        kept.text = f"what is finished is kept (go on with: the same command, --output {folder} --resume)"
         done = prune_offloaded(
             task.folder, folder, batches, config, device=device, overwrite=params["overwrite"],
             provenance=origin, results={**head, "stage": PRUNED}, progress=talk.progress,
+            state=state, data=task.fingerprint(),
         )  # fmt: skip
         _tell(talk, done, metric(task.metric))
         talk.answer({**head, **_answer(done, config), "memory": peak_memory(device)})

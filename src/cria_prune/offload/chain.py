@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import (
+    tree_flatten,
+    tree_leaves,
+    tree_unflatten,
+    treespec_dumps,
+    treespec_loads,
+)
 
 from cria_prune.batches import Batch, map_tensors, model_inputs
 from cria_prune.dispatched import bytes_of
@@ -75,9 +81,30 @@ class Chain:
                     block.forward = before
             for hook, inner in kept:
                 hook.weights_map = inner
-        for path in self._folder.glob(f"{self._turn}-*"):
-            path.unlink()
         self._turn += 1
+
+    def forget(self) -> None:
+        """Remove what the stretches before this one were given."""
+        for path in self._folder.glob("*-*.safetensors"):
+            if path.stem.partition("-")[0].isdecimal() and int(path.stem.partition("-")[0]) < self._turn:
+                path.unlink()
+
+    def form(self) -> dict[str, Any] | None:
+        """Return as plain JSON what `take` needs to go on; None where it cannot be said so."""
+        if self._form is None:
+            return {"turn": self._turn, "tree": None, "rest": []}
+        tree, rest = self._form
+        if not all(item is None or isinstance(item, (bool, int, float, str)) for item in rest):
+            return None
+        try:
+            return {"turn": self._turn, "tree": treespec_dumps(tree), "rest": rest}
+        except (NotImplementedError, TypeError):
+            return None
+
+    def take(self, said: dict[str, Any]) -> None:
+        """Go on where another chain of the same blocks and folder was."""
+        self._turn = int(said["turn"])
+        self._form = None if said["tree"] is None else (treespec_loads(said["tree"]), list(said["rest"]))
 
     def is_whole(self, example: Batch, stretches: list[tuple[int, int]]) -> bool:
         """Say whether stretches one after another give the outputs of a plain forward, bit for bit."""
@@ -86,6 +113,7 @@ class Chain:
             for first, last in stretches:
                 with self.stretch(first, last):
                     found = outputs(self.model, example)
+                self.forget()
         except (StructureError, RuntimeError, TypeError, ValueError, LookupError):
             return False
         return len(found) == len(expected) and all(map(torch.equal, found, expected))

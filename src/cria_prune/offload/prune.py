@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +24,7 @@ from cria_prune.dispatched import Weights, structure_of
 from cria_prune.errors import ArtifactError, ConfigError, CriterionError, SignalError
 from cria_prune.offload.check import load_dispatched
 from cria_prune.offload.rounds import OffloadedRound, Rounds, Standing
+from cria_prune.offload.state import FinishedRounds, identity_of
 from cria_prune.plan import Plan, compose
 from cria_prune.progress import QUIET, Progress
 from cria_prune.scope import check_target
@@ -77,6 +79,8 @@ def prune_offloaded(
     provenance: Mapping[str, Any] | None = None,
     results: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    state: str | Path | None = None,
+    data: str | None = None,
 ) -> Offloaded:
     """Prune the model in a Hugging Face folder, layer by layer, and write the result shard by shard.
 
@@ -88,6 +92,10 @@ def prune_offloaded(
     hidden one beside the result. It is removed as soon as the next one stands: of whole models there are at
     most two on disk beside the source. That the folder of a round computes what its masked model does is
     tried on the first two examples, both loaded layer by layer. Batch norms are not measured again.
+
+    With a `state`, the same call in another process goes on after the last finished turn, also after a
+    SIGKILL, and ends with the same bits. That asks of `batches` to be the same in every pass, and of the
+    files of the model not to be touched.
 
     Args:
         source: the folder: config.json and safetensors, in one file or in shards; it is only read.
@@ -102,11 +110,16 @@ def prune_offloaded(
         overwrite: replace a folder that Cria wrote.
         provenance, results: kept in `cria.json`; they must be plain JSON.
         progress: where to show the turns.
+        state: a folder for what is kept, of this pruning alone, with room for the model of a round and on the
+            file system of the result; removed once the result stands.
+        data: fingerprint of the calibration data: a state of other data is refused. The first two examples
+            are compared in any case.
 
     Raises:
         ConfigError: less residual width was asked for.
         CriterionError: the criterion takes gradients, which need the whole model.
-        ArtifactError: the folder cannot be read or written, or accelerate is missing.
+        ArtifactError: the folder cannot be read or written, accelerate is missing, or the state is damaged or
+            of another pruning.
         VerificationError: masked and pruned differ; nothing is left behind then, nor after other errors.
     """
     config = checked(config)
@@ -118,8 +131,13 @@ def prune_offloaded(
     batches = pipeline.again(batches)
     place = torch.device(device)
     example = pipeline.first_examples(batches, place)
-    with whole_folder(target, overwrite) as folder, TemporaryDirectory(dir=folder, prefix=".") as name:
-        places = _Places(Path(name), folder, config.plan.rounds)
+    identity = None
+    if state is not None:
+        identity = identity_of(source, config, memory, place, example, data)
+    with whole_folder(target, overwrite) as folder, _work_folder(folder, state) as root:
+        places = _Places(root, folder, config.plan.rounds)
+        finished = None if identity is None else FinishedRounds(root, identity)
+        known = [] if finished is None else finished.read()
         seconds: dict[str, float] = {}
         with pipeline.clock(seconds, "model"):
             model = load_dispatched(source, places.scratch(1) / "weights", place)
@@ -128,25 +146,36 @@ def prune_offloaded(
             structure = structure_of(model)
             found = check_target(structure, pipeline.discover(structure, example), config.plan)
         rounds = Rounds(
-            source, batches, example, config, found, memory, max_shard_size, place, progress or QUIET, asked
-        )
+            source, batches, example, config, found, memory, max_shard_size, place, progress or QUIET, asked,
+            identity,
+        )  # fmt: skip
         before, done = Standing(source, model, structure, found.groups), list[OffloadedRound]()
         for number in range(1, config.plan.rounds + 1):
-            cut = rounds.cut(before, number, places.model(number), places.scratch(number), seconds)
+            if number <= len(known):
+                cut = rounds.again(before.groups, *known[number - 1])
+            else:
+                cut = rounds.cut(before, number, places.fresh(number), places.scratch(number), seconds)
             done.append(cut.done)
             plans.append(cut.plan)
-            if number < config.plan.rounds:
+            if finished is not None and len(known) < number < config.plan.rounds:
+                finished.write(done)
+            if len(known) <= number < config.plan.rounds:
                 seconds = {}
                 with pipeline.clock(seconds, "model"):
                     model = load_dispatched(
                         places.model(number), places.scratch(number + 1) / "weights", place
                     )
-                before = Standing(places.model(number), model, cut.structure, cut.groups)
+                before = Standing(
+                    places.model(number), model, cut.structure or structure_of(model), cut.groups
+                )
                 places.clear(number)
+            else:  # the model of a later round is the one to go on with
+                before = replace(before, groups=cut.groups)
         total = reduce(compose, plans)
         said = {**(results or {}), "offloaded": True, "rounds": len(done)}
         if config.verify:
             said["masked_equals_pruned"] = _largest(done)
+        assert cut.structure is not None  # the last round is never one that was kept
         manifest = render_manifest(cut.structure, total, "vanilla", config, provenance, said)
         (folder / MANIFEST).write_text(manifest, encoding="utf-8")
         write_json(folder / CERTIFICATE, {"sha256": hashes(folder), **_vouched(done[-1].verification)})
@@ -175,6 +204,19 @@ def checked(config: PruneConfig) -> PruneConfig:
     return config.model_copy(update={"plan": plan})
 
 
+@contextmanager
+def _work_folder(folder: Path, state: str | Path | None) -> Iterator[Path]:
+    """Give the folder for what the rounds need: hidden in that of the result, or one that outlives a kill."""
+    if state is None:
+        with TemporaryDirectory(dir=folder, prefix=".") as name:
+            yield Path(name)
+        return
+    root = Path(state)
+    root.mkdir(parents=True, exist_ok=True)
+    yield root
+    shutil.rmtree(root, ignore_errors=True)
+
+
 class _Places:
     """Where the rounds put their files: a hidden folder in that of the result, of one file system with it.
 
@@ -194,6 +236,12 @@ class _Places:
     def model(self, number: int) -> Path:
         """Return the folder of the model that a round makes."""
         return self._made(self._result if number == self._rounds else self._root / f"model-{number}")
+
+    def fresh(self, number: int) -> Path:
+        """Return the folder of the model that a round makes, without what a killed process left in it."""
+        if number < self._rounds:
+            shutil.rmtree(self.model(number))
+        return self.model(number)
 
     def clear(self, number: int) -> None:
         """Remove what a round needed, once the next one has begun: its files, and the model before it."""

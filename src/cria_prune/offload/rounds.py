@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,13 +19,16 @@ from cria_prune.dispatched import Weights
 from cria_prune.modules import give_back
 from cria_prune.offload.check import verify_folder
 from cria_prune.offload.repair import repair
+from cria_prune.offload.state import TurnStore
 from cria_prune.offload.turns import score_in_turns
 from cria_prune.offload.write import floats, write_model
 from cria_prune.plan import Plan
 from cria_prune.plan import plan as make_plan
 from cria_prune.progress import Progress
 from cria_prune.result import Round
+from cria_prune.rounds import RoundFacts, restored
 from cria_prune.scope import Scope
+from cria_prune.store import State
 from cria_prune.structure import UnitGroups, shrink
 
 
@@ -60,12 +66,13 @@ class Cut:
 
     Attributes:
         plan: what was removed, relative to the model before the round.
-        structure: the smaller model on the meta device; groups: its unit groups.
+        structure: the smaller model on the meta device, None where it was not made here; groups: its unit
+            groups.
         done: what the round did.
     """
 
     plan: Plan
-    structure: nn.Module
+    structure: nn.Module | None
     groups: UnitGroups
     done: OffloadedRound
 
@@ -81,6 +88,7 @@ class Rounds:
         scope: what may be cut of the first model, which the shares count from.
         memory, max_shard_size, device, progress: see `prune_offloaded`.
         asked: for error texts.
+        identity: what makes this pruning this one, where its turns are kept; None keeps nothing.
     """
 
     source: Path
@@ -93,6 +101,23 @@ class Rounds:
     device: torch.device
     progress: Progress
     asked: str
+    identity: Mapping[str, Any] | None = None
+
+    def plan(self, groups: UnitGroups, scores: Mapping[str, np.ndarray], number: int) -> Plan:
+        """Return the plan of a round from its scores, relative to the model before it."""
+        plan = self.config.plan
+        return make_plan(
+            groups, scores, plan, dense=self.scope.groups, target=plan.reduction * number / plan.rounds,
+            allowed=self.scope.allowed,
+        )  # fmt: skip
+
+    def again(self, groups: UnitGroups, known: RoundFacts, scores: State, turns: int) -> Cut:
+        """Return what a finished round left, by what is kept of it; its structure is the caller's to set."""
+        values = {name: item.numpy() for name, item in scores.items()}
+        step = self.plan(groups, values, known.number)
+        done = restored(known, values, step)
+        fields = {item.name: getattr(done, item.name) for item in dataclasses.fields(done)}
+        return Cut(step, None, shrink(groups, step.kept), OffloadedRound(**fields, turns=turns))
 
     def cut(
         self, before: Standing, number: int, folder: Path, scratch: Path, seconds: dict[str, float]
@@ -111,15 +136,14 @@ class Rounds:
         """
         structure, groups, config = before.structure, before.groups, self.config
         weights = Weights(before.model)
+        kept = None if self.identity is None else TurnStore(scratch, self.identity)
         with pipeline.clock(seconds, "score"):
             importances, spilled, turns = score_in_turns(
-                before.model, groups, self.batches, config, scratch, self.memory, self.example, self.progress
-            )
+                before.model, groups, self.batches, config, scratch, self.memory, self.example, self.progress,
+                kept,
+            )  # fmt: skip
         values = {name: item.scores.numpy() for name, item in importances.items()}
-        step = make_plan(
-            groups, values, config.plan, dense=self.scope.groups,
-            target=config.plan.reduction * number / config.plan.rounds, allowed=self.scope.allowed,
-        )  # fmt: skip
+        step = self.plan(groups, values, number)
         with pipeline.clock(seconds, "repair"):
             repaired, repairs = repair(structure, groups, step.kept, spilled, weights, scratch)
         with pipeline.clock(seconds, "save"):

@@ -10,25 +10,22 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cria_prune import pipeline
 from cria_prune.batches import Batch
 from cria_prune.config import PruneConfig, RecordConfig
 from cria_prune.dispatched import bytes_of
-from cria_prune.graph import Moments
 from cria_prune.modules import device_of, give_back
 from cria_prune.offload.chain import Chain, outputs
+from cria_prune.offload.spilled import Spilled
+from cria_prune.offload.state import TurnStore
 from cria_prune.progress import Progress
 from cria_prune.record.collect import limited
 from cria_prune.record.memory import group_bytes
 from cria_prune.record.states import reads_of
 from cria_prune.spectrum import Importance
 from cria_prune.structure import UnitGroup, UnitGroups
-
-PARTS = ("mean", "variance", "covariance", "sketch")
 
 
 @dataclass(frozen=True)
@@ -44,34 +41,6 @@ class Turn:
     blocks: tuple[int, int] | None
 
 
-class Spilled:
-    """Moments that wait on disk until a consumer is repaired.
-
-    Args:
-        folder: where they are.
-        device: where they go when they are read.
-    """
-
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        self._folder, self._device = folder, device
-        self._samples: dict[tuple[str, str], tuple[Path, int]] = {}
-
-    def add(self, group: str, consumed: Mapping[str, Moments]) -> None:
-        """Write the moments of what a group's consumers read: consumer's weight -> moments."""
-        for tensor, moments in consumed.items():
-            path = self._folder / f"moments-{len(self._samples)}.safetensors"
-            parts = {name: value for name in PARTS if (value := getattr(moments, name)) is not None}
-            save_file({name: value.cpu().contiguous() for name, value in parts.items()}, path)
-            self._samples[group, tensor] = path, moments.samples
-
-    def get(self, group: str, tensor: str) -> Moments | None:
-        """Return the moments of what one consumer reads of a group; None where there are none."""
-        path, samples = self._samples.get((group, tensor), (None, 0))
-        if path is None:
-            return None
-        return Moments(samples, **{name: value.to(self._device) for name, value in load_file(path).items()})
-
-
 def score_in_turns(
     model: nn.Module,
     groups: UnitGroups,
@@ -81,6 +50,7 @@ def score_in_turns(
     memory: int,
     example: Batch,
     progress: Progress,
+    kept: TurnStore | None = None,
 ) -> tuple[dict[str, Importance], Spilled, int]:
     """Record and score every prunable group of a dispatched model.
 
@@ -93,6 +63,7 @@ def score_in_turns(
         memory: bytes for the moments and weights of a turn; a turn has one block at least.
         example: to try whether the model runs in stretches.
         progress: where to show the turns.
+        kept: what is kept of the turns, to go on from; None keeps nothing.
 
     Returns:
         Importances in the order of the network, moments for the repair, and how many turns there were.
@@ -102,9 +73,10 @@ def score_in_turns(
     if not needs and not config.compensate:
         return pipeline.score(model, groups, None, config.score), spilled, 0
     chain, turns = plan_turns(model, groups, config, memory, scratch, example)
-    found: dict[str, Importance] = {}
+    done, found = (0, {}) if kept is None else kept.read(spilled, chain)
     with progress.bar("record", len(turns)) as bar:
-        for turn in turns:
+        bar.update(done)
+        for number, turn in enumerate(turns[done:], done + 1):
             part = replace(groups, groups=turn.groups)
             with nullcontext() if turn.blocks is None or chain is None else chain.stretch(*turn.blocks):
                 if turn.groups:
@@ -117,6 +89,10 @@ def score_in_turns(
             found |= pipeline.score(model, part, states, config.score)
             for name, item in ({} if states is None else states.groups).items():
                 spilled.add(name, item.consumed)
+            if kept is not None:
+                kept.write(number, found, spilled, chain)
+            if chain is not None:
+                chain.forget()
             del states
             give_back()
             bar.update()
@@ -134,7 +110,9 @@ def plan_turns(
     sizes = {group.name: moment_bytes(group, config) for group in groups.prunable}
     if sum(sizes.values()) <= memory:
         return None, [Turn(groups.prunable, None)]
-    chain = Chain.of(model, scratch)
+    trial = scratch / "trial"
+    trial.mkdir(exist_ok=True)
+    chain = Chain.of(model, trial)
     if chain is not None:
         turns = [
             *_stretches(chain, groups.prunable, sizes, memory),
