@@ -225,7 +225,7 @@ def overhead() -> list[str]:
 def memory() -> list[str]:
     """One row per case."""
     lines: list[str] = []
-    for result in read("memory/predicted.json"):
+    for result in read("memory/predicted*.json"):
         rows = []
         for item in result["rows"]:
             parts = (
@@ -242,7 +242,7 @@ def memory() -> list[str]:
             rows.append([f"*{cell}*" for cell in cells] if item["small"] else cells)
         head = ["case", "recording, predicted / measured", "scoring", "peak, ratio", "as it comes"]
         lines += [
-            "## Predicted memory",
+            "## Predicted memory" + ("" if place(result) == "CPU" else f" ({place(result)})"),
             "",
             MEMORY.format(small=result["small"] / MB),
             "",
@@ -254,28 +254,41 @@ def memory() -> list[str]:
 
 
 def offload() -> list[str]:
-    """One row per way and setting."""
-    rows, said = [], ""
+    """One section per model and device, one row per way and setting."""
+    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for result in read("offload/*.json"):
-        sizes, settings = result["sizes"], result["settings"]
-        found = {name: row for name, row in result["rows"].items() if "peak" in row}
-        for name, row in result["rows"].items():
-            repair = "with repair" if settings["compensate"] else "without repair"
-            error = row.get("error", "").partition(":")[0]
-            limit = f" at a limit of {settings['limit'] / MB:,.0f} MB" if settings["limit"] else ""
-            ended = f"{error}{limit}" if error else f"after {row['seconds']:.0f} s"
-            peak = f"{row['peak'] / MB:,.0f}" if "peak" in row else ""
-            anonymous = f"{row['anonymous'] / MB:,.0f}" if "anonymous" in row else ""
-            over = f"{row['over_weights']:.2f}" if "over_weights" in row else ""
-            rows.append([name, repair, peak, anonymous, over, ended])
-        first = next(iter(found.values()), {"libraries": 0, "libraries_anonymous": 0})
-        said = OFFLOAD.format(
-            parameters=sizes["parameters"], weights=sizes["weights"] / MB, block=sizes["block"] / MB,
-            largest=sizes["largest_layer"] / MB, criterion=settings["criterion"],
-            libraries=first["libraries"] / MB, anonymous=first["libraries_anonymous"] / MB,
-        )  # fmt: skip
-    head = ["way", "repair", "peak, MB", "anonymous, MB", "(anonymous - libraries) / weights", "ended"]
-    return ["## Larger than the memory", "", said, "", *table(head, rows), ""] if rows else []
+        found.setdefault((result["sizes"]["parameters"], place(result)), []).append(result)
+    lines: list[str] = []
+    for (_, where), results in found.items():
+        rows, said = [], ""
+        for result in results:
+            sizes, settings = result["sizes"], result["settings"]
+            rows += [ended(name, row, settings) for name, row in result["rows"].items()]
+            first = next((row for row in result["rows"].values() if "peak" in row), {})
+            said = OFFLOAD.format(
+                parameters=sizes["parameters"], weights=sizes["weights"] / MB, block=sizes["block"] / MB,
+                largest=sizes["largest_layer"] / MB, criterion=settings["criterion"],
+                libraries=first.get("libraries", 0) / MB, anonymous=first.get("libraries_anonymous", 0) / MB,
+            )  # fmt: skip
+        head = ["way", "repair", "peak, MB", "anonymous, MB", "(anonymous - libraries) / weights", "ended"]
+        title = "## Larger than the memory" + ("" if where == "CPU" else f" ({where})")
+        lines += [title, "", said, "", *table(head, rows), ""]
+    return lines
+
+
+def ended(name: str, row: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """Return the cells of one way."""
+    error = row.get("error", "").partition(":")[0]
+    limit = f" at a limit of {settings['limit'] / MB:,.0f} MB" if settings["limit"] else ""
+    there = f", {row['device'] / MB:,.0f} MB of the GPU" if "device" in row else ""
+    return [
+        name,
+        "with repair" if settings["compensate"] else "without repair",
+        f"{row['peak'] / MB:,.0f}" if "peak" in row else "",
+        f"{row['anonymous'] / MB:,.0f}" if "anonymous" in row else "",
+        f"{row['over_weights']:.2f}" if "over_weights" in row else "",
+        f"{error}{limit}" if error else f"after {row['seconds']:.0f} s{there}",
+    ]
 
 
 SECTIONS: tuple[Callable[[], list[str]], ...] = (

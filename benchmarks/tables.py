@@ -183,6 +183,12 @@ COMPARED = ("random", "l2", "wanda-sp", "taylor", "distortion", "distortion-weig
 SHARES = (0.2, 0.3, 0.4, 0.5)
 
 
+def tuned(item: dict[str, Any]) -> tuple[bool, str]:
+    """Return how a cell's recovery differs from the recipe's."""
+    tune = item["cell"].get("tune", {})
+    return item["cell"].get("quick", False), ", ".join(f"{key} {tune[key]}" for key in sorted(tune))
+
+
 def recovered_table(network: str, how: tuple[Any, ...] = PLAIN) -> list[str]:
     cells = [item for item in read(network) if item["cell"]["epochs"] and way(item) == how]
     lines: list[str] = []
@@ -192,15 +198,13 @@ def recovered_table(network: str, how: tuple[Any, ...] = PLAIN) -> list[str]:
         if said == "accuracy"
         else f"{said} of the last epoch (ratio to dense)"
     )
-    settings = sorted({(c["epochs"], c["rounds"], c.get("quick", False)) for c in (i["cell"] for i in cells)})
-    for epochs, rounds, quick in settings:
-        chosen = [
-            item
-            for item in pick(cells, epochs=epochs, rounds=rounds)
-            if item["cell"].get("quick", False) == quick
-        ]
-        length = f"{plural(rounds, 'round')}, {plural(epochs, 'epoch')}" + (
-            " of 8,000 sentences" if quick else ""
+    settings = sorted({(i["cell"]["epochs"], i["cell"]["rounds"], *tuned(i)) for i in cells})
+    for epochs, rounds, quick, tune in settings:
+        chosen = [item for item in pick(cells, epochs=epochs, rounds=rounds) if tuned(item) == (quick, tune)]
+        length = (
+            f"{plural(rounds, 'round')}, {plural(epochs, 'epoch')}"
+            + (" of 8,000 sentences" if quick else "")
+            + (f" tuned by {tune}" if tune else "")
         )
         start = "" if how == PLAIN else f" {WAYS[how].removesuffix(', no training')}"
         title = f"### {network}: recovered{start}, {length}, {unit}"

@@ -67,6 +67,9 @@ class Mixing(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name
+        indices = [item for item in tree_leaves(args[1:2]) if isinstance(item, Tensor) and name in CHOOSE]
+        if any(map(self.marks.has, indices)) and not self.marks.has(args[0]):
+            raise RuntimeError(f"{name}: tensors on two devices: the indices away, the tensor here")
         operands = args[:1] + args[2:] if name in CHOOSE else args
         given = [item for item in tree_leaves((operands, kwargs)) if isinstance(item, Tensor)]
         away = [self.marks.has(item) for item in given]
@@ -135,11 +138,11 @@ class Elsewhere(TorchFunctionMode):
         first = args[0] if args and isinstance(args[0], Tensor) else None
         if func == Tensor.device.__get__:
             return AWAY if self.marks.has(args[0]) else func(*args)
-        if name == "numpy" and first is not None and self.marks.has(first):
+        if name in ("numpy", "__array__") and first is not None and self.marks.has(first):
             raise TypeError("can't convert a tensor of another device to numpy; use Tensor.cpu()")
         if name == "cpu" and first is not None:
             return self._moved(first, HERE, lambda tensor: tensor)
-        if name == "to" and first is not None:
+        if name in ("to", "type_as") and first is not None:
             return self._to(first, args[1:], kwargs)
         if name == "register_hook":  # it is called while a function of autograd runs, hence without the mode
             return func(args[0], lambda gradient: self._within(args[1], gradient))

@@ -14,6 +14,7 @@ from cria_prune.bench import Grid, cells, file_name, packaged, read_suite, run_g
 from cria_prune.bench import run as module
 from cria_prune.cli.main import app
 from cria_prune.errors import ArtifactError, ConfigError
+from cria_prune.recover import fit
 from cria_prune.tasks import TASKS
 from cria_prune.tasks.images import ImageTask
 from cria_prune.tasks.models import build
@@ -141,6 +142,32 @@ def test_a_recovery_that_was_killed_goes_on_to_the_same_figures(
     assert sorted(path.name for path in (tmp_path / "part").iterdir()) == ["dense-seed0.json", name]
 
 
+def test_a_recovery_of_another_code_is_refused_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = Grid(network="digits", criteria=["l2"], reductions=[0.5], rounds=[1], epochs=2)
+    real = module.recover
+
+    def stopped(model: Any, batches: Any, *args: Any, **kwargs: Any) -> Any:
+        def one(epoch: int) -> Any:
+            if epoch:
+                raise KeyboardInterrupt
+            return batches(epoch)
+
+        return real(model, one, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "recover", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            measured(grid, tmp_path)
+    (state,) = tmp_path.glob(".*.recovery")
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "code_version", lambda: "another")
+        count, failed = run_grids([grid], tmp_path)
+    assert count == 0 and "code: there" in str(*failed.values()) and str(state) in str(*failed.values())
+    assert state.exists() and measured(grid, tmp_path) == 1 and not state.exists()
+
+
 def test_a_file_of_another_configuration_is_refused_before_any_work(tmp_path: Path) -> None:
     measured(GRID, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -184,6 +211,9 @@ def test_another_recovery_is_another_measurement(tmp_path: Path) -> None:
     del said["recover"]["compile"]  # as in a file from before there was a choice
     path.write_text(json.dumps(said))
     assert measured(grid, tmp_path) == 0
+    path.write_text(json.dumps({**said, "recover": {"lr": "fast"}}))
+    with pytest.raises(ArtifactError, match=f"The result file .*{path.name}"):
+        measured(grid, tmp_path)
     said["recover"]["lr"] = 1.0
     path.write_text(json.dumps(said))
     with pytest.raises(ArtifactError, match=r"recover\.lr 1\.0, asked is 0\.02"):
@@ -196,8 +226,12 @@ def test_a_recovery_can_be_tuned_and_the_cell_says_so(tmp_path: Path) -> None:
     assert measured(grid, tmp_path)
     said = json.loads((tmp_path / "inner-l2-0.5-rounds1-seed0-epochs1-distill_0.5-lr_0.01.json").read_text())
     assert said["recover"]["distill"] == 0.5 and said["cell"]["tune"] == {"distill": 0.5, "lr": 0.01}
-    for wrong in ({"epochs": 3}, {"distil": 0.5}):
-        with pytest.raises(ConfigError, match=next(iter(wrong))):
+    for wrong, text in (
+        ({"epochs": 3}, "tune has 'epochs'"),
+        ({"fsdp": True}, "tune has 'fsdp'"),
+        ({"distil": 0.5}, "tune, distil: Extra inputs"),
+    ):
+        with pytest.raises(ConfigError, match=text):
             Grid(**values, tune=wrong)
 
 

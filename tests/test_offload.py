@@ -381,8 +381,7 @@ def test_layer_by_layer_gives_what_pruning_in_memory_gives(
     assert same(load(tmp_path / "small").model.state_dict(), plain.state_dict())
 
 
-@pytest.mark.parametrize("memory", [1, 2**31])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "tied"])
+@pytest.mark.parametrize(("name", "memory"), [("tied", 1), ("gpt2", 2**31)])
 def test_layers_run_on_another_device(
     made: Path, tmp_path: Path, device: str, name: str, memory: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

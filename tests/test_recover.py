@@ -195,14 +195,44 @@ def test_compiled_it_ends_where_it_does_uncompiled(kept, settings):
     found = recover(plain, data(), CONFIG.model_copy(update=settings), evaluate=accuracy, teacher=teacher)
     config = CONFIG.model_copy(update={**settings, "compile": True})
     calls = []
-    kept.register_forward_hook(lambda *_: calls.append(torch.compiler.is_compiling()))
+    kept[0].register_forward_hook(lambda *_: calls.append(torch.compiler.is_compiling()))
     again = recover(kept, data(), config, evaluate=accuracy, teacher=teacher)
-    kept._forward_hooks.clear()
+    kept[0]._forward_hooks.clear()
     kept[1].eval()
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(kept.state_dict()[name], value, rtol=1e-4, atol=1e-6)
     assert [row.epoch for row in again.history] == [row.epoch for row in found.history]
     assert any(calls)  # it was traced
+
+
+def test_a_compiled_language_model_is_asked_for_its_own_loss_at_many_lengths():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, **sizes))
+    generator = torch.Generator().manual_seed(1)
+    tokens = [torch.randint(50, (4, length), generator=generator) for length in range(5, 17)]
+    batches = [{"input_ids": ids, "labels": ids} for ids in tokens]
+    plain, compiled = copy.deepcopy(model), copy.deepcopy(model)
+    one = recover(plain, batches, RecoverConfig(epochs=1, lr=0.01))
+    again = recover(compiled, batches, RecoverConfig(epochs=1, lr=0.01, compile=True))
+    assert again.history[1].loss == pytest.approx(one.history[1].loss, rel=1e-5)
+    assert "forward" not in vars(compiled)
+
+
+def test_the_tenth_compiled_fine_tune_of_a_class_is_compiled_too():
+    seen = []
+
+    class Once(nn.Sequential):
+        def forward(self, x):
+            seen.append(torch.compiler.is_compiling())
+            return super().forward(x)
+
+    for _ in range(10):
+        seen.clear()
+        model = Once(*network())
+        recover(model, data(2), RecoverConfig(epochs=1, lr=0.01, compile=True))
+        assert seen and all(seen)  # traced, and not run as it is written
 
 
 def test_what_cannot_be_compiled_is_told_and_the_model_put_back(kept, monkeypatch):

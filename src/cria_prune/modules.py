@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -34,6 +34,11 @@ def device_of(model: nn.Module) -> torch.device:
         running = next(hooks, None)
         return first.device if running is None else torch.device(running.execution_device)
     return torch.device("cpu") if first is None else first.device
+
+
+def devices_in_use() -> Sequence[int]:
+    """Return the CUDA devices whose generators a fork of the random states has to hold."""
+    return range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
 
 
 def offloading_hooks(module: nn.Module) -> Iterator[Any]:

@@ -22,7 +22,7 @@ from cria_prune.artifact.files import hashes
 from cria_prune.artifact.manifest import Policy
 from cria_prune.batches import Batch, model_inputs
 from cria_prune.errors import CertificateError, DataError
-from cria_prune.modules import device_of, shared_copy
+from cria_prune.modules import device_of, devices_in_use, shared_copy
 from cria_prune.structure.capture import first_line
 
 TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 2e-2}
@@ -252,7 +252,7 @@ def _here(
     asked, todo = f"Running the {type(model).__name__} to be saved", "Pass an `example` that it can run on"
     tokens = None
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=devices_in_use()):
             found = reload.outputs(copy, inputs)
             if job["tokens"]:
                 copy.generation_config = GenerationConfig.from_pretrained(job["folder"])

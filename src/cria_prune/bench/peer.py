@@ -21,7 +21,7 @@ from cria_prune.batches import Batch, batch_size, map_tensors, move
 from cria_prune.config import PruneConfig
 from cria_prune.errors import ConfigError
 from cria_prune.loss import cross_entropy
-from cria_prune.modules import device_of, modes_kept
+from cria_prune.modules import device_of, devices_in_use, modes_kept
 from cria_prune.plan.budget import count_macs
 from cria_prune.structure import UnitGroups
 from cria_prune.structure import discover as structure
@@ -83,7 +83,7 @@ def prune_by_peer(name: str, model: nn.Module, batches: list[Batch], config: Pru
 
     def pruned(ratio: float, importance: Any, steps: int, before: Callable[[nn.Module], None]) -> nn.Module:
         smaller = copy.deepcopy(model)
-        with warnings.catch_warnings(), modes_kept(smaller), torch.random.fork_rng(devices=[]):
+        with warnings.catch_warnings(), modes_kept(smaller), torch.random.fork_rng(devices=devices_in_use()):
             warnings.simplefilter("ignore")
             pruner = library.pruner.BasePruner(
                 smaller, inputs, importance=importance, pruning_ratio=ratio, iterative_steps=steps,

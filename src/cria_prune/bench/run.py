@@ -25,6 +25,7 @@ from cria_prune.modules import device_of
 from cria_prune.pipeline import PruneResult, prune
 from cria_prune.progress import QUIET, Progress
 from cria_prune.recover import recover
+from cria_prune.recover.state import NAME as STATE
 from cria_prune.tasks import Task, task
 from cria_prune.tasks.base import fingerprint
 
@@ -75,7 +76,8 @@ def run_grids(
             values = _measure(chosen, models[seed], cell, config, progress, state, data)
         except CriaError as error:
             failed[file_name(cell)] = error
-            shutil.rmtree(state, ignore_errors=True)
+            if not isinstance(error, ArtifactError):  # a state that is another's is for the user to remove
+                shutil.rmtree(state, ignore_errors=True)
             continue
         origin = provenance(seed=cell["seed"], command=command, data_fingerprint=data, device=device)
         write_json(folder / file_name(cell), {**values, "provenance": origin})
@@ -97,12 +99,12 @@ def _missing(grid: Grid, chosen: Task, folder: Path, data: str) -> Iterator[tupl
             said["config"]["record"].setdefault("tokens", None)  # files from before there was a choice
             found, measured = PruneConfig(**said["config"]), said["cell"]
             known = said["provenance"].get("data") in (data, chosen.fingerprint("test"))
-            tuned = said.get("recover")
+            tuned = None if said.get("recover") is None else RecoverConfig(**said["recover"])
         asked: dict[str, Any] = {"cell": cell, "config": config.model_dump(mode="json")}
         there: dict[str, Any] = {"cell": measured, "config": found.model_dump(mode="json")}
         if cell["epochs"] and tuned is not None:  # files of the first benches do not say it
             asked["recover"] = tuning(chosen, cell).model_dump(mode="json")
-            there["recover"] = RecoverConfig(**tuned).model_dump(mode="json")  # settings that came later too
+            there["recover"] = tuned.model_dump(mode="json")  # settings that came later too
         differs = _difference(there, asked)
         if differs or not known:
             raise ArtifactError(
@@ -214,7 +216,7 @@ def _measure(
         start = time.perf_counter()
         settings = tuning(chosen, cell)
         found["recover"] = settings.model_dump(mode="json")
-        if state.exists():  # the seconds of the recovery are those of its end alone
+        if (state / STATE).exists():  # the seconds of the recovery are those of its end alone
             found["resumed"] = True
         source = task(cell["network"], quick=True) if cell.get("quick") else chosen
         # No metric while training: some published weights have seen the validation split, so the last

@@ -55,10 +55,13 @@ class Grid(StageConfig):
     def _names_are_known(self) -> Self:
         if self.network not in TASKS:
             raise ValueError(f"no recipe {self.network!r}; known: {', '.join(sorted(TASKS))}")
-        RecoverConfig(**self.tune)
-        taken = sorted({"epochs", "seed"} & set(self.tune))
+        try:
+            RecoverConfig(**self.tune)
+        except ConfigError as error:
+            raise ValueError(f"tune, {error.found.partition(' (found')[0]}") from None
+        taken = sorted({"epochs", "seed", "fsdp"} & set(self.tune))
         if taken:
-            raise ValueError(f"tune has {taken[0]!r}, which the grid itself says")
+            raise ValueError(f"tune has {taken[0]!r}, which is not for it to say")
         known = (*CRITERIA, *IMPORTANCES)
         unknown = [name for name in self.criteria if name not in known]
         if unknown:

@@ -44,7 +44,7 @@ def launched() -> Iterator[None]:
         backend, devices = "gloo", torch.cuda.device_count() if torch.cuda.is_available() else 0
         if devices:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % devices)
-            each = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= devices
+            each = int(os.environ.get("LOCAL_WORLD_SIZE") or size()) <= devices
             backend = "cpu:gloo,cuda:nccl" if each else "gloo"  # NCCL wants a device for each process
         dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
     except (RuntimeError, ValueError) as error:

@@ -81,8 +81,16 @@ def policy(name: str | None) -> dict[str, Any]:
 
 
 def recover_config(params: Params, defaults: RecoverConfig) -> RecoverConfig:
-    """Return the configuration of the fine-tune: the task's, then the options that were given."""
-    return RecoverConfig(**{**defaults.model_dump(), **given(params, "recover")})
+    """Return the configuration of the fine-tune: the task's, then the options that were given.
+
+    Raises:
+        ConfigError: a value is not valid, or the processes and the device cannot train so.
+    """
+    from cria_prune.recover.fit import check_possible
+
+    config = RecoverConfig(**{**defaults.model_dump(), **given(params, "recover")})
+    check_possible(config, pick_device(params["device"]))  # before the long work, not after it
+    return config
 
 
 def given(params: Params, section: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from cria_prune.attention import plain_attention
-from cria_prune.modules import cache_off, modes_kept
+from cria_prune.modules import cache_off, devices_in_use, modes_kept
 
 
 @contextmanager
@@ -23,8 +23,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     """
     grads = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     python, numpy = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with modes_kept(model), cache_off(model), plain_attention(model), torch.random.fork_rng(devices=devices):
+    forked = torch.random.fork_rng(devices=devices_in_use())
+    with modes_kept(model), cache_off(model), plain_attention(model), forked:
         try:
             yield
         finally:

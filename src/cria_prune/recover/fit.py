@@ -32,7 +32,7 @@ from cria_prune.recover.result import RecoverResult
 from cria_prune.recover.run import Metric, Run
 from cria_prune.recover.source import Batches, Source
 from cria_prune.recover.state import Keeper, identity
-from cria_prune.store import State
+from cria_prune.store import State, code_version
 
 
 def recover(
@@ -75,6 +75,7 @@ def recover(
 
     With `compile` in the config torch.compile makes a faster step of the model, in one process: worth it
     where a step is short and there are thousands, for the first one takes a minute. The bits are other ones.
+    Afterwards torch has forgotten what it compiled in this process, and compiles it anew when it is called.
 
     With `lora` in the config, low-rank adapters of peft are trained beside the linear layers but the head,
     and added to their weights at the end; every other parameter stays. The model is afterwards what it was,
@@ -121,6 +122,8 @@ def recover(
             "device": place.type,
             "metric": None if evaluate is None else direction,
             "data": data,
+            "torch": torch.__version__,
+            "code": code_version(),
         }
         if world().size > 1:
             said["processes"] = world().size
@@ -161,14 +164,12 @@ def recover(
     return RecoverResult(model, tuple(run.history), best.epoch, best.metric, run.history[-1].metric)
 
 
-def _check(model: nn.Module, config: RecoverConfig, teacher: nn.Module | None, device: torch.device) -> None:
-    if config.distill and (teacher is None or teacher is model):
-        found = "no teacher was passed" if teacher is None else "the teacher is the model itself"
-        raise ConfigError(
-            f"Distillation with weight {config.distill}",
-            found,
-            "Pass teacher=<a copy of the dense model>, or set distill to 0",
-        )
+def check_possible(config: RecoverConfig, device: torch.device) -> None:
+    """Check that the processes and their devices can train so, whatever the model.
+
+    Raises:
+        ConfigError: they cannot.
+    """
     if config.fsdp and world().size == 1:
         raise ConfigError(
             "A fine-tune by FSDP", "this is one process", "Start several, with torchrun, or set fsdp to false"
@@ -183,5 +184,16 @@ def _check(model: nn.Module, config: RecoverConfig, teacher: nn.Module | None, d
         raise ConfigError(
             f"A compiled fine-tune in {world().size} processes", "it is for one", "Leave compile out"
         )
+
+
+def _check(model: nn.Module, config: RecoverConfig, teacher: nn.Module | None, device: torch.device) -> None:
+    if config.distill and (teacher is None or teacher is model):
+        found = "no teacher was passed" if teacher is None else "the teacher is the model itself"
+        raise ConfigError(
+            f"Distillation with weight {config.distill}",
+            found,
+            "Pass teacher=<a copy of the dense model>, or set distill to 0",
+        )
+    check_possible(config, device)
     if config.epochs and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("A fine-tune", "no parameter of the model requires a gradient", "Unfreeze some")

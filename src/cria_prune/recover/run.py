@@ -17,7 +17,7 @@ from cria_prune.errors import SignalError
 from cria_prune.loss import Loss
 from cria_prune.progress import Bar, Progress
 from cria_prune.ranks import alone, world
-from cria_prune.recover.compiled import compiled
+from cria_prune.recover.compiled import compiled, forward_of
 from cria_prune.recover.guard import generators, lower_precision, put_back, set_generators, snapshot, trained
 from cria_prune.recover.parallel import Parallel, generators_kept
 from cria_prune.recover.result import Epoch
@@ -56,7 +56,7 @@ class Run:
         keeper: Keeper | None,
     ) -> None:
         self.model, self.config, self.loss, self.evaluate, self.device = model, config, loss, evaluate, device
-        self.called = compiled(model, device) if config.compile and config.epochs else model
+        self.compiled = compiled(model, device) if config.compile and config.epochs else None
         self.keeper = keeper
         self.sign = -1 if lower_is_better else 1
         self.history: list[Epoch] = []
@@ -163,9 +163,8 @@ class Run:
         """Return the loss of a batch to run backwards, and its value."""
         if self.parallel is not None:
             return self.parallel.loss(batch, self.step)
-        if self.called is not self.model:
-            torch.compiler.cudagraph_mark_step_begin()  # nothing of the step before is held any more
-        loss = self.loss(self.called, batch)
+        with forward_of(self.model, self.compiled):
+            loss = self.loss(self.model, batch)
         return loss, loss.item()
 
     def lr(self, step: int) -> float:

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from cria_prune.errors import ArtifactError, ConfigError, DataError
-from cria_prune.modules import copy_of, device_of, shared_copy
+from cria_prune.modules import copy_of, device_of, devices_in_use, shared_copy
 from cria_prune.tasks.pretrained import find_library, quiet
 
 BOOTSTRAP = 1000
@@ -210,7 +210,11 @@ def _left_alone() -> Iterator[None]:
     settings = [(item, item.level, item.handlers[:], item.propagate) for item in loggers]
     states, pools = (random.getstate(), np.random.get_state()), os.environ.get("DISABLE_MULTIPROC")
     blocked = sys.modules.get("evaluate", ...)
-    with torch.random.fork_rng(), redirect_stdout(sys.stderr), quiet(find_library("lm-eval")):
+    with (
+        torch.random.fork_rng(devices=devices_in_use()),
+        redirect_stdout(sys.stderr),
+        quiet(find_library("lm-eval")),
+    ):
         try:
             loggers[1].setLevel(logging.ERROR)
             os.environ["DISABLE_MULTIPROC"] = "1"

@@ -50,7 +50,8 @@ class Scaling:
         mean, std = (
             torch.tensor(values, device=pixels.device).view(1, -1, 1, 1) for values in (self.mean, self.std)
         )
-        return (pixels.float() / self.top - mean) / std
+        top = torch.tensor(float(self.top), device=pixels.device)  # CUDA multiplies by 1 / a Python number
+        return (pixels.float() / top - mean) / std
 
 
 def augment(pixels: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
