@@ -1,6 +1,7 @@
 """One thread per test process: the tensors are small, and waiting threads cost more than they help."""
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: no test waits for a server that cannot be reached
 
@@ -24,6 +25,14 @@ DEVICES = ["mps", "cuda"] if torch.cuda.is_available() else ["mps"]
 def as_wide_as_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables are as wide as without a terminal, whatever a runner of tests says of its own."""
     monkeypatch.delenv("COLUMNS", raising=False)
+
+
+@pytest.fixture
+def no_vision_on_the_path() -> Iterator[None]:
+    """What the zoo puts on the path is found by no other test of this process, nor by one that it starts."""
+    before = list(sys.path)
+    yield
+    sys.path[:] = before
 
 
 @pytest.fixture

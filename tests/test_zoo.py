@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +28,7 @@ NETWORKS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def no_vision_on_the_path() -> Iterator[None]:
-    """What the zoo puts on the path is found by no other test of this process, nor by one that it starts."""
-    before = list(sys.path)
-    yield
-    sys.path[:] = before
+pytestmark = pytest.mark.usefixtures("no_vision_on_the_path")
 
 
 def uneven(groups: UnitGroups) -> dict[str, np.ndarray]:
