@@ -187,9 +187,8 @@ def test_distillation_pulls_towards_the_teacher_and_leaves_it_alone(kept):
     assert after < 0.5 * gap
 
 
-@pytest.mark.parametrize("settings", [{}, {"distill": 0.5}])
-def test_compiled_it_ends_where_it_does_uncompiled(kept, settings):
-    plain, teacher = network(), network(1)
+def test_compiled_it_ends_where_it_does_uncompiled(kept):
+    plain, teacher, settings = network(), network(1), {"distill": 0.5}
     kept[3].p = plain[3].p = 0.0  # torch.compile draws dropout in its own way
     kept[1].train()
     found = recover(plain, data(), CONFIG.model_copy(update=settings), evaluate=accuracy, teacher=teacher)
