@@ -75,23 +75,14 @@ class RoundStore:
         self, folder: str | Path, model: nn.Module, config: PruneConfig, example: Batch, **further: Any
     ) -> None:
         self.store = Store(folder, NAME, FORMAT, "pruning")
-        leaves = [item for item in tree_leaves(example) if isinstance(item, Tensor)]
-        self.identity = {
-            "config": config.model_dump(mode="json"),
-            **further,
-            "first examples": digest("", {str(place): item for place, item in enumerate(leaves)}),
-            **weights_of({"model": model}, "pruning"),
-            "torch": torch.__version__,
-            "code": code_version(),
-        }
+        self.identity = {**asked_of(config, example), **further, **weights_of({"model": model}, "pruning")}
 
     def write(self, result: PruneResult) -> None:
         """Keep the rounds so far; errors as in `Store.write`."""
         parts: dict[str, State] = {"weights": _weights(result.model)}
         for item in result.rounds:
-            scores = {name: torch.tensor(found, dtype=torch.float64) for name, found in item.scores.items()}
             kept = {name: torch.tensor(found, dtype=torch.int32) for name, found in item.kept.items()}
-            parts |= {f"scores{item.number}": scores, f"kept{item.number}": kept}
+            parts |= {f"scores{item.number}": scores_of(item), f"kept{item.number}": kept}
         graphs, ridges = result.graphs, dict[str, tuple[float, float]]()
         for number, (name, both) in enumerate((graphs or {}).items()):
             parts[f"graph{number}"] = {"units": both.units, **_sides(both)}
@@ -145,6 +136,22 @@ class RoundStore:
         _put_back(model, parts["weights"])
         graphs = None if facts.ridges is None else _graphs(parts, facts.ridges)
         return replace(result, model=model, graphs=graphs)
+
+
+def asked_of(config: PruneConfig, example: Batch) -> dict[str, Any]:
+    """Return what is asked, of which data, by which code: part of what makes a pruning this one."""
+    leaves = [item for item in tree_leaves(example) if isinstance(item, Tensor)]
+    return {
+        "config": config.model_dump(mode="json"),
+        "first examples": digest("", {str(place): item for place, item in enumerate(leaves)}),
+        "torch": torch.__version__,
+        "code": code_version(),
+    }
+
+
+def scores_of(item: Round) -> State:
+    """Return a round's scores as tensors."""
+    return {name: torch.tensor(found, dtype=torch.float64) for name, found in item.scores.items()}
 
 
 def _weights(model: nn.Module) -> State:

@@ -85,8 +85,8 @@ class Chain:
 
     def forget(self) -> None:
         """Remove what the stretches before this one were given."""
-        for path in self._folder.glob("*-*.safetensors"):
-            if path.stem.partition("-")[0].isdecimal() and int(path.stem.partition("-")[0]) < self._turn:
+        for turn in range(self._turn):
+            for path in self._folder.glob(f"{turn}-*.safetensors"):
                 path.unlink()
 
     def form(self) -> dict[str, Any] | None:

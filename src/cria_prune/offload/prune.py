@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cria_prune import pipeline
 from cria_prune.artifact.files import hashes, write_json
@@ -27,7 +27,9 @@ from cria_prune.offload.rounds import OffloadedRound, Rounds, Standing
 from cria_prune.offload.state import FinishedRounds, identity_of
 from cria_prune.plan import Plan, compose
 from cria_prune.progress import QUIET, Progress
+from cria_prune.rounds import RoundFacts
 from cria_prune.scope import check_target
+from cria_prune.store import State
 from cria_prune.structure import UnitGroups
 from cria_prune.surgery import Verification
 
@@ -149,37 +151,73 @@ def prune_offloaded(
             source, batches, example, config, found, memory, max_shard_size, place, progress or QUIET, asked,
             identity,
         )  # fmt: skip
-        before, done = Standing(source, model, structure, found.groups), list[OffloadedRound]()
-        for number in range(1, config.plan.rounds + 1):
-            if number <= len(known):
-                cut = rounds.again(before.groups, *known[number - 1])
-            else:
-                cut = rounds.cut(before, number, places.fresh(number), places.scratch(number), seconds)
-            done.append(cut.done)
-            plans.append(cut.plan)
-            if finished is not None and len(known) < number < config.plan.rounds:
-                finished.write(done)
-            if len(known) <= number < config.plan.rounds:
-                seconds = {}
-                with pipeline.clock(seconds, "model"):
-                    model = load_dispatched(
-                        places.model(number), places.scratch(number + 1) / "weights", place
-                    )
-                before = Standing(
-                    places.model(number), model, cut.structure or structure_of(model), cut.groups
-                )
-                places.clear(number)
-            else:  # the model of a later round is the one to go on with
-                before = replace(before, groups=cut.groups)
-        total = reduce(compose, plans)
+        first = Standing(source, model, structure, found.groups)
+        cuts, done, smaller = _all_rounds(rounds, places, first, finished, known, seconds)
+        total = reduce(compose, [*plans, *cuts])
         said = {**(results or {}), "offloaded": True, "rounds": len(done)}
         if config.verify:
             said["masked_equals_pruned"] = _largest(done)
-        assert cut.structure is not None  # the last round is never one that was kept
-        manifest = render_manifest(cut.structure, total, "vanilla", config, provenance, said)
+        manifest = render_manifest(smaller, total, "vanilla", config, provenance, said)
         (folder / MANIFEST).write_text(manifest, encoding="utf-8")
         write_json(folder / CERTIFICATE, {"sha256": hashes(folder), **_vouched(done[-1].verification)})
     return Offloaded(target, total, found.groups, tuple(done))
+
+
+def _all_rounds(
+    rounds: Rounds,
+    places: _Places,
+    before: Standing,
+    finished: FinishedRounds | None,
+    known: Sequence[tuple[RoundFacts, State, int]],
+    seconds: dict[str, float],
+) -> tuple[list[Plan], list[OffloadedRound], nn.Module]:
+    """Do the rounds that are left, of which the last is always one.
+
+    Args:
+        before: the model before the first round.
+        finished: keeps the rounds, `known` those that it has; None keeps nothing.
+        seconds: what the first round to be done took so far.
+
+    Returns:
+        The plan of each round, what each did, and the structure of the last model.
+    """
+    plans, done, last = list[Plan](), list[OffloadedRound](), rounds.config.plan.rounds
+    for kept in known:
+        step, groups, item = rounds.again(before.groups, *kept)
+        before = replace(before, groups=groups)
+        plans.append(step)
+        done.append(item)
+    if done:
+        seconds = {}
+        before = _standing(places, len(done), before.groups, rounds.device, seconds)
+    while True:
+        number = len(done) + 1
+        cut = rounds.cut(before, number, places.fresh(number), places.scratch(number), seconds)
+        plans.append(cut.plan)
+        done.append(cut.done)
+        if number == last:
+            return plans, done, cut.structure
+        if finished is not None:
+            finished.write(done)
+        seconds = {}
+        before = _standing(places, number, cut.groups, rounds.device, seconds, cut.structure)
+
+
+def _standing(
+    places: _Places,
+    number: int,
+    groups: UnitGroups,
+    device: torch.device,
+    seconds: dict[str, float],
+    structure: nn.Module | None = None,
+) -> Standing:
+    """Return the model that a round made, ready for the next one, and remove what only that round needed."""
+    with pipeline.clock(seconds, "model"):
+        model = load_dispatched(places.model(number), places.scratch(number + 1) / "weights", device)
+    places.clear(number)
+    return Standing(
+        places.model(number), model, structure_of(model) if structure is None else structure, groups
+    )
 
 
 def checked(config: PruneConfig) -> PruneConfig:

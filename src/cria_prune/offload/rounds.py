@@ -66,13 +66,12 @@ class Cut:
 
     Attributes:
         plan: what was removed, relative to the model before the round.
-        structure: the smaller model on the meta device, None where it was not made here; groups: its unit
-            groups.
+        structure: the smaller model on the meta device; groups: its unit groups.
         done: what the round did.
     """
 
     plan: Plan
-    structure: nn.Module | None
+    structure: nn.Module
     groups: UnitGroups
     done: OffloadedRound
 
@@ -111,13 +110,15 @@ class Rounds:
             allowed=self.scope.allowed,
         )  # fmt: skip
 
-    def again(self, groups: UnitGroups, known: RoundFacts, scores: State, turns: int) -> Cut:
-        """Return what a finished round left, by what is kept of it; its structure is the caller's to set."""
+    def again(
+        self, groups: UnitGroups, known: RoundFacts, scores: State, turns: int
+    ) -> tuple[Plan, UnitGroups, OffloadedRound]:
+        """Return what a finished round left, by what is kept of it: plan, groups after it, what it did."""
         values = {name: item.numpy() for name, item in scores.items()}
         step = self.plan(groups, values, known.number)
         done = restored(known, values, step)
         fields = {item.name: getattr(done, item.name) for item in dataclasses.fields(done)}
-        return Cut(step, None, shrink(groups, step.kept), OffloadedRound(**fields, turns=turns))
+        return step, shrink(groups, step.kept), OffloadedRound(**fields, turns=turns)
 
     def cut(
         self, before: Standing, number: int, folder: Path, scratch: Path, seconds: dict[str, float]

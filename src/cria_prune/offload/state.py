@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from cria_prune.batches import Batch
 from cria_prune.config import PruneConfig
-from cria_prune.errors import ArtifactError
-from cria_prune.modules import digest
 from cria_prune.offload.chain import Chain
 from cria_prune.offload.spilled import Spilled
-from cria_prune.rounds import RoundFacts, said
+from cria_prune.rounds import RoundFacts, asked_of, said, scores_of
 from cria_prune.spectrum import Diagnosis, Importance
-from cria_prune.store import State, Store, code_version
+from cria_prune.store import State, Store
 
-WORK = "pruning layer by layer"
 Known = TypeVar("Known", bound="_Facts")
 
 
@@ -52,30 +47,51 @@ def identity_of(
 ) -> dict[str, Any]:
     """Return what makes a pruning this one; the files of the model are told by name, size and time."""
     files = {path.name: path.stat() for path in sorted(source.iterdir()) if path.is_file()}
-    leaves = [item for item in tree_leaves(example) if isinstance(item, Tensor)]
     return {
-        "config": config.model_dump(mode="json"),
+        **asked_of(config, example),
         "memory": memory,
         "device": device.type,
         "data": data,
-        "first examples": digest("", {str(place): item for place, item in enumerate(leaves)}),
         "files": {name: f"{found.st_size} {found.st_mtime_ns}" for name, found in files.items()},
-        "torch": torch.__version__,
-        "code": code_version(),
     }
 
 
-class TurnStore:
-    """Keeps what the turns of one round found, in the folder where their files are.
+class _Kept(Generic[Known]):
+    """A state of one kind, of one pruning.
 
     Args:
-        folder: of the round alone.
+        folder: where it is, of this pruning alone.
         identity: see `identity_of`.
     """
 
+    name: str
+    layout: str
+    facts: type[Known]
+
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        self._store = Store(folder, "turns.safetensors", "cria-turns-1", WORK)
+        self._store = Store(folder, self.name, self.layout, "pruning layer by layer")
         self._identity = dict(identity)
+
+    def _keep(self, parts: Mapping[str, State], **facts: Any) -> None:
+        said = self.facts(identity=self._identity, **facts)
+        self._store.write(said.model_dump(mode="json"), parts)
+
+    def _kept(self) -> tuple[Known, dict[str, State]] | None:
+        found = self._store.read()
+        if found is None:
+            return None
+        try:
+            facts = self.facts.model_validate(found[0])
+        except ValidationError as error:
+            raise self._store.damaged(str(error)) from error
+        self._store.check(facts.identity, self._identity)
+        return facts, found[1]
+
+
+class TurnStore(_Kept[TurnFacts]):
+    """Keeps what the turns of one round found, in the folder where their files are."""
+
+    name, layout, facts = "turns.safetensors", "cria-turns-1", TurnFacts
 
     def write(
         self, turns: int, found: Mapping[str, Importance], spilled: Spilled, chain: Chain | None
@@ -88,15 +104,13 @@ class TurnStore:
         form = {} if chain is None else chain.form()
         if form is None:
             return
-        facts = TurnFacts(
-            identity=self._identity,
+        self._keep(
+            {"scores": {name: item.scores for name, item in found.items()}},
             turns=turns,
             diagnosis={name: item.diagnosis.to_dict() for name, item in found.items()},
             spilled=spilled.said(),
             chain=form or None,
         )
-        scores = {name: item.scores for name, item in found.items()}
-        self._store.write(facts.model_dump(mode="json"), {"scores": scores})
 
     def read(self, spilled: Spilled, chain: Chain | None) -> tuple[int, dict[str, Importance]]:
         """Return how many turns are done and their importances, and set `spilled` and `chain` to them.
@@ -104,15 +118,15 @@ class TurnStore:
         Raises:
             ArtifactError: the state is damaged, or of another pruning.
         """
-        found = self._store.read()
+        found = self._kept()
         if found is None:
             return 0, {}
-        facts = _facts(TurnFacts, self._store, found[0], self._identity)
+        facts, parts = found
         try:
             spilled.take(facts.spilled)
             if chain is not None and facts.chain is not None:
                 chain.take(facts.chain)
-            scores = found[1].get("scores", {})
+            scores = parts.get("scores", {})
             return facts.turns, {
                 name: Importance(scores[name], Diagnosis.from_dict(values))
                 for name, values in facts.diagnosis.items()
@@ -121,30 +135,18 @@ class TurnStore:
             raise self._store.damaged(str(error)) from error
 
 
-class FinishedRounds:
-    """Keeps the finished rounds of one pruning.
+class FinishedRounds(_Kept[OffloadedFacts]):
+    """Keeps the finished rounds of one pruning."""
 
-    Args:
-        folder: of this pruning alone.
-        identity: see `identity_of`.
-    """
-
-    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        self._store = Store(folder, "rounds.safetensors", "cria-offloaded-rounds-1", WORK)
-        self._identity = dict(identity)
+    name, layout, facts = "rounds.safetensors", "cria-offloaded-rounds-1", OffloadedFacts
 
     def write(self, rounds: Any) -> None:
         """Keep the rounds so far; errors as in `Store.write`."""
-        parts: dict[str, State] = {}
-        for item in rounds:
-            values = {name: torch.tensor(found, dtype=torch.float64) for name, found in item.scores.items()}
-            parts[f"scores{item.number}"] = values
-        facts = OffloadedFacts(
-            identity=self._identity,
+        self._keep(
+            {f"scores{item.number}": scores_of(item) for item in rounds},
             rounds=[said(item) for item in rounds],
             turns=[item.turns for item in rounds],
         )
-        self._store.write(facts.model_dump(mode="json"), parts)
 
     def read(self) -> list[tuple[RoundFacts, State, int]]:
         """Return what is kept of each finished round, its scores and its turns; none where there is no state.
@@ -152,24 +154,11 @@ class FinishedRounds:
         Raises:
             ArtifactError: the state is damaged, or of another pruning.
         """
-        found = self._store.read()
+        found = self._kept()
         if found is None:
             return []
-        facts = _facts(OffloadedFacts, self._store, found[0], self._identity)
+        facts, parts = found
         return [
-            (item, found[1].get(f"scores{item.number}", {}), turns)
+            (item, parts.get(f"scores{item.number}", {}), turns)
             for item, turns in zip(facts.rounds, facts.turns, strict=True)
         ]
-
-    def damaged(self, text: str) -> ArtifactError:
-        """Return the error for a state that cannot be used."""
-        return self._store.damaged(text)
-
-
-def _facts(kind: type[Known], store: Store, found: Any, identity: Mapping[str, Any]) -> Known:
-    try:
-        facts = kind.model_validate(found)
-    except ValidationError as error:
-        raise store.damaged(str(error)) from error
-    store.check(facts.identity, identity)
-    return facts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -166,11 +167,14 @@ class ImageTask(Task):
         device: torch.device | str = "cpu",
     ) -> EpochBatches:
         """Return epoch -> shuffled batches; a rest of one example is left out (batch norm needs two)."""
-        size, there = batch_size or self.batch_size, list[Images]()
+        size = batch_size or self.batch_size
+
+        @cache
+        def there() -> Images:
+            return self.split("train").to(device)
 
         def epoch_batches(epoch: int) -> Iterable[Batch]:
-            there[:] = there or [self.split("train").to(device)]
-            images = there[0]
+            images = there()
             key = seed * 100_003 + epoch
             index = torch.randperm(len(images), generator=torch.Generator().manual_seed(key))
             if len(index) % size == 1 and len(index) > 1:
