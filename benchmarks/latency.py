@@ -7,8 +7,7 @@ widths as they fall and in multiples of 8 and 16. Weights are random: latency de
 uniform ranking gives all criteria alike. Dense and pruned networks take short turns in one process; a time is
 that of the best turn, the one that other work on the machine disturbed least, and the spread to the median is
 kept. `efficiency` = (dense / pruned time) / (dense / pruned MACs): 1 is what the MACs promise. Writes
-benchmarks/results/latency/<network>.json, of a GPU (compiled with graphs of
-its kernels) <network>-cuda.json.
+benchmarks/results/latency/<network>.json, of a GPU (compiled with graphs of its kernels) <network>-cuda.json.
 """
 
 from __future__ import annotations

@@ -459,3 +459,9 @@ def test_ctrl_c_before_anything_is_kept(monkeypatch: pytest.MonkeyPatch) -> None
 
 def interrupt(*_args, **_kwargs):
     raise KeyboardInterrupt
+
+
+def test_a_training_that_cannot_be_is_refused_before_the_work(tmp_path: Path) -> None:
+    done = cria("run", "digits", "--fsdp", "--output", str(tmp_path / "out"), *SMALL)
+    assert done.exit_code == 2 and "A fine-tune by FSDP: this is one process" in done.stderr
+    assert "dense accuracy" not in done.stdout and not list(tmp_path.iterdir())

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cria_prune import pipeline
 from cria_prune.artifact.files import hashes, write_json
@@ -25,11 +22,10 @@ from cria_prune.errors import ArtifactError, ConfigError, CriterionError, Signal
 from cria_prune.offload.check import load_dispatched
 from cria_prune.offload.rounds import OffloadedRound, Rounds, Standing
 from cria_prune.offload.state import FinishedRounds, identity_of
+from cria_prune.offload.walk import Places, all_rounds, work_folder
 from cria_prune.plan import Plan, compose
 from cria_prune.progress import QUIET, Progress
-from cria_prune.rounds import RoundFacts
 from cria_prune.scope import check_target
-from cria_prune.store import State
 from cria_prune.structure import UnitGroups
 from cria_prune.surgery import Verification
 
@@ -136,8 +132,8 @@ def prune_offloaded(
     identity = None
     if state is not None:
         identity = identity_of(source, config, memory, place, example, data)
-    with whole_folder(target, overwrite) as folder, _work_folder(folder, state) as root:
-        places = _Places(root, folder, config.plan.rounds)
+    with whole_folder(target, overwrite) as folder, work_folder(folder, state) as root:
+        places = Places(root, folder, config.plan.rounds)
         finished = None if identity is None else FinishedRounds(root, identity)
         known = [] if finished is None else finished.read()
         seconds: dict[str, float] = {}
@@ -152,7 +148,7 @@ def prune_offloaded(
             identity,
         )  # fmt: skip
         first = Standing(source, model, structure, found.groups)
-        cuts, done, smaller = _all_rounds(rounds, places, first, finished, known, seconds)
+        cuts, done, smaller = all_rounds(rounds, places, first, finished, known, seconds)
         total = reduce(compose, [*plans, *cuts])
         said = {**(results or {}), "offloaded": True, "rounds": len(done)}
         if config.verify:
@@ -161,63 +157,6 @@ def prune_offloaded(
         (folder / MANIFEST).write_text(manifest, encoding="utf-8")
         write_json(folder / CERTIFICATE, {"sha256": hashes(folder), **_vouched(done[-1].verification)})
     return Offloaded(target, total, found.groups, tuple(done))
-
-
-def _all_rounds(
-    rounds: Rounds,
-    places: _Places,
-    before: Standing,
-    finished: FinishedRounds | None,
-    known: Sequence[tuple[RoundFacts, State, int]],
-    seconds: dict[str, float],
-) -> tuple[list[Plan], list[OffloadedRound], nn.Module]:
-    """Do the rounds that are left, of which the last is always one.
-
-    Args:
-        before: the model before the first round.
-        finished: keeps the rounds, `known` those that it has; None keeps nothing.
-        seconds: what the first round to be done took so far.
-
-    Returns:
-        The plan of each round, what each did, and the structure of the last model.
-    """
-    plans, done, last = list[Plan](), list[OffloadedRound](), rounds.config.plan.rounds
-    for kept in known:
-        step, groups, item = rounds.again(before.groups, *kept)
-        before = replace(before, groups=groups)
-        plans.append(step)
-        done.append(item)
-    if done:
-        seconds = {}
-        before = _standing(places, len(done), before.groups, rounds.device, seconds)
-    while True:
-        number = len(done) + 1
-        cut = rounds.cut(before, number, places.fresh(number), places.scratch(number), seconds)
-        plans.append(cut.plan)
-        done.append(cut.done)
-        if number == last:
-            return plans, done, cut.structure
-        if finished is not None:
-            finished.write(done)
-        seconds = {}
-        before = _standing(places, number, cut.groups, rounds.device, seconds, cut.structure)
-
-
-def _standing(
-    places: _Places,
-    number: int,
-    groups: UnitGroups,
-    device: torch.device,
-    seconds: dict[str, float],
-    structure: nn.Module | None = None,
-) -> Standing:
-    """Return the model that a round made, ready for the next one, and remove what only that round needed."""
-    with pipeline.clock(seconds, "model"):
-        model = load_dispatched(places.model(number), places.scratch(number + 1) / "weights", device)
-    places.clear(number)
-    return Standing(
-        places.model(number), model, structure_of(model) if structure is None else structure, groups
-    )
 
 
 def checked(config: PruneConfig) -> PruneConfig:
@@ -240,55 +179,6 @@ def checked(config: PruneConfig) -> PruneConfig:
         )  # fmt: skip
     plan = PlanConfig(**{**config.plan.model_dump(), "vanilla": True, "uniform": True})
     return config.model_copy(update={"plan": plan})
-
-
-@contextmanager
-def _work_folder(folder: Path, state: str | Path | None) -> Iterator[Path]:
-    """Give the folder for what the rounds need: hidden in that of the result, or one that outlives a kill."""
-    if state is None:
-        with TemporaryDirectory(dir=folder, prefix=".") as name:
-            yield Path(name)
-        return
-    root = Path(state)
-    root.mkdir(parents=True, exist_ok=True)
-    yield root
-    shutil.rmtree(root, ignore_errors=True)
-
-
-class _Places:
-    """Where the rounds put their files: a hidden folder in that of the result, of one file system with it.
-
-    Args:
-        root: the hidden folder.
-        result: where the last model goes.
-        rounds: how many there are.
-    """
-
-    def __init__(self, root: Path, result: Path, rounds: int) -> None:
-        self._root, self._result, self._rounds = root, result, rounds
-
-    def scratch(self, number: int) -> Path:
-        """Return the place of what a round alone needs."""
-        return self._made(self._root / f"round-{number}")
-
-    def model(self, number: int) -> Path:
-        """Return the folder of the model that a round makes."""
-        return self._made(self._result if number == self._rounds else self._root / f"model-{number}")
-
-    def fresh(self, number: int) -> Path:
-        """Return the folder of the model that a round makes, without what a killed process left in it."""
-        if number < self._rounds:
-            shutil.rmtree(self.model(number))
-        return self.model(number)
-
-    def clear(self, number: int) -> None:
-        """Remove what a round needed, once the next one has begun: its files, and the model before it."""
-        for path in (self.scratch(number), self._root / f"model-{number - 1}"):
-            shutil.rmtree(path, ignore_errors=True)
-
-    def _made(self, path: Path) -> Path:
-        path.mkdir(exist_ok=True)
-        return path
 
 
 def _largest(rounds: Sequence[OffloadedRound]) -> float | None:

@@ -73,8 +73,8 @@ def recover(
     SIGKILL, and ends with the same bits. That asks of `train_batches` that the batches of an epoch depend on
     nothing but the epoch and torch's generators when the epoch begins; those already seen are skipped.
 
-    With `compile` in the config torch.compile makes a faster step of the model, in one process: worth it
-    where a step is short and there are thousands, for the first one takes a minute. The bits are other ones.
+    With `compile` in the config torch.compile makes the step of the model, in one process: for small networks
+    on a GPU, and fine-tunes of thousands of steps, since the first one waits for it. The bits are other ones.
     Afterwards torch has forgotten what it compiled in this process, and compiles it anew when it is called.
 
     With `lora` in the config, low-rank adapters of peft are trained beside the linear layers but the head,
