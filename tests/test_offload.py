@@ -25,7 +25,7 @@ from cria_prune.batches import Batch
 from cria_prune.cli.main import app
 from cria_prune.dispatched import Weights, changed, first_names, is_dispatched, places, structure_of
 from cria_prune.errors import ArtifactError, CriaError, SignalError, StructureError, VerificationError
-from cria_prune.offload import Offloaded, check, turns, write
+from cria_prune.offload import Offloaded, check, repair, turns, write
 from cria_prune.offload.chain import Chain, outputs
 from cria_prune.offload.turns import plan_turns, score_in_turns
 from cria_prune.pipeline import QUIET, PruneResult
@@ -381,7 +381,7 @@ def test_layer_by_layer_gives_what_pruning_in_memory_gives(
     assert same(load(tmp_path / "small").model.state_dict(), plain.state_dict())
 
 
-@pytest.mark.parametrize(("name", "memory"), [("tied", 1), ("gpt2", 2**31)])
+@pytest.mark.parametrize(("name", "memory"), [("tied", 1), ("bert", 2**31)])
 def test_layers_run_on_another_device(
     made: Path, tmp_path: Path, device: str, name: str, memory: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -392,13 +392,23 @@ def test_layers_run_on_another_device(
         seen.update(item.output.mean.device.type for item in states.groups.values())
         return honest(model, groups, states, config)
 
+    repaired, mended = set(), repair.compensate
+
+    def looked_at(model: nn.Module, groups: Any, kept: Any, consumed: Any) -> Any:
+        moments = [item for part in consumed.values() for item in part.values()]
+        repaired.update(item.mean.device.type for item in moments)
+        return mended(model, groups, kept, consumed)
+
     monkeypatch.setattr(turns.pipeline, "score", looked)
+    monkeypatch.setattr(repair, "compensate", looked_at)
     config = config_of(plan={"reduction": 0.3, "rounds": 2})
     done, here = (
         prune_offloaded(made / name, tmp_path / place, batches_of(), config, memory=memory, device=place)
         for place in (device, "cpu")
     )
-    assert seen == {torch.device(device).type, "cpu"}
+    loaded = check.load_dispatched(made / name, tmp_path / "scratch", torch.device(device))
+    assert {item.device.type for item in loaded.buffers()} == {torch.device(device).type}
+    assert seen == repaired == {torch.device(device).type, "cpu"}
     assert done.plan.report == here.plan.report and len(done.rounds[0].repairs) == len(here.rounds[0].repairs)
     one, other = (load(tmp_path / place).model.state_dict() for place in (device, "cpu"))
     assert device == "cuda" or same(one, other)

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
 from cria_prune.config import RecoverConfig
 from cria_prune.errors import ConfigError, DataError, SignalError
@@ -232,6 +233,7 @@ def test_the_tenth_compiled_fine_tune_of_a_class_is_compiled_too():
         model = Once(*network())
         recover(model, data(2), RecoverConfig(epochs=1, lr=0.01, compile=True))
         assert seen and all(seen)  # traced, and not run as it is written
+        assert not _debug_get_cache_entry_list(Once.forward)  # what was compiled is forgotten
 
 
 def test_what_cannot_be_compiled_is_told_and_the_model_put_back(kept, monkeypatch):
