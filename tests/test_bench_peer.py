@@ -73,9 +73,33 @@ def test_magnitude_takes_the_weakest_and_taylor_needs_the_gradients() -> None:
     assert not torch.equal(one, other)
 
 
+def test_under_one_threshold_for_all_layers_the_share_is_met_and_the_layers_differ(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "HALVINGS", 7)
+    dense = network()
+    with torch.no_grad():
+        for name, scale in dense.named_parameters():
+            if name.endswith("bn1.weight"):  # as if the first stage were needed most
+                scale.uniform_(10, 11) if name.startswith("layer1") else scale.uniform_(0, 1)
+    config = config_of(task("cifar10-resnet20"), cells(GRID)[0], GRID)
+    plan = config.plan.model_copy(update={"ranking": "global", "of": "macs", "reduction": 0.3})
+    found = prune_by_peer("tp-bn-scale", dense, batches(6), config.model_copy(update={"plan": plan}))
+    assert abs(found.report["reached"] - 0.3) < 0.02 and found.report["of"] == "macs"
+    kept = widths(found.model, "conv1")[1:]
+    assert kept[:3] == [16, 16, 16] and max(kept[3:6]) < 32 and max(kept[6:]) < 64
+    by_loss = config.plan.model_copy(update={"ranking": "loss"})
+    with pytest.raises(ConfigError, match="its pruner has uniform and global"):
+        prune_by_peer("tp-bn-scale", dense, batches(6), config.model_copy(update={"plan": by_loss}))
+
+
 def test_only_usual_cells_are_compared() -> None:
     assert [(cell["criterion"], cell.get("compensate", False)) for cell in cells(GRID)] == [
         ("l2", False), ("tp-lamp", False), ("l2", True),
+    ]  # fmt: skip
+    both = Grid(**{**GRID.model_dump(), "ranking": ["global", "loss"], "compensate": [False]})
+    assert [(cell["criterion"], cell["ranking"]) for cell in cells(both)] == [
+        ("l2", "global"), ("tp-lamp", "global"), ("l2", "loss"),
     ]  # fmt: skip
 
 

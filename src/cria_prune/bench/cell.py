@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from cria_prune.bench.peer import IMPORTANCES
+from cria_prune.bench.peer import IMPORTANCES, RANKINGS
 from cria_prune.bench.suite import Grid
 from cria_prune.config import PruneConfig
 from cria_prune.tasks import Task
@@ -18,7 +18,7 @@ def cells(grid: Grid) -> list[Cell]:
 
     What is usual (a dense model of the cell's own seed, the recipe's kind of share, ranking uniform, no
     repair, statistics as they are, all training data) is not in a cell. Importances of Torch-Pruning have no
-    cells with another ranking, repair or statistics.
+    cells by `loss`, with repair or statistics.
     """
     product = itertools.product(
         grid.seeds,
@@ -47,7 +47,7 @@ def cells(grid: Grid) -> list[Cell]:
             **({} if grid.dense_seed is None else {"dense_seed": grid.dense_seed}),
         }
         for seed, reduction, rounds, ranking, compensate, batch_norm, criterion in product
-        if criterion not in IMPORTANCES or (ranking == "uniform" and not (compensate or batch_norm))
+        if criterion not in IMPORTANCES or (ranking in RANKINGS and not (compensate or batch_norm))
     ]
 
 

@@ -37,6 +37,8 @@ IMPORTANCES = {
 """Name in a suite -> class in torch_pruning.importance, with its own defaults."""
 
 HALVINGS, FAR = 12, 0.05
+RANKINGS = ("uniform", "global")
+"""Of its pruner: the same share of every layer, or one threshold for all."""
 
 
 @dataclass(frozen=True)
@@ -48,21 +50,22 @@ class PeerResult:
 
 
 def prune_by_peer(name: str, model: nn.Module, batches: list[Batch], config: PruneConfig) -> PeerResult:
-    """Prune a copy of a network by an importance of Torch-Pruning, the same share of every layer.
+    """Prune a copy of a network by an importance of Torch-Pruning, by default the same share of every layer.
 
-    The ratio is the one, to 1/4096, that frees the share most nearly, more or less. Gradients are
-    those of the cross-entropy over the calibration batches in evaluation mode, taken anew before every step;
-    for the Hessian example by example, as its documentation shows.
+    The ratio is the one, to 1/4096, that frees the share most nearly, more or less; under the ranking
+    `global` (its `global_pruning`) it depends on the importance, and every try prunes in all steps. Gradients
+    are those of the cross-entropy over the calibration batches in evaluation mode, taken anew before every
+    step; for the Hessian example by example, as its documentation shows.
 
     Args:
         name: key of IMPORTANCES.
         model: the dense network; it is left as it was.
         batches: the calibration.
-        config: reduction, of, rounds and what may be cut, as for Cria.
+        config: reduction, of, rounds, ranking and what may be cut, as for Cria.
 
     Raises:
-        ConfigError: Torch-Pruning is not installed, its pruner frees no share near that one, or the share is
-            of something that we do not count for it.
+        ConfigError: Torch-Pruning is not installed, its pruner frees no share near that one, or the share or
+            the ranking is one that we do not have for it.
     """
     try:
         library = import_module("torch_pruning")
@@ -76,10 +79,17 @@ def prune_by_peer(name: str, model: nn.Module, batches: list[Batch], config: Pru
             "we count parameters or MACs for it",
             "Leave it out",
         )
+    if config.plan.ranking not in RANKINGS:
+        raise ConfigError(
+            f"{name} under the ranking {config.plan.ranking}",
+            f"its pruner has {' and '.join(RANKINGS)}",
+            "Leave it out",
+        )
     batches = [move(batch, device_of(model)) for batch in batches]
     example = pipeline.first_examples(batches, device_of(model))
     found = pipeline.check_target(model, pipeline.discover(model, example), config.plan).groups
     inputs = example[0] if isinstance(example, (tuple, list)) else example
+    spread = config.plan.ranking == "global"
 
     def pruned(ratio: float, importance: Any, steps: int, before: Callable[[nn.Module], None]) -> nn.Module:
         smaller = copy.deepcopy(model)
@@ -87,7 +97,7 @@ def prune_by_peer(name: str, model: nn.Module, batches: list[Batch], config: Pru
             warnings.simplefilter("ignore")
             pruner = library.pruner.BasePruner(
                 smaller, inputs, importance=importance, pruning_ratio=ratio, iterative_steps=steps,
-                ignored_layers=_others(smaller, found),
+                ignored_layers=_others(smaller, found), global_pruning=spread,
                 # its defaults are shared between calls, and filled
                 in_channel_groups={}, out_channel_groups={}, num_heads={}, channel_groups={},
             )  # fmt: skip
@@ -99,8 +109,15 @@ def prune_by_peer(name: str, model: nn.Module, batches: list[Batch], config: Pru
 
     dense = _cost(model, example, config)
 
+    def by_importance(ratio: float) -> nn.Module:
+        importance = getattr(library.importance, IMPORTANCES[name])()
+        return pruned(ratio, importance, config.plan.rounds, _gradients(importance, batches))
+
     def freed(ratio: float) -> float:
-        sized = pruned(ratio, library.importance.RandomImportance(), 1, lambda _model: None)
+        if spread:
+            sized = by_importance(ratio)
+        else:
+            sized = pruned(ratio, library.importance.RandomImportance(), 1, lambda _model: None)
         return 1 - _cost(sized, example, config) / dense
 
     low, high = 0.0, 1.0
@@ -108,8 +125,7 @@ def prune_by_peer(name: str, model: nn.Module, batches: list[Batch], config: Pru
         middle = (low + high) / 2
         low, high = (low, middle) if freed(middle) >= config.plan.reduction else (middle, high)
     nearest = min(low, high, key=lambda ratio: abs(freed(ratio) - config.plan.reduction))
-    importance = getattr(library.importance, IMPORTANCES[name])()
-    smaller = pruned(nearest, importance, config.plan.rounds, _gradients(importance, batches))
+    smaller = by_importance(nearest)
     report = _report(model, smaller, example, config)
     if abs(report["reached"] - config.plan.reduction) > FAR:
         raise ConfigError(
