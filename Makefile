@@ -5,6 +5,9 @@ STAMP := .venv/.installed
 # Waiting threads sleep instead of spinning: on a busy machine small networks run up to 18 times as fast.
 export OMP_WAIT_POLICY ?= passive
 
+# What is not imported need not be compiled: half of the time that an installation takes.
+QUIETLY := --quiet --disable-pip-version-check --no-compile
+
 .PHONY: demo test clean
 
 demo: $(STAMP)
@@ -21,10 +24,10 @@ test: $(STAMP)
 # timm stay apart, see benchmarks/zoo.py.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps torch-pruning
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --target .venv/vision torchvision timm
+	$(BIN)/pip install $(QUIETLY) -c constraints.txt torch
+	$(BIN)/pip install $(QUIETLY) -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install $(QUIETLY) -c constraints.txt --no-deps torch-pruning
+	$(BIN)/pip install $(QUIETLY) -c constraints.txt --no-deps --target .venv/vision torchvision timm
 	touch $@
 
 clean:

@@ -401,7 +401,7 @@ def test_layers_run_on_another_device(
 
     monkeypatch.setattr(turns.pipeline, "score", looked)
     monkeypatch.setattr(repair, "compensate", looked_at)
-    config = config_of(plan={"reduction": 0.3, "rounds": 2})
+    config = config_of(plan={"reduction": 0.3, "rounds": 2 if name == "tied" else 1})
     done, here = (
         prune_offloaded(made / name, tmp_path / place, batches_of(), config, memory=memory, device=place)
         for place in (device, "cpu")
@@ -426,11 +426,9 @@ def test_a_result_is_pruned_again_and_its_plan_is_of_the_dense_model(made: Path,
 @pytest.mark.parametrize(
     ("name", "memory", "values"),
     [
-        ("llama", 1, {"plan": {"multiple": 8}}),
         ("llama", 2**31, {"compensate": False, "score": {"criterion": "distortion"}}),
         ("llama", 1, {"record": {"exact_units": 40, "sketch_columns": 64}, "plan": {"ranking": "global"}}),
         ("tied", 1, {"plan": {"multiple": 8}}),
-        ("gpt2", 1, {}),
     ],
     ids=str,
 )
