@@ -17,12 +17,8 @@ def macs_table(network: str) -> list[str]:
     shares = {round(left(item), 2) for item in recovered if item["cell"].get("of") == "macs"}
     lines: list[str] = []
     for share, epochs in sorted({(s, item["cell"]["epochs"]) for s in shares for item in recovered}):
-        chosen = [
-            item
-            for item in pick(recovered, epochs=epochs, rounds=4, scope="inner")
-            if abs(item["report"]["macs"] / item["report"]["macs_dense"] - share) <= NEAR
-            and not any(tuned(item))
-        ]
+        cells = pick(recovered, epochs=epochs, rounds=4, scope="inner")
+        chosen = [item for item in cells if abs(left(item) - share) <= NEAR and not any(tuned(item))]
         if not any(item["cell"].get("of") == "macs" for item in chosen):
             continue
         rows = [
@@ -38,9 +34,9 @@ def macs_table(network: str) -> list[str]:
             "criterion",
             "ranking",
             "start",
+            "draws",
             "pruned",
             "recovered",
-            "draws",
             "MACs left",
             "parameters left",
         ]
