@@ -6,7 +6,9 @@ and, where there is one, on CUDA.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,10 +29,13 @@ from cria_prune import (
 )
 from cria_prune import score as score_groups
 from cria_prune.config import RecordConfig, ScoreConfig
+from cria_prune.graph import Moments
 from cria_prune.loss import cross_entropy
 from cria_prune.modules import device_of
 from cria_prune.pipeline import record_for
 from cria_prune.scoring import score_once
+from cria_prune.spectrum import Importance, distortion, grounded_distortion, importance
+from cria_prune.spectrum.factor import factor_embedding
 from cria_prune.structure.groups import freeze
 from cria_prune.tasks import task
 from elsewhere import Elsewhere
@@ -101,6 +106,28 @@ def test_scores_are_those_of_the_cpu(device: str, criterion: str, exact: int) ->
         assert other.device.type == "cpu"
         apart = float((item.scores - other).abs().max() / item.scores.abs().max())
         assert apart <= tolerance(device), name
+
+
+@pytest.mark.parametrize("scored", [distortion, grounded_distortion])
+def test_all_pairs_of_a_middling_group_are_factored_there(
+    device: str, scored: Callable[..., Importance], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randn(100, 300, generator=generator)
+    sides = {place: [Moments.from_signals(item.to(place)) for item in (before, before.relu())]
+             for place in ("cpu", device)}  # fmt: skip
+    places = list[str]()
+
+    def looked(*args: Any) -> Any:
+        found = factor_embedding(*args)
+        places.append(found[0].device.type if found else "nothing")
+        return found
+
+    monkeypatch.setattr(importance, "factor_embedding", looked)
+    one, other = (scored(*sides[place]) for place in ("cpu", device))
+    assert places == ["cpu", torch.device(device).type] and other.scores.device.type == "cpu"
+    assert one.diagnosis.solver == other.diagnosis.solver == "cholesky"
+    assert float((one.scores - other.scores).abs().max() / one.scores.max()) <= tolerance(device)
 
 
 def same_as_on_the_cpu(

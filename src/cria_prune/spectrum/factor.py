@@ -11,7 +11,9 @@ from torch import Tensor
 from cria_prune.graph import Graph
 
 
-def factor_embedding(graph_in: Graph, graph_out: Graph) -> tuple[Tensor, float] | None:
+def factor_embedding(
+    graph_in: Graph, graph_out: Graph, device: torch.device | str = "cpu"
+) -> tuple[Tensor, float] | None:
     """Return F = L_out⁻¹ C (d, d) with C Cᵀ = L_in, and the largest relative residual of its columns.
 
     With all pairs, V Vᵀ = L_out⁻¹ L_in L_out⁻¹ = F Fᵀ for V = [√z₁ v₁, …], so rows of F are as far apart as
@@ -19,11 +21,12 @@ def factor_embedding(graph_in: Graph, graph_out: Graph) -> tuple[Tensor, float] 
 
     Args:
         graph_in, graph_out: of the same units, both positive definite (a ridge > 0, or grounded).
+        device: where it is computed, and F is.
 
     Returns:
         None where one of them is not, in float64.
     """
-    L_in, L_out = graph_in.dense_laplacian(), graph_out.dense_laplacian()
+    L_in, L_out = (graph.dense_laplacian().to(device) for graph in (graph_in, graph_out))
     (C, bad_in), (factor, bad_out) = (torch.linalg.cholesky_ex(L) for L in (L_in, L_out))
     if int(bad_in) or int(bad_out):
         return None

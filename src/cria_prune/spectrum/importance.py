@@ -5,16 +5,14 @@ Legend: d = units, live = units that are not dead on the output side, s = pairs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from cria_prune.errors import SignalError
 from cria_prune.graph import Graph, Moments, dead_units, learn_graph
+from cria_prune.spectrum.diagnosis import Diagnosis, Importance
 from cria_prune.spectrum.factor import factor_embedding
 from cria_prune.spectrum.pcg import distortion_embedding
 from cria_prune.spectrum.pencil import DENSE_UNITS, RESIDUAL, Pairs, count_pairs, solve_pencil
@@ -24,65 +22,6 @@ SHOWN_VALUES = 32
 EDGES = 4096  # whose differences are held at a time: 8 MB at 256 columns
 INNOVATION_EPS = 1e-4
 SMALL_UNITS = 64  # up to here all pairs are solved for one by one, and shown
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """How far a score can be trusted.
-
-    Attributes:
-        pieces_in, pieces_out: connected components of the graphs before the ridge; None without graph.
-        dead: units with a constant output, in order; their score is 0.
-        residual: largest relative residual of the solver; None where nothing was solved.
-        gap: (z_s − z_{s+1}) / z_s at the cut; None with all pairs.
-        split_half: rank correlation of the scores from two halves of the samples; the caller fills it.
-        solver: "dense", "lobpcg", "lanczos", "pcg", "cholesky" or "none".
-        values: top eigenvalues z, at most 32; empty without eigensolver, as with all pairs above 64 units.
-        status: "converged", "unconverged" or "nothing to solve".
-    """
-
-    pieces_in: int | None = None
-    pieces_out: int | None = None
-    dead: tuple[int, ...] = ()
-    residual: float | None = None
-    gap: float | None = None
-    split_half: float | None = None
-    solver: str = "none"
-    values: tuple[float, ...] = ()
-    status: str = "nothing to solve"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON takes them."""
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Return the diagnosis that `to_dict` made these fields of."""
-        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        return cls(**fields)
-
-
-@dataclass(frozen=True, eq=False)
-class Importance:
-    """One score per unit: high is kept, low is a candidate for removal.
-
-    Attributes:
-        scores: (d,) float64, dead units 0, all others positive.
-        diagnosis: how far to trust them.
-    """
-
-    scores: Tensor
-    diagnosis: Diagnosis
-
-    def __repr__(self) -> str:
-        d = self.diagnosis
-        pieces = "" if d.pieces_in is None else f", {d.pieces_in} and {d.pieces_out} pieces"
-        residual = "" if d.residual is None else f", residual {d.residual:.1e}"
-        split = "" if d.split_half is None else f", split-half {d.split_half:.2f}"
-        return (
-            f"Importance of {len(self.scores)} units, {len(d.dead)} dead{pieces}; "
-            f"{d.solver}: {d.status}{residual}{split}"
-        )
 
 
 def distortion(
@@ -176,20 +115,6 @@ def innovation(
     return _importance(live, unpredicted(part, eps), weights, moments_out.units, found)
 
 
-def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Return Spearman's rank correlation of a and b (d,), average ranks at ties; 0 if one is constant.
-
-    Example:
-        >>> rank_correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 9.0]))
-        1.0
-    """
-    a, b = torch.as_tensor(a).double().cpu(), torch.as_tensor(b).double().cpu()
-    if len(a) < 2 or bool((a == a[0]).all()) or bool((b == b[0]).all()):
-        return 0.0
-    value = float(spearmanr(a.numpy(), b.numpy()).statistic)
-    return round(value, 12) if value == value else 0.0
-
-
 def _score(
     moments_in: Moments,
     moments_out: Moments,
@@ -223,19 +148,19 @@ def _score(
     graph_in, graph_out = (
         learn_graph(part.select(live), neighbors, ridge, grounded) for part in (moments_in, moments_out)
     )
-    F, found = _embed(graph_in, graph_out, pairs, sketch, seed)
+    F, found = _embed(graph_in, graph_out, pairs, sketch, seed, moments_out.mean.device)
     found |= {"pieces_in": graph_in.pieces(), "pieces_out": graph_out.pieces()}
     scores = F.square().sum(dim=1) if grounded else _mean_over_neighbors(graph_in, F)
     return _importance(live, scores, weights, d, found)
 
 
 def _embed(
-    graph_in: Graph, graph_out: Graph, pairs: Pairs, sketch: int, seed: int
+    graph_in: Graph, graph_out: Graph, pairs: Pairs, sketch: int, seed: int, device: torch.device
 ) -> tuple[Tensor, dict[str, Any]]:
     """Return F (live, s or r) whose squared distances are the distortion, and the solver's diagnosis."""
     d = graph_in.units
     if d > SMALL_UNITS and count_pairs(pairs, d) == d:
-        found = _embed_all(graph_in, graph_out, sketch, seed)
+        found = _embed_all(graph_in, graph_out, sketch, seed, device)
         if found is not None:
             F, residual, solver = found
             status = "converged" if residual <= RESIDUAL else "unconverged"
@@ -250,21 +175,24 @@ def _embed(
     }
 
 
-def _embed_all(graph_in: Graph, graph_out: Graph, sketch: int, seed: int) -> tuple[Tensor, float, str] | None:
+def _embed_all(
+    graph_in: Graph, graph_out: Graph, sketch: int, seed: int, device: torch.device
+) -> tuple[Tensor, float, str] | None:
     """Return F of all pairs, its residual and the solver; None where a factor would not be exact."""
     if graph_in.units > DENSE_UNITS:
         F, residual, _ = distortion_embedding(graph_in, graph_out, sketch, seed)
         return F, residual, "pcg"
-    found = factor_embedding(graph_in, graph_out)
+    found = factor_embedding(graph_in, graph_out, device)
     return None if found is None else (*found, "cholesky")
 
 
 def _mean_over_neighbors(graph: Graph, F: Tensor) -> Tensor:
     """Return, for every unit, the mean of ‖F_p − F_q‖² over its neighbours q; 1 without neighbour."""
     scores = torch.empty(len(graph.rows), dtype=torch.float64)
+    rows, cols = graph.rows.to(F.device), graph.cols.to(F.device)
     for start in range(0, len(scores), EDGES):
         block = slice(start, start + EDGES)
-        scores[block] = (F[graph.rows[block]] - F[graph.cols[block]]).square_().sum(dim=1)
+        scores[block] = (F[rows[block]] - F[cols[block]]).square_().sum(dim=1).cpu()
     counts = graph.neighbor_counts()
     return torch.where(counts > 0, graph.sum_over_edges(scores) / counts.clamp(min=1), 1.0)
 
