@@ -140,6 +140,9 @@ def test_a_recovery_that_was_killed_goes_on_to_the_same_figures(
     one, other = (json.loads((tmp_path / part / name).read_text()) for part in ("whole", "part"))
     assert one["recovered"] == other["recovered"] and other["resumed"] and "resumed" not in one
     assert sorted(path.name for path in (tmp_path / "part").iterdir()) == ["dense-seed0.json", name]
+    state = tmp_path / "part" / f".{name.removesuffix('.json')}.recovery"
+    state.mkdir()  # as a kill between the file and the end of its state leaves it
+    assert measured(grid, tmp_path / "part") == 0 and not state.exists()
 
 
 def test_a_recovery_of_another_code_is_refused_and_kept(

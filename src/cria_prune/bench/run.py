@@ -71,7 +71,7 @@ def run_grids(
         if seed not in models:
             models = {seed: chosen.dense(seed, progress).to(device)}  # one at a time
             _dense(chosen, models[seed], seed, folder, command, data, device, progress)
-        state = folder / f".{Path(file_name(cell)).stem}.recovery"
+        state = _state(folder, cell)
         try:
             values = _measure(chosen, models[seed], cell, config, progress, state, data)
         except CriaError as error:
@@ -112,6 +112,12 @@ def _missing(grid: Grid, chosen: Task, folder: Path, data: str) -> Iterator[tupl
                 f"{path.name} was measured with {differs or 'other data'}",
                 "Choose another --output, or remove the file",
             )
+        shutil.rmtree(_state(folder, cell), ignore_errors=True)  # left by a kill after the file was written
+
+
+def _state(folder: Path, cell: Cell) -> Path:
+    """Return the hidden folder with the state of a cell's recovery."""
+    return folder / f".{Path(file_name(cell)).stem}.recovery"
 
 
 @contextmanager
