@@ -259,7 +259,9 @@ def test_settings_are_apart_and_those_with_recovery_come_first(tmp_path: Path) -
     a_cell(tmp_path, extra={"epochs": 0, "rounds": 8, "odd": "x"})
     a_cell(tmp_path, extra={"epochs": 1, "rounds": 4, "quick": True}, recovered=0.5)
     text = words(folder_page(tmp_path).html)
-    assert text.index("4 rounds, 1 epoch of recovery, quick") < text.index("8 rounds, no recovery, odd x")
+    assert text.index("4 rounds, 1 epoch of recovery, quick training data") < text.index(
+        "8 rounds, no recovery, odd x"
+    )
 
 
 def test_perplexities_are_no_per_cent_and_low_is_best(tmp_path: Path) -> None:

@@ -20,6 +20,12 @@ STAGES = {
     "Torch-Pruning": ("prune",),
     "recovery": ("recover",),
 }
+SAID = {
+    "compensate": "with repair",
+    "batch_norm": "batch norms measured again",
+    "quick": "quick training data",
+    "of": "shares of the {}",
+}
 PLURAL = {"rounds": "round", "epochs": "epoch"}
 LISTED = 12  # so many commits or files are named, the others counted
 
@@ -43,6 +49,8 @@ def setting_title(setting: Setting) -> str:
 
     >>> setting_title((("epochs", "3"), ("rounds", "1"), ("scope", "inner")))
     'scope inner, 1 round, 3 epochs of recovery'
+    >>> setting_title((("compensate", "True"), ("of", "macs")))
+    'with repair, shares of the macs'
     """
     known = dict(setting)
     words = [f"scope {known.pop('scope')}"] if "scope" in known else []
@@ -52,7 +60,9 @@ def setting_title(setting: Setting) -> str:
             after = " of recovery" if key == "epochs" else ""
             some = f"{value} {PLURAL[key]}{'' if value == '1' else 's'}{after}"
             words.append("no recovery" if (key, value) == ("epochs", "0") else some)
-    words += [key if value == "True" else f"{key} {value}" for key, value in known.items()]
+    for key, value in known.items():
+        plain = key if value == "True" else f"{key} {value}"
+        words.append(SAID[key].format(value) if key in SAID else plain)
     return ", ".join(words) or "all cells"
 
 
