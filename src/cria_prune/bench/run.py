@@ -96,7 +96,9 @@ def _missing(grid: Grid, chosen: Task, folder: Path, data: str) -> Iterator[tupl
             continue
         with _reading(path):
             said = json.loads(path.read_text(encoding="utf-8"))
-            said["config"]["record"].setdefault("tokens", None)  # files from before there was a choice
+            # Files from before there was a choice, and from before there was repair at all.
+            said["config"] = {"compensate": False, "batch_norm": False, **said["config"]}
+            said["config"]["record"].setdefault("tokens", None)
             found, measured = PruneConfig(**said["config"]), said["cell"]
             known = said["provenance"].get("data") in (data, chosen.fingerprint("test"))
             tuned = None if said.get("recover") is None else RecoverConfig(**said["recover"])
