@@ -174,8 +174,12 @@ def test_a_recovery_of_another_code_is_refused_and_kept(
 def test_a_file_of_another_configuration_is_refused_before_any_work(tmp_path: Path) -> None:
     measured(GRID, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    state = tmp_path / f".{file_name(cells(GRID)[0]).removesuffix('.json')}.recovery"
+    state.mkdir()
+    other = Grid(**{**GRID.model_dump(), "examples": 128})
     with pytest.raises(ArtifactError, match=r"was measured with config\.record\.examples 64, asked is 128"):
-        measured(Grid(**{**GRID.model_dump(), "examples": 128}), tmp_path)
+        run_grids([GRID, other], tmp_path)
+    assert state.exists()  # nothing is removed either
     for path in tmp_path.glob("inner-*.json"):  # files from before there was a choice, or repair at all
         said = json.loads(path.read_text())
         del said["config"]["record"]["tokens"], said["config"]["batch_norm"]

@@ -9,7 +9,7 @@ import torch
 
 from cria_prune.bench import Grid, cells, config_of
 from cria_prune.bench import peer as module
-from cria_prune.bench.peer import IMPORTANCES, prune_by_peer
+from cria_prune.bench.peer import IMPORTANCES, PeerResult, prune_by_peer
 from cria_prune.errors import ConfigError
 from cria_prune.tasks import build, task
 
@@ -54,6 +54,8 @@ def test_inner_channels_leave_and_the_network_stays_as_it_was(name: str) -> None
     assert torch.equal(torch.get_rng_state(), state)
     assert abs(found.report["reached"] - 0.5) < 0.02
     assert found.report["parameters"] == sum(item.numel() for item in found.model.parameters())
+    assert list(found.kept.values()) == [8, 8, 8, 16, 16, 16, 32, 32, 32]
+    assert set(found.seconds) == {"search", "prune"}
     assert widths(found.model, "conv1")[1:] == [8, 8, 8, 16, 16, 16, 32, 32, 32]  # the first is the stem
     assert widths(found.model, "conv2") == widths(dense, "conv2")
     assert found.model(torch.randn(2, 3, 32, 32)).shape == (2, 10) and not found.model.training
@@ -79,24 +81,48 @@ def test_magnitude_takes_the_weakest_and_taylor_needs_the_gradients() -> None:
     assert not torch.equal(one, other)
 
 
-def test_under_one_threshold_for_all_layers_the_share_is_met_and_the_layers_differ() -> None:
-    dense = network()
+def test_under_one_threshold_for_all_layers_the_share_is_met_and_the_layers_differ(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dense, tries, real = network(), [], module._Peer.pruned
+    monkeypatch.setattr(module._Peer, "pruned", lambda *given: tries.append(real(*given)) or tries[-1])
     with torch.no_grad():
         for name, scale in dense.named_parameters():
             if name.endswith("bn1.weight"):  # as if the first stage were needed most
                 scale.uniform_(10, 11) if name.startswith("layer1") else scale.uniform_(0, 1)
-    config = config_of(task("cifar10-resnet20"), cells(GRID)[0], GRID)
-    plan = config.plan.model_copy(update={"ranking": "global", "of": "macs", "reduction": 0.3})
-    found = prune_by_peer("tp-bn-scale", dense, batches(6), config.model_copy(update={"plan": plan}))
+    config, found = freely("tp-bn-scale", dense, reduction=0.3)
     assert abs(found.report["reached"] - 0.3) < 0.02 and found.report["of"] == "macs"
     kept = widths(found.model, "conv1")[1:]
     assert kept[:3] == [16, 16, 16] and max(kept[3:6]) < 32 and max(kept[6:]) < 64
+    assert len(tries) == module.HALVINGS  # the network is one of those that were tried
+    assert found.model is min(tries, key=lambda item: abs(item.freed - 0.3)).model
+    _, other = freely("tp-taylor", dense, reduction=0.3)  # its gradients are asked for at every try
+    assert abs(other.report["reached"] - 0.3) < 0.02 and other.kept != found.kept
     by_loss = config.plan.model_copy(update={"ranking": "loss"})
     with pytest.raises(ConfigError, match="its pruner has uniform and global"):
         prune_by_peer("tp-bn-scale", dense, batches(6), config.model_copy(update={"plan": by_loss}))
 
 
-def test_only_usual_cells_are_compared() -> None:
+def test_the_nearest_of_all_tries_is_taken_where_what_a_ratio_frees_jumps_and_falls() -> None:
+    shares = {0.5: 0.58, 0.75: 0.9}
+    tries = []
+
+    def attempt(ratio: float) -> module._Try:
+        tries.append(module._Try(ratio, shares.get(ratio, 0.3)))
+        return tries[-1]
+
+    assert module._nearest(attempt, 0.6) is tries[0]
+    assert [item.ratio for item in tries[:3]] == [0.5, 0.75, 0.625] and len(tries) == module.HALVINGS
+
+
+def freely(name: str, dense: torch.nn.Module, reduction: float) -> tuple[Any, PeerResult]:
+    """Prune under one threshold for all layers."""
+    config = config_of(task("cifar10-resnet20"), cells(GRID)[0], GRID)
+    plan = config.plan.model_copy(update={"ranking": "global", "of": "macs", "reduction": reduction})
+    return config, prune_by_peer(name, dense, batches(6), config.model_copy(update={"plan": plan}))
+
+
+def test_cells_that_the_peer_cannot_do_are_left_out() -> None:
     assert [(cell["criterion"], cell.get("compensate", False)) for cell in cells(GRID)] == [
         ("l2", False), ("tp-lamp", False), ("l2", True),
     ]  # fmt: skip

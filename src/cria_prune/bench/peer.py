@@ -7,6 +7,7 @@ about the same share, and takes the gradients that an importance asks for. Teste
 from __future__ import annotations
 
 import copy
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -43,19 +44,22 @@ RANKINGS = ("uniform", "global")
 
 @dataclass(frozen=True)
 class PeerResult:
-    """The network that the peer left, and what it cost: `report` as in a plan."""
+    """What the peer left: `report` as in a plan, units `kept` per group, `seconds` of search and pruning."""
 
     model: nn.Module
     report: dict[str, Any]
+    kept: dict[str, int]
+    seconds: dict[str, float]
 
 
 def prune_by_peer(name: str, model: nn.Module, batches: list[Batch], config: PruneConfig) -> PeerResult:
     """Prune a copy of a network by an importance of Torch-Pruning, by default the same share of every layer.
 
-    The ratio is the one, to 1/4096, that frees the share most nearly, more or less; under the ranking
-    `global` (its `global_pruning`) it depends on the importance, and every try prunes in all steps. Gradients
-    are those of the cross-entropy over the calibration batches in evaluation mode, taken anew before every
-    step; for the Hessian example by example, as its documentation shows.
+    Its ratio is bisected, and of all ratios tried that one is taken which frees the share most nearly, more
+    or less. Under the ranking `global` (its `global_pruning`) what a ratio frees depends on the importance,
+    so every try prunes in all steps, and no layer has a floor, where Cria leaves a tenth (`plan.floor`).
+    Gradients are those of the cross-entropy over the calibration batches in evaluation mode, taken anew
+    before every step; for the Hessian example by example, as its documentation shows.
 
     Args:
         name: key of IMPORTANCES.
@@ -67,6 +71,27 @@ def prune_by_peer(name: str, model: nn.Module, batches: list[Batch], config: Pru
         ConfigError: Torch-Pruning is not installed, its pruner frees no share near that one, or the share or
             the ranking is one that we do not have for it.
     """
+    library = _library(name, config)
+    start = time.perf_counter()
+    batches = [move(batch, device_of(model)) for batch in batches]
+    peer = _Peer(library, name, model, batches, config)
+    found = _nearest(peer.attempt, config.plan.reduction)
+    taken = found if found.model is not None else peer.pruned(found.ratio)
+    assert taken.model is not None
+    report = _report(model, taken.model, peer.example, config)
+    if abs(report["reached"] - config.plan.reduction) > FAR:
+        raise ConfigError(
+            f"{name}: {config.plan.reduction:.1%} of the {config.plan.of}",
+            f"the nearest that Torch-Pruning frees is {report['reached']:.1%}",
+            "Leave it out, or ask for another share",
+        )
+    search = time.perf_counter() - start - taken.seconds
+    seconds = {"search": round(search, 4), "prune": round(taken.seconds, 4)}
+    return PeerResult(taken.model, report, _kept(model, taken.model, peer.groups), seconds)
+
+
+def _library(name: str, config: PruneConfig) -> Any:
+    """Return Torch-Pruning, if it is there and can do what the configuration asks."""
     try:
         library = import_module("torch_pruning")
     except ImportError as error:
@@ -85,19 +110,75 @@ def prune_by_peer(name: str, model: nn.Module, batches: list[Batch], config: Pru
             f"its pruner has {' and '.join(RANKINGS)}",
             "Leave it out",
         )
-    batches = [move(batch, device_of(model)) for batch in batches]
-    example = pipeline.first_examples(batches, device_of(model))
-    found = pipeline.check_target(model, pipeline.discover(model, example), config.plan).groups
-    inputs = example[0] if isinstance(example, (tuple, list)) else example
-    spread = config.plan.ranking == "global"
+    return library
 
-    def pruned(ratio: float, importance: Any, steps: int, before: Callable[[nn.Module], None]) -> nn.Module:
-        smaller = copy.deepcopy(model)
+
+@dataclass(frozen=True)
+class _Try:
+    """What a ratio frees, as a share; network and seconds where it took the whole pruning to find out."""
+
+    ratio: float
+    freed: float
+    model: nn.Module | None = None
+    seconds: float = 0.0
+
+
+def _nearest(attempt: Callable[[float], _Try], goal: float) -> _Try:
+    """Bisect for the ratio that frees a share, and return the nearest of all tries.
+
+    The last need not be that: the share jumps, and under one threshold it can even fall while the ratio
+    rises, for a layer that lies below the threshold as a whole is left as it is.
+    """
+    low, high, nearest = 0.0, 1.0, _Try(0.0, 0.0)
+    for _ in range(HALVINGS):
+        found = attempt((low + high) / 2)
+        low, high = (low, found.ratio) if found.freed >= goal else (found.ratio, high)
+        if abs(found.freed - goal) < abs(nearest.freed - goal):
+            nearest = found
+    return nearest
+
+
+class _Peer:
+    """Its pruner over one network, one importance and one calibration."""
+
+    def __init__(
+        self, library: Any, name: str, model: nn.Module, batches: list[Batch], config: PruneConfig
+    ) -> None:
+        self.library, self.name, self.model, self.batches, self.config = library, name, model, batches, config
+        self.example = pipeline.first_examples(batches, device_of(model))
+        self.groups = pipeline.check_target(model, pipeline.discover(model, self.example), config.plan).groups
+        self.dense = _cost(model, self.example, config)
+
+    def attempt(self, ratio: float) -> _Try:
+        """Find out what a ratio frees: the same share of every layer costs no importance."""
+        if self.config.plan.ranking == "global":
+            return self.pruned(ratio)
+        sized = self._cut(ratio, self.library.importance.RandomImportance(), 1, lambda _model: None)
+        return _Try(ratio, self._freed(sized))
+
+    def pruned(self, ratio: float) -> _Try:
+        """Prune by the importance, in all steps."""
+        start = time.perf_counter()
+        importance = getattr(self.library.importance, IMPORTANCES[self.name])()
+        before = _gradients(importance, self.batches)
+        smaller = self._cut(ratio, importance, self.config.plan.rounds, before)
+        seconds = time.perf_counter() - start
+        return _Try(ratio, self._freed(smaller), smaller, seconds)
+
+    def _freed(self, smaller: nn.Module) -> float:
+        return 1 - _cost(smaller, self.example, self.config) / self.dense
+
+    def _cut(
+        self, ratio: float, importance: Any, steps: int, before: Callable[[nn.Module], None]
+    ) -> nn.Module:
+        smaller, example = copy.deepcopy(self.model), self.example
+        inputs = example[0] if isinstance(example, (tuple, list)) else example
         with warnings.catch_warnings(), modes_kept(smaller), torch.random.fork_rng(devices=devices_in_use()):
             warnings.simplefilter("ignore")
-            pruner = library.pruner.BasePruner(
+            pruner = self.library.pruner.BasePruner(
                 smaller, inputs, importance=importance, pruning_ratio=ratio, iterative_steps=steps,
-                ignored_layers=_others(smaller, found), global_pruning=spread,
+                ignored_layers=_others(smaller, self.groups),
+                global_pruning=self.config.plan.ranking == "global",
                 # its defaults are shared between calls, and filled
                 in_channel_groups={}, out_channel_groups={}, num_heads={}, channel_groups={},
             )  # fmt: skip
@@ -107,40 +188,22 @@ def prune_by_peer(name: str, model: nn.Module, batches: list[Batch], config: Pru
         smaller.zero_grad()
         return smaller
 
-    dense = _cost(model, example, config)
-
-    def by_importance(ratio: float) -> nn.Module:
-        importance = getattr(library.importance, IMPORTANCES[name])()
-        return pruned(ratio, importance, config.plan.rounds, _gradients(importance, batches))
-
-    def freed(ratio: float) -> float:
-        if spread:
-            sized = by_importance(ratio)
-        else:
-            sized = pruned(ratio, library.importance.RandomImportance(), 1, lambda _model: None)
-        return 1 - _cost(sized, example, config) / dense
-
-    low, high = 0.0, 1.0
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if freed(middle) >= config.plan.reduction else (middle, high)
-    nearest = min(low, high, key=lambda ratio: abs(freed(ratio) - config.plan.reduction))
-    smaller = by_importance(nearest)
-    report = _report(model, smaller, example, config)
-    if abs(report["reached"] - config.plan.reduction) > FAR:
-        raise ConfigError(
-            f"{name}: {config.plan.reduction:.1%} of the {config.plan.of}",
-            f"the nearest that Torch-Pruning frees is {report['reached']:.1%}",
-            "Leave it out, or ask for another share",
-        )
-    return PeerResult(smaller, report)
-
 
 def _others(model: nn.Module, groups: UnitGroups) -> list[nn.Module]:
     """Return the layers whose outputs Cria would not cut: it is not to cut them either."""
     cut = {item.tensor.rpartition(".")[0] for group in groups.prunable for item in group.producers}
     kinds = (nn.Linear, nn.modules.conv._ConvNd)
     return [layer for name, layer in model.named_modules() if isinstance(layer, kinds) and name not in cut]
+
+
+def _kept(dense: nn.Module, smaller: nn.Module, groups: UnitGroups) -> dict[str, int]:
+    """Return how many units of each group are left, by the size of its first producer."""
+    kept = {}
+    for group in groups.prunable:
+        first = group.producers[0]
+        before, after = (model.get_parameter(first.tensor).shape[first.dim] for model in (dense, smaller))
+        kept[group.name] = group.size * after // before
+    return kept
 
 
 def _cost(model: nn.Module, example: Batch, config: PruneConfig) -> float:

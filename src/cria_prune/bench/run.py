@@ -6,8 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ from torch import nn
 
 from cria_prune.artifact.files import write_json
 from cria_prune.artifact.provenance import provenance
-from cria_prune.bench.cell import Cell, cells, config_of, dense_seed, file_name
+from cria_prune.bench.cell import Cell, dense_seed, file_name
+from cria_prune.bench.measured import divide, reading, state_of, tuning
 from cria_prune.bench.peer import IMPORTANCES, prune_by_peer
 from cria_prune.bench.suite import Grid
-from cria_prune.config import PruneConfig, RecoverConfig
+from cria_prune.config import PruneConfig
 from cria_prune.errors import ArtifactError, CriaError
 from cria_prune.modules import device_of
 from cria_prune.pipeline import PruneResult, prune
@@ -62,7 +62,9 @@ def run_grids(
     """
     chosen, progress = task(grids[0].network), progress or QUIET
     data = chosen.fingerprint()
-    missing = [item for grid in grids for item in _missing(grid, chosen, folder, data)]
+    missing, measured = divide(grids, chosen, folder, data)
+    for cell in measured:  # a kill between a cell's file and the removal of its state
+        shutil.rmtree(state_of(folder, cell), ignore_errors=True)
     failed: dict[str, CriaError] = {}
     folder.mkdir(parents=True, exist_ok=True)
     models: dict[int, nn.Module] = {}
@@ -71,7 +73,7 @@ def run_grids(
         if seed not in models:
             models = {seed: chosen.dense(seed, progress).to(device)}  # one at a time
             _dense(chosen, models[seed], seed, folder, command, data, device, progress)
-        state = _state(folder, cell)
+        state = state_of(folder, cell)
         try:
             values = _measure(chosen, models[seed], cell, config, progress, state, data)
         except CriaError as error:
@@ -85,72 +87,6 @@ def run_grids(
         if on_cell is not None:
             on_cell(number, len(missing), cell, values)
     return len(missing) - len(failed), failed
-
-
-def _missing(grid: Grid, chosen: Task, folder: Path, data: str) -> Iterator[tuple[Cell, PruneConfig]]:
-    """Yield the cells without a file, once those that have one are seen to be the same."""
-    for cell in cells(grid):
-        path, config = folder / file_name(cell), config_of(chosen, cell, grid)
-        if not path.exists():
-            yield cell, config
-            continue
-        with _reading(path):
-            said = json.loads(path.read_text(encoding="utf-8"))
-            # Files from before there was a choice, and from before there was repair at all.
-            said["config"] = {"compensate": False, "batch_norm": False, **said["config"]}
-            said["config"]["record"].setdefault("tokens", None)
-            found, measured = PruneConfig(**said["config"]), said["cell"]
-            known = said["provenance"].get("data") in (data, chosen.fingerprint("test"))
-            tuned = None if said.get("recover") is None else RecoverConfig(**said["recover"])
-        asked: dict[str, Any] = {"cell": cell, "config": config.model_dump(mode="json")}
-        there: dict[str, Any] = {"cell": measured, "config": found.model_dump(mode="json")}
-        if cell["epochs"] and tuned is not None:  # files of the first benches do not say it
-            asked["recover"] = tuning(chosen, cell).model_dump(mode="json")
-            there["recover"] = tuned.model_dump(mode="json")  # settings that came later too
-        differs = _difference(there, asked)
-        if differs or not known:
-            raise ArtifactError(
-                f"The cell {path.stem}",
-                f"{path.name} was measured with {differs or 'other data'}",
-                "Choose another --output, or remove the file",
-            )
-        shutil.rmtree(_state(folder, cell), ignore_errors=True)  # left by a kill after the file was written
-
-
-def _state(folder: Path, cell: Cell) -> Path:
-    """Return the hidden folder with the state of a cell's recovery."""
-    return folder / f".{Path(file_name(cell)).stem}.recovery"
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Name the result file that is damaged, or holds something else, and what to do."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, CriaError) as error:
-        raise ArtifactError(
-            f"The result file {path}", f"{type(error).__name__}: {error}", "Remove it to measure again"
-        ) from error
-
-
-def tuning(chosen: Task, cell: Cell) -> RecoverConfig:
-    """Return the recovery of a cell: the recipe's own, for the epochs and with the seed of the cell."""
-    own = chosen.recover_defaults.model_dump()
-    return RecoverConfig(**{**own, **cell.get("tune", {}), "epochs": cell["epochs"], "seed": cell["seed"]})
-
-
-def _difference(found: dict[str, Any], asked: dict[str, Any]) -> str:
-    """Say in which values what was measured and what is asked differ."""
-    one, other = _flat(found), _flat(asked)
-    differing = [key for key in sorted({*one, *other}) if one.get(key) != other.get(key)]
-    return ", ".join(f"{key} {one.get(key)!r}, asked is {other.get(key)!r}" for key in differing)
-
-
-def _flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {before + key: value}
-    return flat
 
 
 def _dense(
@@ -174,7 +110,7 @@ def _dense(
     path, weights = folder / f"dense-seed{seed}.json", fingerprint(*model.state_dict().values())
     said: dict[str, Any] = {}
     if path.exists():
-        with _reading(path):
+        with reading(path):
             said = json.loads(path.read_text(encoding="utf-8"))
             float(said["dense"])
     if said.get("weights") == weights:
@@ -204,11 +140,10 @@ def _measure(
     """Prune, measure, recover and measure again."""
     batches = chosen.calibration(config.record.examples, cell["seed"])
     found: dict[str, Any]
-    start = time.perf_counter()
     if cell["criterion"] in IMPORTANCES:
         peer = prune_by_peer(cell["criterion"], model, batches, config)
-        smaller, found = peer.model, {"report": peer.report, "difference": None}
-        seconds = {"prune": round(time.perf_counter() - start, 4)}
+        smaller, seconds = peer.model, peer.seconds
+        found = {"report": peer.report, "difference": None, "kept": peer.kept}
     else:
         result = prune(model, batches, config, progress=progress)
         smaller, found, seconds = (
