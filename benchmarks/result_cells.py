@@ -1,4 +1,4 @@
-"""The cells of benches: read, picked, and set in tables by benchmarks/tables.py."""
+"""The cells of benches: read, picked, and put in words for the tables of benchmarks/tables.py."""
 
 from __future__ import annotations
 
@@ -52,6 +52,13 @@ WAYS = {
     (True, False, "uniform"): "with closed-form repair, no training",
     (True, True, "uniform"): "with closed-form repair and batch norms measured again, no training",
 }
+STARTS = {
+    (False, False): "as cut",
+    (False, True): "norms",
+    (True, False): "repair",
+    (True, True): "repair, norms",
+}
+"""What a cell does after the cut, in a word or two; the keys are the first two of a way."""
 PLAIN, ALL = (False, False, "uniform"), (True, True, "uniform")
 
 
@@ -114,6 +121,13 @@ def section(
 
 
 def tuned(item: dict[str, Any]) -> tuple[bool, str]:
-    """Return how a cell's recovery differs from the recipe's."""
+    """Whether a recovery saw a part of the training data, and its settings that are not the recipe's."""
     tune = item["cell"].get("tune", {})
     return item["cell"].get("quick", False), ", ".join(f"{key} {tune[key]}" for key in sorted(tune))
+
+
+def settings_text(item: dict[str, Any]) -> str:
+    """The rounds of a cell and its recovery, in words."""
+    (quick, tune), cell = tuned(item), item["cell"]
+    epochs = plural(cell["epochs"], "epoch") + (" of 8,000 sentences" if quick else "")
+    return f"{plural(cell['rounds'], 'round')}, {epochs}" + (f" tuned by {tune}" if tune else "")

@@ -31,6 +31,7 @@ from result_cells import (
     plural,
     read,
     section,
+    settings_text,
     tuned,
     way,
 )
@@ -105,26 +106,22 @@ SHARES = (0.2, 0.3, 0.4, 0.5)
 
 
 def recovered_table(network: str, how: tuple[Any, ...] = PLAIN) -> list[str]:
+    """One table for every recovery and set of dense models: cells of different ones are no comparison."""
     cells = [item for item in read(network) if item["cell"]["epochs"] and way(item) == how]
     lines: list[str] = []
-    said = metric_of(network)
-    unit = (
-        "accuracy of the last epoch in %"
-        if said == "accuracy"
-        else f"{said} of the last epoch (ratio to dense)"
-    )
-    settings = sorted({(i["cell"]["epochs"], i["cell"]["rounds"], *tuned(i)) for i in cells})
-    for epochs, rounds, quick, tune in settings:
-        chosen = [item for item in pick(cells, epochs=epochs, rounds=rounds) if tuned(item) == (quick, tune)]
-        length = (
-            f"{plural(rounds, 'round')}, {plural(epochs, 'epoch')}"
-            + (" of 8,000 sentences" if quick else "")
-            + (f" tuned by {tune}" if tune else "")
-        )
+    unit = metric_of(network) + " of the last epoch"
+    unit += " in %" if metric_of(network) == "accuracy" else " (ratio to dense)"
+    settings = sorted({(i["cell"]["epochs"], i["cell"]["rounds"], *tuned(i), fixed_dense(i)) for i in cells})
+    for epochs, rounds, *like in settings:
+        chosen = [
+            item
+            for item in pick(cells, epochs=epochs, rounds=rounds)
+            if [*tuned(item), fixed_dense(item)] == like
+        ]
         start = "" if how == PLAIN else f" {WAYS[how].removesuffix(', no training')}"
-        title = f"### {network}: recovered{start}, {length}, {unit}"
+        title = f"### {network}: recovered{start}, {settings_text(chosen[0])}, {unit}"
         rows = [
-            [name + (" (neurons alone)" if scope == "neurons" else ""), f"{100 * share:g}%",
+            [name + (" (neurons alone)" if scope == "neurons" else ""), f"{100 * share:g}%", str(len(found)),
              figures(network, found, "pruned"), figures(network, found, "recovered"),
              f"{found[0]['report']['reached']:.1%}", f"{found[0]['report']['parameters']:,}"]
             for share in sorted({item["cell"]["reduction"] for item in chosen})
@@ -133,9 +130,14 @@ def recovered_table(network: str, how: tuple[Any, ...] = PLAIN) -> list[str]:
             if (found := pick(chosen, criterion=name, reduction=share, scope=scope))
         ]  # fmt: skip
         fewer = f"fewer {SHARE_OF.get(network, 'parameters')}"
-        head = ["criterion", fewer, "pruned", "recovered", "reached", "parameters left"]
+        head = ["criterion", fewer, "draws", "pruned", "recovered", "reached", "parameters left"]
         lines += section(network, title, chosen, head, rows)
     return lines
+
+
+def fixed_dense(item: dict[str, Any]) -> int:
+    """The seed of the one dense model that cells of several seeds share; -1 where each has its own."""
+    return int(item["cell"].get("dense_seed", -1))
 
 
 def ablation_tables(network: str) -> list[str]:

@@ -17,8 +17,8 @@ def cells(grid: Grid) -> list[Cell]:
     """Return the cells of a grid, seed by seed: a bench that is stopped has whole tables of the first seeds.
 
     What is usual (a dense model of the cell's own seed, the recipe's kind of share, ranking uniform, no
-    repair, statistics as they are, all training data) is not in a cell. Importances of Torch-Pruning have no
-    cells by `loss`, with repair or statistics.
+    repair, batch norms as they are, all training data) is not in a cell. Importances of Torch-Pruning have no
+    cells under the ranking `loss`, with repair, or with batch norms measured again.
     """
     product = itertools.product(
         grid.seeds,

@@ -1,0 +1,85 @@
+"""The tables of docs/results.md: what stands in one row, and in one table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import result_cells
+import tables
+from macs_table import macs_table, rows_at
+
+DENSE = {"macs_dense": 1000, "parameters_dense": 1000}
+
+
+def cell(
+    criterion: str, seed: int, macs: int, *, reduction: float = 0.5, recovered: float = 0.8, **more: Any
+) -> dict[str, Any]:
+    """A result file, as far as the tables read it."""
+    said = {"network": "digits", "scope": "inner", "criterion": criterion, "reduction": reduction,
+            "rounds": 4, "seed": seed, "epochs": 3, **more}  # fmt: skip
+    report = {**DENSE, "macs": macs, "parameters": macs // 2, "reached": 1 - macs / 1000}
+    return {
+        "cell": said, "metric": "accuracy", "pruned": 0.5, "recovered": recovered, "report": report,
+        "provenance": {"commit": "abc", "seed": seed},
+    }  # fmt: skip
+
+
+def lines_of(table: list[str]) -> list[list[str]]:
+    return [[part.strip() for part in line.strip("|").split("|")] for line in table if line.startswith("| ")]
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    cells: list[dict[str, Any]] = []
+    monkeypatch.setattr("macs_table.every", lambda _network: cells)
+    monkeypatch.setattr(tables, "read", lambda _network: cells)
+    return cells
+
+
+def test_two_shares_that_are_near_each_other_are_two_tables_of_the_cells_near_each(given: Any) -> None:
+    given += [cell("l2", 0, 505, reduction=0.4945, of="macs", ranking="global", recovered=0.9)]
+    given += [cell("l2", 0, 501, reduction=0.499, of="macs", ranking="global", recovered=0.7)]
+    first, second = (line for line in macs_table("digits") if line.startswith("### "))
+    assert "50.1 % of the MACs, 4 rounds, 3 epochs" in first and "50.55 % of the MACs" in second
+    rows = lines_of(macs_table("digits"))
+    assert [row[3:6] for row in rows if row[0] == "l2"] == [["1", "50.00", "70.00"], ["1", "50.00", "90.00"]]
+
+
+def test_a_seed_counts_once_and_the_nearest_size_is_taken(given: Any) -> None:
+    given += [cell("innovation", seed, 505, reduction=0.4945, of="macs", ranking="global") for seed in (0, 1)]
+    given += [cell("innovation", seed, 504, reduction=0.495, recovered=0.9) for seed in (0, 1, 2)]
+    given += [cell("innovation", seed, 500, reduction=0.5, recovered=0.1) for seed in (0, 1)]
+    given += [cell("l1", 0, 480, reduction=0.52)]  # not as many MACs
+    rows, cells = rows_at(given, 0.5055)
+    assert [(label, len(found)) for label, found in rows] == [
+        (("innovation", "global", "as cut"), 2), (("innovation", "uniform", "as cut"), 3),
+    ]  # fmt: skip
+    assert len(cells) == 5 and all(item["recovered"] != 0.1 for item in cells)
+
+
+def test_what_is_recovered_otherwise_or_starts_otherwise_is_apart(given: Any) -> None:
+    given += [cell("l2", 0, 504, reduction=0.4945, of="macs")]
+    given += [cell("l2", 0, 505, compensate=True, recovered=0.9)]
+    given += [cell("l2", 0, 505, compensate=True, batch_norm=True, recovered=0.7)]
+    given += [
+        cell("l2", 0, 505, **more) for more in ({"tune": {"distill": 0.5}}, {"quick": True}, {"rounds": 1})
+    ]
+    rows = lines_of(macs_table("digits"))[2:]
+    assert [(row[2], row[3], row[5]) for row in rows] == [
+        ("as cut", "1", "80.00"), ("repair", "1", "90.00"), ("repair, norms", "1", "70.00"),
+    ]  # fmt: skip
+
+
+def test_cells_of_different_dense_models_are_in_different_tables(given: Any) -> None:
+    given += [cell("l2", 0, 500), *(cell("l2", seed, 500, dense_seed=1, recovered=0.9) for seed in (1, 2))]
+    table = tables.recovered_table("digits")
+    assert sum(line.startswith("### ") for line in table) == 2
+    assert [row[2:5] for row in lines_of(table) if row[0] == "l2"] == [
+        ["1", "50.00", "80.00"], ["2", "50.00 ± 0.0", "90.00 ± 0.0"],
+    ]  # fmt: skip
+
+
+def test_every_way_has_a_name() -> None:
+    assert {how[:2] for how in result_cells.WAYS} == set(result_cells.STARTS)
