@@ -17,14 +17,17 @@ STATES = (("pruned", "Right after pruning"), ("recovered", "After recovery"))
 STAGES = {
     "scoring": ("record", "discover", "score"),
     "cutting": ("surgery", "plan", "compensate", "batch norms", "verify"),
-    "Torch-Pruning": ("prune",),
+    "Torch-Pruning and its search": ("prune", "search"),
     "recovery": ("recover",),
 }
 SAID = {
-    "compensate": "with repair",
-    "batch_norm": "batch norms measured again",
-    "quick": "quick training data",
-    "of": "shares of the {}",
+    ("compensate", "True"): "with repair",
+    ("batch_norm", "True"): "batch norms measured again",
+    ("quick", "True"): "quick training data",
+    ("of", "macs"): "share of the MACs",
+    ("of", "parameters"): "share of the parameters",
+    ("of", "prunable"): "share of the prunable parameters",
+    ("of", "non-embedding"): "share of the parameters without embeddings",
 }
 PLURAL = {"rounds": "round", "epochs": "epoch"}
 LISTED = 12  # so many commits or files are named, the others counted
@@ -50,7 +53,9 @@ def setting_title(setting: Setting) -> str:
     >>> setting_title((("epochs", "3"), ("rounds", "1"), ("scope", "inner")))
     'scope inner, 1 round, 3 epochs of recovery'
     >>> setting_title((("compensate", "True"), ("of", "macs")))
-    'with repair, shares of the macs'
+    'with repair, share of the MACs'
+    >>> setting_title((("compensate", "False"), ("ranking", "global")))
+    'compensate False, ranking global'
     """
     known = dict(setting)
     words = [f"scope {known.pop('scope')}"] if "scope" in known else []
@@ -61,8 +66,7 @@ def setting_title(setting: Setting) -> str:
             some = f"{value} {PLURAL[key]}{'' if value == '1' else 's'}{after}"
             words.append("no recovery" if (key, value) == ("epochs", "0") else some)
     for key, value in known.items():
-        plain = key if value == "True" else f"{key} {value}"
-        words.append(SAID[key].format(value) if key in SAID else plain)
+        words.append(SAID.get((key, value), key if value == "True" else f"{key} {value}"))
     return ", ".join(words) or "all cells"
 
 
