@@ -171,7 +171,7 @@ def test_prune_gives_what_it_does_on_the_cpu(device: str, criterion: str, residu
     same_as_on_the_cpu(model, vision(), config, device)
 
 
-@pytest.mark.parametrize(("name", "residual"), [("llama", True), ("bert", False)])
+@pytest.mark.parametrize(("name", "residual"), [("llama", True), ("bert", True), ("gpt2", False)])
 def test_transformers_are_cut_and_proven_there(device: str, name: str, residual: bool) -> None:
     model, example = build(f"transformers/{name}")
     config = PruneConfig(

@@ -429,6 +429,7 @@ def test_a_result_is_pruned_again_and_its_plan_is_of_the_dense_model(made: Path,
         ("llama", 2**31, {"compensate": False, "score": {"criterion": "distortion"}}),
         ("llama", 1, {"record": {"exact_units": 40, "sketch_columns": 64}, "plan": {"ranking": "global"}}),
         ("tied", 1, {"plan": {"multiple": 8}}),
+        ("gpt2", 1, {}),
     ],
     ids=str,
 )

@@ -36,6 +36,7 @@ def written_and_killed(folder: Path, *args: Any) -> None:
 
 # name: (what is replaced, recordings that are left to do); a round of this Llama has two turns
 KILLS: dict[str, tuple[dict[str, Callable[..., Any]], int]] = {
+    "in-the-first-turn": ({"record": at_call(1, lambda *_, **__: kill(), turns.pipeline.record_for)}, 4),
     "half-of-the-second-state": ({"state": at_call(2, half_written, save)}, 3),
     "after-the-first-cut": ({"write": at_call(1, written_and_killed, rounds.write_model)}, 2),
     "in-the-second-round": ({"record": at_call(4, lambda *_, **__: kill(), turns.pipeline.record_for)}, 1),

@@ -174,7 +174,7 @@ def left_in(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
-FRESH = {"mistral", "llama as mistral"}
+FRESH = {"mistral", "llama as mistral", "vit"}
 """Loaded in a process of their own; the others in this one."""
 
 

@@ -22,9 +22,9 @@ from cria_prune.plan.make import make_plan
 
 NETWORKS = [
     *["torchvision/resnet18", "torchvision/mobilenet_v3_small", "torchvision/shufflenet_v2_x1_0"],
-    *["timm/vit_tiny_patch16_224", "timm/convnext_atto", "transformers/bert", "transformers/vit"],
-    *["transformers/gpt2", "transformers/llama", "transformers/phi3", "transformers/t5"],
-    "transformers/whisper",
+    *["timm/vit_tiny_patch16_224", "timm/convnext_atto", "timm/mobilevit_xxs", "transformers/bert"],
+    *["transformers/vit", "transformers/gpt2", "transformers/llama", "transformers/phi3"],
+    *["transformers/t5", "transformers/whisper"],
 ]
 
 

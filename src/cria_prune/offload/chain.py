@@ -130,7 +130,9 @@ class Chain:
     def read(self, batch: int) -> Any:
         """Return what the stretch before gave for a batch."""
         form, rest = self._form
-        held = load_file(self._folder / f"{self._turn}-{batch}.safetensors")
+        # Copied: a file's tensors lie anywhere in memory, and some processors then multiply to other bits.
+        read = load_file(self._folder / f"{self._turn}-{batch}.safetensors")
+        held = {name: value.clone() for name, value in read.items()}
         return tree_unflatten([held.get(str(place), item) for place, item in enumerate(rest)], form)
 
 
