@@ -21,7 +21,7 @@ from cria_prune.config import RecordConfig
 from cria_prune.graph import Graph, Moments, dead_units, edge_distances, learn_graph, nearest_neighbors
 from cria_prune.record import States
 from cria_prune.spectrum import distortion_embedding, innovation, rank_correlation, solve_pencil
-from cria_prune.spectrum.importance import _mean_over_neighbors as mean_over_neighbors
+from cria_prune.spectrum.scoring import _mean_over_neighbors as mean_over_neighbors
 from cria_prune.structure import UnitGroups
 from cria_prune.surgery import compensate
 from result_files import finished

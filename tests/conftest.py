@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from cria_prune.artifact import certificate, reload
+from cria_prune.artifact import certify, reload
 from cria_prune.artifact.checkpoint import load
 from elsewhere import Elsewhere
 
@@ -49,7 +49,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         versions = dict.fromkeys(("python", "torch", "transformers", "safetensors"), "0")
         return {"class": type(model).__name__, "wrong": {}, "seconds": 0.0, "versions": versions}, found
 
-    monkeypatch.setattr(certificate, "_there", loaded)
+    monkeypatch.setattr(certify, "_there", loaded)
 
 
 @pytest.fixture(params=DEVICES)

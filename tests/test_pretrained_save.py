@@ -23,9 +23,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 from cria_prune import discover
-from cria_prune.artifact import Card, Certificate, certificate, folders, pretrained, reload, save_pretrained
+from cria_prune.artifact import Card, Certificate, certify, folders, pretrained, reload, save_pretrained
 from cria_prune.artifact.card import parameter_counts, source_metadata
-from cria_prune.artifact.certificate import loader_of
+from cria_prune.artifact.certify import loader_of
 from cria_prune.artifact.container import container
 from cria_prune.artifact.folders import copy_known
 from cria_prune.artifact.manifest import read_plan
@@ -144,7 +144,7 @@ def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
         return subprocess.CompletedProcess(command, 0, "", "")
 
     here = SimpleNamespace(run=run, TimeoutExpired=subprocess.TimeoutExpired)
-    monkeypatch.setattr(certificate, "subprocess", here)
+    monkeypatch.setattr(certify, "subprocess", here)
 
 
 @pytest.fixture
@@ -333,14 +333,14 @@ def test_the_fresh_process_has_no_cria(tmp_path: Path, monkeypatch: pytest.Monke
         .replace("import transformers\n", "import transformers, cria_prune\n")
     )
     (tmp_path / "program.py").write_text(program)
-    monkeypatch.setattr(certificate.reload, "__file__", str(tmp_path / "program.py"))
+    monkeypatch.setattr(certify.reload, "__file__", str(tmp_path / "program.py"))
     model, plan = pruned()
     with pytest.raises(CertificateError, match=r"ModuleNotFoundError: import of cria_prune halted"):
         save_pretrained(tmp_path / "small", model, plan)
 
 
 def test_other_tokens_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_process: None) -> None:
-    there = certificate._there
+    there = certify._there
 
     def other(*args: Any) -> Any:
         answer, found = there(*args)
@@ -348,7 +348,7 @@ def test_other_tokens_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         found["logits"] += noise
         return answer, found
 
-    monkeypatch.setattr(certificate, "_there", other)
+    monkeypatch.setattr(certify, "_there", other)
     model, plan = pruned()
     noise = 0.0
     with pytest.raises(CertificateError, match="of 8 generated tokens 5 are the same"):
@@ -360,7 +360,7 @@ def test_other_tokens_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(certificate, "LIMIT", 0.2)
+    monkeypatch.setattr(certify, "LIMIT", 0.2)
     model, plan = pruned()
     with pytest.raises(CertificateError, match=r"it is not loaded after 0\.2 s"):
         save_pretrained(tmp_path / "small", model, plan)
@@ -636,7 +636,7 @@ def test_what_is_no_model_of_transformers_is_refused(tmp_path: Path, no_process:
     with pytest.raises(ArtifactError, match=r"Writing cria\.json: something in it is no JSON"):
         save_pretrained(tmp_path / "small", model, plan, results={"loss": float("nan")})
     with pytest.raises(DataError, match="Give the keyword arguments of the forward as a mapping of tensors"):
-        certificate.certify(tmp_path, model, torch.ones(2), stored=model)
+        certify.certify(tmp_path, model, torch.ones(2), stored=model)
     with pytest.raises(ArtifactError, match=r"Reading .*cria\.json"):
         read_plan(tmp_path)
 

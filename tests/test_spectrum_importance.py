@@ -9,7 +9,7 @@ import torch
 import oracles
 from cria_prune.errors import CriterionError, SignalError
 from cria_prune.graph import Graph, MomentAccumulator, Moments, learn_graph
-from cria_prune.spectrum import distortion, grounded_distortion, importance, innovation, rank_correlation
+from cria_prune.spectrum import distortion, grounded_distortion, innovation, rank_correlation, scoring
 from cria_prune.spectrum import solve_pencil as solve
 from cria_prune.spectrum.factor import factor_embedding
 from test_graph import signals
@@ -111,7 +111,7 @@ def test_scaling_laws_without_the_median():
     X, Y = (learn_graph(Moments.from_signals(S), 6) for S in sides())
 
     def scores(a: Graph, b: Graph):
-        return importance._mean_over_neighbors(a, solve(a, b).embedding())
+        return scoring._mean_over_neighbors(a, solve(a, b).embedding())
 
     def scaled(graph: Graph, c):
         return replace(graph, weights=graph.weights / c**2, ridge=graph.ridge / c**2)
@@ -166,7 +166,7 @@ def test_one_unit_scores_one_and_all_dead_score_zero():
 def test_block_pcg_ranks_like_dense(monkeypatch, kind):
     X, Y = sides(300, 500)
     dense = score(X, Y, kind)
-    monkeypatch.setattr(importance, "DENSE_UNITS", 100)
+    monkeypatch.setattr(scoring, "DENSE_UNITS", 100)
     found = SCORES[kind](Moments.from_signals(X), Moments.from_signals(Y))
     assert (found.diagnosis.solver, found.diagnosis.status) == ("pcg", "converged")
     assert rank_correlation(found.scores, dense) > 0.97
@@ -181,12 +181,12 @@ def test_all_pairs_at_once_are_those_of_the_eigensolver(monkeypatch, kind):
     at_once = SCORES[kind](X, Y)
     assert at_once.diagnosis.solver == "cholesky" and at_once.diagnosis.status == "converged"
     assert at_once.diagnosis.residual < 1e-12 and at_once.diagnosis.values == ()
-    monkeypatch.setattr(importance, "SMALL_UNITS", 1000)
+    monkeypatch.setattr(scoring, "SMALL_UNITS", 1000)
     one_by_one = SCORES[kind](X, Y)
     assert one_by_one.diagnosis.solver == "dense" and len(one_by_one.diagnosis.values) == 32
     close(at_once.scores, one_by_one.scores, rtol=1e-8)
-    monkeypatch.setattr(importance, "SMALL_UNITS", 64)
-    monkeypatch.setattr(importance, "factor_embedding", lambda *graphs: None)  # not positive definite
+    monkeypatch.setattr(scoring, "SMALL_UNITS", 64)
+    monkeypatch.setattr(scoring, "factor_embedding", lambda *graphs: None)  # not positive definite
     assert torch.equal(SCORES[kind](X, Y).scores, one_by_one.scores)
 
 

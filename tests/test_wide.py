@@ -128,14 +128,14 @@ def test_the_size_of_blocks_changes_no_score(monkeypatch: pytest.MonkeyPatch) ->
     """Neighbours, distances, signs and edges come in blocks that end unevenly."""
     X = signals(120, 400)
     before, after = sketch(X.float(), 400), sketch(X.relu().float(), 400)
-    monkeypatch.setattr("cria_prune.spectrum.importance.DENSE_UNITS", 64)
+    monkeypatch.setattr("cria_prune.spectrum.scoring.DENSE_UNITS", 64)
     whole = spectrum.distortion(before, after, neighbors=5).scores
     for path, name, size in (
         ("graph.neighbors", "BLOCK", 37),
         ("graph.neighbors", "ROWS", 7),
         ("graph.neighbors", "EDGE_BLOCK", 50),
         ("spectrum.pcg", "ROWS", 50),
-        ("spectrum.importance", "EDGES", 50),
+        ("spectrum.scoring", "EDGES", 50),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(sys.modules[f"cria_prune.{path}"], name, size)

@@ -2,7 +2,7 @@
 
 from cria_prune.artifact.card import Card
 from cria_prune.artifact.cells import Bench, read_bench
-from cria_prune.artifact.certified import Certificate
+from cria_prune.artifact.certificate import Certificate
 from cria_prune.artifact.checkpoint import LoadedCheckpoint, load, save
 from cria_prune.artifact.files import atomic, new_folder, sha256, write_text
 from cria_prune.artifact.folder_report import FolderPage, folder_page

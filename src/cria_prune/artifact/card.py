@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from torch import nn
 
-from cria_prune.artifact.certified import Certificate
+from cria_prune.artifact.certificate import Certificate
 from cria_prune.artifact.folders import is_plain_file
 from cria_prune.modules import named_tensors
 from cria_prune.plan.plan import Plan

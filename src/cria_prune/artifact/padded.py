@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from cria_prune.artifact.card import Card
-from cria_prune.artifact.certified import Certificate
+from cria_prune.artifact.certificate import Certificate
 from cria_prune.artifact.dense import dense_twin, empty_model, fill, structure_of
 from cria_prune.artifact.pretrained import prepared, write_folder
 from cria_prune.batches import Batch

@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from cria_prune.artifact.card import Card, render_card
-from cria_prune.artifact.certificate import certify
-from cria_prune.artifact.certified import Certificate
+from cria_prune.artifact.certificate import Certificate
+from cria_prune.artifact.certify import certify
 from cria_prune.artifact.container import container
 from cria_prune.artifact.dense import dense_twin
 from cria_prune.artifact.files import hashes, refused

@@ -1,11 +1,11 @@
 """Two graphs of the same neurons -> the pencil -> one score per neuron."""
 
-from cria_prune.spectrum.diagnosis import Diagnosis, Importance, rank_correlation
 from cria_prune.spectrum.embedding import laplacian_embedding
-from cria_prune.spectrum.importance import distortion, grounded_distortion, innovation
+from cria_prune.spectrum.importance import Diagnosis, Importance, rank_correlation
 from cria_prune.spectrum.nuclear import channel_independence
 from cria_prune.spectrum.pcg import distortion_embedding, pcg
 from cria_prune.spectrum.pencil import Eigenpairs, count_pairs, solve_pencil
+from cria_prune.spectrum.scoring import distortion, grounded_distortion, innovation
 
 __all__ = [
     "Diagnosis",

@@ -9,9 +9,9 @@ from __future__ import annotations
 from cria_prune.graph.learn import COMPLETE_UNITS
 from cria_prune.graph.neighbors import BLOCK, EDGE_BLOCK
 from cria_prune.graph.sketch import BLOCK as HELD
-from cria_prune.spectrum.importance import EDGES, SMALL_UNITS
 from cria_prune.spectrum.pcg import COLUMNS, ROWS
 from cria_prune.spectrum.pencil import DENSE_UNITS, Pairs, count_pairs
+from cria_prune.spectrum.scoring import EDGES, SMALL_UNITS
 
 DOUBLE, SINGLE = 8, 4
 QUADRATURE = 241  # columns of the integral in `channel_independence`
