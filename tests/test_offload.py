@@ -295,6 +295,18 @@ def test_a_stretch_runs_its_blocks_alone_and_reads_each_weight_once(made: Path, 
     assert not list(tmp_path.glob("*-*.safetensors")), "what went between the stretches is left"
 
 
+def test_what_waits_on_disk_comes_back_to_where_torch_puts_its_own(made: Path, tmp_path: Path) -> None:
+    """At other addresses some processors multiply to other bits, and a chain is then held for none."""
+    chain = Chain.of(on_disk(made, "llama", tmp_path / "w"), tmp_path)
+    assert chain is not None
+    value = tuple(torch.full((odd,), float(odd)) for odd in (1, 3, 5, 7))
+    chain.write(0, value)
+    chain._turn = 1
+    found = chain.read(0)
+    assert all(map(torch.equal, found, value))
+    assert all(item.data_ptr() % 64 == 0 for item in found)
+
+
 def test_a_stretch_that_fails_puts_the_blocks_back(made: Path, tmp_path: Path) -> None:
     model = on_disk(made, "llama", tmp_path / "w")
     chain = Chain.of(model, tmp_path)

@@ -101,8 +101,8 @@ def _dense(
 ) -> None:
     """Measure the dense model of a seed, or see that it is the one that the folder's cells started from.
 
-    A training ends with other weights on another machine, or with another number of threads. A file of the
-    first benches has no hash of the weights: there the metric has to be the same.
+    A training ends with other weights on another kind of processor, or with another number of threads. A
+    file of the first benches has no hash of the weights: there the metric has to be the same.
 
     Raises:
         ArtifactError: it is another one.
@@ -120,7 +120,8 @@ def _dense(
         raise ArtifactError(
             f"Measuring on the dense model of seed {seed}",
             f"{path.name} is of another one: {chosen.metric} {said['dense']:.6g}, this one has {value:.6g}",
-            "Choose another --output or other seeds: cells of two dense models are no comparison",
+            "Cells of two dense models are no comparison: choose another --output or other seeds, or bring "
+            "the model that was trained there (the folder CRIA_CACHE, by default ~/.cache/cria)",
         )
     if not said:
         origin = provenance(seed=seed, command=command, data_fingerprint=data, device=device)
