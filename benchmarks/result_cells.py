@@ -15,7 +15,9 @@ from cria_prune.bench.cell import dense_seed
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 NETWORKS = ("digits", "cifar10-resnet20", "cifar10-resnet56", "sst2-minilm", "llama-shakespeare")
+NETWORKS += ("llama-shakespeare-again",)
 SHARE_OF = {"sst2-minilm": "encoder parameters", "llama-shakespeare": "parameters without embeddings"}
+SHARE_OF["llama-shakespeare-again"] = SHARE_OF["llama-shakespeare"]
 ORDER = (
     *("random", "l1", "l2", "group-l2", "activation-norm", "wanda-sp", "fluctuation"),
     *("bn-scale", "fpgm", "lamp", "apoz", "chip", "taylor", "fisher"),
@@ -130,4 +132,5 @@ def settings_text(item: dict[str, Any]) -> str:
     """The rounds of a cell and its recovery, in words."""
     (quick, tune), cell = tuned(item), item["cell"]
     epochs = plural(cell["epochs"], "epoch") + (" of 8,000 sentences" if quick else "")
-    return f"{plural(cell['rounds'], 'round')}, {epochs}" + (f" tuned by {tune}" if tune else "")
+    dense = f", dense model {cell['dense_seed']}" if "dense_seed" in cell else ""
+    return f"{plural(cell['rounds'], 'round')}, {epochs}" + (f" tuned by {tune}" if tune else "") + dense

@@ -57,6 +57,7 @@ def test_suites_that_come_along_are_whole_and_name_every_cell_once() -> None:
     assert packaged() == [
         "digits",
         "llama-shakespeare",
+        "llama-shakespeare-again",
         "resnet20",
         "resnet56",
         "resnet56-macs",

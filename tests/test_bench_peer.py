@@ -138,6 +138,10 @@ def test_what_cannot_be_compared_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ConfigError, match="we count parameters or MACs"):
         prune_by_peer("tp-lamp", network(), batches(4), prunable)
 
+    hardly = config.model_copy(update={"plan": config.plan.model_copy(update={"reduction": 0.001})})
+    with pytest.raises(ConfigError, match=r"the nearest that Torch-Pruning frees is 0\.0%"):  # nothing at all
+        prune_by_peer("tp-lamp", network(), batches(4), hardly)
+
     def missing(name: str) -> Any:
         raise ImportError(name)
 

@@ -8,6 +8,8 @@ import pytest
 
 import result_cells
 import tables
+from cria_prune.bench.peer import IMPORTANCES
+from cria_prune.criteria import CRITERIA
 from macs_table import macs_table, rows_at
 
 DENSE = {"macs_dense": 1000, "parameters_dense": 1000}
@@ -51,35 +53,62 @@ def test_a_seed_counts_once_and_the_nearest_size_is_taken(given: Any) -> None:
     given += [cell("innovation", seed, 505, reduction=0.4945, of="macs", ranking="global") for seed in (0, 1)]
     given += [cell("innovation", seed, 504, reduction=0.495, recovered=0.9) for seed in (0, 1, 2)]
     given += [cell("innovation", seed, 500, reduction=0.5, recovered=0.1) for seed in (0, 1)]
-    given += [cell("l1", 0, 480, reduction=0.52)]  # not as many MACs
-    rows, cells = rows_at(given, 0.5055)
+    given += [cell("innovation", 0, 499, reduction=0.495, of="prunable", recovered=0.1)]
+    given += [cell("l1", 0, 512), cell("fpgm", 0, 511)]  # 0.0065 and 0.0055 apart
+    rows = rows_at(given, 0.5055)
     assert [(label, len(found)) for label, found in rows] == [
-        (("innovation", "global", "as cut"), 2), (("innovation", "uniform", "as cut"), 3),
+        (("fpgm", "uniform", "as cut"), 1), (("innovation", "global", "as cut"), 2),
+        (("innovation", "uniform", "as cut"), 3),
     ]  # fmt: skip
-    assert len(cells) == 5 and all(item["recovered"] != 0.1 for item in cells)
+    assert all(item["recovered"] != 0.1 for _, found in rows for item in found)
+    shown = {(row[0], row[1]): row[6:] for row in lines_of(macs_table("digits"))}
+    assert shown["innovation", "uniform"] == ["50.40%", "252"] and shown["fpgm", "uniform"] == [
+        "51.10%",
+        "255",
+    ]
+
+
+def test_what_was_asked_for_a_share_stays_however_near_it_came(given: Any) -> None:
+    """A draw that went astray is not left out, and a peer that cannot come nearer neither."""
+    asked: dict[str, Any] = {"reduction": 0.4945, "of": "macs", "ranking": "global"}
+    given += [cell("tp-taylor", seed, macs, **asked) for seed, macs in enumerate((505, 530, 505))]
+    given += [cell("tp-taylor", 3, 505, reduction=0.495, ranking="global")]  # nearer, but not asked for it
+    (row,) = [row for row in lines_of(macs_table("digits")) if row[0] == "tp-taylor"]
+    assert row[3] == "3" and row[6] == "51.33%"
 
 
 def test_what_is_recovered_otherwise_or_starts_otherwise_is_apart(given: Any) -> None:
     given += [cell("l2", 0, 504, reduction=0.4945, of="macs")]
     given += [cell("l2", 0, 505, compensate=True, recovered=0.9)]
     given += [cell("l2", 0, 505, compensate=True, batch_norm=True, recovered=0.7)]
-    given += [
-        cell("l2", 0, 505, **more) for more in ({"tune": {"distill": 0.5}}, {"quick": True}, {"rounds": 1})
+    given += [cell("l2", 0, 505, batch_norm=True, recovered=0.6)]
+    apart: list[dict[str, Any]] = [
+        *({"tune": {"distill": 0.5}}, {"quick": True}, {"rounds": 1}),
+        *({"scope": "all"}, {"epochs": 60}, {"dense_seed": 1}),
     ]
-    rows = lines_of(macs_table("digits"))[2:]
-    assert [(row[2], row[3], row[5]) for row in rows] == [
-        ("as cut", "1", "80.00"), ("repair", "1", "90.00"), ("repair, norms", "1", "70.00"),
+    given += [cell("l2", 0, 505, compensate=True, recovered=0.1, **more) for more in apart]
+    table = macs_table("digits")
+    assert (
+        sum(line.startswith("### ") for line in table) == 1
+    )  # the others were not asked for a share of the MACs
+    assert [(row[2], row[3], row[5]) for row in lines_of(table)[2:]] == [
+        ("as cut", "1", "80.00"), ("norms", "1", "60.00"), ("repair", "1", "90.00"),
+        ("repair, norms", "1", "70.00"),
     ]  # fmt: skip
+    given += [cell("l2", 1, 505, reduction=0.4945, **{"of": "macs", **more}) for more in apart]
+    titles = [line for line in macs_table("digits") if line.startswith("### ")]
+    assert len(set(titles)) == len(titles) == 1 + len(apart)
 
 
 def test_cells_of_different_dense_models_are_in_different_tables(given: Any) -> None:
     given += [cell("l2", 0, 500), *(cell("l2", seed, 500, dense_seed=1, recovered=0.9) for seed in (1, 2))]
     table = tables.recovered_table("digits")
-    assert sum(line.startswith("### ") for line in table) == 2
+    assert [line for line in table if line.startswith("### ")][1].count("dense model 1") == 1
     assert [row[2:5] for row in lines_of(table) if row[0] == "l2"] == [
         ["1", "50.00", "80.00"], ["2", "50.00 ± 0.0", "90.00 ± 0.0"],
     ]  # fmt: skip
 
 
-def test_every_way_has_a_name() -> None:
+def test_every_way_and_every_criterion_is_known() -> None:
     assert {how[:2] for how in result_cells.WAYS} == set(result_cells.STARTS)
+    assert set(result_cells.ORDER) == {*CRITERIA, *IMPORTANCES}

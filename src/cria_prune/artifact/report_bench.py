@@ -22,8 +22,11 @@ STAGES = {
 }
 SAID = {
     ("compensate", "True"): "with repair",
+    ("compensate", "False"): "without repair",
     ("batch_norm", "True"): "batch norms measured again",
+    ("batch_norm", "False"): "batch norms as they were",
     ("quick", "True"): "quick training data",
+    ("quick", "False"): "all training data",
     ("of", "macs"): "share of the MACs",
     ("of", "parameters"): "share of the parameters",
     ("of", "prunable"): "share of the prunable parameters",
@@ -55,7 +58,7 @@ def setting_title(setting: Setting) -> str:
     >>> setting_title((("compensate", "True"), ("of", "macs")))
     'with repair, share of the MACs'
     >>> setting_title((("compensate", "False"), ("ranking", "global")))
-    'compensate False, ranking global'
+    'without repair, ranking global'
     """
     known = dict(setting)
     words = [f"scope {known.pop('scope')}"] if "scope" in known else []

@@ -18,7 +18,16 @@ from cria_prune.tasks import Task
 def divide(
     grids: Sequence[Grid], chosen: Task, folder: Path, data: str
 ) -> tuple[list[tuple[Cell, PruneConfig]], list[Cell]]:
-    """Divide the cells of grids: without a result file, with their configurations; and the measured.
+    """Divide the cells of grids into missing and measured.
+
+    Args:
+        grids: of one network.
+        chosen: its task.
+        folder: where the result files are.
+        data: hash of the data, as the result files say it.
+
+    Returns:
+        The cells without a result file, with their configurations; those with one of the same configuration.
 
     Raises:
         ArtifactError: a file is of another network, configuration or data, or cannot be read.
@@ -77,7 +86,11 @@ def tuning(chosen: Task, cell: Cell) -> RecoverConfig:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Name the result file that is damaged, or holds something else, and what to do."""
+    """Name the result file that is damaged, or holds something else, and what to do.
+
+    Raises:
+        ArtifactError: what is done inside fails for what the file holds.
+    """
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, CriaError) as error:

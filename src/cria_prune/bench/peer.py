@@ -79,7 +79,7 @@ def prune_by_peer(name: str, model: nn.Module, batches: list[Batch], config: Pru
     taken = found if found.model is not None else peer.pruned(found.ratio)
     assert taken.model is not None
     report = _report(model, taken.model, peer.example, config)
-    if abs(report["reached"] - config.plan.reduction) > FAR:
+    if report["reached"] <= 0 or abs(report["reached"] - config.plan.reduction) > FAR:
         raise ConfigError(
             f"{name}: {config.plan.reduction:.1%} of the {config.plan.of}",
             f"the nearest that Torch-Pruning frees is {report['reached']:.1%}",
