@@ -14,10 +14,14 @@ from cria_prune.bench.cell import dense_seed
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-NETWORKS = ("digits", "cifar10-resnet20", "cifar10-resnet56", "sst2-minilm", "llama-shakespeare")
-NETWORKS += ("llama-shakespeare-again",)
-SHARE_OF = {"sst2-minilm": "encoder parameters", "llama-shakespeare": "parameters without embeddings"}
-SHARE_OF["llama-shakespeare-again"] = SHARE_OF["llama-shakespeare"]
+SST2 = ("sst2-minilm", "sst2-minilm-again")
+LLAMA = ("llama-shakespeare", "llama-shakespeare-again")
+"""Folders of the same network; what came again is from other dense models."""
+NETWORKS = ("digits", "cifar10-resnet20", "cifar10-resnet56", *SST2, *LLAMA)
+SHARE_OF = {
+    **dict.fromkeys(SST2, "encoder parameters"),
+    **dict.fromkeys(LLAMA, "parameters without embeddings"),
+}
 ORDER = (
     *("random", "l1", "l2", "group-l2", "activation-norm", "wanda-sp", "fluctuation"),
     *("bn-scale", "fpgm", "lamp", "apoz", "chip", "taylor", "fisher"),

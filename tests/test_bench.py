@@ -62,6 +62,7 @@ def test_suites_that_come_along_are_whole_and_name_every_cell_once() -> None:
         "resnet56",
         "resnet56-macs",
         "sst2-minilm",
+        "sst2-minilm-again",
     ]
     for suite in packaged():
         grids = read_suite(suite)
