@@ -255,6 +255,21 @@ def test_a_bench_of_several_seeds_has_intervals(tmp_path: Path) -> None:
     assert "2026-01-01 to 2026-01-03" in text and "commits c1" in text and "3.00" in text
 
 
+def test_the_dense_figure_is_that_of_the_models_the_cells_start_from(tmp_path: Path) -> None:
+    for seed, value in enumerate((0.9, 0.8, 0.9)):
+        (tmp_path / f"dense{seed}.json").write_text(
+            json.dumps({"dense": value, "provenance": {"seed": seed}})
+        )
+    for seed in (0, 2):
+        a_cell(tmp_path, seed=seed)
+        a_cell(tmp_path, seed=seed, extra={"dense_seed": 1, "tune": {"lr": 0.1, "distill": 0.5}})
+    text = words(folder_page(tmp_path).html)
+    assert "no recovery Dense: 90.00 %. Reached" in text  # of two models, as good as each other
+    assert "dense model 1, tuned by distill 0.5, lr 0.1 Dense: 80.00 %. Reached" in text
+    a_cell(tmp_path, extra={"dense_seed": "one"})
+    assert "its 'cell.dense_seed' is damaged" in words(folder_page(tmp_path).html)
+
+
 def test_settings_are_apart_and_those_with_recovery_come_first(tmp_path: Path) -> None:
     a_cell(tmp_path, extra={"epochs": 0, "rounds": 8, "odd": "x"})
     a_cell(tmp_path, extra={"epochs": 1, "rounds": 4, "quick": True}, recovered=0.5)

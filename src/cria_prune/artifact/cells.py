@@ -30,12 +30,24 @@ class Cell(BaseModel):
     criterion: str
     reduction: float
     seed: int = 0
+    dense_seed: int | None = None
     network: str = ""
 
     def setting(self) -> Setting:
         """Return all that is neither criterion, reduction, seed nor network."""
-        rest = {key: str(value) for key, value in self.model_dump().items() if key not in VARIED}
-        return tuple(sorted(rest.items()))
+        rest = {key: value for key, value in self.model_dump().items() if key not in VARIED}
+        return tuple(sorted((key, _text(value)) for key, value in rest.items() if value is not None))
+
+
+def _text(value: Any) -> str:
+    """Return the value of a setting as text, several of them with their names.
+
+    >>> _text(4), _text({"lr": 0.1, "distill": 0.5})
+    ('4', 'distill 0.5, lr 0.1')
+    """
+    if not isinstance(value, Mapping):
+        return str(value)
+    return ", ".join(f"{key} {value[key]}" for key in sorted(value))
 
 
 class CellFile(BaseModel):
@@ -85,6 +97,12 @@ class Bench:
     def of(self, setting: Setting) -> list[CellFile]:
         """Return the cells of a setting."""
         return [item for item in self.cells if item.cell.setting() == setting]
+
+    def dense_of(self, setting: Setting) -> list[float]:
+        """Return the figures of the dense models that the cells of a setting start from, each value once."""
+        cells = [item.cell for item in self.of(setting)]
+        seeds = {cell.seed if cell.dense_seed is None else cell.dense_seed for cell in cells}
+        return sorted({self.dense[seed] for seed in seeds if seed in self.dense})
 
     @property
     def criteria(self) -> list[str]:

@@ -32,6 +32,7 @@ SAID = {
     ("of", "prunable"): "share of the prunable parameters",
     ("of", "non-embedding"): "share of the parameters without embeddings",
 }
+WITH = {"tune": "tuned by {}", "dense_seed": "dense model {}"}
 PLURAL = {"rounds": "round", "epochs": "epoch"}
 LISTED = 12  # so many commits or files are named, the others counted
 
@@ -59,6 +60,8 @@ def setting_title(setting: Setting) -> str:
     'with repair, share of the MACs'
     >>> setting_title((("compensate", "False"), ("ranking", "global")))
     'without repair, ranking global'
+    >>> setting_title((("dense_seed", "1"), ("tune", "distill 0.5")))
+    'dense model 1, tuned by distill 0.5'
     """
     known = dict(setting)
     words = [f"scope {known.pop('scope')}"] if "scope" in known else []
@@ -69,7 +72,8 @@ def setting_title(setting: Setting) -> str:
             some = f"{value} {PLURAL[key]}{'' if value == '1' else 's'}{after}"
             words.append("no recovery" if (key, value) == ("epochs", "0") else some)
     for key, value in known.items():
-        words.append(SAID.get((key, value), key if value == "True" else f"{key} {value}"))
+        plain = key if value == "True" else WITH.get(key, f"{key} {{}}").format(value)
+        words.append(SAID.get((key, value), plain))
     return ", ".join(words) or "all cells"
 
 
@@ -116,7 +120,7 @@ def _setting(bench: Bench, setting: Setting) -> str:
             plot_bench,
             {name: curve(values[name]) for name in sorted(values)},
             metric=metric,
-            dense=list(bench.dense.values()),
+            dense=bench.dense_of(setting),
             names=bench.criteria,
         )
         label = f"{title}: {metric} against reduction"
@@ -128,7 +132,7 @@ def _setting(bench: Bench, setting: Setting) -> str:
     reached = [found for item in cells if (found := number(item.report.get("reached"))) is not None]
     ends = sorted({share(min(reached)), share(max(reached))}) if reached else []
     said = f"Reached {' to '.join(ends)}. " if ends else ""
-    dense = [bench.dense[seed] for seed in sorted(bench.dense)]
+    dense = bench.dense_of(setting)
     unit = " %" if metric_of(metric).share else ""
     words = f"Dense: {with_interval(dense, metric)}{unit}. " if dense else ""
     note = f"<p>{words}{said}{escape(_seeds_text(cells))}</p>"
