@@ -34,7 +34,7 @@ from cria_prune.loss import cross_entropy
 from cria_prune.modules import device_of
 from cria_prune.pipeline import record_for
 from cria_prune.scoring import score_once
-from cria_prune.spectrum import Importance, distortion, grounded_distortion, importance
+from cria_prune.spectrum import Importance, distortion, grounded_distortion, scoring
 from cria_prune.spectrum.factor import factor_embedding
 from cria_prune.structure.groups import freeze
 from cria_prune.tasks import task
@@ -123,7 +123,7 @@ def test_all_pairs_of_a_middling_group_are_factored_there(
         places.append(found[0].device.type if found else "nothing")
         return found
 
-    monkeypatch.setattr(importance, "factor_embedding", looked)
+    monkeypatch.setattr(scoring, "factor_embedding", looked)
     one, other = (scored(*sides[place]) for place in ("cpu", device))
     assert places == ["cpu", torch.device(device).type] and other.scores.device.type == "cpu"
     assert one.diagnosis.solver == other.diagnosis.solver == "cholesky"
