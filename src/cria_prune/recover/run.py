@@ -146,11 +146,11 @@ class Run:
             optimizer.zero_grad()
             with lower_precision(config.precision, self.device):
                 loss, value = self.forward(move(batch, self.device))
-            self.losses.append(value)
+            loss.backward() if self.parallel is None else self.parallel.backward(loss)
+            self.losses.append(float(value))  # reading it waits for a GPU, which by now has the whole step
             if not math.isfinite(self.losses[-1]):
                 total = config.epochs * self.count
                 raise self.broken(f"the loss is {self.losses[-1]} at step {self.step + 1} of {total}")
-            loss.backward() if self.parallel is None else self.parallel.backward(loss)
             if config.clip:
                 nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
             optimizer.step()
@@ -159,13 +159,13 @@ class Run:
             if self.due():
                 self.save()
 
-    def forward(self, batch: Batch) -> tuple[Tensor, float]:
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor | float]:
         """Return the loss of a batch to run backwards, and its value."""
         if self.parallel is not None:
             return self.parallel.loss(batch, self.step)
         with forward_of(self.model, self.compiled):
             loss = self.loss(self.model, batch)
-        return loss, loss.item()
+        return loss, loss.detach()
 
     def lr(self, step: int) -> float:
         """Return the learning rate of a step (from 0)."""
