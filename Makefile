@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= passive
 # What is not imported need not be compiled: half of the time that an installation takes.
 QUIETLY := --quiet --disable-pip-version-check --no-compile
 
-.PHONY: demo test clean
+.PHONY: demo test test-all clean
 
 demo: $(STAMP)
 	$(BIN)/cria run digits
@@ -17,6 +17,10 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m 'not slow'
+
+# More cases of what `test` tries on some: before a release, and after a change to what they are about.
+test-all: $(STAMP)
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 # torch first: the pin takes a CPU build where an index offers one. The libraries of the benchmarks' networks

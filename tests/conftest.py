@@ -15,10 +15,18 @@ import torch
 from cria_prune.artifact import certify, reload
 from cria_prune.artifact.checkpoint import load
 from elsewhere import Elsewhere
+from slow import is_slow
 
 torch.set_num_threads(1)
 
 DEVICES = ["mps", "cuda"] if torch.cuda.is_available() else ["mps"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the slow tests."""
+    for item in items:
+        if is_slow(item.name):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

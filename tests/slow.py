@@ -1,0 +1,32 @@
+"""Tests that `make test` leaves out and `make test-all` runs: the dearest ones, of what others cover, too."""
+
+FAMILIES = ("Roberta", "DistilBert", "OPT", "Mistral", "Qwen2", "Qwen3", "Gemma", "Olmo2")
+
+SLOW: dict[str, tuple[str, ...]] = {
+    "test_what_can_be_held": FAMILIES,
+    "test_a_uniform_plan_reloads": FAMILIES,
+    "test_plain_transformers_loads_what_was_pruned": ("llama as mistral", "vit"),
+    "test_a_per_layer_folder_is_the_pruned_model": ("gpt2", "t5"),
+    "test_padded_equals_masked": ("llama as mistral", "gpt2", "vit"),
+    "test_plain_transformers_loads_a_padded_folder": ("llama as mistral",),
+    "test_transformers_are_cut_and_proven_there": ("bert",),
+    "test_prune_gives_what_it_does_on_the_cpu": ("distortion",),
+    "test_every_prunable_group_can_be_cut": ("mobilevit",),
+    "test_layers_run_on_another_device": ("bert",),
+    "test_layer_by_layer_gives_what_pruning_in_memory_gives": ("distortion",),
+    "test_rounds_give_what_rounds_in_memory_give": ("gpt2",),
+    "test_random_networks_masked_equals_pruned": ("3", "4", "5", "6", "7", "8", "9"),
+    "test_a_table_fits_the_terminal": ("160",),
+    "test_seven_billion_parameters_in_no_memory_are_shown_as_in_the_readme": ("",),
+}
+"""Name of a test -> parts of the names of its slow cases; the empty text is in all of them."""
+
+
+def is_slow(name: str) -> bool:
+    """Say whether a test is slow by its name, `test_it[case]`.
+
+    >>> is_slow("test_what_can_be_held[Olmo2]"), is_slow("test_what_can_be_held[Bert]")
+    (True, False)
+    """
+    test, _, case = name.partition("[")
+    return any(part in case for part in SLOW.get(test, ()))
