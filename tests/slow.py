@@ -18,6 +18,11 @@ SLOW: dict[str, tuple[str, ...]] = {
     "test_random_networks_masked_equals_pruned": ("3", "4", "5", "6", "7", "8", "9"),
     "test_a_table_fits_the_terminal": ("160",),
     "test_seven_billion_parameters_in_no_memory_are_shown_as_in_the_readme": ("",),
+    "test_the_command_in_two_processes_prunes_as_in_one": ("",),
+    "test_under_one_threshold_for_all_layers_the_share_is_met_and_the_layers_differ": ("",),
+    "test_a_family_is_made_and_resumed_bit_for_bit": ("",),
+    "test_a_fresh_process_loads_with_cria_what_differs_by_layer": ("",),
+    "test_the_tenth_compiled_fine_tune_of_a_class_is_compiled_too": ("",),
 }
 """Name of a test -> parts of the names of its slow cases; the empty text is in all of them."""
 
