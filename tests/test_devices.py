@@ -204,6 +204,21 @@ def test_recover_trains_there_and_again_the_same(device: str, settings: dict[str
         assert torch.equal(value, ends[1][name]), name
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs of kernels are CUDA's")
+@pytest.mark.parametrize("settings", [{}, {"precision": "auto"}], ids=str)
+def test_a_compiled_distilled_recovery_is_level_with_the_plain_one_on_cuda(
+    settings: dict[str, object],
+) -> None:
+    histories = []
+    for compile in (False, True):
+        config = RecoverConfig(epochs=3, lr=0.01, distill=0.5, compile=compile, **settings)
+        teacher, model = network(1).to("cuda"), network().to("cuda")
+        batches = [*vision(), tuple(part[:7] for part in vision()[0])]  # the last one is shorter
+        found = recover(model, batches, config, evaluate=accuracy, teacher=teacher, device="cuda")
+        histories.append([row.loss for row in found.history[1:]])
+    assert histories[1] == pytest.approx(histories[0], rel=0.05 if settings else 1e-3)
+
+
 def accuracy(model: nn.Module) -> float:
     device = device_of(model)
     with torch.no_grad():

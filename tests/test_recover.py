@@ -137,6 +137,26 @@ def test_a_nan_loss_puts_the_model_back_and_says_what_to_do(kept):
     assert same(state(kept), before)
 
 
+def test_a_loss_is_read_when_the_next_step_is_on_its_way_and_each_before_the_epoch_ends(kept):
+    events = []
+
+    class Told(torch.Tensor):
+        def __float__(self):
+            events.append("read")
+            return super().__float__()
+
+    def loss(model, batch):
+        events.append("step")
+        return cross_entropy(model, batch).as_subclass(Told)
+
+    config = CONFIG.model_copy(update={"epochs": 2})
+    found = recover(kept, data(3), config, loss=loss, evaluate=lambda _: events.append("end") or 0.5)
+    epoch = ["step", "step", "read", "step", "read", "read", "end"]
+    assert events == ["end", *epoch, *epoch]
+    plain = recover(network(), data(3), config, evaluate=lambda _: 0.5)
+    assert [row.loss for row in found.history] == [row.loss for row in plain.history]
+
+
 def test_nan_weights_and_a_nan_metric_are_errors(kept):
     def zero_root(model, batch):
         return cross_entropy(model, batch) + model[5].bias.mul(0).sqrt().sum()  # finite, with a NaN gradient
@@ -194,15 +214,17 @@ def test_compiled_it_ends_where_it_does_uncompiled(kept):
     kept[1].train()
     found = recover(plain, data(), CONFIG.model_copy(update=settings), evaluate=accuracy, teacher=teacher)
     config = CONFIG.model_copy(update={**settings, "compile": True})
-    calls = []
+    calls, taught = [], []
     kept[0].register_forward_hook(lambda *_: calls.append(torch.compiler.is_compiling()))
+    teacher[0].register_forward_hook(lambda *_: taught.append(torch.compiler.is_compiling()))
     again = recover(kept, data(), config, evaluate=accuracy, teacher=teacher)
     kept[0]._forward_hooks.clear()
     kept[1].eval()
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(kept.state_dict()[name], value, rtol=1e-4, atol=1e-6)
     assert [row.epoch for row in again.history] == [row.epoch for row in found.history]
-    assert any(calls)  # it was traced
+    assert any(calls) and taught and all(taught)  # both were traced, the teacher never runs another forward
+    assert "forward" not in vars(teacher)
 
 
 def test_a_compiled_language_model_is_asked_for_its_own_loss_at_many_lengths():

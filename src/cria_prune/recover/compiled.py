@@ -33,7 +33,6 @@ def forward_of(model: nn.Module, forward: Callable[..., Any] | None) -> Iterator
     if forward is None:
         yield
         return
-    torch.compiler.cudagraph_mark_step_begin()  # nothing of the step before is held any more
     own = vars(model).get("forward")
     try:
         model.forward = forward

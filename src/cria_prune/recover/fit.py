@@ -17,7 +17,7 @@ from cria_prune.modules import digest, modes_kept
 from cria_prune.progress import QUIET, Progress
 from cria_prune.ranks import world
 from cria_prune.recover.adapter import adapters
-from cria_prune.recover.compiled import compiling
+from cria_prune.recover.compiled import compiled, compiling
 from cria_prune.recover.guard import (
     channels_last,
     gradients_kept,
@@ -73,9 +73,10 @@ def recover(
     SIGKILL, and ends with the same bits. That asks of `train_batches` that the batches of an epoch depend on
     nothing but the epoch and torch's generators when the epoch begins; those already seen are skipped.
 
-    With `compile` in the config torch.compile makes the step of the model, in one process: for small networks
-    on a GPU, and fine-tunes of thousands of steps, since the first one waits for it. The bits are other ones.
-    Afterwards torch has forgotten what it compiled in this process, and compiles it anew when it is called.
+    With `compile` in the config torch.compile makes the step of the model, and what a teacher runs, in one
+    process: for small networks on a GPU, and fine-tunes of thousands of steps, since the first one waits for
+    it. The bits are other ones. Afterwards torch has forgotten what it compiled in this process, and compiles
+    it anew when it is called.
 
     With `lora` in the config, low-rank adapters of peft are trained beside the linear layers but the head,
     and added to their weights at the end; every other parameter stays. The model is afterwards what it was,
@@ -140,7 +141,8 @@ def recover(
             stack.enter_context(adapters(model, config.lora))
         objective = loss or cross_entropy
         if dense is not None:
-            objective = Distilled(objective, dense.eval(), config.distill, config.temperature)
+            forward = compiled(dense, place) if config.compile and config.epochs else None
+            objective = Distilled(objective, dense.eval(), config.distill, config.temperature, forward)
         before: State = {} if shared else snapshot(model)
         if config.compile:
             stack.enter_context(compiling(model))

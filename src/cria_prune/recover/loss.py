@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn import functional
 from cria_prune.batches import Batch, model_inputs
 from cria_prune.errors import DataError
 from cria_prune.loss import Loss, logits_of
+from cria_prune.recover.compiled import forward_of
 
 
 def soft_targets(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -44,10 +45,19 @@ class Distilled:
         teacher: a model in eval mode on the batches' device; its outputs are not differentiated.
         weight: share of the soft targets, from 0 to 1.
         temperature: divides both logits.
+        forward: what the teacher runs in place of its own forward, such as that one compiled.
     """
 
-    def __init__(self, loss: Loss, teacher: nn.Module, weight: float, temperature: float) -> None:
+    def __init__(
+        self,
+        loss: Loss,
+        teacher: nn.Module,
+        weight: float,
+        temperature: float,
+        forward: Callable[..., Any] | None = None,
+    ) -> None:
         self.loss, self.teacher, self.weight, self.temperature = loss, teacher, weight, temperature
+        self.forward = forward
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the combined loss of a batch, a scalar in nats."""
@@ -60,7 +70,7 @@ class Distilled:
         if not outputs:
             raise DataError("Distillation", "the loss did not call the model", "Call model(...) in the loss")
         args, kwargs = model_inputs(batch)
-        with torch.no_grad():
+        with torch.no_grad(), forward_of(self.teacher, self.forward):
             goal = logits_of(self.teacher(*args, **kwargs))
         found = logits_of(outputs[-1])
         soft = soft_targets(without_padding(found, batch), without_padding(goal, batch), self.temperature)

@@ -64,6 +64,7 @@ class Run:
         self.best_state: State | None = None
         self.step = self.count = 0
         self.losses: list[float] = []  # of the epoch in progress, one per batch
+        self.unread: Tensor | float | None = None  # the last step's loss, until it is among them
         self.opened: State | None = None  # the generators before that epoch's batches were asked for
         self.finished = False
         self.here = world()
@@ -147,25 +148,41 @@ class Run:
             with lower_precision(config.precision, self.device):
                 loss, value = self.forward(move(batch, self.device))
             loss.backward() if self.parallel is None else self.parallel.backward(loss)
-            self.losses.append(float(value))  # reading it waits for a GPU, which by now has the whole step
-            if not math.isfinite(self.losses[-1]):
-                total = config.epochs * self.count
-                raise self.broken(f"the loss is {self.losses[-1]} at step {self.step + 1} of {total}")
             if config.clip:
                 nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
             optimizer.step()
             self.step += 1
-            bar.update(loss=self.losses[-1])
+            self.read(bar)  # of the step before: a GPU has this one to do meanwhile
+            self.unread = value
             if self.due():
+                self.read(bar)
                 self.save()
+        self.read(bar)
+
+    def read(self, bar: Bar) -> None:
+        """Read the last step's loss, if there is one to read; a GPU has to have done that step.
+
+        Raises:
+            SignalError: it is NaN or infinite.
+        """
+        if self.unread is None:
+            return
+        value, self.unread = float(self.unread), None
+        self.losses.append(value)
+        if not math.isfinite(value):
+            step = (len(self.history) - 1) * self.count + len(self.losses)
+            raise self.broken(f"the loss is {value} at step {step} of {self.config.epochs * self.count}")
+        bar.update(loss=value)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor | float]:
         """Return the loss of a batch to run backwards, and its value."""
         if self.parallel is not None:
             return self.parallel.loss(batch, self.step)
+        if self.compiled is not None:
+            torch.compiler.cudagraph_mark_step_begin()  # nothing of the step before is held any more
         with forward_of(self.model, self.compiled):
             loss = self.loss(self.model, batch)
-        return loss, loss.detach()
+        return loss, loss.detach().clone()  # a graph of CUDA kernels writes the next loss where this one is
 
     def lr(self, step: int) -> float:
         """Return the learning rate of a step (from 0)."""
