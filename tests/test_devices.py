@@ -32,7 +32,7 @@ from cria_prune.config import RecordConfig, ScoreConfig
 from cria_prune.graph import Moments
 from cria_prune.loss import cross_entropy
 from cria_prune.modules import device_of
-from cria_prune.pipeline import record_for
+from cria_prune.one_round import record_for
 from cria_prune.scoring import score_once
 from cria_prune.spectrum import Importance, distortion, grounded_distortion, scoring
 from cria_prune.spectrum.factor import factor_embedding

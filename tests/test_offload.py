@@ -398,7 +398,7 @@ def test_layers_run_on_another_device(
     made: Path, tmp_path: Path, device: str, name: str, memory: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = set()
-    honest = turns.pipeline.score
+    honest = turns.score
 
     def looked(model: nn.Module, groups: Any, states: Any, config: Any) -> Any:
         seen.update(item.output.mean.device.type for item in states.groups.values())
@@ -411,7 +411,7 @@ def test_layers_run_on_another_device(
         repaired.update(item.mean.device.type for item in moments)
         return mended(model, groups, kept, consumed)
 
-    monkeypatch.setattr(turns.pipeline, "score", looked)
+    monkeypatch.setattr(turns, "score", looked)
     monkeypatch.setattr(repair, "compensate", looked_at)
     config = config_of(plan={"reduction": 0.3, "rounds": 2 if name == "tied" else 1})
     done, here = (
@@ -708,7 +708,7 @@ def test_the_command_prunes_a_folder_in_rounds(here: Path) -> None:
 
 
 def test_the_command_goes_on_where_it_was_stopped(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest, calls = turns.pipeline.record_for, list[int]()
+    honest, calls = turns.one_round.record_for, list[int]()
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -716,7 +716,7 @@ def test_the_command_goes_on_where_it_was_stopped(here: Path, monkeypatch: pytes
             raise KeyboardInterrupt
         return honest(*args, **kwargs)
 
-    monkeypatch.setattr(turns.pipeline, "record_for", interrupted)
+    monkeypatch.setattr(turns.one_round, "record_for", interrupted)
     words = ["prune", "llama", "--offload", "--rounds", "2", *WORDS]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 130 and "what is finished is kept (go on with: the same command" in done.stderr

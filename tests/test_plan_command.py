@@ -50,7 +50,7 @@ def test_a_dry_run_trains_and_scores_nothing(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(ImageTask, "dense", refuse)
     for name in ("score", "record_for"):
-        monkeypatch.setattr(plans.pipeline, name, refuse)
+        monkeypatch.setattr(plans, name, refuse)
     result = cria("digits", "--dry-run", *FAST, "--rounds", "3", "--output", "said.json")
     said = answer(result)
     assert said["dry_run"] is True and said["recipe"] == "digits" and said["asked"] == 0.5

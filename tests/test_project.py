@@ -37,10 +37,28 @@ MAY_IMPORT = {
     "memory": BASE | {"structure", "graph", "record", "criteria"},
     "scored": BASE | {"graph", "spectrum", "structure"},
     "rounds": BASE | {"graph", "plan", "result", "structure", "surgery"},
-    "scoring": BASE | {"pipeline", "scope", "scored", "record", "structure", "spectrum"},
+    "one_round": BASE
+    | {"criteria", "graph", "plan", "record", "result", "scored", "spectrum", "structure", "surgery"},
+    "pipeline": BASE
+    | {
+        "criteria",
+        "given",
+        "one_round",
+        "plan",
+        "result",
+        "rounds",
+        "scope",
+        "scored",
+        "structure",
+        "surgery",
+    },
+    "scoring": BASE
+    | {"pipeline", "one_round", "criteria", "scope", "scored", "record", "structure", "spectrum"},
     "offload": BASE
     | {
         "pipeline",
+        "one_round",
+        "criteria",
         "rounds",
         "artifact",
         "graph",
@@ -58,7 +76,7 @@ MAY_IMPORT = {
     "cli": BASE
     | {"memory"}
     | {"pipeline", "artifact", "tasks", "recover", "plan", "structure", "criteria", "record", "scope"}
-    | {"bench", "scored", "scoring", "ablation", "offload"},
+    | {"bench", "scored", "scoring", "ablation", "offload", "one_round"},
 }
 
 

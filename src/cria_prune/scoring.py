@@ -6,11 +6,13 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from cria_prune import pipeline
+from cria_prune import one_round, pipeline
 from cria_prune.batches import Batch
 from cria_prune.config import PruneConfig
+from cria_prune.criteria import score
 from cria_prune.loss import Loss
 from cria_prune.modules import device_of
+from cria_prune.progress import clock
 from cria_prune.record import States
 from cria_prune.scope import scope
 from cria_prune.scored import Scored, hash_of
@@ -95,11 +97,11 @@ def _scored(
     spent = {} if seconds is None else seconds
     needs, states = pipeline.find_criterion(config.score.criterion).needs, None
     batches, device = pipeline.again(batches), device_of(model)
-    with pipeline.clock(spent, "structure"):
+    with clock(spent, "structure"):
         example = pipeline.first_examples(batches, device) if example is None else example
         groups = scope(model, pipeline.discover(model, example), config.plan).groups
     if needs or consumed:
-        with pipeline.clock(spent, "record"):
-            states = pipeline.record_for(needs, model, groups, batches, config, loss=loss, consumed=consumed)
-    with pipeline.clock(spent, "score"):
-        return groups, pipeline.score(model, groups, states, config.score), states
+        with clock(spent, "record"):
+            states = one_round.record_for(needs, model, groups, batches, config, loss=loss, consumed=consumed)
+    with clock(spent, "score"):
+        return groups, score(model, groups, states, config.score), states

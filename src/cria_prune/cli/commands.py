@@ -27,7 +27,8 @@ from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig, RecoverConfig
 from cria_prune.errors import ConfigError
 from cria_prune.loss import logits_of
-from cria_prune.pipeline import PruneResult, clock
+from cria_prune.pipeline import PruneResult
+from cria_prune.progress import clock
 from cria_prune.ranks import world
 from cria_prune.scored import Scored
 

@@ -14,8 +14,9 @@ from cria_prune.batches import Batch, batch_size, model_inputs, move
 from cria_prune.cli.folder import interrupts_wait
 from cria_prune.cli.job import Job
 from cria_prune.config import PruneConfig, RecoverConfig
-from cria_prune.pipeline import PruneResult, clock, compose, prune
-from cria_prune.plan import Plan
+from cria_prune.pipeline import PruneResult, prune
+from cria_prune.plan import Plan, compose
+from cria_prune.progress import clock
 from cria_prune.ranks import alone, world
 from cria_prune.recover import RecoverResult, recover
 from cria_prune.scored import Scored

@@ -24,8 +24,8 @@ from cria_prune.cli.talk import Kept, Talk
 from cria_prune.cli.target import Target
 from cria_prune.errors import ArtifactError
 from cria_prune.loss import logits_of
-from cria_prune.pipeline import clock
 from cria_prune.plan import Plan
+from cria_prune.progress import clock
 from cria_prune.ranks import world
 
 RECOVERED, PRUNED = "the recovered model", "the pruned model"

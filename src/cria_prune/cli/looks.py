@@ -20,7 +20,7 @@ from cria_prune.cli.target import Target
 from cria_prune.cli.tree import drawn, module_tree
 from cria_prune.config import PlanConfig
 from cria_prune.errors import ConfigError
-from cria_prune.pipeline import clock
+from cria_prune.progress import clock
 
 
 def inspect(params: Params) -> None:

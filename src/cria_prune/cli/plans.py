@@ -22,10 +22,13 @@ from cria_prune.cli.settings import Params, pick_device, prune_config, texts_of
 from cria_prune.cli.talk import Talk, percent
 from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig
+from cria_prune.criteria import score
 from cria_prune.memory import MemoryPrediction, amount, batch_bytes, largest_batch, predict_memory
-from cria_prune.pipeline import clock
+from cria_prune.one_round import record_for
 from cria_prune.plan import Plan, count_macs, count_parameters, reachable
+from cria_prune.plan import plan as make_round
 from cria_prune.plan.stairs import fewest, stairs
+from cria_prune.progress import clock
 from cria_prune.scope import Scope
 
 CGROUP = Path("/sys/fs/cgroup/memory.max")
@@ -188,12 +191,12 @@ def one_round(
         scope = pipeline.check_target(model, pipeline.discover(model, example), config.plan)
     if needs:
         with clock(seconds, "record"):
-            states = pipeline.record_for(needs, model, scope.groups, batches, config)
+            states = record_for(needs, model, scope.groups, batches, config)
     with clock(seconds, "score"):
-        scores = pipeline.score(model, scope.groups, states, config.score)
+        scores = score(model, scope.groups, states, config.score)
     values = {name: item.scores.numpy() for name, item in scores.items()}
     with clock(seconds, "plan"):
-        return pipeline.make_round(scope.groups, values, config.plan, allowed=scope.allowed)
+        return make_round(scope.groups, values, config.plan, allowed=scope.allowed)
 
 
 def available_memory(device: torch.device) -> int | None:

@@ -16,7 +16,7 @@ from cria_prune.cli.talk import Talk
 from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig
 from cria_prune.errors import ConfigError
-from cria_prune.pipeline import clock
+from cria_prune.progress import clock
 from cria_prune.ranks import world
 from cria_prune.scored import Scored
 from cria_prune.scoring import score_once

@@ -21,7 +21,7 @@ from cria_prune.cli.settings import Params, texts_of
 from cria_prune.cli.talk import Kept
 from cria_prune.config import PruneConfig
 from cria_prune.errors import ConfigError, TargetError
-from cria_prune.pipeline import clock
+from cria_prune.progress import clock
 from cria_prune.ranks import world
 from cria_prune.scored import Scored, hash_of
 from cria_prune.scoring import score_once

@@ -24,7 +24,7 @@ from cria_prune.offload.rounds import OffloadedRound, Rounds, Standing
 from cria_prune.offload.state import FinishedRounds, identity_of
 from cria_prune.offload.walk import Places, all_rounds, work_folder
 from cria_prune.plan import Plan, compose
-from cria_prune.progress import QUIET, Progress
+from cria_prune.progress import QUIET, Progress, clock
 from cria_prune.scope import check_target
 from cria_prune.structure import UnitGroups
 from cria_prune.surgery import Verification
@@ -137,10 +137,10 @@ def prune_offloaded(
         finished = None if identity is None else FinishedRounds(root, identity)
         known = [] if finished is None else finished.read()
         seconds: dict[str, float] = {}
-        with pipeline.clock(seconds, "model"):
+        with clock(seconds, "model"):
             model = load_dispatched(source, places.scratch(1) / "weights", place)
             _check_finite(Weights(model))
-        with pipeline.clock(seconds, "structure"):
+        with clock(seconds, "structure"):
             structure = structure_of(model)
             found = check_target(structure, pipeline.discover(structure, example), config.plan)
         rounds = Rounds(

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from cria_prune import pipeline
 from cria_prune.batches import Batch
 from cria_prune.config import PruneConfig
 from cria_prune.dispatched import Weights
@@ -24,7 +23,7 @@ from cria_prune.offload.turns import score_in_turns
 from cria_prune.offload.write import floats, write_model
 from cria_prune.plan import Plan
 from cria_prune.plan import plan as make_plan
-from cria_prune.progress import Progress
+from cria_prune.progress import Progress, clock
 from cria_prune.result import Round
 from cria_prune.rounds import RoundFacts, restored
 from cria_prune.scope import Scope
@@ -138,16 +137,16 @@ class Rounds:
         structure, groups, config = before.structure, before.groups, self.config
         weights = Weights(before.model)
         kept = None if self.identity is None else TurnStore(scratch, self.identity)
-        with pipeline.clock(seconds, "score"):
+        with clock(seconds, "score"):
             importances, spilled, turns = score_in_turns(
                 before.model, groups, self.batches, config, scratch, self.memory, self.example, self.progress,
                 kept,
             )  # fmt: skip
         values = {name: item.scores.numpy() for name, item in importances.items()}
         step = self.plan(groups, values, number)
-        with pipeline.clock(seconds, "repair"):
+        with clock(seconds, "repair"):
             repaired, repairs = repair(structure, groups, step.kept, spilled, weights, scratch)
-        with pipeline.clock(seconds, "save"):
+        with clock(seconds, "save"):
             smaller = write_model(
                 folder, structure, step, repaired, self.source, self.max_shard_size, self.asked
             )
@@ -155,7 +154,7 @@ class Rounds:
         give_back()
         verification = None
         if config.verify:
-            with pipeline.clock(seconds, "verify"):
+            with clock(seconds, "verify"):
                 dtype = torch.float64 if floats(structure) is torch.float64 else torch.float32
                 verification = verify_folder(
                     before.folder, folder, step, repaired, self.example, scratch, dtype, self.device

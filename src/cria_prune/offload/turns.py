@@ -12,9 +12,10 @@ from pathlib import Path
 
 from torch import nn
 
-from cria_prune import pipeline
+from cria_prune import one_round, pipeline
 from cria_prune.batches import Batch
 from cria_prune.config import PruneConfig, RecordConfig
+from cria_prune.criteria import score
 from cria_prune.dispatched import bytes_of
 from cria_prune.modules import device_of, give_back
 from cria_prune.offload.chain import Chain, outputs
@@ -71,7 +72,7 @@ def score_in_turns(
     needs = pipeline.find_criterion(config.score.criterion).needs
     spilled = Spilled(scratch, device_of(model))
     if not needs and not config.compensate:
-        return pipeline.score(model, groups, None, config.score), spilled, 0
+        return score(model, groups, None, config.score), spilled, 0
     chain, turns = plan_turns(model, groups, config, memory, scratch, example)
     done, found = (0, {}) if kept is None else kept.read(spilled, chain)
     with progress.bar("record", len(turns)) as bar:
@@ -80,13 +81,13 @@ def score_in_turns(
             part = replace(groups, groups=turn.groups)
             with nullcontext() if turn.blocks is None or chain is None else chain.stretch(*turn.blocks):
                 if turn.groups:
-                    states = pipeline.record_for(
+                    states = one_round.record_for(
                         needs, model, part, batches, config, consumed=config.compensate
                     )
                 else:  # nothing to read there, but the blocks after it need what it gives
                     states = None
                     _pass(model, batches, config.record)
-            found |= pipeline.score(model, part, states, config.score)
+            found |= score(model, part, states, config.score)
             for name, item in ({} if states is None else states.groups).items():
                 spilled.add(name, item.consumed)
             if kept is not None:

@@ -12,12 +12,12 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import nn
 
-from cria_prune import pipeline
 from cria_prune.dispatched import structure_of
 from cria_prune.offload.check import load_dispatched
 from cria_prune.offload.rounds import OffloadedRound, Rounds, Standing
 from cria_prune.offload.state import FinishedRounds
 from cria_prune.plan import Plan
+from cria_prune.progress import clock
 from cria_prune.rounds import RoundFacts
 from cria_prune.store import State
 from cria_prune.structure import UnitGroups
@@ -121,7 +121,7 @@ def _standing(
     structure: nn.Module | None = None,
 ) -> Standing:
     """Return the model that a round made, ready for the next one, and remove what only that round needed."""
-    with pipeline.clock(seconds, "model"):
+    with clock(seconds, "model"):
         model = load_dispatched(places.model(number), places.scratch(number + 1) / "weights", device)
     places.clear(number)
     return Standing(

@@ -1,4 +1,4 @@
-"""The loop of a fine-tune: steps, epochs, the best of them; and how it goes on from a state that was kept."""
+"""The loop of a fine-tune: steps, epochs, the best of them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from cria_prune.loss import Loss
 from cria_prune.progress import Bar, Progress
 from cria_prune.ranks import alone, world
 from cria_prune.recover.compiled import compiled, forward_of
-from cria_prune.recover.guard import generators, lower_precision, put_back, set_generators, snapshot, trained
+from cria_prune.recover.guard import generators, lower_precision, set_generators, snapshot, trained
+from cria_prune.recover.kept import go_on, keep
 from cria_prune.recover.parallel import Parallel, generators_kept
 from cria_prune.recover.result import Epoch
-from cria_prune.recover.schedule import all_of, make_optimizer, moments, rate, set_moments
+from cria_prune.recover.schedule import make_optimizer, rate
 from cria_prune.recover.source import Source
-from cria_prune.recover.state import BATCHES, Facts, Keeper
+from cria_prune.recover.state import Keeper
 from cria_prune.store import State
 
 if TYPE_CHECKING:
@@ -241,63 +242,14 @@ class Run:
 
     def save(self) -> None:
         """Keep the state on disk, if that is wanted; all processes call it, and the first one writes."""
-        if self.keeper is None:
-            return
-        facts = Facts(
-            identity={**self.keeper.identity, BATCHES: self.count},
-            history=self.history,
-            best_epoch=self.best_epoch,
-            step=self.step,
-            finished=self.finished,
-        )
-        parts: dict[str, State] = {"best": self.best_state or {}}
-        if not self.finished:
-            if self.parallel is not None:
-                parts["norms"] = self.parallel.each()
-            if self.sharded is not None:
-                parts["optimizer"] = self.sharded.whole(moments(self.optimizer))
-            elif self.here.first:
-                parts["optimizer"] = moments(self.optimizer)
-            else:  # it writes nothing
-                return
-            parts["weights"] = self.copied()
-            parts["losses"] = {"epoch": torch.tensor(self.losses, dtype=torch.float64)}
-            parts["generators"], parts["opened"] = generators(self.device), self.opened or {}
-        if self.here.first:
-            self.keeper.write(facts, parts)
+        if self.keeper is not None:
+            keep(self, self.keeper)
 
     def resume(self, source: Source) -> bool:
-        """Go on from the state on disk; say whether there was one.
-
-        Raises:
-            ArtifactError: it is damaged, or of another fine-tune.
-        """
-        found = None if self.keeper is None or not self.config.epochs else self.keeper.read()
-        if self.keeper is None or found is None:
+        """Go on from the state on disk; say whether there was one. Errors as in `go_on`."""
+        if self.keeper is None or not self.config.epochs:
             return False
-        facts, parts = found
-        self.count = source.sized(0)[1]
-        self.keeper.check(facts, self.count)
-        self.history, self.best_epoch, self.step = list(facts.history), facts.best_epoch, facts.step
-        self.finished = facts.finished
-        share = all_of if self.sharded is None else self.sharded.share
-        own = trained(self.model)
-        try:
-            for part in ("best",) if self.finished else ("best", "weights"):
-                if parts[part].keys() != own.keys():
-                    raise LookupError("they have other names")
-                put_back(self.model, {name: share(value, own[name]) for name, value in parts[part].items()})
-            if not self.finished:
-                set_moments(self.optimizer, parts.get("optimizer", {}), share)
-                if self.parallel is not None:
-                    self.parallel.take(parts.get("norms", {}))
-                self.losses = parts["losses"]["epoch"].tolist()
-                self.opened = parts.get("opened")
-                set_generators(parts["generators"], self.device)
-        except (LookupError, ValueError, RuntimeError) as error:
-            raise self.keeper.damaged(f"its tensors do not fit the model: {error}") from error
-        self.best_state = parts["best"] if self.sharded is None or self.here.first else {}
-        return True
+        return go_on(self, self.keeper, source)
 
     def broken(self, found: str) -> SignalError:
         """Return the error for a training that diverged."""
