@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cria_prune.store import State
 
@@ -22,6 +22,12 @@ def trained(model: nn.Module) -> State:
 def snapshot(model: nn.Module) -> State:
     """Return a copy of what a training changes, by name."""
     return {name: deepcopy(value) for name, value in trained(model).items()}
+
+
+def is_finite(value: Tensor) -> bool:
+    """Say whether all entries are finite; of a tensor that is shared out, this process's."""
+    local = getattr(value, "to_local", None)
+    return bool(torch.isfinite(value if local is None else local()).all())
 
 
 def put_back(model: nn.Module, state: State) -> None:

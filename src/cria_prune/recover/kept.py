@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from cria_prune.recover.run import Run
 
 
+def due(run: Run, keeper: Keeper) -> bool:
+    """Say whether a state is due within an epoch; of several processes the first one's clock counts."""
+    if run.parallel is None:
+        return keeper.due()
+    return bool(run.here.total(torch.tensor(float(keeper.due() and run.here.first))))
+
+
 def keep(run: Run, keeper: Keeper) -> None:
     """Write the state of a fine-tune; all processes call it, and the first one writes."""
     facts = Facts(

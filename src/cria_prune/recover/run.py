@@ -18,8 +18,15 @@ from cria_prune.loss import Loss
 from cria_prune.progress import Bar, Progress
 from cria_prune.ranks import alone, world
 from cria_prune.recover.compiled import compiled, forward_of
-from cria_prune.recover.guard import generators, lower_precision, set_generators, snapshot, trained
-from cria_prune.recover.kept import go_on, keep
+from cria_prune.recover.guard import (
+    generators,
+    is_finite,
+    lower_precision,
+    set_generators,
+    snapshot,
+    trained,
+)
+from cria_prune.recover.kept import due, go_on, keep
 from cria_prune.recover.parallel import Parallel, generators_kept
 from cria_prune.recover.result import Epoch
 from cria_prune.recover.schedule import make_optimizer, rate
@@ -155,7 +162,7 @@ class Run:
             self.step += 1
             self.read(bar)  # of the step before: a GPU has this one to do meanwhile
             self.unread = value
-            if self.due():
+            if self.keeper is not None and due(self, self.keeper):
                 self.read(bar)
                 self.save()
         self.read(bar)
@@ -196,7 +203,7 @@ class Run:
         Raises:
             SignalError: it, or a weight, is NaN or infinite.
         """
-        broken = [name for name, value in self.model.named_parameters() if not _finite(value)]
+        broken = [name for name, value in self.model.named_parameters() if not is_finite(value)]
         if self.sharded is not None and self.here.total(torch.tensor(float(len(broken)))) and not broken:
             broken = ["a weight on another process"]  # all stop: none waits for a share in vain
         if broken:
@@ -233,13 +240,6 @@ class Run:
             return snapshot(self.model)
         return self.sharded.whole(trained(self.model))
 
-    def due(self) -> bool:
-        """Say whether a state is due within an epoch; of several processes the first one's clock counts."""
-        due = self.keeper is not None and self.keeper.due()
-        if self.keeper is None or self.parallel is None:
-            return due
-        return bool(self.here.total(torch.tensor(float(due and self.here.first))))
-
     def save(self) -> None:
         """Keep the state on disk, if that is wanted; all processes call it, and the first one writes."""
         if self.keeper is not None:
@@ -247,9 +247,7 @@ class Run:
 
     def resume(self, source: Source) -> bool:
         """Go on from the state on disk; say whether there was one. Errors as in `go_on`."""
-        if self.keeper is None or not self.config.epochs:
-            return False
-        return go_on(self, self.keeper, source)
+        return self.keeper is not None and self.config.epochs > 0 and go_on(self, self.keeper, source)
 
     def broken(self, found: str) -> SignalError:
         """Return the error for a training that diverged."""
@@ -258,8 +256,3 @@ class Run:
             found,
             "The weights were put back; try a lower learning rate or a longer warm-up, and check the inputs",
         )
-
-
-def _finite(value: Tensor) -> bool:
-    local = getattr(value, "to_local", None)  # of a parameter that is shared out
-    return bool(torch.isfinite(value if local is None else local()).all())
