@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -29,6 +29,7 @@ from cria_prune import (
 )
 from cria_prune import score as score_groups
 from cria_prune.config import RecordConfig, ScoreConfig
+from cria_prune.errors import SignalError
 from cria_prune.graph import Moments
 from cria_prune.loss import cross_entropy
 from cria_prune.modules import device_of
@@ -202,6 +203,51 @@ def test_recover_trains_there_and_again_the_same(device: str, settings: dict[str
         ends.append(model.state_dict())
     for name, value in ends[0].items():
         assert torch.equal(value, ends[1][name]), name
+
+
+class Told(torch.Tensor):
+    """A loss that says when it is read."""
+
+    events: ClassVar[list[str]] = []
+
+    def __float__(self) -> float:
+        Told.events.append("read")
+        return super().__float__()
+
+
+def told(model: nn.Module, batch: Any) -> torch.Tensor:
+    Told.events.append("step")
+    return cross_entropy(model, batch).as_subclass(Told)
+
+
+def test_a_loss_is_read_there_when_the_next_step_is_on_its_way_and_each_before_the_epoch_ends(
+    device: str,
+) -> None:
+    Told.events.clear()
+    config = RecoverConfig(epochs=2, lr=0.01)
+    look = lambda _: Told.events.append("end") or 0.5  # noqa: E731
+    recover(network().to(device), vision(48), config, loss=told, evaluate=look, device=device)
+    epoch = ["step", "step", "read", "step", "read", "read", "end"]
+    assert Told.events == ["end", *epoch, *epoch]
+    Told.events.clear()
+    recover(network(), vision(48), config, loss=told)  # on the CPU there is nothing to wait for
+    assert Told.events == ["step", "read"] * 6
+
+
+def test_a_loss_there_that_is_not_finite_is_told_where_the_next_forward_fails(device: str) -> None:
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise ValueError("not a probability")
+        return cross_entropy(model, batch) * (torch.inf if len(calls) == 2 else 1.0)
+
+    calls: list[int] = []
+    model = network().to(device)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(SignalError, match="the loss is inf at step 2 of 4"):
+        recover(model, vision(), RecoverConfig(epochs=1, lr=0.01), loss=loss, device=device)
+    for name, value in before.items():
+        assert torch.equal(value, model.state_dict()[name]), name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs of kernels are CUDA's")

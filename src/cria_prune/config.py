@@ -129,7 +129,8 @@ class RecoverConfig(StageConfig):
         0, ge=0, description="rank of the adapters trained in place of the linear layers' weights, 0 for none"
     )
     compile: bool = Field(
-        False, description="train what torch.compile makes of the model; on CUDA with graphs of its kernels"
+        False,
+        description="train what torch.compile makes of model and teacher; on CUDA with graphs of kernels",
     )
     fsdp: bool = Field(
         False, description="share weights, gradients and the optimizer's tensors out over the processes"

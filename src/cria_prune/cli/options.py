@@ -169,7 +169,7 @@ Compile = Annotated[
     bool | None,
     Option(
         "--compile",
-        help="Train what torch.compile makes of the model; the first step waits for it.",
+        help="Train what torch.compile makes of the model (and of a teacher); the first step waits for it.",
         show_default=False,
     ),
 ]

@@ -72,7 +72,7 @@ class Run:
         self.best_state: State | None = None
         self.step = self.count = 0
         self.losses: list[float] = []  # of the epoch in progress, one per batch
-        self.unread: Tensor | float | None = None  # the last step's loss, until it is among them
+        self.unread: tuple[int, Tensor | float] | None = None  # the last step and its loss, on a GPU still
         self.opened: State | None = None  # the generators before that epoch's batches were asked for
         self.finished = False
         self.here = world()
@@ -153,32 +153,38 @@ class Run:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr(self.step)
             optimizer.zero_grad()
-            with lower_precision(config.precision, self.device):
-                loss, value = self.forward(move(batch, self.device))
+            try:
+                with lower_precision(config.precision, self.device):
+                    loss, value = self.forward(move(batch, self.device))
+            except Exception:
+                self.read(bar)  # it may have failed on what a loss that was not finite made of the weights
+                raise
             loss.backward() if self.parallel is None else self.parallel.backward(loss)
+            self.read(bar)  # that of the step before: a GPU has both passes of this one to do meanwhile
+            self.unread = self.step + 1, value
+            if not isinstance(value, Tensor) or value.device.type == "cpu":  # there is nothing to wait for
+                self.read(bar)
             if config.clip:
                 nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
             optimizer.step()
             self.step += 1
-            self.read(bar)  # of the step before: a GPU has this one to do meanwhile
-            self.unread = value
             if self.keeper is not None and due(self, self.keeper):
                 self.read(bar)
                 self.save()
         self.read(bar)
 
     def read(self, bar: Bar) -> None:
-        """Read the last step's loss, if there is one to read; a GPU has to have done that step.
+        """Read the loss of the last step whose loss is not read, if there is one; a GPU is waited for.
 
         Raises:
             SignalError: it is NaN or infinite.
         """
         if self.unread is None:
             return
-        value, self.unread = float(self.unread), None
+        (step, unread), self.unread = self.unread, None
+        value = float(unread)
         self.losses.append(value)
         if not math.isfinite(value):
-            step = (len(self.history) - 1) * self.count + len(self.losses)
             raise self.broken(f"the loss is {value} at step {step} of {self.config.epochs * self.count}")
         bar.update(loss=value)
 
