@@ -14,7 +14,7 @@ from cria_prune.artifact.files import write_json
 from cria_prune.artifact.provenance import peak_memory
 from cria_prune.batches import Batch, batch_size
 from cria_prune.cli import target
-from cria_prune.cli.commands import check_target
+from cria_prune.cli.begin import check_target
 from cria_prune.cli.folder import check_file
 from cria_prune.cli.job import rounded
 from cria_prune.cli.outline import COSTS

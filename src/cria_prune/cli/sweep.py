@@ -14,6 +14,7 @@ from cria_prune.artifact.folders import check_free
 from cria_prune.artifact.plots_metric import plot_tradeoff
 from cria_prune.artifact.scores import SCORES, load_scores
 from cria_prune.cli import commands, show, target
+from cria_prune.cli.begin import check_target, dense_model, job_of, saved_as
 from cria_prune.cli.folder import interrupts_wait
 from cria_prune.cli.job import PRUNED, Job
 from cria_prune.cli.scores import config_from, given_scores, keep_scores
@@ -41,11 +42,11 @@ def sweep(params: Params, command: list[str], kept: Kept) -> None:
     if len(set(names)) < len(names):
         raise ConfigError("A family of reductions", f"found {', '.join(names)}", "Give each share once")
     configs, beyond = reachable(found, configs, asked=bool(params["reduction"]))
-    found.policy = commands.saved_as(configs[0])
-    with commands.job_of(found, "-sweep", params, command, kept, several=True) as job:
+    found.policy = saved_as(configs[0])
+    with job_of(found, "-sweep", params, command, kept, several=True) as job:
         if beyond:
             job.talk.note(f"left out, beyond what can be removed: {', '.join(beyond)}")
-        model = commands.dense_model(job)
+        model = dense_model(job)
         if scored is None:
             scored = own_scores(job, model, configs[0])
         members, here = list[Mapping[str, Any]](), world()
@@ -68,7 +69,7 @@ def reachable(
     within, beyond = list[PruneConfig](), list[str]()
     for config in configs:
         try:
-            commands.check_target(found, config)
+            check_target(found, config)
             within.append(config)
         except TargetError:
             if asked or not within:
