@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import networks
 from cria_prune import ablation as module
-from cria_prune.ablation import SHARES, Ablation, ablate, leaving, removal_orders
+from cria_prune.ablated import Ablation
+from cria_prune.ablation import SHARES, ablate, leaving, removal_orders
 from cria_prune.errors import ConfigError, SignalError, StructureError, TargetError, VerificationError
 from cria_prune.metrics import Metric, metric
 from cria_prune.pipeline import discover

@@ -71,12 +71,13 @@ MAY_IMPORT = {
         "surgery",
         "tasks",
     },
-    "ablation": BASE | {"structure", "plan", "surgery"},
+    "ablated": {"metrics"},
+    "ablation": BASE | {"ablated", "structure", "plan", "surgery"},
     "torch_pruning": BASE | {"pipeline", "scoring", "structure", "spectrum"},
     "cli": BASE
     | {"memory"}
     | {"pipeline", "artifact", "tasks", "recover", "plan", "structure", "criteria", "record", "scope"}
-    | {"bench", "scored", "scoring", "ablation", "offload", "one_round"},
+    | {"bench", "scored", "scoring", "ablated", "ablation", "offload", "one_round"},
 }
 
 

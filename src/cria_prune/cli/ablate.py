@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cria_prune.ablation import COLUMNS, SHARES, Ablation, check_seeds, check_shares
+from cria_prune.ablated import COLUMNS, Ablation
+from cria_prune.ablation import SHARES, check_seeds, check_shares
 from cria_prune.ablation import ablate as sweep
 from cria_prune.artifact.files import atomic, write_json
 from cria_prune.artifact.plots_metric import plot_ablation
