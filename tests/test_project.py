@@ -73,7 +73,8 @@ MAY_IMPORT = {
     },
     "ablated": {"metrics"},
     "ablation": BASE | {"ablated", "structure", "plan", "surgery"},
-    "torch_pruning": BASE | {"pipeline", "scoring", "structure", "spectrum"},
+    "torch_pruning": BASE | {"pipeline", "scoring", "spectrum", "torch_pruning_cuts"},
+    "torch_pruning_cuts": BASE | {"structure"},
     "cli": BASE
     | {"memory"}
     | {"pipeline", "artifact", "tasks", "recover", "plan", "structure", "criteria", "record", "scope"}

@@ -1,10 +1,4 @@
-"""Cria's scores as an importance for the pruners of Torch-Pruning (torch-pruning >= 1.6, not required here).
-
-A group of Torch-Pruning and the unit groups of Cria are matched by what they cut: positions of the weights
-of convolutions, linear layers and embeddings. What follows a unit (norms, biases, depthwise filters) is left
-out of the comparison, and so is the input side of a grouped convolution, whose positions stand for several
-channels.
-"""
+"""Cria's scores as an importance for the pruners of Torch-Pruning (an optional extra, >= 1.6)."""
 
 from __future__ import annotations
 
@@ -15,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from cria_prune.batches import Batch
 from cria_prune.config import PruneConfig
@@ -25,12 +18,15 @@ from cria_prune.modules import named_tensors
 from cria_prune.pipeline import again, find_criterion
 from cria_prune.scoring import score_units
 from cria_prune.spectrum import Importance
-from cria_prune.structure import UnitGroups
-
-Place = tuple[int, int, int]
-"""id of a weight, dimension, position: one line of parameters that leaves."""
-Unit = tuple[str, int]
-"""Name of a unit group, number of the unit."""
+from cria_prune.torch_pruning_cuts import (
+    Unit,
+    Units,
+    UnscoredError,
+    cut_places,
+    cut_side,
+    layer_cut,
+    places_of,
+)
 
 
 class SpectralImportance:
@@ -121,7 +117,7 @@ class SpectralImportance:
         layer = self._name(group[0].dep.target.module)
         try:
             return self._importance(group)
-        except _UnscoredError as error:
+        except UnscoredError as error:
             self.left_alone[layer] = error.reason
             if self.strict:
                 raise StructureError(
@@ -146,7 +142,7 @@ class SpectralImportance:
             # Who asks for some channels of a head alone is told its score; they are a part of the unit.
             whole = len(own) == sum(place[:2] == side for place in ours)
             if not (theirs == ours if whole else theirs <= ours):
-                raise _UnscoredError(units.difference(owner, theirs), warn=True)
+                raise UnscoredError(units.difference(owner, theirs), warn=True)
         relative = {name: _relative(self.scores[name].scores) for name in {name for name, _ in owners}}
         return torch.stack([relative[name][number] for name, number in owners])
 
@@ -167,105 +163,6 @@ class SpectralImportance:
             "the layer is not in the model that the importance was made for",
             "Give the pruner and SpectralImportance the same model",
         )
-
-
-class _UnscoredError(Exception):
-    """A group has no score; `warn` where the two libraries disagree about it."""
-
-    def __init__(self, reason: str, warn: bool = False) -> None:
-        super().__init__(reason)
-        self.reason, self.warn = reason, warn
-
-
-class Units:
-    """Which unit of Cria owns which line of a weight.
-
-    Args:
-        model: the live model; groups: its unit groups.
-    """
-
-    def __init__(self, model: nn.Module, groups: UnitGroups) -> None:
-        self._names = {id(tensor): name for name, tensor in named_tensors(model).items()}
-        sides = (cut_side(module, out) for module in model.modules() for out in (True, False))
-        compared = {side for side in sides if side is not None}
-        self.frozen: dict[str, str | None] = {}
-        self.owners: dict[Place, Unit] = {}
-        self.places: dict[Unit, set[Place]] = {}
-        tensors = named_tensors(model)
-        for group in groups:
-            self.frozen[group.name] = group.frozen
-            self.places |= {(group.name, unit): set() for unit in range(group.size)}
-            for item in group.slices:
-                side = (id(tensors[item.tensor]), item.dim)
-                if side not in compared:
-                    continue
-                for unit, positions in enumerate(item.positions.tolist()):
-                    for position in positions:
-                        self.owners[*side, position] = (group.name, unit)
-                        self.places[group.name, unit].add((*side, position))
-
-    def owner_of(self, place: Place | None) -> Unit:
-        """Return the unit that a line belongs to.
-
-        Raises:
-            _UnscoredError: there is none, or it may not leave.
-        """
-        owner = None if place is None else self.owners.get(place)
-        if owner is None:
-            raise _UnscoredError("Cria found no unit at these channels")
-        if (reason := self.frozen[owner[0]]) is not None:
-            raise _UnscoredError(reason)
-        return owner
-
-    def difference(self, owner: Unit, theirs: set[Place]) -> str:
-        """Say in what a cut of Torch-Pruning differs from the unit."""
-        apart = sorted({self._names.get(tensor, "?") for tensor, _, _ in theirs ^ self.places[owner]})
-        names = ", ".join(apart[:3]) + (f" and {len(apart) - 3} more" if len(apart) > 3 else "")
-        return (
-            f"Torch-Pruning cuts something else than unit {owner[1]} of {owner[0]!r}: they differ in {names}"
-        )
-
-
-def cut_side(module: Any, out: bool) -> tuple[int, int] | None:
-    """Return (id of the weight, dimension) that a cut of a layer's outputs or inputs goes along.
-
-    None for what follows other layers (norms, activations, depthwise convolutions), for layers of another
-    kind, and for the side of a grouped convolution on which one position stands for several channels.
-    """
-    if isinstance(module, _ConvNd):
-        if module.groups > 1 and (module.groups == module.out_channels or out == module.transposed):
-            return None
-        return id(module.weight), int(out == module.transposed)
-    if isinstance(module, nn.Linear):
-        return id(module.weight), int(not out)
-    return (id(module.weight), 1) if isinstance(module, nn.Embedding) else None
-
-
-def layer_cut(item: Any) -> tuple[Any, bool]:
-    """Return the layer of an item of a group, and whether its outputs are cut."""
-    return item.dep.target.module, item.dep.handler.__name__ == "prune_out_channels"
-
-
-def places_of(item: Any) -> list[Place | None]:
-    """Return the line that each index of an item of a group cuts; None where `cut_side` has none."""
-    side = cut_side(*layer_cut(item))
-    return [None if side is None else (*side, int(index)) for index in item.idxs]
-
-
-def cut_places(group: Any) -> dict[int, set[Place]]:
-    """Return root channel -> the lines that leave with it.
-
-    Raises:
-        _UnscoredError: an index is of no root channel, so that what leaves with which is not known.
-    """
-    found: dict[int, set[Place]] = {}
-    for number in range(len(group)):
-        for place, channel in zip(places_of(group[number]), group[number].root_idxs, strict=True):
-            if place is not None and channel is None:
-                raise _UnscoredError("Torch-Pruning does not say which channels leave together", warn=True)
-            if place is not None:
-                found.setdefault(channel, set()).add(place)
-    return found
 
 
 def state_of(model: nn.Module) -> tuple[tuple[Any, ...], ...]:
