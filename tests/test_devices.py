@@ -225,7 +225,11 @@ def test_a_loss_is_read_there_when_the_next_step_is_on_its_way_and_each_before_t
 ) -> None:
     Told.events.clear()
     config = RecoverConfig(epochs=2, lr=0.01)
-    look = lambda _: Told.events.append("end") or 0.5  # noqa: E731
+
+    def look(_model: nn.Module) -> float:
+        Told.events.append("end")
+        return 0.5
+
     recover(network().to(device), vision(48), config, loss=told, evaluate=look, device=device)
     epoch = ["step", "step", "read", "step", "read", "read", "end"]
     assert Told.events == ["end", *epoch, *epoch]

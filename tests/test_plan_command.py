@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from cria_prune import PruneConfig, apply
+from cria_prune import PruneConfig, apply, one_round
 from cria_prune.cli import plans
 from cria_prune.cli.main import app
 from cria_prune.plan import Plan, count_parameters
@@ -50,7 +50,8 @@ def test_a_dry_run_trains_and_scores_nothing(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(ImageTask, "dense", refuse)
     for name in ("score", "record_for"):
-        monkeypatch.setattr(plans, name, refuse)
+        for place in (plans, one_round):
+            monkeypatch.setattr(place, name, refuse)
     result = cria("digits", "--dry-run", *FAST, "--rounds", "3", "--output", "said.json")
     said = answer(result)
     assert said["dry_run"] is True and said["recipe"] == "digits" and said["asked"] == 0.5

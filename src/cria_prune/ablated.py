@@ -11,6 +11,7 @@ from typing import Any
 from cria_prune.metrics import Metric
 
 ORDERS = ("lowest", "highest", "random")
+COLUMNS = ["units removed", "prunable parameters", "lowest first", "random", "highest first"]
 
 Values = tuple[tuple[float, ...], ...]
 
@@ -124,9 +125,6 @@ class Ablation:
             "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in lines
         ]
         return "\n".join([*table, self.verdict])
-
-
-COLUMNS = ["units removed", "prunable parameters", "lowest first", "random", "highest first"]
 
 
 def _interval(metric: Metric, values: Sequence[float]) -> str:
