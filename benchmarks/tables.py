@@ -1,4 +1,4 @@
-"""Turn the result files into docs/results.md, coverage.md, transformers.md and the blocks of the README.
+"""Turn the result files into the pages of docs and the blocks of the README that are made of them.
 
 python benchmarks/tables.py
 """
@@ -14,10 +14,10 @@ import coverage_table
 import roundtrip_table
 import scale_table
 from coverage_table import table
+from cria_prune import CRITERIA
 from cria_prune.metrics import metric
 from macs_table import macs_table
 from result_cells import (
-    ALL,
     LLAMA,
     NETWORKS,
     ORDER,
@@ -37,6 +37,7 @@ from result_cells import (
     tuned,
     way,
 )
+from summary import summary
 
 MARKS = ("<!-- {}: written by benchmarks/tables.py -->", "<!-- end of {} -->")
 DEMO = RESULTS / "digits" / "demo.txt"
@@ -68,7 +69,7 @@ def pruned_table(network: str, scope: str, how: tuple[Any, ...] = PLAIN) -> list
 
 
 def compact_table(network: str) -> list[str]:
-    """The criteria that the README compares, with and without what the default does beside cutting."""
+    """The criteria that docs/findings.md compares, with and without what the default does beside cutting."""
     cells = pick(read(network), scope="inner", epochs=0, rounds=4)
     repaired = (True, network not in SHARE_OF, "uniform")
     most = len({item["cell"]["seed"] for item in cells})
@@ -193,27 +194,53 @@ def demo() -> list[str]:
     return ["```", *DEMO.read_text().strip().splitlines()[:-1], "```"]
 
 
-def readme(text: str) -> str:
-    """Return the README with its blocks written again from the result files."""
-    results = [line for network in (*NETWORKS[1:3], SST2[0], LLAMA[0]) for line in compact_table(network)]
-    results += recovered_table("digits", ALL)
-    results += [line for how in (PLAIN, ALL) for line in recovered_table("cifar10-resnet20", how)]
-    results += macs_table("cifar10-resnet20")
-    results += recovered_table("sst2-minilm")
-    for name, lines in (("demo", demo()), ("results", results)):
+def criteria() -> list[str]:
+    """Every criterion with what it scores, what it needs and where it comes from."""
+    rows = [
+        [f"`{item.name}`", item.summary, ", ".join(sorted(item.needs)) or "weights alone", item.source]
+        for item in CRITERIA.values()
+    ]
+    return table(["name", "what it scores", "needs", "source"], rows)
+
+
+def blocks() -> dict[str, dict[str, list[str]]]:
+    """Page -> name of a block in it -> the lines between its marks."""
+    compact = [line for network in (*NETWORKS[1:3], SST2[0], LLAMA[0]) for line in compact_table(network)]
+    return {
+        "README.md": {"results": summary()},
+        "docs/start.md": {"demo": demo()},
+        "docs/findings.md": {"results": compact},
+        "docs/criteria.md": {"criteria": criteria()},
+    }
+
+
+def filled(text: str, written: dict[str, list[str]]) -> str:
+    """Return a page with its blocks written again."""
+    for name, lines in written.items():
         start, end = (mark.format(name) for mark in MARKS)
         before, rest = text.split(start)
         text = "\n".join([before + start, "", *lines, "", end + rest.split(end)[1]])
     return text
 
 
+WHOLE = {
+    "docs/results.md": render,
+    "docs/coverage.md": coverage_table.render,
+    "docs/transformers.md": roundtrip_table.render,
+    "docs/scale.md": scale_table.render,
+}
+"""The pages that are nothing but tables and what they mean."""
+
+
+def pages() -> dict[str, str]:
+    """Every page that is made from result files -> its text as it should be."""
+    found = {page: written() for page, written in WHOLE.items()}
+    return found | {page: filled((ROOT / page).read_text(), written) for page, written in blocks().items()}
+
+
 def main() -> None:
-    (ROOT / "docs" / "results.md").write_text(render())
-    (ROOT / "docs" / "coverage.md").write_text(coverage_table.render())
-    (ROOT / "docs" / "transformers.md").write_text(roundtrip_table.render())
-    (ROOT / "docs" / "scale.md").write_text(scale_table.render())
-    page = ROOT / "README.md"
-    page.write_text(readme(page.read_text()))
+    for page, text in pages().items():
+        (ROOT / page).write_text(text)
 
 
 if __name__ == "__main__":
