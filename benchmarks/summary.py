@@ -42,7 +42,7 @@ class Row:
     """One row: what was cut, how it was trained after, and two sides.
 
     Attributes:
-        left: the network and what is left of it.
+        gone: what was removed.
         training: in words.
         networks: folders of result files; several are of the same network, trained from other seeds.
         epochs: of the recovery.
@@ -50,7 +50,7 @@ class Row:
         beside: what stands beside it.
     """
 
-    left: str
+    gone: str
     training: str
     networks: tuple[str, ...]
     epochs: int
@@ -61,21 +61,21 @@ class Row:
 DEFAULT = Side("default", "innovation", ALL)
 PEER = Side("Torch-Pruning, magnitude", "tp-magnitude", PLAIN)
 ROWS = (
-    Row("ResNet-20, half", "none", ("cifar10-resnet20",), 0, DEFAULT, PEER),
-    Row("ResNet-56, half", "none", ("cifar10-resnet56",), 0, DEFAULT, PEER),
-    Row("ResNet-20, half", "3 epochs", ("cifar10-resnet20",), 3, DEFAULT, PEER),
+    Row("half of ResNet-20", "none", ("cifar10-resnet20",), 0, DEFAULT, PEER),
+    Row("half of ResNet-56", "none", ("cifar10-resnet56",), 0, DEFAULT, PEER),
+    Row("half of ResNet-20", "3 epochs", ("cifar10-resnet20",), 3, DEFAULT, PEER),
     Row(
-        *("ResNet-56, half", "3 epochs", ("cifar10-resnet56",), 3),
+        *("half of ResNet-56", "3 epochs", ("cifar10-resnet56",), 3),
         Side("`innovation-magnitude`", "innovation-magnitude", ALL, (("reduction", 0.4975),)),
         PEER,
     ),
     Row(
-        *("MiniLM on SST-2, half of the encoder", "1 epoch of 8,000 sentences", ("sst2-minilm",), 1),
+        *("half of MiniLM's encoder (SST-2)", "1 epoch of 8,000 sentences", ("sst2-minilm",), 1),
         Side("default", "innovation", REPAIR, (("reduction", 0.5), ("dense_seed", 1))),
         Side("weights' group norm", "group-l2", PLAIN, (("reduction", 0.5), ("dense_seed", 1))),
     ),
     Row(
-        *("small Llamas, half without embeddings", "none", LLAMA, 0),
+        *("half of small Llamas, embeddings apart", "none", LLAMA, 0),
         Side("default", "innovation", REPAIR),
         Side("Wanda-sp", "wanda-sp", PLAIN),
     ),
@@ -84,7 +84,7 @@ ROWS = (
 
 def summary() -> list[str]:
     """The table."""
-    head = ["what is left", "training", "draws", "dense", "Cria", "beside it", "`cria bench`"]
+    head = ["what is gone", "training", "draws", "dense", "Cria", "beside it", "`cria bench`"]
     return table(head, map(cells_of, ROWS))
 
 
@@ -94,7 +94,7 @@ def cells_of(row: Row) -> list[str]:
     draws = str(counts[0]) if counts[0] == counts[1] else f"{counts[0]} / {counts[1]}"
     sources = (f"[`{n.removeprefix('cifar10-')}`](benchmarks/results/{n})" for n in row.networks)
     return [
-        *(row.left, row.training, draws, dense_text(ours)),
+        *(row.gone, row.training, draws, dense_text(ours)),
         *(f"{side.label}: {value(found)}" for side, found in ((row.ours, ours), (row.beside, beside))),
         ", ".join(sources),
     ]

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,12 @@ def test_every_command_and_option_exists() -> None:
     for words in commands:
         known = {flag for item in group.get_command(context, words[1]).params for flag in item.opts}
         assert {word for word in words if word.startswith("--")} <= known, words
+
+
+def test_every_extra_is_named() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = set(re.findall(r"`([\w-]+)`", README.split("| extra |")[1].split("\n\n")[0]))
+    assert set(project["optional-dependencies"]) - {"dev", "docs"} <= named
 
 
 def test_links_lead_somewhere() -> None:
