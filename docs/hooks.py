@@ -1,7 +1,8 @@
 """What of the site is made from the code: the command line, the settings, the list of decisions.
 
-mkdocs calls `on_config` and `on_page_markdown`. A page asks for what is made by a comment, `<!-- made: NAME -->`,
-and for the docstring of a public name by a line `::: cria_prune.NAME`; `#NAME` is then its anchor on the page.
+mkdocs calls `on_config` and `on_page_markdown`. A page asks for what is made by a comment,
+`<!-- made: NAME -->`, and for the docstring of a public name by a line `::: cria_prune.NAME`; `#NAME` is then
+its anchor on the page.
 """
 
 from __future__ import annotations
