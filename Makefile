@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= passive
 # What is not imported need not be compiled: half of the time that an installation takes.
 QUIETLY := --quiet --disable-pip-version-check --no-compile
 
-.PHONY: demo test test-all clean
+.PHONY: demo test test-all docs clean
 
 demo: $(STAMP)
 	$(BIN)/cria run digits
@@ -23,6 +23,11 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
+# The site, from docs/ and the docstrings; it needs nothing from the network.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo site/index.html
+
 # torch first: the pin takes a CPU build where an index offers one. The libraries of the benchmarks' networks
 # and the peer last and alone: what they require would bring a second torch, built for CUDA. torchvision and
 # timm stay apart, see benchmarks/zoo.py.
@@ -35,4 +40,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist site .mypy_cache .pytest_cache .ruff_cache

@@ -16,7 +16,7 @@ def knn_edges(X, k):
 
 
 def graph(X, k, ridge, grounded=False, complete=64):
-    """Edges, weights and L of METHOD section 2, from the signals themselves."""
+    """Edges, weights and L of docs/method.md section 2, from the signals themselves."""
     X = X - X.mean(axis=1, keepdims=True)
     d, M = X.shape
     edges = knn_edges(X, d - 1 if d <= complete else k)

@@ -17,7 +17,7 @@ SLOW: dict[str, tuple[str, ...]] = {
     "test_rounds_give_what_rounds_in_memory_give": ("gpt2",),
     "test_random_networks_masked_equals_pruned": ("3", "4", "5", "6", "7", "8", "9"),
     "test_a_table_fits_the_terminal": ("160",),
-    "test_seven_billion_parameters_in_no_memory_are_shown_as_in_the_docs": ("",),
+    "test_seven_billion_parameters_in_no_memory_are_shown_as_in_the_guide": ("",),
     "test_the_command_in_two_processes_prunes_as_in_one": ("",),
     "test_under_one_threshold_for_all_layers_the_share_is_met_and_the_layers_differ": ("",),
     "test_a_family_is_made_and_resumed_bit_for_bit": ("",),

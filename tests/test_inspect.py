@@ -519,12 +519,14 @@ def test_json_has_stable_keys() -> None:
     }  # fmt: skip
 
 
-def test_seven_billion_parameters_in_no_memory_are_shown_as_in_the_docs(here: Path) -> None:
+def test_seven_billion_parameters_in_no_memory_are_shown_as_in_the_guide(here: Path) -> None:
     transformers.LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(here)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     shown = table(str(here), "--meta").rsplit("\n\n", 1)[0]
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20 < 2, "GiB"
-    assert f"```\n{shown}\n```" in (Path(__file__).parents[1] / "docs" / "inspect.md").read_text()
+    assert (
+        f"```\n{shown}\n```" in (Path(__file__).parents[1] / "docs/guides/look-before-you-cut.md").read_text()
+    )
 
 
 def test_long_names_break_after_dots_and_never_inside_a_number() -> None:

@@ -99,7 +99,7 @@ def prune(
         CriaError: each stage's own; the model is then as it was.
         ArtifactError: the state cannot be kept, is damaged, or is of another pruning.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))

@@ -66,7 +66,7 @@ def score_once(
     Arguments and errors as in `score_units`. With `config.compensate` the second moments of what each
     consumer reads are recorded in the same pass, for the repair.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from cria_prune import PruneConfig, prune
         >>> net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))

@@ -156,14 +156,14 @@ CRITERIA: dict[str, Criterion] = {
         Criterion(
             "grounded-distortion",
             spectral.grounded_distortion,
-            "Cria, METHOD section 3",
+            "Cria, docs/method.md section 3",
             _BOTH,
             "spectral distance to the removed neuron times the consumers' squared norm",
         ),
         Criterion(
             "innovation",
             spectral.innovation,
-            "Cria, METHOD section 3; after the optimal brain surgeon, Hassibi and Stork, NIPS 1992",
+            "Cria, docs/method.md section 3; after the optimal brain surgeon, Hassibi and Stork, NIPS 1992",
             _OUTPUT,
             "what neighbours cannot predict, times the consumers' squared norm",
         ),

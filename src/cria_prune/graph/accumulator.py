@@ -1,4 +1,4 @@
-"""Moments from batches, in bounded memory (METHOD section 2, "Signals in bounded memory").
+"""Moments from batches, in bounded memory (docs/method.md section 2, "Signals in bounded memory").
 
 Legend: d = units, m = samples of a batch, M = all samples, r = sketch columns.
 
@@ -41,7 +41,7 @@ class MomentAccumulator:
         positive: also count the samples above 0.
         pairs: keep second moments between the units; without, their means and variances alone.
 
-    Example:
+    Examples:
         >>> total = MomentAccumulator(2)
         >>> total.add(torch.tensor([[1.0, 3.0], [2.0, 2.0]]))
         >>> total.moments().variance.tolist()

@@ -19,7 +19,7 @@ class Graph:
     """An undirected weighted graph, its ridge and, where grounded, the edges to the removed neuron.
 
     Its Laplacian is L = diag(W1) − W + e·I + diag(g): positive definite where e > 0 or every piece
-    touches the ground (METHOD sections 2 and 3).
+    touches the ground (docs/method.md sections 2 and 3).
 
     Attributes:
         units: d.
@@ -28,7 +28,7 @@ class Graph:
         ridge: e, absolute (already multiplied by the mean degree).
         ground: (d,) float64 weights of the edges to the ground, or None.
 
-    Example:
+    Examples:
         >>> Graph(3, torch.tensor([0, 1]), torch.tensor([1, 2]), torch.ones(2, dtype=torch.float64))
         Graph of 3 units: 2 edges, 1 piece, degrees 1 to 2 (weighted 1 to 2), ridge 0
     """

@@ -1,4 +1,4 @@
-"""From the moments of the signals to a graph of the neurons (METHOD section 2).
+"""From the moments of the signals to a graph of the neurons (docs/method.md section 2).
 
 Legend: d = units, k = neighbours, D² = squared distance per sample, med = median D² of the edges.
 """

@@ -29,7 +29,7 @@ class Moments:
             exact variance; None where the covariance is kept.
         positive: (d,) float64, the share of the samples above 0; None where it was not counted.
 
-    Example:
+    Examples:
         >>> Moments.from_signals(torch.tensor([[1.0, 3.0], [2.0, 2.0]]))
         Moments of 2 units over 2 samples, exact covariance
     """
@@ -159,6 +159,6 @@ def positive_samples(X: Tensor) -> Tensor:
 def dead_units(moments: Moments) -> Tensor:
     """Return which units are constant over the samples: (d,) bool.
 
-    A unit is dead where sqrt(variance) <= 1e-6 |mean| (METHOD section 2, per sample).
+    A unit is dead where sqrt(variance) <= 1e-6 |mean| (docs/method.md section 2, per sample).
     """
     return moments.variance.clamp(min=0).sqrt() <= DEAD_TOLERANCE * moments.mean.abs()

@@ -1,4 +1,4 @@
-"""Exact nearest neighbours between the signals of a group (METHOD section 2).
+"""Exact nearest neighbours between the signals of a group (docs/method.md section 2).
 
 Legend: d = units, M = samples, r = sketch columns, k = neighbours, m = edges.
 D²[p, q] = ‖x_p − x_q‖² / M, of the centred rows.

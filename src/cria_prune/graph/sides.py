@@ -98,7 +98,7 @@ def choose_layer(widths: Mapping[str, int]) -> str | None:
     Args:
         widths: name -> units; of equals the first is taken. None if there is none.
 
-    Example:
+    Examples:
         >>> choose_layer({"narrow": 16, "right": 200, "wide": 4096})
         'right'
     """

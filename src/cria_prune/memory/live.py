@@ -26,7 +26,7 @@ class LiveBytes(TorchDispatchMode):
         now: bytes that are alive.
         trace: what was alive after each operation.
 
-    Example:
+    Examples:
         >>> import torch
         >>> with LiveBytes([]) as live:
         ...     x = torch.zeros(1000)

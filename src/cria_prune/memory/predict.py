@@ -61,7 +61,7 @@ def predict_memory(
         DataError: the model does not run on the batch.
         CriterionError: no such criterion, or gradients are asked for on the meta device.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from cria_prune import discover
         >>> net = nn.Sequential(nn.Linear(4, 512), nn.ReLU(), nn.Linear(512, 3))

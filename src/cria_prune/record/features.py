@@ -28,7 +28,7 @@ class FeatureMoments:
         mean: (d, width) float64.
         variance: (d, width) float64, mean of the squared centred samples (not unbiased).
 
-    Example:
+    Examples:
         >>> one = FeatureMoments.from_samples(torch.tensor([[1.0, 5.0], [3.0, 5.0]]), units=1)
         >>> one.mean.tolist(), one.variance.tolist()
         ([[2.0, 5.0]], [[1.0, 0.0]])

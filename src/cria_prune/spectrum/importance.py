@@ -73,7 +73,7 @@ class Importance:
 def rank_correlation(a: Tensor, b: Tensor) -> float:
     """Return Spearman's rank correlation of a and b (d,), average ranks at ties; 0 if one is constant.
 
-    Example:
+    Examples:
         >>> rank_correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 9.0]))
         1.0
     """

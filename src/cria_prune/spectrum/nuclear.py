@@ -38,7 +38,7 @@ def channel_independence(moments: Moments, *, name: str = "group") -> Tensor:
     Raises:
         SignalError: NaN or infinity, or moments without covariance and sketch.
 
-    Example:
+    Examples:
         >>> Y = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
         >>> [round(value, 4) for value in channel_independence(Moments.from_signals(Y)).tolist()]
         [0.5858, 0.5858, 0.7071]

@@ -1,4 +1,4 @@
-"""Scores over all pairs without an eigensolver (METHOD section 3).
+"""Scores over all pairs without an eigensolver (docs/method.md section 3).
 
 Σᵢ zᵢ (vᵢᵀ x)² = xᵀ L_out⁻¹ L_in L_out⁻¹ x, and L_in = A Aᵀ with A the weighted incidence matrix, ridge and
 ground included. F = L_out⁻¹ A Q/√r, Q random signs, so ‖Fᵀ x‖² estimates it for every x at once.

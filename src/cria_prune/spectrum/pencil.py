@@ -1,4 +1,4 @@
-"""Two graphs of the same neurons -> the top of the pencil L_in v = z L_out v (METHOD section 3).
+"""Two graphs of the same neurons -> the top of the pencil L_in v = z L_out v (docs/method.md section 3).
 
 A large z is a direction along which neurons that were alike before the layer are far apart after it.
 Legend: d = units, s = pairs.

@@ -1,4 +1,4 @@
-"""From the moments of both sides of a group to one score per unit (METHOD section 3).
+"""From the moments of both sides of a group to one score per unit (docs/method.md section 3).
 
 Legend: d = units, live = units that are not dead on the output side, s = pairs.
 """

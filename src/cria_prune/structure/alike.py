@@ -14,7 +14,7 @@ def alike(groups: Iterable[UnitGroup]) -> tuple[tuple[str, ...], ...]:
     Groups are alike that have the same kind, the same number of units and the same name once its
     digits are taken out. Every group is in one class, in the order of the groups.
 
-    Example:
+    Examples:
         >>> blocks = [UnitGroup(f"layer.{number}.fc", "neuron", 8, 8, ()) for number in (0, 1)]
         >>> alike([*blocks, UnitGroup("pooler", "neuron", 8, 8, ())])
         (('layer.0.fc', 'layer.1.fc'), ('pooler',))

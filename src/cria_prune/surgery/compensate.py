@@ -1,4 +1,4 @@
-"""Closed-form repair of the consumers: what stays takes over what the removed units did (METHOD section 5).
+"""Closed-form repair of the consumers: what stays takes over what the removed did (docs/method.md section 5).
 
 Legend: K, R = features that stay, that leave; y = the features that a consumer reads, n of them;
 W = its weight along y; S = second moments of y.
