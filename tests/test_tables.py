@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
 import result_cells
+import summary
 import tables
 from cria_prune.bench.peer import IMPORTANCES
 from cria_prune.criteria import CRITERIA
@@ -112,3 +114,29 @@ def test_cells_of_different_dense_models_are_in_different_tables(given: Any) -> 
 def test_every_way_and_every_criterion_is_known() -> None:
     assert {how[:2] for how in result_cells.WAYS} == set(result_cells.STARTS)
     assert set(result_cells.ORDER) == {*CRITERIA, *IMPORTANCES}
+
+
+def test_the_summary_has_six_rows_and_names_its_files() -> None:
+    rows = lines_of(summary.summary())[2:]
+    assert len(rows) == 6
+    for row in rows:
+        folders = re.findall(r"\]\((.*?)\)", row[-1])
+        assert folders and all((result_cells.ROOT / folder).is_dir() for folder in folders)
+        assert row[2] in ("3", "6", "3 / 1")
+
+
+def test_a_side_takes_its_own_cells_and_a_perplexity_is_that_of_its_dense_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    of_net = {"a": [cell("l2", 0, 500), cell("l2", 1, 500), cell("l1", 2, 500)], "b": [cell("l2", 4, 500)]}
+    of_net["a"] += [cell("l2", 0, 500, compensate=True), cell("l2", 0, 500, tune={"distill": 0.5})]
+    of_net["a"] += [cell("l2", 0, 500, reduction=0.3), cell("l2", 0, 500, rounds=1)]
+    monkeypatch.setattr(summary, "read", of_net.__getitem__)
+    dense = {"a": {0: {"dense": 0.4}, 1: {"dense": 0.2}}, "b": {4: {"dense": 0.1}}}
+    monkeypatch.setattr(summary, "dense_of", dense.__getitem__)
+    monkeypatch.setattr(summary, "metric_of", lambda _network: "perplexity-128")
+    side = summary.Side("plain", "l2", result_cells.PLAIN)
+    found = {name: side.cells(name, 3) for name in of_net}
+    assert [len(cells) for cells in found.values()] == [2, 1]
+    assert summary.value(found).startswith("4.67 ± ")  # the mean of 0.8 / 0.4, 0.8 / 0.2 and 0.8 / 0.1
+    assert summary.dense_text(found) == "perplexity 0.1 to 0.4"
