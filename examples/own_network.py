@@ -1,13 +1,18 @@
 """Prune a network of your own: train, prune in rounds, recover, save, reload.
 
     python examples/own_network.py
+    python examples/own_network.py --factory mypackage.nets:mine
 
-It learns which quarter of a noisy square is bright. Replace the network, the data and the loss by yours.
+`mine()` returns your trained network and three loaders of (inputs, target) pairs: train, validation, test.
+Without it, a small CNN is trained to say which quarter of a noisy square is bright.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import torch
+import typer
 from torch import Tensor, nn
 
 from cria_prune import PruneConfig, RecoverConfig, load, prune, recover, save
@@ -46,30 +51,36 @@ def make_batches(count: int, seed: int) -> Batches:
     return batches
 
 
-def main(output: str = "own-network") -> None:
+def made_up() -> tuple[nn.Module, Batches, Batches, Batches]:
+    """Return a trained network and its data."""
+    train = make_batches(40, 1)
+    return (
+        recover(Net(), train, RecoverConfig(epochs=4, lr=0.05)).model,
+        train,
+        *map(make_batches, (4, 8), (2, 3)),
+    )
+
+
+def main(output: str = "own-network", factory: str = "", reduction: float = 0.5) -> None:
     """Print the accuracies of the dense, pruned and recovered network."""
     torch.manual_seed(0)
-    train, held, test = make_batches(40, 1), make_batches(4, 2), make_batches(8, 3)
-    net = recover(Net(), train, RecoverConfig(epochs=4, lr=0.05)).model
+    module, _, function = factory.partition(":")
+    net, train, held, test = getattr(import_module(module), function)() if factory else made_up()
     print(f"dense      {evaluate(net, test):.1%}")
 
-    result = prune(net, train, PruneConfig(plan={"reduction": 0.5, "rounds": 4}))
+    result = prune(net, train, PruneConfig(plan={"reduction": reduction, "rounds": 4}))
     print(result)
     print(f"pruned     {evaluate(result.model, test):.1%}")
 
-    tuned = recover(
-        result.model,
-        train,
-        RecoverConfig(epochs=2, lr=0.02),
-        evaluate=lambda model: evaluate(model, held),
-    ).model
+    settings = RecoverConfig(epochs=2, lr=0.02)
+    tuned = recover(result.model, train, settings, evaluate=lambda model: evaluate(model, held)).model
     print(f"recovered  {evaluate(tuned, test):.1%}")
 
     save(output, tuned, result.plan, overwrite=True)
-    again = load(output, model=Net()).model
+    again = load(output, model=net).model  # the dense architecture, with any weights
     images = test[0][0]
     print("reloaded: equal" if torch.equal(again(images), tuned.eval()(images)) else "reloaded: different")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
-import own_network
 import pytest
 import torch
 from torch import nn
@@ -169,8 +167,3 @@ def test_a_model_that_cannot_be_copied_is_an_error_that_says_why() -> None:
     model.computed = model.fc1.weight * 2
     with pytest.raises(StructureError, match=r"A copy of Plain: Only Tensors created.*detach computed"):
         prune(model, BATCHES, config())
-
-
-def test_the_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    own_network.main(str(tmp_path / "checkpoint"))
-    assert "reloaded: equal" in capsys.readouterr().out
