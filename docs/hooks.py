@@ -55,7 +55,7 @@ def _command(command: Any, name: str) -> str:
             row = f"| `{record[0]}` | {_prose(record[1]).replace('|', '&#124;')} |"
             groups.setdefault(getattr(parameter, "rich_help_panel", None) or OTHER, []).append(row)
     for title, rows in groups.items():
-        head = title if len(groups) > 1 else ""
+        head = title if len(groups) > 1 else "Options"
         text.append("\n".join([f"| {head} | |", "| --- | --- |", *rows]))
     return "\n\n".join(text)
 
@@ -79,7 +79,7 @@ def entry(package: str, name: str) -> str:
         and re.search(rf"^{name}\b.*=", Path(module.__file__ or "").read_text(), re.MULTILINE)
     )
     plain = isinstance(item, type) and issubclass(item, BaseModel)  # its fields stand in a table
-    options = "\n    options: {show_signature: false}" if plain else ""
+    options = "\n    options: {show_signature: false, separate_signature: false}" if plain else ""
     return f'<a id="{name}"></a>\n\n::: {home}.{name}{options}'
 
 

@@ -53,7 +53,7 @@ def make_batches(count: int, seed: int) -> Batches:
 
 def made_up() -> tuple[nn.Module, Batches, Batches, Batches]:
     """Return a trained network and its data."""
-    train = make_batches(40, 1)
+    train = make_batches(24, 1)
     return (
         recover(Net(), train, RecoverConfig(epochs=4, lr=0.05)).model,
         train,
