@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "base": set(),
     "structure": BASE,
     "graph": {"errors"},
-    "spectrum": {"errors", "graph"},
+    "spectrum": {"base", "errors", "graph"},
     "record": BASE | {"structure", "graph"},
     "criteria": BASE | {"structure", "graph", "spectrum", "record"},
     "plan": BASE | {"structure"},

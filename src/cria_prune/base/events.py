@@ -16,7 +16,8 @@ but for those that say otherwise. Facts are the live objects of the work: read t
     batch        after a batch of that pass                                      number, examples
     turn         a turn of a pruning layer by layer                              number, turns
     score        the units are scored                                            criterion, states
-    scored       after that                                                      scores
+    scored       after they are                                                  scores
+    factored     after two graphs were factored, in place of an eigensolver      device
     plan         what stays is chosen                                            groups, target
     repair       the consumers are repaired                                      kept, consumed
     cut          a model is cut, or the copy of a trial                          model, plan
@@ -46,8 +47,8 @@ from typing import Any
 
 EVENTS = (
     *("dense", "weights", "calibration", "reference", "capture", "discover", "record", "batch", "turn"),
-    *("score", "scored", "plan", "repair", "cut", "verify", "norms", "round", "evaluate", "train", "epoch"),
-    *("step", "measure", "write", "shard", "written", "certify", "cell"),
+    *("score", "factored", "scored", "plan", "repair", "cut", "verify", "norms", "round", "evaluate"),
+    *("train", "epoch", "step", "measure", "write", "shard", "written", "certify", "cell"),
 )
 
 
