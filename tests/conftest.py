@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from cria_prune.artifact import certify, reload
 from cria_prune.artifact.checkpoint import load
@@ -18,6 +19,9 @@ from elsewhere import Elsewhere
 from slow import is_slow
 
 torch.set_num_threads(1)
+# How long an example takes says how busy the machine is, and nothing of the code.
+settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("house")
 
 DEVICES = ["mps", "cuda"] if torch.cuda.is_available() else ["mps"]
 

@@ -11,13 +11,13 @@ import torch
 from typer.testing import CliRunner
 
 from cria_prune.bench import Grid, cells, file_name, packaged, read_suite, run_grids
-from cria_prune.bench import run as module
 from cria_prune.cli.main import app
 from cria_prune.errors import ArtifactError, ConfigError
 from cria_prune.recover import fit
 from cria_prune.tasks import TASKS
 from cria_prune.tasks.images import ImageTask
 from cria_prune.tasks.models import build
+from watching import counted, interrupted_at
 
 GRID = Grid(
     network="digits", criteria=["random", "innovation"], reductions=[0.5, 0.75], rounds=[1], examples=64,
@@ -96,49 +96,24 @@ def test_recovery_is_measured_too(tmp_path: Path) -> None:
     assert said["recovered"] > said["pruned"]
 
 
-def test_an_interrupted_bench_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = module.prune
-
-    def killed(*args: Any, **kwargs: Any) -> Any:
-        if len(list(tmp_path.glob("inner*.json"))) == 2:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(module, "prune", killed)
-    with pytest.raises(KeyboardInterrupt):
+def test_an_interrupted_bench_keeps_what_it_has(tmp_path: Path) -> None:
+    with interrupted_at("cell", 3), pytest.raises(KeyboardInterrupt):
         measured(GRID, tmp_path)
-    monkeypatch.setattr(module, "prune", real)
+    assert len(list(tmp_path.glob("inner*.json"))) == 2
     assert len(list(tmp_path.iterdir())) == 3 and measured(GRID, tmp_path) == 6
 
 
-def test_a_recovery_that_was_killed_goes_on_to_the_same_figures(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_recovery_that_was_killed_goes_on_to_the_same_figures(tmp_path: Path) -> None:
     grid = Grid(network="digits", criteria=["l2"], reductions=[0.5], rounds=[1], epochs=3)
     name = "inner-l2-0.5-rounds1-seed0-epochs3.json"
     measured(grid, tmp_path / "whole")
-    real, epochs = module.recover, list[int]()
-
-    def until(last: int) -> Any:
-        def recovered(model: Any, batches: Any, *args: Any, **kwargs: Any) -> Any:
-            def counted(epoch: int) -> Any:
-                if epoch == last:
-                    raise KeyboardInterrupt
-                epochs.append(epoch)
-                return batches(epoch)
-
-            return real(model, counted, *args, **kwargs)
-
-        return recovered
-
-    monkeypatch.setattr(module, "recover", until(2))
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at("epoch", 3) as epochs, pytest.raises(KeyboardInterrupt):
         measured(grid, tmp_path / "part")
+    assert [item.facts["epoch"] for item in epochs] == [0, 1, 2]
     assert not (tmp_path / "part" / name).exists()
-    monkeypatch.setattr(module, "recover", until(9))
-    epochs.clear()
-    assert measured(grid, tmp_path / "part") == 1
-    assert set(epochs) == {0, 2}  # the first is asked for its length
+    with counted("epoch") as epochs:
+        assert measured(grid, tmp_path / "part") == 1
+    assert {item.facts["epoch"] for item in epochs} == {0, 2}  # the first is asked for its length
     one, other = (json.loads((tmp_path / part / name).read_text()) for part in ("whole", "part"))
     assert one["recovered"] == other["recovered"] and other["resumed"] and "resumed" not in one
     assert sorted(path.name for path in (tmp_path / "part").iterdir()) == ["dense-seed0.json", name]
@@ -151,20 +126,8 @@ def test_a_recovery_of_another_code_is_refused_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid = Grid(network="digits", criteria=["l2"], reductions=[0.5], rounds=[1], epochs=2)
-    real = module.recover
-
-    def stopped(model: Any, batches: Any, *args: Any, **kwargs: Any) -> Any:
-        def one(epoch: int) -> Any:
-            if epoch:
-                raise KeyboardInterrupt
-            return batches(epoch)
-
-        return real(model, one, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "recover", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            measured(grid, tmp_path)
+    with interrupted_at("epoch", 2), pytest.raises(KeyboardInterrupt):
+        measured(grid, tmp_path)
     (state,) = tmp_path.glob(".*.recovery")
     with monkeypatch.context() as patch:
         patch.setattr(fit, "code_version", lambda: "another")

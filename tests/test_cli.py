@@ -12,7 +12,6 @@ import torch
 import typer
 from typer.testing import CliRunner, Result
 
-from cria_prune import one_round, scoring
 from cria_prune.artifact.checkpoint import load
 from cria_prune.artifact.scores import load_scores
 from cria_prune.cli.main import app
@@ -20,6 +19,7 @@ from cria_prune.config import RecoverConfig
 from cria_prune.recover import recover
 from cria_prune.tasks import build, task
 from cria_prune.tasks.images import ImageTask
+from watching import counted, interrupted_at, never
 
 SMALL = ["--examples", "64", "--rounds", "2", "--criterion", "l1", "--device", "cpu"]
 PRUNING = {
@@ -221,12 +221,11 @@ def test_ablate_writes_a_table_a_file_and_a_picture() -> None:
     assert "it is not empty" in error("ablate", "digits", "--output", str(folder))
 
 
-def test_prune_by_scores_is_one_round_of_prune(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prune_by_scores_is_one_round_of_prune() -> None:
     words = ["--examples", "64", "--device", "cpu", "--quiet"]
     answer(cria("score", "digits", *words, "--output", "kept"))
     cria("prune", "digits", *words, "--rounds", "1", "--reduce", "0.4", "--output", "whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(one_round, "record_for", lambda *_, **__: pytest.fail("recorded"))
+    with never("record"):
         said = answer(cria("prune", "digits", "--scores", "kept", "--reduce", "0.4", "--output", "cut"))
     assert said["rounds"] == 1 and "scoring_over_forward" not in said
     one, two = load("whole"), load("cut")
@@ -241,30 +240,17 @@ def test_prune_by_scores_is_one_round_of_prune(monkeypatch: pytest.MonkeyPatch) 
     assert "of a model with other weights" in error("prune", "cut", *by[2:])
 
 
-def test_a_sweep_scores_once_and_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded, honest = list[int](), one_round.record_for
-
-    def counted(*args, **kwargs):
-        recorded.append(1)
-        return honest(*args, **kwargs)
-
-    monkeypatch.setattr(one_round, "record_for", counted)
+def test_a_sweep_scores_once_and_goes_on_where_it_was() -> None:
     words = ["sweep", "digits", "--examples", "64", "--reduce", "0.2", "--reduce", "0.5", "--output", "out"]
-    with monkeypatch.context() as patch:
-        evaluated, real = list[int](), ImageTask.evaluate
-
-        def stopped(*args, **kwargs):
-            evaluated.append(1)
-            if len(evaluated) == 3:  # the dense model, the first size, the second
-                raise KeyboardInterrupt
-            return real(*args, **kwargs)
-
-        patch.setattr(ImageTask, "evaluate", stopped)
+    # Measured are the dense model, the first size, the second.
+    with counted("record") as recorded, interrupted_at("evaluate", 3):
         assert cria(*words).exit_code == 130
     first = Path("out/reduced-20/manifest.json").stat().st_mtime_ns
     assert [item["asked"] for item in json.loads(Path("out/sweep.json").read_text())["family"]] == [0.2]
-    said = answer(cria(*words, "--resume"))
-    assert len(recorded) == 1 and Path("out/reduced-20/manifest.json").stat().st_mtime_ns == first
+    with counted("record") as again:
+        said = answer(cria(*words, "--resume"))
+    assert len(recorded) == 1 and not again
+    assert Path("out/reduced-20/manifest.json").stat().st_mtime_ns == first
     assert [item["asked"] for item in said["family"]] == [0.2, 0.5]
     assert all(item["rounds"] == 1 and item["criterion"] == "innovation" for item in said["family"])
     kept = json.loads(Path("out/sweep.json").read_text())
@@ -298,15 +284,15 @@ def test_an_ablation_of_a_checkpoint_scores_what_is_there() -> None:
     assert said["dense"] == found["accuracy"] and said["tested_on"] == "all test examples"
 
 
-def test_an_ablation_refuses_what_it_cannot_do_and_leaves_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ablation_refuses_what_it_cannot_do_and_leaves_no_folder() -> None:
     assert "Give numbers between 0 and 1" in error("ablate", "digits", "--shares", "half")
     assert "it is not between 0 and 1" in error("ablate", "digits", "--shares", "0.5,1")
     assert "each once" in error("ablate", "digits", "--shares", "0.5,0.5")
     assert "at least one seed" in error("ablate", "digits", "--random-seeds", "0")
     assert "found 0" in error("ablate", "digits", "--limit", "0")
     assert "Known criteria" in error("ablate", "digits", "--criterion", "nope")
-    monkeypatch.setattr(scoring, "score", interrupt)
-    result = cria("ablate", "digits", "--criterion", "l1")
+    with interrupted_at("score"):
+        result = cria("ablate", "digits", "--criterion", "l1")
     assert result.exit_code == 130 and "nothing was saved" in result.stderr
     assert not Path("runs").exists()
 
@@ -378,18 +364,9 @@ def test_a_damaged_checkpoint_is_refused() -> None:
     assert "manifest.json" in error("eval", "empty")
 
 
-def test_ctrl_c_in_round_two_keeps_round_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-    honest = one_round.score
-
-    def stopped(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return honest(*args, **kwargs)
-
-    monkeypatch.setattr(one_round, "score", stopped)
-    result = cria("run", "digits", *SMALL, "--output", "out", "--quiet")
+def test_ctrl_c_in_round_two_keeps_round_one() -> None:
+    with interrupted_at("score", 2):
+        result = cria("run", "digits", *SMALL, "--output", "out", "--quiet")
     assert result.exit_code == 130 and result.stdout == ""
     assert result.stderr == (
         "interrupted: round 1 of 2 is kept (go on with: the same command, --output out --resume)\n"
@@ -399,27 +376,16 @@ def test_ctrl_c_in_round_two_keeps_round_one(monkeypatch: pytest.MonkeyPatch) ->
     assert 0 < len(saved.plan.kept["conv1"]) < 32
 
 
-def test_a_run_that_was_stopped_in_a_round_and_in_the_recovery_ends_with_the_same_bits(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_run_that_was_stopped_in_a_round_and_in_the_recovery_ends_with_the_same_bits() -> None:
     words = ["run", "digits", *SMALL, "--rounds", "3", "--epochs", "1", "--quiet"]
     assert cria(*words, "--output", "whole").exit_code == 0
-    honest, calls = one_round.score, list[int]()
-
-    def counted(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return honest(*args, **kwargs)
-
-    monkeypatch.setattr(one_round, "score", counted)
-    assert cria(*words, "--output", "out").exit_code == 130
-    with monkeypatch.context() as patch:
-        patch.setattr(ImageTask, "_augment", interrupt)
-        assert cria(*words, "--output", "out", "--resume").exit_code == 130
-    assert len(calls) == 4
-    again = answer(cria(*words, "--output", "out", "--resume"))
-    assert len(calls) == 4
+    with interrupted_at("score", 3) as calls:
+        assert cria(*words, "--output", "out").exit_code == 130
+        with interrupted_at("step"):
+            assert cria(*words, "--output", "out", "--resume").exit_code == 130
+        assert len(calls) == 4
+        again = answer(cria(*words, "--output", "out", "--resume"))
+        assert len(calls) == 4
     whole, out = load("whole"), load("out")
     assert whole.plan == out.plan
     states = whole.model.state_dict(), out.model.state_dict()
@@ -439,9 +405,9 @@ def test_a_new_command_does_not_go_on_from_an_old_state() -> None:
     assert not Path(".out.rounds").exists()
 
 
-def test_ctrl_c_in_the_recovery_keeps_the_best_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ImageTask, "_augment", interrupt)
-    result = cria("run", "digits", *SMALL, "--output", "out", "--quiet")
+def test_ctrl_c_in_the_recovery_keeps_the_best_epoch() -> None:
+    with interrupted_at("step"):
+        result = cria("run", "digits", *SMALL, "--output", "out", "--quiet")
     assert result.exit_code == 130
     assert result.stderr.startswith(
         "interrupted: the best epoch so far of the interrupted recovery is kept in out"
@@ -449,16 +415,12 @@ def test_ctrl_c_in_the_recovery_keeps_the_best_epoch(monkeypatch: pytest.MonkeyP
     assert load("out").manifest["results"]["pruned"] >= 0
 
 
-def test_ctrl_c_before_anything_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(one_round, "score", interrupt)
-    result = cria("prune", "digits", *SMALL, "--output", "out")
+def test_ctrl_c_before_anything_is_kept() -> None:
+    with interrupted_at("score"):
+        result = cria("prune", "digits", *SMALL, "--output", "out")
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == "interrupted: nothing was saved"
     assert not Path("out").exists()
-
-
-def interrupt(*_args, **_kwargs):
-    raise KeyboardInterrupt
 
 
 def test_a_training_that_cannot_be_is_refused_before_the_work(tmp_path: Path) -> None:

@@ -35,12 +35,12 @@ from cria_prune.loss import cross_entropy
 from cria_prune.modules import device_of
 from cria_prune.one_round import record_for
 from cria_prune.scoring import score_once
-from cria_prune.spectrum import Importance, distortion, grounded_distortion, scoring
-from cria_prune.spectrum.factor import factor_embedding
+from cria_prune.spectrum import Importance, distortion, grounded_distortion
 from cria_prune.structure.groups import freeze
 from cria_prune.tasks import task
 from elsewhere import Elsewhere
 from networks import OptionA, Plain, randomize
+from watching import counted
 
 pytestmark = pytest.mark.usefixtures("no_vision_on_the_path")
 
@@ -111,22 +111,16 @@ def test_scores_are_those_of_the_cpu(device: str, criterion: str, exact: int) ->
 
 @pytest.mark.parametrize("scored", [distortion, grounded_distortion])
 def test_all_pairs_of_a_middling_group_are_factored_there(
-    device: str, scored: Callable[..., Importance], monkeypatch: pytest.MonkeyPatch
+    device: str, scored: Callable[..., Importance]
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     before = torch.randn(100, 300, generator=generator)
     sides = {place: [Moments.from_signals(item.to(place)) for item in (before, before.relu())]
              for place in ("cpu", device)}  # fmt: skip
-    places = list[str]()
-
-    def looked(*args: Any) -> Any:
-        found = factor_embedding(*args)
-        places.append(found[0].device.type if found else "nothing")
-        return found
-
-    monkeypatch.setattr(scoring, "factor_embedding", looked)
-    one, other = (scored(*sides[place]) for place in ("cpu", device))
-    assert places == ["cpu", torch.device(device).type] and other.scores.device.type == "cpu"
+    with counted("factored") as factored:
+        one, other = (scored(*sides[place]) for place in ("cpu", device))
+    assert [item.facts["device"].type for item in factored] == ["cpu", torch.device(device).type]
+    assert other.scores.device.type == "cpu"
     assert one.diagnosis.solver == other.diagnosis.solver == "cholesky"
     assert float((one.scores - other.scores).abs().max() / one.scores.max()) <= tolerance(device)
 

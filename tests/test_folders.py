@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from typer.testing import CliRunner, Result
 
-from cria_prune import one_round
 from cria_prune.artifact.checkpoint import load
 from cria_prune.cli.main import app
 from cria_prune.errors import ArtifactError, ConfigError, DataError
 from cria_prune.tasks import Texts, folder_task, hub
 from cria_prune.tasks.corpus import read_dataset
 from cria_prune.tasks.language import train_tokenizer
+from watching import counted, interrupted_at
 
 transformers = pytest.importorskip("transformers")
 
@@ -379,28 +379,19 @@ def test_half_types_are_tuned_in_float32_and_twins_are_left_alone(here: Path) ->
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_an_interrupted_pruning_goes_on_with_the_same_bits(
-    here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_pruning_goes_on_with_the_same_bits(here: Path) -> None:
     words = ["prune", "llama", "--calibration", "text.txt", "--reduce", "0.2", *SMALL, "--rounds", "3"]
     words += ["--criterion", "innovation"]
     cria(*words, "--output", "whole")
-    honest, calls = one_round.record_for, list[int]()
-
-    def stopped(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return honest(*args, **kwargs)
-
-    monkeypatch.setattr(one_round, "record_for", stopped)
-    result = invoke(*words, "--output", "cut")
+    with interrupted_at("record", 3):
+        result = invoke(*words, "--output", "cut")
     assert result.exit_code == 130
     assert "round 2 of 3 is kept (go on with: the same command, --output cut --resume)" in result.stderr
     assert not (here / "cut").exists() and (here / ".cut.rounds").is_dir()
-    for number in range(2):  # the second time there is nothing left to do
-        cria(*words, "--output", "cut", "--resume")
-        assert len(calls) == 4 and not (here / ".cut.rounds").exists(), number
+    for left in (1, 0):  # the second time there is nothing left to do
+        with counted("record") as calls:
+            cria(*words, "--output", "cut", "--resume")
+        assert len(calls) == left and not (here / ".cut.rounds").exists()
     one, two = (load_file(f"{name}/model.safetensors") for name in ("whole", "cut"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     assert "other settings" in error(*words[:5], "0.3", *words[6:], "--output", "cut", "--resume")

@@ -19,19 +19,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typer.testing import CliRunner
 
-from cria_prune import PruneConfig, discover, load, prune, prune_offloaded, record, score
+from cria_prune import PruneConfig, discover, load, prune, prune_offloaded, record, score, watch
 from cria_prune.artifact.manifest import read_plan
+from cria_prune.base.events import Event
 from cria_prune.batches import Batch
 from cria_prune.cli.main import app
 from cria_prune.dispatched import Weights, changed, first_names, is_dispatched, places, structure_of
 from cria_prune.errors import ArtifactError, CriaError, SignalError, StructureError, VerificationError
-from cria_prune.offload import Offloaded, check, repair, turns, write
+from cria_prune.offload import Offloaded, check, write
 from cria_prune.offload.chain import Chain, outputs
 from cria_prune.offload.turns import plan_turns, score_in_turns
 from cria_prune.pipeline import QUIET, PruneResult
 from cria_prune.scope import Scope, check_target
 from cria_prune.tasks.language import train_tokenizer
 from cria_prune.tasks.pretrained import load_pretrained
+from watching import counted, interrupted_at, never
 
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
@@ -395,29 +397,23 @@ def test_layer_by_layer_gives_what_pruning_in_memory_gives(
 
 @pytest.mark.parametrize(("name", "memory"), [("tied", 1), ("bert", 2**31)])
 def test_layers_run_on_another_device(
-    made: Path, tmp_path: Path, device: str, name: str, memory: int, monkeypatch: pytest.MonkeyPatch
+    made: Path, tmp_path: Path, device: str, name: str, memory: int
 ) -> None:
-    seen = set()
-    honest = turns.score
+    seen, repaired = set(), set()
 
-    def looked(model: nn.Module, groups: Any, states: Any, config: Any) -> Any:
-        seen.update(item.output.mean.device.type for item in states.groups.values())
-        return honest(model, groups, states, config)
+    def look(event: Event) -> None:
+        if event.name == "score":
+            seen.update(item.output.mean.device.type for item in event.facts["states"].groups.values())
+        elif event.name == "repair":
+            moments = [item for part in event.facts["consumed"].values() for item in part.values()]
+            repaired.update(item.mean.device.type for item in moments)
 
-    repaired, mended = set(), repair.compensate
-
-    def looked_at(model: nn.Module, groups: Any, kept: Any, consumed: Any) -> Any:
-        moments = [item for part in consumed.values() for item in part.values()]
-        repaired.update(item.mean.device.type for item in moments)
-        return mended(model, groups, kept, consumed)
-
-    monkeypatch.setattr(turns, "score", looked)
-    monkeypatch.setattr(repair, "compensate", looked_at)
     config = config_of(plan={"reduction": 0.3, "rounds": 2 if name == "tied" else 1})
-    done, here = (
-        prune_offloaded(made / name, tmp_path / place, batches_of(), config, memory=memory, device=place)
-        for place in (device, "cpu")
-    )
+    with watch(look):
+        done, here = (
+            prune_offloaded(made / name, tmp_path / place, batches_of(), config, memory=memory, device=place)
+            for place in (device, "cpu")
+        )
     loaded = check.load_dispatched(made / name, tmp_path / "scratch", torch.device(device))
     assert {item.device.type for item in loaded.buffers()} == {torch.device(device).type}
     assert seen == repaired == {torch.device(device).type, "cpu"}
@@ -486,46 +482,45 @@ def test_a_result_is_pruned_again_in_rounds_and_its_plan_is_of_the_dense_model(
     assert same(load(tmp_path / "two").model.state_dict(), expected.model.state_dict())
 
 
-def test_of_the_models_between_the_rounds_one_is_on_disk(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
-) -> None:
+def test_of_the_models_between_the_rounds_one_is_on_disk(made: Path, tmp_path: Path, quick: None) -> None:
     """When a round is verified, its own model and the one before it are there, and nothing else."""
-    real, seen, read = rounds.verify_folder, list[list[str]](), list[Path]()
+    seen, read = list[list[str]](), list[Path]()
 
-    def verify(source: Path, folder: Path, *rest: Any) -> Any:
+    def look(event: Event) -> None:
+        if event.name != "verify":
+            return
+        source, folder = event.facts["source"], event.facts["folder"]
         read.append(source)
         found = [path for path in tmp_path.rglob("config.json") if path.parent != source]
         seen.append([str(path.parent == folder) for path in found])
         assert (source == made / "llama") or len(list(source.glob("*.safetensors"))) > 1
         places = {path.name for path in tmp_path.rglob("round-*")}
         assert places == {f"round-{len(seen)}"}, "files of an earlier round are left"
-        return real(source, folder, *rest)
 
-    monkeypatch.setattr(rounds, "verify_folder", verify)
     config = config_of(plan={"reduction": 0.3, "rounds": 4})
-    prune_offloaded(made / "llama", tmp_path / "small", batches_of(), config, max_shard_size="50KB")
+    with watch(look):
+        prune_offloaded(made / "llama", tmp_path / "small", batches_of(), config, max_shard_size="50KB")
     assert seen == [["True"]] * 4
     assert len(set(read)) == 4 and read[0] == made / "llama"
 
 
-@pytest.mark.parametrize("stage", ["score_in_turns", "repair", "write_model", "verify_folder"])
+@pytest.mark.parametrize("stage", ["turn", "score", "repair", "write", "verify"])
 def test_an_error_in_a_later_round_leaves_nothing(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None, stage: str
+    made: Path, tmp_path: Path, quick: None, stage: str
 ) -> None:
-    real, calls, before = getattr(rounds, stage), list[int](), hashes(made / "llama")
+    finished, before = list[int](), hashes(made / "llama")
 
-    def fails(*args: Any, **options: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
+    def fail(event: Event) -> None:
+        if event.name == "round":
+            finished.append(event.facts["number"])
+        if event.name == stage and finished:
             raise KeyboardInterrupt
-        return real(*args, **options)
 
-    monkeypatch.setattr(rounds, stage, fails)
-    with pytest.raises(KeyboardInterrupt):
+    with watch(fail), pytest.raises(KeyboardInterrupt):
         prune_offloaded(
             made / "llama", tmp_path / "deep" / "small", batches_of(), config_of(plan={"rounds": 3})
         )
-    assert len(calls) == 2 and not list(tmp_path.iterdir()) and hashes(made / "llama") == before
+    assert finished == [1] and not list(tmp_path.iterdir()) and hashes(made / "llama") == before
 
 
 def test_a_wrong_cut_in_a_later_round_is_found(
@@ -570,19 +565,10 @@ def test_a_wrong_cut_is_found_and_leaves_nothing(
     "error", [KeyboardInterrupt(), SafetensorError("No space left"), OSError(errno.ENOSPC, "full")]
 )
 def test_an_interrupted_write_leaves_nothing(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None, error: BaseException
+    made: Path, tmp_path: Path, quick: None, error: BaseException
 ) -> None:
-    real, calls = write.save_file, []
-
-    def save(*args: Any, **options: Any) -> None:
-        calls.append(args)
-        if len(calls) == 3:
-            raise error
-        real(*args, **options)
-
-    monkeypatch.setattr(write, "save_file", save)
     expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else ArtifactError
-    with pytest.raises(expected):
+    with interrupted_at("shard", 3, error) as calls, pytest.raises(expected):
         prune_offloaded(made / "llama", tmp_path / "small", batches_of(), config_of(), max_shard_size="50KB")
     assert len(calls) == 3 and not list(tmp_path.iterdir())
 
@@ -671,15 +657,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 WORDS = ["--calibration", "text.txt", "--reduce", "0.2", "--examples", "16", "--output", "small"]
 
 
-def test_the_command_prunes_a_folder_and_plain_transformers_loads_it(
-    here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def whole(*args: Any, **options: Any) -> None:
-        raise AssertionError("the model was loaded whole")
-
-    monkeypatch.setattr("cria_prune.tasks.folder.with_weights", whole)
-    monkeypatch.setattr("cria_prune.cli.target.find", whole)
-    done = CliRunner().invoke(app, ["prune", "llama", "--offload", *WORDS])
+def test_the_command_prunes_a_folder_and_plain_transformers_loads_it(here: Path) -> None:
+    with never("weights"):
+        done = CliRunner().invoke(app, ["prune", "llama", "--offload", *WORDS])
     assert done.exit_code == 0, done.output
     answer = json.loads(done.stdout.splitlines()[-1])
     assert answer["reduction"] >= 0.2 and answer["masked_equals_pruned"] < 1e-5
@@ -689,7 +669,6 @@ def test_the_command_prunes_a_folder_and_plain_transformers_loads_it(
     assert transformers.AutoTokenizer.from_pretrained("small")("the sea")["input_ids"]
     manifest = json.loads(Path("small/cria.json").read_text())
     assert manifest["provenance"]["command"] and manifest["results"]["stage"] == "the pruned model"
-    monkeypatch.undo()
 
 
 def test_the_command_prunes_a_folder_in_rounds(here: Path) -> None:
@@ -707,23 +686,16 @@ def test_the_command_prunes_a_folder_in_rounds(here: Path) -> None:
     assert sum(item.numel() for item in model.parameters()) == answer["parameters"]
 
 
-def test_the_command_goes_on_where_it_was_stopped(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest, calls = turns.one_round.record_for, list[int]()
-
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return honest(*args, **kwargs)
-
-    monkeypatch.setattr(turns.one_round, "record_for", interrupted)
+def test_the_command_goes_on_where_it_was_stopped(here: Path) -> None:
     words = ["prune", "llama", "--offload", "--rounds", "2", *WORDS]
-    done = CliRunner().invoke(app, words)
+    with interrupted_at("record", 2):
+        done = CliRunner().invoke(app, words)
     assert done.exit_code == 130 and "what is finished is kept (go on with: the same command" in done.stderr
     assert not Path("small").exists() and Path(".small.offload").is_dir()
-    done = CliRunner().invoke(app, [*words, "--resume"])
+    with counted("record") as calls:
+        done = CliRunner().invoke(app, [*words, "--resume"])
     assert done.exit_code == 0, done.output
-    assert len(calls) == 3 and not Path(".small.offload").exists()
+    assert len(calls) == 1 and not Path(".small.offload").exists()
     kept = json.loads(Path("small/cria.json").read_text())["plan"]
     done = CliRunner().invoke(app, [*words, "--overwrite"])
     assert done.exit_code == 0 and json.loads(Path("small/cria.json").read_text())["plan"] == kept

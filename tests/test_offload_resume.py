@@ -14,33 +14,37 @@ from typing import Any
 import pytest
 import torch
 
-from cria_prune import load, prune_offloaded
+from cria_prune import load, prune_offloaded, store
+from cria_prune.base.events import Event
 from cria_prune.errors import ArtifactError
-from cria_prune.offload import rounds, turns
-from kills import at_call, half_written, kill, save
+from kills import half_written, kill
 from test_offload import MODELS, batches_of, config_of
+from watching import at, counted, interrupted_at
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 ROUNDS = 2
-write_model = rounds.write_model
 
 
-def written_and_killed(folder: Path, *args: Any) -> None:
+def half_of_the_next_state() -> None:
+    store.save_file = half_written
+
+
+def half_a_shard(written: Event) -> None:
     """Kill the process when all is written but for the note that it is."""
-    write_model(folder, *args)
-    (folder / "model-00099-of-00099.safetensors").write_bytes(b"half a shard")
+    (written.facts["folder"] / "model-00099-of-00099.safetensors").write_bytes(b"half a shard")
     kill()
 
 
-# name: (what is replaced, recordings that are left to do); a round of this Llama has two turns
-KILLS: dict[str, tuple[dict[str, Callable[..., Any]], int]] = {
-    "in-the-first-turn": ({"record": at_call(1, lambda *_, **__: kill(), turns.one_round.record_for)}, 4),
-    "half-of-the-second-state": ({"state": at_call(2, half_written, save)}, 3),
-    "after-the-first-cut": ({"write": at_call(1, written_and_killed, rounds.write_model)}, 2),
-    "in-the-second-round": ({"record": at_call(4, lambda *_, **__: kill(), turns.one_round.record_for)}, 1),
-    "in-the-last-cut": ({"write": at_call(2, lambda *_, **__: kill(), rounds.write_model)}, 0),
+# name: (event, its number, what happens there, recordings that are left to do); a round of this Llama has two
+# turns, and the second state is written after the second of them
+KILLS: dict[str, tuple[str, int, Callable[[Event], object], int]] = {
+    "in-the-first-turn": ("record", 1, lambda _: kill(), 4),
+    "half-of-the-second-state": ("record", 2, lambda _: half_of_the_next_state(), 3),
+    "after-the-first-cut": ("written", 1, half_a_shard, 2),
+    "in-the-second-round": ("record", 4, lambda _: kill(), 1),
+    "in-the-last-cut": ("write", 2, lambda _: kill(), 0),
 }
 
 
@@ -61,17 +65,13 @@ def pruned(folder: Path, name: str, **changes: Any) -> Any:
 
 def children(folder: str) -> None:
     """Run each case in a fork until it is killed; print the signals as JSON (the main of a subprocess)."""
-    from cria_prune import store
-
     torch.set_num_threads(1)
     signals = {}
-    for name, (patches, _) in KILLS.items():
+    for name, (event, number, action, _) in KILLS.items():
         child = os.fork()
         if child == 0:
-            turns.one_round.record_for = patches.get("record", turns.one_round.record_for)
-            rounds.write_model = patches.get("write", rounds.write_model)
-            store.save_file = patches.get("state", save)
-            pruned(Path(folder), name)
+            with at(event, number, action):
+                pruned(Path(folder), name)
             os._exit(0)
         signals[name] = os.WTERMSIG(os.waitpid(child, 0)[1])
     print(json.dumps(signals))
@@ -93,18 +93,12 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", KILLS)
 def test_after_a_sigkill_the_same_bits_come_out_and_no_finished_turn_is_recorded_again(
-    name: str, killed: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, killed: Path
 ) -> None:
     assert not (killed / name).exists()
-    calls, honest = list[int](), turns.one_round.record_for
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        return honest(*args, **kwargs)
-
-    monkeypatch.setattr(turns.one_round, "record_for", counted)
-    done = pruned(killed, name)
-    assert len(calls) == KILLS[name][1]
+    with counted("record") as calls:
+        done = pruned(killed, name)
+    assert len(calls) == KILLS[name][-1]
     one, other = (load(killed / part).model.state_dict() for part in ("whole", name))
     assert all(torch.equal(value, other[key]) for key, value in one.items())
     whole = load(killed / "whole").plan
@@ -114,17 +108,12 @@ def test_after_a_sigkill_the_same_bits_come_out_and_no_finished_turn_is_recorded
 
 
 @pytest.fixture
-def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def stopped(tmp_path: Path) -> Path:
     """A folder with a model, and a pruning of it that was stopped in its second turn."""
     made(tmp_path)
 
-    def interrupt(*_: Any, **__: Any) -> Any:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(turns.one_round, "record_for", at_call(2, interrupt, turns.one_round.record_for))
-        with pytest.raises(KeyboardInterrupt):
-            pruned(tmp_path, "small")
+    with interrupted_at("record", 2), pytest.raises(KeyboardInterrupt):
+        pruned(tmp_path, "small")
     return tmp_path
 
 

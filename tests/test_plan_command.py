@@ -11,12 +11,13 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from cria_prune import PruneConfig, apply, one_round
+from cria_prune import PruneConfig, apply
 from cria_prune.cli import plans
 from cria_prune.cli.main import app
 from cria_prune.plan import Plan, count_parameters
 from cria_prune.tasks import build
 from cria_prune.tasks.images import ImageTask
+from watching import never
 
 FAST = ["--examples", "64", "--device", "cpu"]
 
@@ -44,15 +45,9 @@ def answer(result: Result) -> dict:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_a_dry_run_trains_and_scores_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: object, **options: object) -> None:
-        raise AssertionError("a dry run did the work")
-
-    monkeypatch.setattr(ImageTask, "dense", refuse)
-    for name in ("score", "record_for"):
-        for place in (plans, one_round):
-            monkeypatch.setattr(place, name, refuse)
-    result = cria("digits", "--dry-run", *FAST, "--rounds", "3", "--output", "said.json")
+def test_a_dry_run_trains_and_scores_nothing() -> None:
+    with never("dense", "train", "record", "score"):
+        result = cria("digits", "--dry-run", *FAST, "--rounds", "3", "--output", "said.json")
     said = answer(result)
     assert said["dry_run"] is True and said["recipe"] == "digits" and said["asked"] == 0.5
     assert (said["passes"], said["recording_passes"], said["gradients"]) == (4, 3, None)
@@ -78,10 +73,10 @@ def test_gradients_repair_and_what_does_not_fit_are_said(monkeypatch: pytest.Mon
     assert "record" not in plain["memory"] and plain["recording_passes"] == 0
 
 
-def test_beyond_reach_is_refused_before_the_data_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ImageTask, "calibration", lambda *arguments: pytest.fail("the data were read"))
+def test_beyond_reach_is_refused_before_the_data_are_read() -> None:
     for words in (["--dry-run"], []):
-        result = cria("digits", *words, *FAST, "--reduction", "0.99")
+        with never("calibration"):
+            result = cria("digits", *words, *FAST, "--reduction", "0.99")
         assert result.exit_code == 2 and "at most 88.86" in result.stderr
 
 

@@ -82,7 +82,7 @@ def check_kept(groups: UnitGroups, kept, config: PlanConfig, allowed=None) -> No
             assert len({len(kept[name]) for name in names}) == 1
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(networks(), options(uniform=st.booleans()), st.integers(0, 99), st.floats(0.01, 1), st.booleans())
 def test_every_target_within_reach_is_reached_in_permitted_numbers(groups, config, seed, share, restrict):
     allowed = drawn_allowed(groups, seed) if restrict else None
@@ -104,7 +104,7 @@ def test_every_target_within_reach_is_reached_in_permitted_numbers(groups, confi
         select(groups, scores, min(most + 1e-6, 0.999999), config, allowed=allowed)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     networks(),
     options(uniform=st.just(False)),
@@ -187,7 +187,7 @@ def test_a_long_last_step_gives_way_to_short_ones():
     assert counts(select(groups, scores, 0.6, config))["block.0.b"] == 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(networks(), options(ranking=st.just("uniform")), st.integers(0, 99), st.floats(0.01, 0.99))
 def test_the_counts_are_those_of_a_slow_walk(groups, config, seed, share):
     target = share * reachable(groups, config)
@@ -196,7 +196,7 @@ def test_the_counts_are_those_of_a_slow_walk(groups, config, seed, share):
         assert counts(kept) == slow_counts(groups, drawn_scores(groups, seed), target, config)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(networks(), options(ranking=st.just("global")), st.integers(0, 99), st.floats(0.01, 0.99))
 def test_classes_compete_by_mean_relative_score_per_cost(groups, config, seed, share):
     target = share * reachable(groups, config)
@@ -206,7 +206,7 @@ def test_classes_compete_by_mean_relative_score_per_cost(groups, config, seed, s
         assert counts(select(groups, scores, target, config)) == slow_counts(groups, scores, target, config)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(networks(), options(), st.integers(0, 99), st.integers(1, 4))
 def test_rounds_compose_to_one_uniform_plan(dense, config, seed, rounds):
     most = reachable(dense, config)

@@ -28,6 +28,7 @@ from cria_prune.structure import UnitGroups, without_residual
 from cria_prune.surgery import apply, mask
 from cria_prune.tasks.examples import example_inputs
 from test_pretrained_save import MODELS, built, left_in, same_process  # noqa: F401
+from watching import interrupted_at
 
 transformers = pytest.importorskip("transformers")
 
@@ -353,12 +354,9 @@ def test_an_empty_model_needs_no_memory_and_keeps_buffers_and_ties() -> None:
 
 
 @pytest.mark.parametrize("policy", ["per-layer", "padded"])
-def test_what_stops_leaves_nothing(policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any, **others: Any) -> Any:
-        raise CertificateError("Loading", "it differs", "Nothing was saved")
-
-    monkeypatch.setattr(pretrained, "certify", refuse)
-    with pytest.raises(CertificateError, match="it differs"):
+def test_what_stops_leaves_nothing(policy: str, tmp_path: Path) -> None:
+    error = CertificateError("Loading", "it differs", "Nothing was saved")
+    with interrupted_at("certify", 1, error), pytest.raises(CertificateError, match="it differs"):
         saved(policy, tmp_path / "runs" / "small", *pruned("bert"))
     assert left_in(tmp_path) == []
 

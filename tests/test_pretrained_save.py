@@ -35,6 +35,7 @@ from cria_prune.plan import Plan, make_plan
 from cria_prune.surgery import apply
 from cria_prune.tasks.examples import example_inputs
 from cria_prune.tasks.pretrained import load_pretrained
+from watching import at
 
 transformers = pytest.importorskip("transformers")
 
@@ -311,17 +312,13 @@ DAMAGES: dict[Callable[[Path], None], str] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_certificate_that_fails_leaves_nothing(
-    damage: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_process: None
+    damage: Callable[[Path], None], tmp_path: Path, same_process: None
 ) -> None:
-    certify = pretrained.certify
-
-    def damaged(folder: Path, *args: Any, **others: Any) -> Certificate:
-        damage(folder / "model.safetensors")
-        return certify(folder, *args, **others)
-
-    monkeypatch.setattr(pretrained, "certify", damaged)
     model, plan = pruned()
-    with pytest.raises(CertificateError, match=f"Loading the saved folder.*{DAMAGES[damage]}"):
+    with (
+        at("certify", 1, lambda event: damage(event.facts["folder"] / "model.safetensors")),
+        pytest.raises(CertificateError, match=f"Loading the saved folder.*{DAMAGES[damage]}"),
+    ):
         save_pretrained(tmp_path / "runs" / "small", model, plan)
     assert left_in(tmp_path) == []
 

@@ -16,11 +16,12 @@ import tables
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "cria_prune"
 BASE = {"attention", "errors", "config", "batches", "dispatched", "progress", "modules", "loss", "metrics"}
-BASE |= {"ranks", "store"}
-MAY_IMPORT = {
+BASE |= {"ranks", "store", "base"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "base": set(),
     "structure": BASE,
     "graph": {"errors"},
-    "spectrum": {"errors", "graph"},
+    "spectrum": {"base", "errors", "graph"},
     "record": BASE | {"structure", "graph"},
     "criteria": BASE | {"structure", "graph", "spectrum", "record"},
     "plan": BASE | {"structure"},
@@ -129,7 +130,7 @@ PUBLIC = [
     *["PruneResult", "RecordConfig", "RecoverConfig", "ScoreConfig", "Scored", "UnitGroup", "UnitGroups"],
     *["ablate", "apply", "discover", "load", "load_scores", "plan", "predict_memory", "preset", "prune"],
     *["prune_offloaded", "record", "recover"],
-    *["save", "save_padded", "save_pretrained", "save_scores", "score", "score_once", "verify"],
+    *["save", "save_padded", "save_pretrained", "save_scores", "score", "score_once", "verify", "watch"],
 ]
 
 

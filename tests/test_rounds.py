@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from cria_prune import PruneConfig, one_round, pipeline, prune, rounds, store
+from cria_prune import PruneConfig, pipeline, prune, rounds, store
 from cria_prune.errors import ArtifactError
 from kills import at_call, half_written, kill, replace, replaced_and_killed, save
+from watching import at, counted, interrupted_at
 
 ROUNDS = 3
 
@@ -83,21 +84,6 @@ def whole():
     return {name: pruned(name) for name in CONFIGS}
 
 
-class Recordings:
-    """Counts the recordings, and does something at one of them."""
-
-    def __init__(self, patch, number=0, action=None):
-        honest, self.calls = one_round.record_for, 0
-
-        def counted(*args, **kwargs):
-            self.calls += 1
-            if self.calls == number:
-                action()
-            return honest(*args, **kwargs)
-
-        patch.setattr(one_round, "record_for", counted)
-
-
 # The children: killed for real, each in a process of its own.
 
 KILLS = {  # name: (what is replaced, finished rounds that are left)
@@ -122,9 +108,8 @@ def children(folder, threads):
             torch.set_num_threads(threads)
             store.save_file = patches.get("save_file", save)
             os.replace = patches.get("replace", replace)
-            honest = one_round.record_for
-            one_round.record_for = at_call(patches.get("record", 0), lambda *_, **__: kill(), honest)
-            pruned(folder=Path(folder) / name)
+            with at("record", patches.get("record", 0), lambda _: kill()):
+                pruned(folder=Path(folder) / name)
             os._exit(0)
         signals[name] = os.WTERMSIG(os.waitpid(child, 0)[1])
     print(json.dumps(signals))
@@ -147,33 +132,24 @@ def killed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", KILLS)
-def test_after_a_sigkill_the_same_bits_come_out_and_no_finished_round_is_run_again(
-    name, killed, whole, monkeypatch
-):
+def test_after_a_sigkill_the_same_bits_come_out_and_no_finished_round_is_run_again(name, killed, whole):
     left, folder, seen = KILLS[name][1], killed / name, []
     assert (folder / rounds.NAME).exists() == bool(left)
-    recordings = Recordings(monkeypatch)
-    result = pruned(folder=folder, on_round=lambda item: seen.append(len(item.rounds)))
+    with counted("record") as recordings:
+        result = pruned(folder=folder, on_round=lambda item: seen.append(len(item.rounds)))
     assert same(result, whole["innovation"])
-    assert recordings.calls == ROUNDS - left
+    assert len(recordings) == ROUNDS - left
     assert seen == list(range(max(left, 1), ROUNDS + 1))  # the last that was kept is told again
     if left < ROUNDS:  # what the killed one was writing goes when the next state is written
         assert [path.name for path in folder.iterdir()] == [rounds.NAME]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_stopped_after_every_round_each_criterion_ends_with_the_same_bits(name, whole, tmp_path, monkeypatch):
-    def interrupt():
-        raise KeyboardInterrupt
-
+def test_stopped_after_every_round_each_criterion_ends_with_the_same_bits(name, whole, tmp_path):
     for number in range(2, ROUNDS + 1):
-        with monkeypatch.context() as patch:
-            Recordings(patch, 2, interrupt)
-            with pytest.raises(KeyboardInterrupt):
-                pruned(name, tmp_path)
-            assert (
-                len(store.Store(tmp_path, rounds.NAME, rounds.FORMAT, "").read()[0]["rounds"]) == number - 1
-            )
+        with interrupted_at("record", 2), pytest.raises(KeyboardInterrupt):
+            pruned(name, tmp_path)
+        assert len(store.Store(tmp_path, rounds.NAME, rounds.FORMAT, "").read()[0]["rounds"]) == number - 1
     assert same(pruned(name, tmp_path), whole[name])
 
 
@@ -271,10 +247,9 @@ def test_an_edited_state_with_a_right_hash_is_an_error(edit, match, tmp_path):
         pruned(folder=tmp_path)
 
 
-def test_a_full_disk_is_an_error_and_the_last_round_serves(whole, tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_and_the_last_round_serves(whole, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with monkeypatch.context() as patch:
-        Recordings(patch, 2, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard)))
+    with at("record", 2, lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))):
         try:
             with pytest.raises(
                 ArtifactError, match=r"Keeping the state .* the system refused.*the disk has room"
@@ -283,8 +258,9 @@ def test_a_full_disk_is_an_error_and_the_last_round_serves(whole, tmp_path, monk
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == [rounds.NAME]
-    recordings = Recordings(monkeypatch)
-    assert same(pruned(folder=tmp_path), whole["innovation"]) and recordings.calls == ROUNDS - 1
+    with counted("record") as recordings:
+        assert same(pruned(folder=tmp_path), whole["innovation"])
+    assert len(recordings) == ROUNDS - 1
 
 
 def test_nothing_is_written_without_a_state(tmp_path, monkeypatch):

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from cria_prune import discover, one_round, prune
+from cria_prune import discover, prune
 from cria_prune.errors import DataError, ResourceError
 from cria_prune.plan import make_plan
 from cria_prune.surgery import apply, verify
+from watching import counted, interrupted_at
 
 ERRORS = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError()]
 CPU = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 99 bytes")
@@ -76,11 +77,13 @@ def test_in_the_copy_and_in_the_comparison(place, monkeypatch):
 
 def test_in_the_cut(monkeypatch):
     model, batches = Hungry(None, lambda model, x: False), [torch.randn(8, 4)]
-    monkeypatch.setattr(one_round, "apply", raising(ERRORS[0]))
-    untouched(model, lambda: prune(model, batches), "Cutting the model")
-    monkeypatch.setattr(import_module("cria_prune.surgery.trial"), "apply", raising(ERRORS[0]))
+    with counted("cut") as trials:
+        discover(model, batches[0])
+    with interrupted_at("cut", len(trials) + 1, ERRORS[0]):
+        untouched(model, lambda: prune(model, batches), "Cutting the model")
     monkeypatch.setattr(import_module("cria_prune.surgery.trial")._Shapes, "of", lambda *_: None)
-    untouched(model, lambda: discover(model, batches[0]), "A trial cut")
+    with interrupted_at("cut", 1, ERRORS[0]):
+        untouched(model, lambda: discover(model, batches[0]), "A trial cut")
 
 
 def raising(error):

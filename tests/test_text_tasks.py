@@ -14,18 +14,19 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from cria_prune import discover, record, score
+from cria_prune import discover, record, score, watch
 from cria_prune.artifact.checkpoint import load
-from cria_prune.cli import flow
+from cria_prune.base.events import Event
 from cria_prune.cli.main import app
 from cria_prune.config import ScoreConfig
 from cria_prune.errors import ArtifactError, ConfigError, DataError
 from cria_prune.structure import without_residual
-from cria_prune.tasks import ARCHITECTURES, build, evaluate, sst2, task, training
+from cria_prune.tasks import ARCHITECTURES, build, evaluate, sst2, task
 from cria_prune.tasks.cache import cache_file, cache_root
 from cria_prune.tasks.language import train_tokenizer
 from cria_prune.tasks.sst2 import classifier, encoder_folder, read_sentences
 from cria_prune.tasks.text import SentenceBatches, by_length
+from watching import interrupted_at
 
 transformers = pytest.importorskip("transformers")
 PRAISE, BLAME = ("good", "fine", "moving"), ("bad", "dull", "empty")
@@ -155,20 +156,17 @@ def test_padding_changes_neither_accuracy_nor_signals(here: Path) -> None:
             )
 
 
-def test_the_dense_classifier_is_trained_once_and_depends_on_its_seed(
-    here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_dense_classifier_is_trained_once_and_depends_on_its_seed(here: Path) -> None:
     first = small_sst2(here).dense(0)
     other = small_sst2(here).dense(1)
     assert not torch.equal(first.classifier.weight, other.classifier.weight) and not first.training
     kept = sorted(cache_root().glob("sst2-minilm-*.safetensors"))
     assert len(kept) == 2 and len(list(cache_root().iterdir())) == 2
 
-    def never(*_args: object, **_options: object) -> None:
-        raise AssertionError("trained again")
+    def refuse(event: Event) -> None:
+        assert event.name != "train", "trained again"
 
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "recover", never)
+    with watch(refuse):
         again = small_sst2(here).dense(0)
         with pytest.raises(AssertionError, match="trained again"):
             task("sst2-minilm", base=str(here / "encoder")).dense(0)
@@ -235,28 +233,14 @@ FAMILY += ["--examples", "16", "--rounds", "1", "--device", "cpu"]
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_a_family_is_made_and_resumed_bit_for_bit(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_family_is_made_and_resumed_bit_for_bit(here: Path) -> None:
     said = cria(*FAMILY, "--output", "whole")
     assert [item["output"] for item in said["family"]] == ["whole/reduced-20", "whole/reduced-40"]
     assert [item["asked"] for item in said["family"]] == [0.2, 0.4] and said["dense"] > 1
     for item in said["family"]:
         assert transformers.AutoModelForCausalLM.from_pretrained(item["output"]) is not None
         assert "perplexity-256" in Path(item["output"], "README.md").read_text()
-    real, seen = flow.recover, []
-
-    def interrupted(model: nn.Module, *given: object, **options: object) -> object:
-        evaluate = options["evaluate"]
-
-        def measure(network: nn.Module) -> float:
-            seen.append(network)
-            if len(seen) == 5:  # in the second member, after its first epoch
-                raise KeyboardInterrupt
-            return evaluate(network)  # type: ignore[operator, no-any-return]
-
-        return real(model, *given, **{**options, "evaluate": measure})  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(flow, "recover", interrupted)
+    with interrupted_at("measure", 5):  # in the second member, after its first epoch
         result = CliRunner().invoke(app, [*FAMILY, "--output", "cut"])
         assert result.exit_code == 130 and "the best epoch so far" in result.stderr, result.output
     assert sorted(path.name for path in Path("cut").iterdir()) == [

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import networks
-from cria_prune import torch_pruning as ours
 from cria_prune.config import PruneConfig
 from cria_prune.errors import ConfigError, CriterionError, StructureError
 from cria_prune.plan import make_plan
@@ -24,6 +23,7 @@ from cria_prune.scoring import score_units
 from cria_prune.surgery import apply
 from cria_prune.tasks.models import build
 from cria_prune.torch_pruning import SpectralImportance
+from watching import counted
 
 tp = pytest.importorskip("torch_pruning", reason="torch-pruning is not installed (pip install torch-pruning)")
 
@@ -121,22 +121,15 @@ def test_residual_widths_and_flattened_channels_match_where_torch_pruning_follow
     assert net(batches[0]).shape == (8, 4)
 
 
-def test_two_steps_score_twice_and_the_network_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[dict[str, list[int]]] = []
-
-    def counted(*args: Any, **options: Any) -> Any:
-        groups, scores = score_units(*args, **options)
-        seen.append({name: item.scores.tolist() for name, item in scores.items()})
-        return groups, scores
-
-    monkeypatch.setattr(ours, "score_units", counted)
+def test_two_steps_score_twice_and_the_network_runs() -> None:
     net, batches = resnet()
     made = pruner(net, batches[0][:2], SpectralImportance(net, batches), pruning_ratio=0.5, iterative_steps=2)
     for step, left in ((1, 0.75), (2, 0.5)):
-        found = removed(made)
-        assert len(seen) == step and len(found) == 9
+        with counted("scored") as seen:
+            found = removed(made)
+        assert len(seen) == 1 and len(found) == 9, step
         for name, gone in found.items():
-            scores = seen[-1][name]
+            scores = seen[0].facts["scores"][name].scores.tolist()
             stays = set(range(len(scores))) - set(gone)  # dead units are level, and any of them may go first
             assert max(scores[unit] for unit in gone) <= min(scores[unit] for unit in stays)
             assert net.get_submodule(name).weight.shape[0] == len(scores) - len(gone)

@@ -140,7 +140,7 @@ def test_an_unknown_network_is_refused() -> None:
 @pytest.mark.parametrize(
     ("body", "end"),
     [
-        ("time.sleep(60)", "no answer within 3 s"),
+        ("time.sleep(10**6)", "no answer within {limit} s"),
         ("os._exit(7)", "the process ended with code 7"),
         ("raise ValueError('at 0x7f in /a/b/c.py')", "ValueError: at  in c.py"),
     ],
@@ -151,5 +151,9 @@ def test_a_measurement_keeps_what_it_had_when_it_ends_badly(tmp_path: Path, body
     lines = ["import os, sys, time", f"sys.path.insert(0, {place!r})", "from staged import stages"]
     lines += ["def bad():", f"    {body}", "stages([('good', lambda: {'found': 1}), ('bad', bad)])"]
     script.write_text("\n".join(lines))
-    found = staged.collect(str(script), [], 3)
-    assert found["good"]["found"] == 1 and found["bad"] == {"error": end}
+    for limit in (3, 30, 300):  # a busy machine may not come to the bad stage in time
+        found = staged.collect(str(script), [], limit)
+        expected = {"error": end.format(limit=limit)}
+        if found.get("bad") == expected:
+            break
+    assert found["good"]["found"] == 1 and found["bad"] == expected

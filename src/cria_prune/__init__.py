@@ -19,6 +19,7 @@ from cria_prune.artifact import (
     save_pretrained,
     save_scores,
 )
+from cria_prune.base.events import watch
 from cria_prune.config import (
     PlanConfig,
     PruneConfig,
@@ -75,4 +76,5 @@ __all__ = [
     "score",
     "score_once",
     "verify",
+    "watch",
 ]

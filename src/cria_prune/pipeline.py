@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from cria_prune.base.events import passed
 from cria_prune.batches import Batch
 from cria_prune.config import PruneConfig
 from cria_prune.criteria.score import find_criterion
@@ -145,6 +146,7 @@ def prune(
             if number > done:
                 result = run.round(result, number)
                 _keep(store, result)
+                passed("round", number=number, rounds=rounds)
             report = result.report
             bar.update(
                 parameters=f"{report['parameters']:,.0f}",

@@ -50,7 +50,7 @@ def test_the_command_in_two_processes_prunes_as_in_one(tmp_path: Path) -> None:
         for rank in (0, 1)
     ]
     try:
-        said = [process.communicate(timeout=300) for process in processes]
+        said = [process.communicate(timeout=1800) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -33,7 +33,7 @@ def spawn(folder: Path, size: int, *parts: str) -> list[int]:
         subprocess.Popen([*command, str(rank), str(size), *parts], env=environment) for rank in range(size)
     ]
     try:
-        return [process.wait(timeout=300) for process in processes]
+        return [process.wait(timeout=3 * worker.PATIENCE) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -114,12 +114,12 @@ def test_a_recovery_by_fsdp_goes_on_and_its_errors_reach_all(two: Path) -> None:
         assert found["whole error"] == found["on error"] == found["again error"] == ""
         assert found["whole"] == found["on"] == found["again"] == first["whole"]
         assert found["whole"]["best"] > 0 and "-1.0" not in found["whole"]["text"]
-        assert found["as it was"] and found["waited"] < 20 and found["after"] == 2
+        assert found["as it was"] and found["waited"] < worker.PATIENCE / 4 and found["after"] == 2
         assert "A training step on 2 processes" in found["other"]
         assert "The state of the recovery on 2 processes" in found["a state on one"]
         assert "Sharing Tied out over the processes: fully_shard doesn't support scalar" in found["scalar"]
         assert found["boxes"] == "" and "ZeroDivisionError" in found["late"] and found["late, as it was"]
-        assert found["not waited"] < 20
+        assert found["not waited"] < worker.PATIENCE / 4
     assert first["ended error"].startswith("StopIteration")
     assert "failed on rank 0: StopIteration" in second["ended error"]
     assert second["loss"] == "ArithmeticError: in the middle"
@@ -172,7 +172,7 @@ def test_pooled_accumulators_are_one_over_all_samples(exact: bool) -> None:
     whole = MomentAccumulator(6, exact, 16, positive=True)
     order = numbers.argsort()
     whole.add(X[:, order], numbers[order])
-    barrier, said = Barrier(3, timeout=60), [torch.empty(0)] * 3
+    barrier, said = Barrier(3, timeout=worker.PATIENCE), [torch.empty(0)] * 3
 
     def pooled(rank: int) -> Moments:
         def total(tensor: torch.Tensor) -> torch.Tensor:

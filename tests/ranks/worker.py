@@ -26,6 +26,7 @@ from cria_prune.recover import RecoverResult
 from test_record_nets import conv_net, images, mlp
 
 Values = dict[str, Any]
+PATIENCE = 600  # seconds that one process waits for another; a busy machine may start the second late
 
 
 def numbers(states: Any) -> Values:
@@ -120,9 +121,9 @@ def raises() -> Values:
 
 def leads() -> Values:
     """One process works for longer than the others would wait for one that is silent."""
-    impatient = dist.new_group(backend="gloo", timeout=timedelta(seconds=2))
+    impatient = dist.new_group(backend="gloo", timeout=timedelta(seconds=5))
     here, ranks.BEAT = World(world().rank, world().size, impatient), 0.25
-    return {"value": here.lead("A long look", lambda: time.sleep(3) or [world().size, {"found": [1, 2]}])}
+    return {"value": here.lead("A long look", lambda: time.sleep(6) or [world().size, {"found": [1, 2]}])}
 
 
 def net(*further: nn.Module) -> nn.Module:
@@ -235,7 +236,7 @@ def sharded_went_on() -> Values:
     # What waits for a share waits half as long as processes wait for each other.
     usual = dist.group.WORLD._get_backend(torch.device("cpu"))  # type: ignore[union-attr]
     before = usual.options._timeout
-    usual.options._timeout = timedelta(seconds=2)
+    usual.options._timeout = timedelta(seconds=10)
     began = time.monotonic()
     found["loss"] = error_of(lambda: recover(Tied(), data, config, loss=forward))
     found["waited"] = time.monotonic() - began
@@ -318,7 +319,9 @@ def error_of(function: Callable[[], Any]) -> str:
 def main() -> None:
     folder, rank, size, *parts = sys.argv[1:]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=60), int(size), int(rank))
+    dist.init_process_group(
+        "gloo", f"file://{folder}/store", timedelta(seconds=PATIENCE), int(size), int(rank)
+    )
     for part in parts:
         Path(folder, f"{part}-{rank}.json").write_text(json.dumps(globals()[part]()))
     dist.destroy_process_group()

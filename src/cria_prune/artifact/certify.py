@@ -20,6 +20,7 @@ from cria_prune.artifact.certificate import Certificate
 from cria_prune.artifact.compare import distance, same_tokens
 from cria_prune.artifact.files import hashes
 from cria_prune.artifact.manifest import Policy
+from cria_prune.base.events import passed
 from cria_prune.batches import Batch, model_inputs
 from cria_prune.errors import CertificateError, DataError
 from cria_prune.modules import device_of, devices_in_use, shared_copy
@@ -58,6 +59,7 @@ def certify(
             more than the tolerance (relative: 1e-5, in half types 2e-2), or other tokens are generated.
         DataError: the example is no mapping of tensors.
     """
+    passed("certify", folder=folder)
     inputs, dtype = _inputs(model, example), _dtype(model)
     own, held = (str(cast(Any, item.config).model_type) for item in (model, stored))
     job = _job(folder, stored, inputs, policy)

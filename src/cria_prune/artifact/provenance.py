@@ -95,7 +95,7 @@ def _git() -> tuple[str | None, bool | None]:
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", *arguments], cwd=here.parent, capture_output=True, text=True, timeout=10, check=True
+            ["git", *arguments], cwd=here.parent, capture_output=True, text=True, timeout=60, check=True
         ).stdout.strip()
 
     try:

@@ -15,6 +15,7 @@ from torch import nn
 
 from cria_prune.artifact.files import write_json
 from cria_prune.artifact.provenance import provenance
+from cria_prune.base.events import passed
 from cria_prune.bench.cell import Cell, dense_seed, file_name
 from cria_prune.bench.measured import divide, reading, state_of, tuning
 from cria_prune.bench.peer import IMPORTANCES, prune_by_peer
@@ -139,6 +140,7 @@ def _measure(
     data: str,
 ) -> dict[str, Any]:
     """Prune, measure, recover and measure again."""
+    passed("cell", cell=cell)
     batches = chosen.calibration(config.record.examples, cell["seed"])
     found: dict[str, Any]
     if cell["criterion"] in IMPORTANCES:

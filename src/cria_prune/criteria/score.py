@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from cria_prune.base.events import passed
 from cria_prune.config import ScoreConfig
 from cria_prune.criteria.evidence import Evidence, UnitWeights
 from cria_prune.criteria.table import CRITERIA, Criterion
@@ -47,6 +48,7 @@ def score(
         RankError: another process failed or is gone.
     """
     config = config or ScoreConfig()
+    passed("score", criterion=config.criterion, states=states)
     criterion = find_criterion(config.criterion)
     _check_needs(criterion, states)
     tensors = values_of(model)
@@ -58,7 +60,10 @@ def score(
             weights = UnitWeights(group, tensors)
             found = _states_of(group, states) if states and criterion.needs else None
             importances[group.name] = _score_group(criterion, weights, found, config)
-    return importances if here.size == 1 else _from_all(here, groups.prunable, importances)
+    if here.size > 1:
+        importances = _from_all(here, groups.prunable, importances)
+    passed("scored", scores=importances)
+    return importances
 
 
 def _from_all(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cria_prune.base.events import passed
 from cria_prune.batches import Batch
 from cria_prune.dispatched import changed
 from cria_prune.errors import ArtifactError, VerificationError
@@ -95,6 +96,7 @@ def verify_folder(
         VerificationError: they differ by more than the tolerance.
         ArtifactError: the folder cannot be loaded.
     """
+    passed("verify", plan=plan, source=source, folder=folder)
     gone: dict[str, list[tuple[int, Tensor]]] = {}
     for cut in plan.cuts:
         if cut.role == "consumes" and len(cut.kept) < cut.size:

@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from cria_prune import one_round, pipeline
+from cria_prune.base.events import passed
 from cria_prune.batches import Batch
 from cria_prune.config import PruneConfig, RecordConfig
 from cria_prune.criteria import score
@@ -78,6 +79,7 @@ def score_in_turns(
     with progress.bar("record", len(turns)) as bar:
         bar.update(done)
         for number, turn in enumerate(turns[done:], done + 1):
+            passed("turn", number=number, turns=len(turns))
             part = replace(groups, groups=turn.groups)
             with nullcontext() if turn.blocks is None or chain is None else chain.stretch(*turn.blocks):
                 if turn.groups:

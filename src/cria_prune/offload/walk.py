@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import nn
 
+from cria_prune.base.events import passed
 from cria_prune.dispatched import structure_of
 from cria_prune.offload.check import load_dispatched
 from cria_prune.offload.rounds import OffloadedRound, Rounds, Standing
@@ -104,10 +105,11 @@ def all_rounds(
         cut = rounds.cut(before, number, places.fresh(number), places.scratch(number), seconds)
         plans.append(cut.plan)
         done.append(cut.done)
+        if finished is not None and number < last:
+            finished.write(done)
+        passed("round", number=number, rounds=last)
         if number == last:
             return plans, done, cut.structure
-        if finished is not None:
-            finished.write(done)
         seconds = {}
         before = _standing(places, number, cut.groups, rounds.device, seconds, cut.structure)
 

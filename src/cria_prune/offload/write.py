@@ -16,6 +16,7 @@ from cria_prune.artifact.container import container
 from cria_prune.artifact.files import refused
 from cria_prune.artifact.folders import GENERATION, copy_known
 from cria_prune.artifact.sizes import check_sizes
+from cria_prune.base.events import passed
 from cria_prune.dispatched import bytes_of, first_names
 from cria_prune.errors import StructureError
 from cria_prune.modules import give_back, named_tensors
@@ -52,6 +53,7 @@ def write_model(
         StructureError: the plan is of another model.
         ArtifactError: the system refuses.
     """
+    passed("write", folder=folder)
     smaller = apply(structure, plan)
     stored: Any = container(smaller)
     check_sizes(stored, plan, asked)
@@ -64,6 +66,7 @@ def write_model(
     if stored.can_generate() and not (source / GENERATION).is_file():
         stored.generation_config.save_pretrained(folder)
     copy_known(source, folder)
+    passed("written", folder=folder)
     return smaller
 
 
@@ -100,6 +103,7 @@ def _write_weights(
                 )  # fmt: skip
             shard[name] = value.detach()
         try:
+            passed("shard", path=folder / file)
             save_file(shard, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:  # the system's refusal, in other words
             raise refused(asked, error) from error

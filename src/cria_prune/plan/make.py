@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from cria_prune.base.events import passed
 from cria_prune.config import PlanConfig
 from cria_prune.errors import StructureError
 from cria_prune.plan.budget import Budget, count_macs, count_parameters
@@ -46,6 +47,7 @@ def plan(
     """
     dense = groups if dense is None else dense
     target = config.reduction if target is None else target
+    passed("plan", groups=groups, target=target)
     kept = select(groups, scores, target, config, dense=dense, allowed=allowed)
     counts = {name: len(stays) for name, stays in kept.items()}
     report: dict[str, float | str] = {

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from cria_prune.base.events import passed
 from cria_prune.batches import Batch, batch_size, describe, forward, map_tensors
 from cria_prune.config import RecordConfig
 from cria_prune.errors import DataError
@@ -81,6 +82,7 @@ def record(
         StructureError: the groups are those of another model.
         RankError: another process failed, is gone, or has other weights or batches.
     """
+    passed("record", model=model, groups=groups)
     config = config or RecordConfig()
     gradients = gradients or per_example
     reads |= reads_of(frozenset({"examples"})) if per_example else frozenset()
@@ -113,6 +115,7 @@ def record(
                     forward(model, batch, taylor.add if taylor else None)
                 if fisher:
                     fisher.finish()
+                passed("batch", number=count, examples=examples)
         if here.size > 1:
             collector.pool(here.total, device)
             for sums in (taylor.sums if taylor else {}, fisher.sums if fisher else {}):

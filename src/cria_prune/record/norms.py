@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cria_prune.base.events import passed
 from cria_prune.batches import Batch, batch_size, forward, joined, map_tensors
 from cria_prune.errors import CriaError
 from cria_prune.modules import copy_of, device_of
@@ -47,6 +48,7 @@ def remeasure(model: nn.Module, batches: Iterable[Batch]) -> Remeasured:
         batches: as its forward takes them. Small ones are joined to 32 examples where their shapes allow it,
             and left out otherwise.
     """
+    passed("norms", model=model)
     measured = copy_of(model)
     norms = batch_norms(measured)
     if not norms:

@@ -10,6 +10,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from cria_prune.base.events import passed
 from cria_prune.config import RecoverConfig
 from cria_prune.errors import ConfigError
 from cria_prune.loss import Loss, cross_entropy
@@ -110,6 +111,7 @@ def recover(
         RankError: another process failed, is gone, or has other batches.
         StructureError: the model cannot be shared out.
     """
+    passed("train", model=model)
     config = config or RecoverConfig()
     place = torch.device(device)
     _check(model, config, teacher, place)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from cria_prune.base.events import passed
 from cria_prune.batches import Batch, move
 from cria_prune.config import RecoverConfig
 from cria_prune.errors import SignalError
@@ -150,6 +151,7 @@ class Run:
         config, optimizer = self.config, self.optimizer
         self.model.train()
         for batch in batches:
+            passed("step", step=self.step + 1)
             for group in optimizer.param_groups:
                 group["lr"] = self.lr(self.step)
             optimizer.zero_grad()
@@ -230,6 +232,7 @@ class Run:
     def look(self) -> float:
         """Return what `evaluate` finds."""
         assert self.evaluate is not None
+        passed("measure", model=self.model)
         with generators_kept(self.device) if self.parallel is not None else nullcontext():
             return float(self.evaluate(self.model))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
+from cria_prune.base.events import passed
 from cria_prune.batches import Batch
 from cria_prune.errors import DataError
 
@@ -22,6 +23,7 @@ class Source:
         Raises:
             DataError: there are none.
         """
+        passed("epoch", epoch=epoch)
         batches = self.batches(epoch) if callable(self.batches) else self.batches
         try:
             count = len(batches)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cria_prune.base.events import passed
 from cria_prune.graph import Graph
 
 
@@ -32,4 +33,5 @@ def factor_embedding(
         return None
     F = torch.cholesky_solve(C, factor)
     left = torch.linalg.vector_norm(L_out @ F - C, dim=0) / torch.linalg.vector_norm(C, dim=0)
+    passed("factored", device=F.device)
     return F, float(left.max())

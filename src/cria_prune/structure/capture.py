@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from cria_prune.attention import plain_attention
+from cria_prune.base.events import passed
 from cria_prune.batches import SMALLER, Batch, check_memory, model_inputs
 from cria_prune.errors import CaptureError, DataError
 from cria_prune.modules import cache_off, shared_copy
@@ -28,6 +29,7 @@ def capture(model: nn.Module, example: Batch) -> ExportedProgram:
             the operation and the line of the model's code.
         StructureError: the model cannot be copied.
     """
+    passed("capture", model=model)
     args, kwargs = model_inputs(example)
     model = shared_copy(model)  # some forwards keep caches on their module
     with (

@@ -13,6 +13,7 @@ import numpy as np
 from torch import nn
 from torch.fx import Node
 
+from cria_prune.base.events import passed
 from cria_prune.batches import Batch, batch_size
 from cria_prune.structure.attributes import with_counts
 from cria_prune.structure.axes import Resolved
@@ -44,6 +45,7 @@ def discover(model: nn.Module, example: Batch, traced: Trace | None = None) -> U
         CaptureError: the operations cannot be captured.
         DataError: the forward does not accept the example.
     """
+    passed("discover", model=model)
     traced = traced or trace(model, example)
     context, tensors = traced.context, traced.tensors
     roles: dict[tuple[str, int], set[Role]] = {}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from cria_prune.base.events import passed
 from cria_prune.errors import StructureError
 from cria_prune.modules import copy_of, named_tensors, shared_copy
 from cria_prune.plan.plan import Plan
@@ -30,6 +31,7 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False, share: bool = 
     Raises:
         StructureError: the plan names a tensor or size that the model does not have; nothing is changed.
     """
+    passed("cut", model=model, plan=plan)
     tensors = named_tensors(model)
     cuts = check(tensors, plan)
     check_attributes(model, plan)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cria_prune.base.events import passed
 from cria_prune.errors import SignalError
 from cria_prune.graph import Moments
 from cria_prune.modules import copy_of, named_tensors
@@ -76,6 +77,7 @@ def compensate(
     Raises:
         SignalError: the moments do not fit the group, or the ridge is not positive.
     """
+    passed("repair", kept=kept, consumed=consumed)
     if not ridge > 0:
         raise SignalError("Repairing consumers", f"found ridge={ridge}", "Use a ridge > 0")
     repaired = copy_of(model)

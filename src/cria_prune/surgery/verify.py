@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from cria_prune.base.events import passed
 from cria_prune.batches import Batch, map_tensors, model_inputs, move, named_shortage, ran_out
 from cria_prune.errors import VerificationError
 from cria_prune.modules import cache_off, copy_of, device_of, named_tensors, shared_copy
@@ -118,6 +119,7 @@ class Reference:
     """
 
     def __init__(self, model: nn.Module, example: Batch, *, dtype: torch.dtype = torch.float64) -> None:
+        passed("reference", model=model)
         self.dtype, self._example = dtype, move(example, device_of(model))
         with named_shortage("A copy of the model, to compare its cut with", LESS):
             self.model = _in_type(copy_of(model), dtype)
@@ -140,6 +142,7 @@ class Reference:
             VerificationError: they differ by more than the tolerance, or one of them does not run.
             ResourceError: the memory does not suffice.
         """
+        passed("verify", plan=plan)
         with named_shortage("Comparing the pruned model with the masked one", LESS):
             return self._compared(plan, smaller)
 

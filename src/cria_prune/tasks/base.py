@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cria_prune.base.events import passed
 from cria_prune.batches import Batch, batch_target, describe, model_inputs, move
 from cria_prune.config import RecoverConfig
 from cria_prune.errors import DataError
@@ -90,6 +91,7 @@ class Task(ABC):
         Raises:
             DataError: there are not so many.
         """
+        passed("calibration", task=self.name, examples=examples)
         if not 1 <= examples <= count:
             raise DataError(
                 f"{examples} calibration examples", f"{self.name} has {count}", "Ask for 1 to that many"
@@ -155,6 +157,7 @@ def evaluate(
     Raises:
         DataError: there is no batch, or a batch has no target.
     """
+    passed("evaluate", model=model)
     place = torch.device(device or device_of(model))
     right = seen = 0
     with modes_kept(model), channels_last(model) if place.type == "cpu" else nullcontext():

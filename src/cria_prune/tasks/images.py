@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cria_prune.base.events import passed
 from cria_prune.batches import Batch
 from cria_prune.config import RecoverConfig
 from cria_prune.errors import DataError
@@ -157,6 +158,7 @@ class ImageTask(Task):
 
     def dense(self, seed: int = 0, progress: Progress | None = None) -> nn.Module:
         """Return the trained dense model in eval mode."""
+        passed("dense", task=self.name, seed=seed)
         return self.make_dense(self, seed, progress).eval()
 
     def train_batches(

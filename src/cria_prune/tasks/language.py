@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cria_prune.base.events import passed
 from cria_prune.batches import Batch, batch_target, describe, model_inputs, move
 from cria_prune.errors import DataError
 from cria_prune.loss import logits_of
@@ -52,6 +53,7 @@ def perplexity(
     Raises:
         DataError: nothing is predicted, or a batch has no `input_ids`.
     """
+    passed("evaluate", model=model)
     place = torch.device(device or device_of(model))
     total, count = 0.0, 0
     with modes_kept(model), cache_off(model):

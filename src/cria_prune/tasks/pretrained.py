@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cria_prune.base.events import passed
 from cria_prune.errors import ArtifactError, CriaError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -37,6 +38,8 @@ def load_pretrained(folder: Path, meta: bool = False, **options: Any) -> nn.Modu
     asked = f"Reading the Hugging Face model in {folder}"
     library = find_library(asked)
     weights = not meta and _has_weights(folder, asked)
+    if weights and not options:
+        passed("weights", folder=folder)
     with reading(library, asked):
         config = read_config(library, folder)
         known = known_class(library, config)

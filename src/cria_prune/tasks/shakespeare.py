@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cria_prune.base.events import passed
 from cria_prune.batches import Batch
 from cria_prune.config import RecoverConfig
 from cria_prune.errors import DataError
@@ -100,6 +101,7 @@ class ShakespeareTask(LanguageTask):
 
     def dense(self, seed: int = 0, progress: Progress | None = None) -> nn.Module:
         """Return the model trained from the seed, on the CPU; about five minutes on two cores, once."""
+        passed("dense", task=self.name, seed=seed)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             model = build(self.architecture)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cria_prune.base.events import passed
 from cria_prune.batches import Batch
 from cria_prune.config import RecoverConfig
 from cria_prune.errors import ArtifactError, DataError
@@ -105,6 +106,7 @@ class Sst2Task(SentenceTask):
 
     def dense(self, seed: int = 0, progress: Progress | None = None) -> nn.Module:
         """Return the encoder with a seeded head after one epoch on the train split; trained once, kept."""
+        passed("dense", task=self.name, seed=seed)
         model = classifier(self.base, seed)
         return trained(self, model, DENSE.model_copy(update={"seed": seed}), progress)
 
