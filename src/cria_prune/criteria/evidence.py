@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cria_prune.errors import SignalError, StructureError
+from cria_prune.errors import CriterionError, SignalError, StructureError
 from cria_prune.graph import Moments
 from cria_prune.record.features import FeatureMoments
 from cria_prune.structure.groups import ParameterSlice, UnitGroup
@@ -187,14 +187,27 @@ class Evidence:
         return self.weights.group.size
 
     def output_side(self) -> Moments:
-        """Return the moments of the output side; `score` has checked that they are there."""
-        assert self.output is not None
+        """Return the moments of the output side.
+
+        Raises:
+            CriterionError: the criterion did not say that it needs them.
+        """
+        if self.output is None:
+            raise self._unasked("output side", "states")
         return self.output
 
     def both_sides(self) -> tuple[Moments, Moments]:
-        """Return the moments of the input and the output side; `score` has checked that they are there."""
-        assert self.input is not None
+        """Return the moments of the input and the output side; errors as in `output_side`."""
+        if self.input is None:
+            raise self._unasked("input side", "input")
         return self.input, self.output_side()
+
+    def _unasked(self, what: str, need: str) -> CriterionError:
+        return CriterionError(
+            f"Scoring group {self.name!r}",
+            f"the criterion reads the {what}, which was not recorded for it",
+            f"Register it with {need!r} among its needs",
+        )
 
     def read_features(self) -> Iterator[tuple[FeatureMoments, ConsumerNorms]]:
         """Yield, for each consumer, the moments of the features it reads and the norms of their weights.

@@ -1,18 +1,30 @@
-"""The table of criteria: where each comes from and what it needs."""
+"""The table of criteria: where each comes from, what it needs and what it reads; and how to add one's own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Literal
 
-from cria_prune.config import ScoreConfig
+import torch
+from torch import Tensor
+
+from cria_prune.config import SETTINGS, ScoreConfig, Setting
 from cria_prune.criteria import baselines, spectral
 from cria_prune.criteria.evidence import Evidence
-from cria_prune.record.states import Read
+from cria_prune.errors import CriterionError
+from cria_prune.record.states import EVERYTHING, Read
 from cria_prune.spectrum import Importance
 
 Need = Literal["states", "gradients", "examples"] | Read
+NEEDS = frozenset({"states", "gradients", "examples"}) | EVERYTHING
+PEERS = "tp-"
+"""How the names of Torch-Pruning's importances begin in a bench."""
+
+Function = Callable[[Evidence, ScoreConfig], Importance]
+OwnFunction = Callable[[Evidence, ScoreConfig], Tensor | Importance]
 
 
 @dataclass(frozen=True)
@@ -23,22 +35,27 @@ class Criterion:
         name: key in `CRITERIA`.
         function: (evidence, config) to the importance of a group's units.
         source: where it comes from.
-        needs: `states` (recorded signals, the outputs' means and variances at least), with them what
-            `record` calls `reads`; `gradients` (recorded with gradients) and `examples` (recorded with the
-            gradients of each example).
+        needs: of the network: `states` (recorded signals, the outputs' means and variances at least), with
+            them what `record` calls `reads`; `gradients` (recorded with gradients) and `examples` (recorded
+            with the gradients of each example).
         summary: one line.
+        reads: of the configuration: the settings of `ScoreConfig` that change its scores, beside `seed` and
+            `split_half`. Others that are given to it are an error.
     """
 
     name: str
-    function: Callable[[Evidence, ScoreConfig], Importance]
+    function: Function
     source: str
     needs: frozenset[Need]
     summary: str
+    reads: frozenset[Setting] = frozenset()
 
 
 _STATES: frozenset[Need] = frozenset({"states"})
 _OUTPUT: frozenset[Need] = frozenset({"states", "output"})
 _BOTH: frozenset[Need] = frozenset({"states", "input", "output"})
+_RIDGE: frozenset[Setting] = frozenset({"ridge"})
+_GROUNDED: frozenset[Setting] = frozenset({"neighbors", "pairs", "sketch"})
 _WANG = "Wang 2026 (arXiv 2605.18860), after SPADE: Cheng et al., ICML 2021"
 
 CRITERIA: dict[str, Criterion] = {
@@ -137,7 +154,12 @@ CRITERIA: dict[str, Criterion] = {
             "diagonal Fisher information of the unit's gate, per example",
         ),
         Criterion(
-            "distortion", spectral.distortion, _WANG, _BOTH, "spectral distortion between the two graphs"
+            "distortion",
+            spectral.distortion,
+            _WANG,
+            _BOTH,
+            "spectral distortion between the two graphs",
+            _GROUNDED | _RIDGE,
         ),
         Criterion(
             "distortion-weighted",
@@ -145,6 +167,7 @@ CRITERIA: dict[str, Criterion] = {
             f"{_WANG}; the consumers' factor is Cria's",
             _BOTH,
             "spectral distortion times the consumers' squared norm",
+            _GROUNDED | _RIDGE,
         ),
         Criterion(
             "consumed-distortion",
@@ -152,6 +175,7 @@ CRITERIA: dict[str, Criterion] = {
             f"{_WANG}; the consumers' factor in the output graph is Cria's",
             _BOTH,
             "spectral distortion between the graph before the layer and that of what the consumers take",
+            _GROUNDED | _RIDGE,
         ),
         Criterion(
             "grounded-distortion",
@@ -159,6 +183,7 @@ CRITERIA: dict[str, Criterion] = {
             "Cria, METHOD section 3",
             _BOTH,
             "spectral distance to the removed neuron times the consumers' squared norm",
+            _GROUNDED,
         ),
         Criterion(
             "innovation",
@@ -166,6 +191,7 @@ CRITERIA: dict[str, Criterion] = {
             "Cria, METHOD section 3; after the optimal brain surgeon, Hassibi and Stork, NIPS 1992",
             _OUTPUT,
             "what neighbours cannot predict, times the consumers' squared norm",
+            _RIDGE,
         ),
         Criterion(
             "innovation-magnitude",
@@ -173,6 +199,124 @@ CRITERIA: dict[str, Criterion] = {
             "Cria; the norm is DepGraph's, Fang et al., CVPR 2023 (arXiv 2301.12900)",
             _OUTPUT,
             "mean rank of innovation and of the group's L2 norm",
+            _RIDGE,
         ),
     )
 }
+
+BUILT_IN = frozenset(CRITERIA)
+
+
+def register_criterion(
+    name: str,
+    function: OwnFunction,
+    *,
+    needs: Iterable[Need] = (),
+    reads: Iterable[Setting] = (),
+    source: str = "",
+    summary: str = "",
+) -> Criterion:
+    """Add a criterion of one's own to `CRITERIA`: it then works wherever the name of a criterion does.
+
+    That is in `prune`, `score` and their kin, in the suites of the bench, in the ablation and in
+    `SpectralImportance`, with several processes once each of them has registered it.
+
+    Args:
+        name: letters, digits, `.`, `_` and `-`; it is part of file names.
+        function: (evidence, config) to the scores of one group, (units,) finite, high for the units to keep;
+            a plain tensor, or an `Importance` with a diagnosis. Rankings other than `uniform` want them not
+            negative. The `Evidence` holds the group's weights and what was recorded of it.
+        needs: what has to be recorded of the network: `states` for the outputs' means and variances, `input`
+            and `output` for the second moments of the units of that side, `positive` for the share of the
+            outputs above 0, `gradients` and `examples` for what `taylor` and `fisher` read. Nothing where the
+            weights are enough. The others come with what is named.
+        reads: the settings of `ScoreConfig` that the function uses: `neighbors`, `ridge`, `pairs`, `sketch`.
+            One that is given and not read is an error; `seed` and `split_half` are everyone's.
+        source: where it comes from.
+        summary: one line; that of the function's docstring by default.
+
+    Returns:
+        The row of the table; `unregister_criterion` removes it.
+
+    Raises:
+        CriterionError: the name is taken or no name, or there is no such need or setting. When it scores: the
+            function returned something else than one finite number for each unit.
+
+    Example:
+        The units whose output varies most, weighed with what their consumers make of it:
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from cria_prune import PruneConfig, prune, register_criterion
+        >>> def swing(evidence, config):
+        ...     return evidence.output_side().variance * evidence.weights.consumer_norm2
+        >>> register_criterion("swing", swing, needs={"states"}).needs
+        frozenset({'states'})
+        >>> net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+        >>> config = PruneConfig(score={"criterion": "swing"}, plan={"reduction": 0.5, "rounds": 1})
+        >>> prune(net, [torch.randn(32, 4) for _ in range(4)], config).model[0].out_features
+        7
+
+        >>> from cria_prune.criteria import unregister_criterion
+        >>> unregister_criterion("swing")
+    """
+    asked = f"Registering the criterion {name!r}"
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, flags=re.ASCII) or name.startswith(PEERS):
+        raise CriterionError(
+            asked, "it is no name for one",
+            f"Use letters, digits, '.', '_' and '-', and another beginning than {PEERS!r}",
+        )  # fmt: skip
+    if name in CRITERIA:
+        raise CriterionError(asked, "there is one of that name", "Choose another name, or unregister it")
+    needed, read = frozenset(needs), frozenset(reads)
+    for what, found, known in (("needs", needed, NEEDS), ("reads", read, frozenset(SETTINGS))):
+        if not found <= known:
+            wrong = ", ".join(map(repr, sorted(found - known, key=str)))
+            raise CriterionError(asked, f"found {what} {wrong}", f"Choose from {', '.join(sorted(known))}")
+    if needed:
+        needed |= {"states"}
+    if "examples" in needed:
+        needed |= {"gradients"}
+    line = summary or (function.__doc__ or "").strip().partition("\n")[0]
+    criterion = Criterion(name, _checked(name, function), source, needed, line, read)
+    CRITERIA[name] = criterion
+    return criterion
+
+
+def unregister_criterion(name: str) -> None:
+    """Remove a criterion that was registered.
+
+    Raises:
+        CriterionError: there is none of that name, or it is Cria's own.
+    """
+    if name in BUILT_IN or name not in CRITERIA:
+        raise CriterionError(
+            f"Removing the criterion {name!r}",
+            "it is Cria's own" if name in BUILT_IN else "there is none of that name",
+            f"Registered are: {', '.join(key for key in CRITERIA if key not in BUILT_IN) or 'none'}",
+        )
+    del CRITERIA[name]
+
+
+def _checked(name: str, function: OwnFunction) -> Function:
+    """Return the function with its answer checked, and a plain tensor made an importance."""
+
+    @wraps(function)
+    def scored(evidence: Evidence, config: ScoreConfig) -> Importance:
+        found = function(evidence, config)
+        values = found.scores if isinstance(found, Importance) else found
+        said = None
+        if not isinstance(values, Tensor) or values.is_complex():
+            said = f"it returned {'complex numbers' if isinstance(values, Tensor) else type(values).__name__}"
+        elif values.shape != (evidence.units,):
+            said = f"it returned scores of shape {tuple(values.shape)}"
+        elif not torch.isfinite(values).all():
+            said = f"{int((~torch.isfinite(values)).sum())} of its scores are NaN or infinite"
+        if said is not None:
+            raise CriterionError(
+                f"The criterion {name!r} for group {evidence.name!r}", said,
+                f"Return one finite score for each unit, a tensor ({evidence.units},)",
+            )  # fmt: skip
+        return found if isinstance(found, Importance) else baselines.plain(values)
+
+    return scored

@@ -71,7 +71,7 @@ def predict_memory(
         [('record', 'moments'), ('score', 'inverse')]
     """
     config = config or PruneConfig()
-    needs, size = find_criterion(config.score.criterion).needs, batch_size(batch)
+    needs, size = find_criterion(config.score).needs, batch_size(batch)
     tensors = list(named_tensors(model).values())
     widths = {group.name: group.size for group in groups.prunable}
     drawn = worth_keeping(widths, config.score.neighbors) if graphs else frozenset[str]()

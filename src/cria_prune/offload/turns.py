@@ -16,6 +16,7 @@ from cria_prune import one_round, pipeline
 from cria_prune.batches import Batch
 from cria_prune.config import PruneConfig, RecordConfig
 from cria_prune.criteria import score
+from cria_prune.criteria.score import check_telling
 from cria_prune.dispatched import bytes_of
 from cria_prune.modules import device_of, give_back
 from cria_prune.offload.chain import Chain, outputs
@@ -69,7 +70,7 @@ def score_in_turns(
     Returns:
         Importances in the order of the network, moments for the repair, and how many turns there were.
     """
-    needs = pipeline.find_criterion(config.score.criterion).needs
+    needs = pipeline.find_criterion(config.score).needs
     spilled = Spilled(scratch, device_of(model))
     if not needs and not config.compensate:
         return score(model, groups, None, config.score), spilled, 0
@@ -87,7 +88,7 @@ def score_in_turns(
                 else:  # nothing to read there, but the blocks after it need what it gives
                     states = None
                     _pass(model, batches, config.record)
-            found |= score(model, part, states, config.score)
+            found |= score(model, part, states, config.score, whole=False)
             for name, item in ({} if states is None else states.groups).items():
                 spilled.add(name, item.consumed)
             if kept is not None:
@@ -97,6 +98,7 @@ def score_in_turns(
             del states
             give_back()
             bar.update()
+    check_telling(config.score.criterion, found)
     return {group.name: found[group.name] for group in groups.prunable}, spilled, len(turns)
 
 
@@ -169,7 +171,7 @@ def _parts(
 
 def moment_bytes(group: UnitGroup, config: PruneConfig) -> int:
     """Return how many bytes the moments of a group take while they are made: the sums, beside the result."""
-    reads = reads_of(pipeline.find_criterion(config.score.criterion).needs)
+    reads = reads_of(pipeline.find_criterion(config.score).needs)
     kept = group_bytes(group, config.record, config.compensate, 0, reads)
     return kept.while_recording + kept.afterwards
 
