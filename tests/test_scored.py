@@ -148,8 +148,9 @@ def test_scores_of_before_say_settings_that_were_not_read(scored, tmp_path):
         ("grounded-distortion", {**said, "pairs": 3, "ridge": 0.5}, {"pairs": 3}),
     ):
         folder = save_scores(tmp_path / "scores", scored, overwrite=True)
-        edited(lambda values: values.update(version=1))(folder)
-        edited(lambda values: values["config"]["score"].update(criterion=criterion, **given))(folder)
+        values = json.loads((folder / kept.SCORES).read_text())
+        values["version"], values["config"]["score"] = 1, {"criterion": criterion, **given}
+        (folder / kept.SCORES).write_text(json.dumps(values))
         assert load_scores(folder).config.score == ScoreConfig(criterion=criterion, **expected)
     own = replace(scored, config=config(score={"ridge": 0.01}))
     assert load_scores(save_scores(tmp_path / "own", own)).config.score.ridge == 0.01
