@@ -5,6 +5,7 @@ Legend: d = units of a group, n = positions along a tensor's dimension, width = 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,8 +16,43 @@ from torch import Tensor
 
 from cria_prune.errors import CriterionError, SignalError, StructureError
 from cria_prune.graph import Moments
+from cria_prune.graph.moments import DOUBLE, SINGLE
 from cria_prune.record.features import FeatureMoments
 from cria_prune.structure.groups import ParameterSlice, UnitGroup
+
+Steps = dict[str, int]
+"""Step -> the most bytes that it holds beyond what was recorded; the steps follow one another."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is known of a group before anything is recorded: enough for the bytes that a criterion takes.
+
+    Attributes:
+        group: d units.
+        shapes: of the model's tensors.
+        columns: of the sketch of its signals; None where the covariance is kept.
+    """
+
+    group: UnitGroup
+    shapes: Mapping[str, tuple[int, ...]]
+    columns: int | None = None
+
+    @property
+    def units(self) -> int:
+        """d."""
+        return self.group.size
+
+    def norms(self, slices: Iterable[ParameterSlice]) -> int:
+        """Return what the norms of slices take: the largest weight in float64, a convolution's turned first.
+
+        They are those of `UnitWeights`, one weight after the other.
+        """
+        most = 0
+        for item in slices:
+            shape = self.shapes[item.tensor]
+            most = max(most, math.prod(shape) * (DOUBLE + (SINGLE if item.dim and len(shape) > 2 else 0)))
+        return most
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,11 +12,15 @@ import torch
 from scipy.stats import rankdata
 
 from cria_prune.config import ScoreConfig
-from cria_prune.criteria.evidence import Evidence
+from cria_prune.criteria.baselines import consumers_bytes, weights_bytes
+from cria_prune.criteria.evidence import Evidence, Sizes, Steps
+from cria_prune.graph.moments import DOUBLE, SINGLE
 from cria_prune.spectrum import Importance
 from cria_prune.spectrum import distortion as spectral_distortion
 from cria_prune.spectrum import grounded_distortion as spectral_grounded_distortion
 from cria_prune.spectrum import innovation as spectral_innovation
+from cria_prune.spectrum.precision import unpredicted_bytes
+from cria_prune.spectrum.scoring import distortion_bytes as spectral_bytes
 
 
 def _options(evidence: Evidence, config: ScoreConfig) -> dict[str, Any]:
@@ -36,6 +40,18 @@ def distortion(evidence: Evidence, config: ScoreConfig) -> Importance:
     return spectral_distortion(*evidence.both_sides(), **_options(evidence, config))
 
 
+def distortion_bytes(sizes: Sizes, config: ScoreConfig) -> Steps:
+    """Graphs, pencil and edges."""
+    return spectral_bytes(
+        sizes.units, sizes.columns, neighbors=config.neighbors, pairs=config.pairs, sketch=config.sketch
+    )
+
+
+def weighted_bytes(sizes: Sizes, config: ScoreConfig) -> Steps:
+    """The same after the consumers' norms."""
+    return consumers_bytes(sizes, config) | distortion_bytes(sizes, config)
+
+
 def distortion_weighted(evidence: Evidence, config: ScoreConfig) -> Importance:
     """`distortion` times ‖W_out[:, p]‖²."""
     norm2 = evidence.weights.consumer_norm2
@@ -51,6 +67,14 @@ def consumed_distortion(evidence: Evidence, config: ScoreConfig) -> Importance:
     before, after = evidence.both_sides()
     taken = after.scaled(evidence.weights.consumer_norm2.sqrt())
     return spectral_distortion(before, taken, **_options(evidence, config))
+
+
+def consumed_bytes(sizes: Sizes, config: ScoreConfig) -> Steps:
+    """The weighted moments stay until the end."""
+    d, r = sizes.units, sizes.columns
+    taken = DOUBLE * d**2 if r is None else SINGLE * d * r
+    steps = {step: size + taken for step, size in distortion_bytes(sizes, config).items()}
+    return consumers_bytes(sizes, config) | steps
 
 
 def grounded_distortion(evidence: Evidence, config: ScoreConfig) -> Importance:
@@ -72,6 +96,16 @@ def innovation(evidence: Evidence, config: ScoreConfig) -> Importance:
         name=f"group {evidence.name!r}",
         **({} if config.ridge is None else {"eps": config.ridge}),
     )
+
+
+def innovation_bytes(sizes: Sizes, config: ScoreConfig) -> Steps:
+    """The consumers' norms, then what inverts the second moments."""
+    return consumers_bytes(sizes, config) | {"inverse": unpredicted_bytes(sizes.units, sizes.columns)}
+
+
+def magnitude_bytes(sizes: Sizes, config: ScoreConfig) -> Steps:
+    """The same with the norms of all weights."""
+    return innovation_bytes(sizes, config) | weights_bytes(sizes, config)
 
 
 def innovation_magnitude(evidence: Evidence, config: ScoreConfig) -> Importance:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cria_prune.config import SETTINGS, ScoreConfig, Setting
 from cria_prune.criteria import baselines, spectral
-from cria_prune.criteria.evidence import Evidence
+from cria_prune.criteria.evidence import Evidence, Sizes, Steps
 from cria_prune.errors import CriterionError
 from cria_prune.record.states import EVERYTHING, Read
 from cria_prune.spectrum import Importance
@@ -24,6 +24,7 @@ PEERS = "tp-"
 """How the names of Torch-Pruning's importances begin in a bench."""
 
 Function = Callable[[Evidence, ScoreConfig], Importance]
+Memory = Callable[[Sizes, ScoreConfig], Steps]
 OwnFunction = Callable[[Evidence, ScoreConfig], Tensor | Importance]
 
 
@@ -41,6 +42,7 @@ class Criterion:
         summary: one line.
         reads: of the configuration: the settings of `ScoreConfig` that change its scores, beside `seed` and
             `split_half`. Others that are given to it are an error.
+        memory: (sizes, config) to the bytes of its steps for a group; the norms of its weights by default.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Criterion:
     needs: frozenset[Need]
     summary: str
     reads: frozenset[Setting] = frozenset()
+    memory: Memory = baselines.weights_bytes
 
 
 _STATES: frozenset[Need] = frozenset({"states"})
@@ -61,13 +64,21 @@ _WANG = "Wang 2026 (arXiv 2605.18860), after SPADE: Cheng et al., ICML 2021"
 CRITERIA: dict[str, Criterion] = {
     item.name: item
     for item in (
-        Criterion("random", baselines.random, "control", frozenset(), "seeded random scores"),
+        Criterion(
+            "random",
+            baselines.random,
+            "control",
+            frozenset(),
+            "seeded random scores",
+            memory=baselines.no_bytes,
+        ),
         Criterion(
             "l1",
             baselines.l1,
             "Li et al., ICLR 2017 (arXiv 1608.08710)",
             frozenset(),
             "L1 norm of the producers' weights",
+            memory=baselines.producers_bytes,
         ),
         Criterion(
             "l2",
@@ -75,6 +86,7 @@ CRITERIA: dict[str, Criterion] = {
             "He et al., IJCAI 2018 (arXiv 1808.06866)",
             frozenset(),
             "L2 norm of the producers' weights",
+            memory=baselines.producers_bytes,
         ),
         Criterion(
             "group-l2",
@@ -82,6 +94,7 @@ CRITERIA: dict[str, Criterion] = {
             "DepGraph's group norm, without its sparse training: Fang et al., CVPR 2023 (arXiv 2301.12900)",
             frozenset(),
             "L2 norm of the unit's producers, batch norms and consumers together",
+            memory=baselines.weights_bytes,
         ),
         Criterion(
             "activation-norm",
@@ -89,6 +102,7 @@ CRITERIA: dict[str, Criterion] = {
             "the per-unit form of Wanda: Sun et al., ICLR 2024 (arXiv 2306.11695)",
             _STATES,
             "root mean square of the output signal times the consumers' norm",
+            memory=baselines.consumers_bytes,
         ),
         Criterion(
             "wanda-sp",
@@ -96,6 +110,7 @@ CRITERIA: dict[str, Criterion] = {
             "Wanda, Sun et al., ICLR 2024 (arXiv 2306.11695); structured by An et al. (arXiv 2312.11983)",
             _STATES,
             "mean absolute weight times root mean square, per feature that the consumers read",
+            memory=baselines.consumers_bytes,
         ),
         Criterion(
             "fluctuation",
@@ -103,6 +118,7 @@ CRITERIA: dict[str, Criterion] = {
             "FLAP's WIFV, the criterion only: An et al., AAAI 2024 (arXiv 2312.11983)",
             _STATES,
             "variance times the consumers' squared norm, per feature that the consumers read",
+            memory=baselines.consumers_bytes,
         ),
         Criterion(
             "bn-scale",
@@ -110,6 +126,7 @@ CRITERIA: dict[str, Criterion] = {
             "Network Slimming, the criterion only: Liu et al., ICCV 2017 (arXiv 1708.06519)",
             frozenset(),
             "scale of the unit's own batch norm",
+            memory=baselines.no_bytes,
         ),
         Criterion(
             "fpgm",
@@ -117,6 +134,7 @@ CRITERIA: dict[str, Criterion] = {
             "filter pruning via geometric median: He et al., CVPR 2019 (arXiv 1811.00250)",
             frozenset(),
             "sum of the distances from the unit's weights to those of all others",
+            memory=baselines.fpgm_bytes,
         ),
         Criterion(
             "lamp",
@@ -124,6 +142,7 @@ CRITERIA: dict[str, Criterion] = {
             "Lee et al., ICLR 2021 (arXiv 2010.07611); units in the place of weights, as Torch-Pruning does",
             frozenset(),
             "squared norm over that of all units that are as large",
+            memory=baselines.producers_bytes,
         ),
         Criterion(
             "apoz",
@@ -131,6 +150,7 @@ CRITERIA: dict[str, Criterion] = {
             "average percentage of zeros, its complement: Hu et al. 2016 (arXiv 1607.03250)",
             frozenset({"states", "positive"}),
             "share of the outputs that are above zero",
+            memory=baselines.no_bytes,
         ),
         Criterion(
             "chip",
@@ -138,6 +158,7 @@ CRITERIA: dict[str, Criterion] = {
             "CHIP's channel independence over all samples: Sui et al., NeurIPS 2021 (arXiv 2110.13981)",
             _OUTPUT,
             "what the nuclear norm of the output signals loses with the unit",
+            memory=baselines.chip_bytes,
         ),
         Criterion(
             "taylor",
@@ -145,6 +166,7 @@ CRITERIA: dict[str, Criterion] = {
             "Molchanov et al., CVPR 2019 (arXiv 1906.10771), group form",
             frozenset({"states", "gradients"}),
             "first-order effect of removal on the loss",
+            memory=baselines.no_bytes,
         ),
         Criterion(
             "fisher",
@@ -152,6 +174,7 @@ CRITERIA: dict[str, Criterion] = {
             "Theis et al. 2018 (arXiv 1801.05787); group form: Liu et al., ICML 2021 (arXiv 2108.00708)",
             frozenset({"states", "gradients", "examples"}),
             "diagonal Fisher information of the unit's gate, per example",
+            memory=baselines.no_bytes,
         ),
         Criterion(
             "distortion",
@@ -160,6 +183,7 @@ CRITERIA: dict[str, Criterion] = {
             _BOTH,
             "spectral distortion between the two graphs",
             _GROUNDED | _RIDGE,
+            memory=spectral.distortion_bytes,
         ),
         Criterion(
             "distortion-weighted",
@@ -168,6 +192,7 @@ CRITERIA: dict[str, Criterion] = {
             _BOTH,
             "spectral distortion times the consumers' squared norm",
             _GROUNDED | _RIDGE,
+            memory=spectral.weighted_bytes,
         ),
         Criterion(
             "consumed-distortion",
@@ -176,6 +201,7 @@ CRITERIA: dict[str, Criterion] = {
             _BOTH,
             "spectral distortion between the graph before the layer and that of what the consumers take",
             _GROUNDED | _RIDGE,
+            memory=spectral.consumed_bytes,
         ),
         Criterion(
             "grounded-distortion",
@@ -184,6 +210,7 @@ CRITERIA: dict[str, Criterion] = {
             _BOTH,
             "spectral distance to the removed neuron times the consumers' squared norm",
             _GROUNDED,
+            memory=spectral.weighted_bytes,
         ),
         Criterion(
             "innovation",
@@ -192,6 +219,7 @@ CRITERIA: dict[str, Criterion] = {
             _OUTPUT,
             "what neighbours cannot predict, times the consumers' squared norm",
             _RIDGE,
+            memory=spectral.innovation_bytes,
         ),
         Criterion(
             "innovation-magnitude",
@@ -200,6 +228,7 @@ CRITERIA: dict[str, Criterion] = {
             _OUTPUT,
             "mean rank of innovation and of the group's L2 norm",
             _RIDGE,
+            memory=spectral.magnitude_bytes,
         ),
     )
 }
@@ -215,6 +244,7 @@ def register_criterion(
     reads: Iterable[Setting] = (),
     source: str = "",
     summary: str = "",
+    memory: Memory = baselines.weights_bytes,
 ) -> Criterion:
     """Add a criterion of one's own to `CRITERIA`: it then works wherever the name of a criterion does.
 
@@ -234,6 +264,8 @@ def register_criterion(
             One that is given and not read is an error; `seed` and `split_half` are everyone's.
         source: where it comes from.
         summary: one line; that of the function's docstring by default.
+        memory: (sizes, config) to step -> bytes that it takes for one group beyond what is recorded, for
+            `predict_memory`; the norms of the group's weights by default.
 
     Returns:
         The row of the table; `unregister_criterion` removes it.
@@ -278,7 +310,7 @@ def register_criterion(
     if "examples" in needed:
         needed |= {"gradients"}
     line = summary or (function.__doc__ or "").strip().partition("\n")[0]
-    criterion = Criterion(name, _checked(name, function), source, needed, line, read)
+    criterion = Criterion(name, _checked(name, function), source, needed, line, read, memory)
     CRITERIA[name] = criterion
     return criterion
 

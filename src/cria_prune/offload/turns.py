@@ -24,7 +24,7 @@ from cria_prune.offload.spilled import Spilled
 from cria_prune.offload.state import TurnStore
 from cria_prune.progress import Progress
 from cria_prune.record.collect import limited
-from cria_prune.record.memory import group_bytes
+from cria_prune.record.signals import Collector
 from cria_prune.record.states import reads_of
 from cria_prune.spectrum import Importance
 from cria_prune.structure import UnitGroup, UnitGroups
@@ -110,7 +110,7 @@ def plan_turns(
     All together where the memory allows; else stretches of blocks; else, where the model is no chain of
     blocks, groups one after another, each with a pass of the whole model.
     """
-    sizes = {group.name: moment_bytes(group, config) for group in groups.prunable}
+    sizes = moment_bytes(groups.prunable, config)
     if sum(sizes.values()) <= memory:
         return None, [Turn(groups.prunable, None)]
     trial = scratch / "trial"
@@ -169,11 +169,11 @@ def _parts(
         yield tuple(part)
 
 
-def moment_bytes(group: UnitGroup, config: PruneConfig) -> int:
-    """Return how many bytes the moments of a group take while they are made: the sums, beside the result."""
+def moment_bytes(groups: Sequence[UnitGroup], config: PruneConfig) -> dict[str, int]:
+    """Return group -> the bytes of its moments while they are made: the sums, beside the result."""
     reads = reads_of(pipeline.find_criterion(config.score).needs)
-    kept = group_bytes(group, config.record, config.compensate, 0, reads)
-    return kept.while_recording + kept.afterwards
+    kept = Collector(groups, config.record, config.compensate, reads).memory()
+    return {item.name: item.while_recording + item.afterwards for item in kept}
 
 
 def _pass(model: nn.Module, batches: Iterable[Batch], config: RecordConfig) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cria_prune.graph import Graph
+from cria_prune.graph.moments import DOUBLE
 
 
 def factor_embedding(
@@ -33,3 +34,8 @@ def factor_embedding(
     F = torch.cholesky_solve(C, factor)
     left = torch.linalg.vector_norm(L_out @ F - C, dim=0) / torch.linalg.vector_norm(C, dim=0)
     return F, float(left.max())
+
+
+def factor_bytes(units: int) -> int:
+    """Return the most that `factor_embedding` asks for: matrices, their factors, F, its residual and copy."""
+    return DOUBLE * 7 * units**2
