@@ -25,26 +25,6 @@ def plain(scores: Tensor) -> Importance:
     return Importance(scores.detach().to("cpu", torch.float64), Diagnosis())
 
 
-def no_bytes(sizes: Sizes, config: ScoreConfig) -> Steps:
-    """Vectors alone."""
-    return {}
-
-
-def producers_bytes(sizes: Sizes, config: ScoreConfig) -> Steps:
-    """The norms of what produces the units."""
-    return {"weights": sizes.norms(sizes.group.producers)}
-
-
-def consumers_bytes(sizes: Sizes, config: ScoreConfig) -> Steps:
-    """The norms of what reads the units."""
-    return {"weights": sizes.norms(sizes.group.consumers)}
-
-
-def weights_bytes(sizes: Sizes, config: ScoreConfig) -> Steps:
-    """The norms of both."""
-    return {"weights": sizes.norms((*sizes.group.producers, *sizes.group.consumers))}
-
-
 def random(evidence: Evidence, config: ScoreConfig) -> Importance:
     """Uniform scores from a generator seeded by the configuration's seed and the group's name."""
     seed = zlib.crc32(f"{config.seed}/{evidence.name}".encode())
@@ -117,7 +97,7 @@ def fpgm(evidence: Evidence, config: ScoreConfig) -> Importance:
 def fpgm_bytes(sizes: Sizes, config: ScoreConfig) -> Steps:
     """Rows as they lie, twice as float64, and four blocks of distances."""
     blocks = 4 * DOUBLE * min(sizes.units, DISTANCE_ROWS) * sizes.units
-    return {"weights": 2 * sizes.norms(sizes.group.producers) + blocks}
+    return {"weights": 2 * sizes.norms("producers") + blocks}
 
 
 def lamp(evidence: Evidence, config: ScoreConfig) -> Importance:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import torch
@@ -43,13 +44,10 @@ class Sizes:
         """d."""
         return self.group.size
 
-    def norms(self, slices: Iterable[ParameterSlice]) -> int:
-        """Return what the norms of slices take: the largest weight in float64, a convolution's turned first.
-
-        They are those of `UnitWeights`, one weight after the other.
-        """
+    def norms(self, *sides: Literal["producers", "consumers"]) -> int:
+        """Return what norms of `UnitWeights` take: one weight in float64, a convolution's turned first."""
         most = 0
-        for item in slices:
+        for item in (item for side in sides for item in getattr(self.group, side)):
             shape = self.shapes[item.tensor]
             most = max(most, math.prod(shape) * (DOUBLE + (SINGLE if item.dim and len(shape) > 2 else 0)))
         return most

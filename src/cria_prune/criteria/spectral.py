@@ -12,7 +12,6 @@ import torch
 from scipy.stats import rankdata
 
 from cria_prune.config import ScoreConfig
-from cria_prune.criteria.baselines import consumers_bytes, weights_bytes
 from cria_prune.criteria.evidence import Evidence, Sizes, Steps
 from cria_prune.graph.moments import DOUBLE, SINGLE
 from cria_prune.spectrum import Importance
@@ -47,11 +46,6 @@ def distortion_bytes(sizes: Sizes, config: ScoreConfig) -> Steps:
     )
 
 
-def weighted_bytes(sizes: Sizes, config: ScoreConfig) -> Steps:
-    """The same after the consumers' norms."""
-    return consumers_bytes(sizes, config) | distortion_bytes(sizes, config)
-
-
 def distortion_weighted(evidence: Evidence, config: ScoreConfig) -> Importance:
     """`distortion` times ‖W_out[:, p]‖²."""
     norm2 = evidence.weights.consumer_norm2
@@ -73,8 +67,7 @@ def consumed_bytes(sizes: Sizes, config: ScoreConfig) -> Steps:
     """The weighted moments stay until the end."""
     d, r = sizes.units, sizes.columns
     taken = DOUBLE * d**2 if r is None else SINGLE * d * r
-    steps = {step: size + taken for step, size in distortion_bytes(sizes, config).items()}
-    return consumers_bytes(sizes, config) | steps
+    return {step: size + taken for step, size in distortion_bytes(sizes, config).items()}
 
 
 def grounded_distortion(evidence: Evidence, config: ScoreConfig) -> Importance:
@@ -99,13 +92,8 @@ def innovation(evidence: Evidence, config: ScoreConfig) -> Importance:
 
 
 def innovation_bytes(sizes: Sizes, config: ScoreConfig) -> Steps:
-    """The consumers' norms, then what inverts the second moments."""
-    return consumers_bytes(sizes, config) | {"inverse": unpredicted_bytes(sizes.units, sizes.columns)}
-
-
-def magnitude_bytes(sizes: Sizes, config: ScoreConfig) -> Steps:
-    """The same with the norms of all weights."""
-    return innovation_bytes(sizes, config) | weights_bytes(sizes, config)
+    """What inverts the second moments."""
+    return {"inverse": unpredicted_bytes(sizes.units, sizes.columns)}
 
 
 def innovation_magnitude(evidence: Evidence, config: ScoreConfig) -> Importance:

@@ -28,6 +28,18 @@ Memory = Callable[[Sizes, ScoreConfig], Steps]
 OwnFunction = Callable[[Evidence, ScoreConfig], Tensor | Importance]
 
 
+def _takes(*sides: Literal["producers", "consumers"], then: Memory | None = None) -> Memory:
+    """Return the bytes of a criterion that takes norms of these weights, and then what the function says."""
+
+    def steps(sizes: Sizes, config: ScoreConfig) -> Steps:
+        return {"weights": sizes.norms(*sides), **(then(sizes, config) if then else {})}
+
+    return steps
+
+
+WEIGHTS = _takes("producers", "consumers")
+
+
 @dataclass(frozen=True)
 class Criterion:
     """A way to score units: high is kept.
@@ -51,7 +63,7 @@ class Criterion:
     needs: frozenset[Need]
     summary: str
     reads: frozenset[Setting] = frozenset()
-    memory: Memory = baselines.weights_bytes
+    memory: Memory = WEIGHTS
 
 
 _STATES: frozenset[Need] = frozenset({"states"})
@@ -70,7 +82,7 @@ CRITERIA: dict[str, Criterion] = {
             "control",
             frozenset(),
             "seeded random scores",
-            memory=baselines.no_bytes,
+            memory=_takes(),
         ),
         Criterion(
             "l1",
@@ -78,7 +90,7 @@ CRITERIA: dict[str, Criterion] = {
             "Li et al., ICLR 2017 (arXiv 1608.08710)",
             frozenset(),
             "L1 norm of the producers' weights",
-            memory=baselines.producers_bytes,
+            memory=_takes("producers"),
         ),
         Criterion(
             "l2",
@@ -86,7 +98,7 @@ CRITERIA: dict[str, Criterion] = {
             "He et al., IJCAI 2018 (arXiv 1808.06866)",
             frozenset(),
             "L2 norm of the producers' weights",
-            memory=baselines.producers_bytes,
+            memory=_takes("producers"),
         ),
         Criterion(
             "group-l2",
@@ -94,7 +106,7 @@ CRITERIA: dict[str, Criterion] = {
             "DepGraph's group norm, without its sparse training: Fang et al., CVPR 2023 (arXiv 2301.12900)",
             frozenset(),
             "L2 norm of the unit's producers, batch norms and consumers together",
-            memory=baselines.weights_bytes,
+            memory=WEIGHTS,
         ),
         Criterion(
             "activation-norm",
@@ -102,7 +114,7 @@ CRITERIA: dict[str, Criterion] = {
             "the per-unit form of Wanda: Sun et al., ICLR 2024 (arXiv 2306.11695)",
             _STATES,
             "root mean square of the output signal times the consumers' norm",
-            memory=baselines.consumers_bytes,
+            memory=_takes("consumers"),
         ),
         Criterion(
             "wanda-sp",
@@ -110,7 +122,7 @@ CRITERIA: dict[str, Criterion] = {
             "Wanda, Sun et al., ICLR 2024 (arXiv 2306.11695); structured by An et al. (arXiv 2312.11983)",
             _STATES,
             "mean absolute weight times root mean square, per feature that the consumers read",
-            memory=baselines.consumers_bytes,
+            memory=_takes("consumers"),
         ),
         Criterion(
             "fluctuation",
@@ -118,7 +130,7 @@ CRITERIA: dict[str, Criterion] = {
             "FLAP's WIFV, the criterion only: An et al., AAAI 2024 (arXiv 2312.11983)",
             _STATES,
             "variance times the consumers' squared norm, per feature that the consumers read",
-            memory=baselines.consumers_bytes,
+            memory=_takes("consumers"),
         ),
         Criterion(
             "bn-scale",
@@ -126,7 +138,7 @@ CRITERIA: dict[str, Criterion] = {
             "Network Slimming, the criterion only: Liu et al., ICCV 2017 (arXiv 1708.06519)",
             frozenset(),
             "scale of the unit's own batch norm",
-            memory=baselines.no_bytes,
+            memory=_takes(),
         ),
         Criterion(
             "fpgm",
@@ -142,7 +154,7 @@ CRITERIA: dict[str, Criterion] = {
             "Lee et al., ICLR 2021 (arXiv 2010.07611); units in the place of weights, as Torch-Pruning does",
             frozenset(),
             "squared norm over that of all units that are as large",
-            memory=baselines.producers_bytes,
+            memory=_takes("producers"),
         ),
         Criterion(
             "apoz",
@@ -150,7 +162,7 @@ CRITERIA: dict[str, Criterion] = {
             "average percentage of zeros, its complement: Hu et al. 2016 (arXiv 1607.03250)",
             frozenset({"states", "positive"}),
             "share of the outputs that are above zero",
-            memory=baselines.no_bytes,
+            memory=_takes(),
         ),
         Criterion(
             "chip",
@@ -166,7 +178,7 @@ CRITERIA: dict[str, Criterion] = {
             "Molchanov et al., CVPR 2019 (arXiv 1906.10771), group form",
             frozenset({"states", "gradients"}),
             "first-order effect of removal on the loss",
-            memory=baselines.no_bytes,
+            memory=_takes(),
         ),
         Criterion(
             "fisher",
@@ -174,7 +186,7 @@ CRITERIA: dict[str, Criterion] = {
             "Theis et al. 2018 (arXiv 1801.05787); group form: Liu et al., ICML 2021 (arXiv 2108.00708)",
             frozenset({"states", "gradients", "examples"}),
             "diagonal Fisher information of the unit's gate, per example",
-            memory=baselines.no_bytes,
+            memory=_takes(),
         ),
         Criterion(
             "distortion",
@@ -183,7 +195,7 @@ CRITERIA: dict[str, Criterion] = {
             _BOTH,
             "spectral distortion between the two graphs",
             _GROUNDED | _RIDGE,
-            memory=spectral.distortion_bytes,
+            memory=_takes(then=spectral.distortion_bytes),
         ),
         Criterion(
             "distortion-weighted",
@@ -192,7 +204,7 @@ CRITERIA: dict[str, Criterion] = {
             _BOTH,
             "spectral distortion times the consumers' squared norm",
             _GROUNDED | _RIDGE,
-            memory=spectral.weighted_bytes,
+            memory=_takes("consumers", then=spectral.distortion_bytes),
         ),
         Criterion(
             "consumed-distortion",
@@ -201,7 +213,7 @@ CRITERIA: dict[str, Criterion] = {
             _BOTH,
             "spectral distortion between the graph before the layer and that of what the consumers take",
             _GROUNDED | _RIDGE,
-            memory=spectral.consumed_bytes,
+            memory=_takes("consumers", then=spectral.consumed_bytes),
         ),
         Criterion(
             "grounded-distortion",
@@ -210,7 +222,7 @@ CRITERIA: dict[str, Criterion] = {
             _BOTH,
             "spectral distance to the removed neuron times the consumers' squared norm",
             _GROUNDED,
-            memory=spectral.weighted_bytes,
+            memory=_takes("consumers", then=spectral.distortion_bytes),
         ),
         Criterion(
             "innovation",
@@ -219,7 +231,7 @@ CRITERIA: dict[str, Criterion] = {
             _OUTPUT,
             "what neighbours cannot predict, times the consumers' squared norm",
             _RIDGE,
-            memory=spectral.innovation_bytes,
+            memory=_takes("consumers", then=spectral.innovation_bytes),
         ),
         Criterion(
             "innovation-magnitude",
@@ -228,7 +240,7 @@ CRITERIA: dict[str, Criterion] = {
             _OUTPUT,
             "mean rank of innovation and of the group's L2 norm",
             _RIDGE,
-            memory=spectral.magnitude_bytes,
+            memory=_takes("producers", "consumers", then=spectral.innovation_bytes),
         ),
     )
 }
@@ -244,7 +256,7 @@ def register_criterion(
     reads: Iterable[Setting] = (),
     source: str = "",
     summary: str = "",
-    memory: Memory = baselines.weights_bytes,
+    memory: Memory = WEIGHTS,
 ) -> Criterion:
     """Add a criterion of one's own to `CRITERIA`: it then works wherever the name of a criterion does.
 

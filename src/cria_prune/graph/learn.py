@@ -14,7 +14,7 @@ from torch import Tensor
 from cria_prune.errors import SignalError
 from cria_prune.graph.graph import Graph
 from cria_prune.graph.moments import Moments
-from cria_prune.graph.neighbors import edge_distances, nearest_neighbors, neighbors_bytes
+from cria_prune.graph.neighbors import edge_distances, nearest_neighbors
 
 COMPLETE_UNITS = 64
 REFINE_UNITS = 2048
@@ -68,17 +68,6 @@ def most_edges(units: int, neighbors: int = 32, complete: int = COMPLETE_UNITS) 
     if units <= max(complete, neighbors + 1):
         return units * (units - 1) // 2
     return units * neighbors
-
-
-def graph_bytes(units: int, columns: int | None, neighbors: int) -> int:
-    """Return the most that `learn_graph` of the units that live asks for, their own moments counted in.
-
-    Args:
-        units: d.
-        columns: of the sketch; None where the covariance is kept.
-        neighbors: k.
-    """
-    return neighbors_bytes(units, columns, complete=units <= max(COMPLETE_UNITS, neighbors + 1))
 
 
 def refine_graph(graph: Graph, iterations: int = 10) -> Graph:

@@ -47,12 +47,9 @@ def nearest_neighbors(moments: Moments, k: int) -> tuple[Tensor, Tensor]:
 
 
 def neighbors_bytes(units: int, columns: int | None, complete: bool) -> int:
-    """Return the most that neighbours and their distances ask for: moments, products less what all share.
+    """Return the most that neighbours and distances take: moments, the same less what all share, a block.
 
-    Args:
-        units: d.
-        columns: r of the sketch; None where the covariance is kept.
-        complete: all pairs are edges, so that no block of distances is made.
+    `columns` are those of a sketch, None for a covariance; `complete`: all pairs are edges, without a block.
     """
     block = min(units, BLOCK)
     if columns is None:

@@ -266,7 +266,7 @@ class Collector:
         )
 
     def receiving_bytes(self, call: Call, examples: int) -> int:
-        """Return the most that `receive` of an activation of so many examples asks for beyond what is kept."""
+        """Return the most that `receive` of an activation of so many examples asks for beside the sums."""
         most, item = 0, max(call.itemsize, SINGLE)
         for dim, readers in self._readers[call.name, call.site].items():
             features, taken = call.shape[dim], self._sampler.taken(call.shape, dim, examples)

@@ -61,15 +61,10 @@ def channel_independence(moments: Moments, *, name: str = "group") -> Tensor:
 
 
 def independence_bytes(units: int, columns: int | None) -> int:
-    """Return the most that `channel_independence` asks for: a decomposition's work space, the integral.
-
-    Args:
-        units: d.
-        columns: r of the sketch; None where the covariance is kept.
-    """
+    """Return the most that `channel_independence` takes; `columns` of a sketch, None for a covariance."""
     places = 3 * round(2 * REACH / STEP + 1) * units  # of the integral, in both of its products
     if columns is None:
-        return DOUBLE * (6 * units**2 + places)
+        return DOUBLE * (6 * units**2 + places)  # the vectors and LAPACK's work space
     return DOUBLE * (3 * units * (columns + 1) + 5 * columns**2 + places)
 
 

@@ -96,13 +96,7 @@ def distortion_embedding(
 
 
 def embedding_bytes(units: int, edges: int, sketch: int) -> int:
-    """Return the most that `distortion_embedding` asks for beside both Laplacians.
-
-    Args:
-        units: d.
-        edges: of the input graph.
-        sketch: r.
-    """
+    """Return the most that `distortion_embedding` of r signs takes beside both Laplacians."""
     count = edges + units  # columns of the incidence matrix: the ridge has one for each unit
     # All signs of a piece as bytes, some of them and their product as numbers.
     signs = COLUMNS * (count + DOUBLE * (2 * min(count, ROWS) + 2 * units))

@@ -57,12 +57,7 @@ def unpredicted(moments: Moments, eps: float) -> Tensor:
 
 
 def unpredicted_bytes(units: int, columns: int | None) -> int:
-    """Return the most that `unpredicted` asks for, the moments of the live units counted in.
-
-    Args:
-        units: d.
-        columns: r of the sketch; None where the covariance is kept.
-    """
+    """Return the most that `unpredicted` takes, moments counted in; `columns` is None for a covariance."""
     matrix = DOUBLE * units**2
     if columns is None:
         return 4 * matrix  # the live part, its copy, Cholesky factor and inverse

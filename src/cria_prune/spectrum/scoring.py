@@ -13,8 +13,9 @@ from torch import Tensor
 
 from cria_prune.errors import SignalError
 from cria_prune.graph import Graph, Moments, dead_units, learn_graph
-from cria_prune.graph.learn import graph_bytes, most_edges
+from cria_prune.graph.learn import COMPLETE_UNITS, most_edges
 from cria_prune.graph.moments import DOUBLE
+from cria_prune.graph.neighbors import neighbors_bytes
 from cria_prune.spectrum.factor import factor_bytes, factor_embedding
 from cria_prune.spectrum.importance import Diagnosis, Importance
 from cria_prune.spectrum.pcg import distortion_embedding, embedding_bytes
@@ -97,18 +98,14 @@ def grounded_distortion(
 def distortion_bytes(
     units: int, columns: int | None, *, neighbors: int, pairs: Pairs, sketch: int
 ) -> dict[str, int]:
-    """Return step -> the most that it holds in either distortion; one step follows the other.
+    """Return step -> the most that it holds, of either distortion of so many live units.
 
-    All units count as live. The graph of one side at a time, then the pencil or what stands in for it, then
-    the differences over the edges.
-
-    Args:
-        units: d.
-        columns: of the moments' sketch; None where the covariance is kept.
-        neighbors, pairs, sketch: as in `distortion`.
+    The graph of one side at a time, then the pencil or what stands in for it, then the edges' differences.
+    `columns` are those of the moments' sketch, None where the covariance is kept.
     """
     wanted, edges = count_pairs(pairs, units), most_edges(units, neighbors)
-    steps, width = {"graph": graph_bytes(units, columns, neighbors)}, wanted
+    complete = units <= max(COMPLETE_UNITS, neighbors + 1)
+    steps, width = {"graph": neighbors_bytes(units, columns, complete)}, wanted
     if wanted < units or units <= SMALL_UNITS:
         steps["pencil"] = pencil_bytes(units, edges, wanted)
     elif units <= DENSE_UNITS:
