@@ -140,7 +140,7 @@ def measure(
     """Record and score; return both peaks in bytes above the level before."""
     if at_once:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
-    needs = find_criterion(config.score.criterion).needs
+    needs = find_criterion(config.score).needs
     warm_up()
     level = begin()
     states = record_for(needs, model, groups, batches, config, consumed=config.compensate)
@@ -154,7 +154,7 @@ def there(
     model: nn.Module, groups: UnitGroups, batches: list[Batch], config: PruneConfig, device: str
 ) -> dict[str, int]:
     """Record and score on a GPU; return both peaks of its memory in bytes above the level before."""
-    needs = find_criterion(config.score.criterion).needs
+    needs = find_criterion(config.score).needs
     warm_up(device)
     level = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)

@@ -65,7 +65,7 @@ def configured(defaults: dict[str, Any], changes: dict[str, dict[str, Any]]) -> 
 def measure(
     model: nn.Module, groups: UnitGroups, batches: list[Batch], config: PruneConfig, repetitions: int
 ) -> dict[str, Any]:
-    needs, device = find_criterion(config.score.criterion).needs, str(device_of(model))
+    needs, device = find_criterion(config.score).needs, str(device_of(model))
     rows = []
     for number in range(repetitions + 1):
         plain, _ = timed(lambda: all_forward(model, batches), device)

@@ -93,7 +93,10 @@ def test_spectral_criteria_are_those_of_spectrum():
         "innovation": innovation(group.output).scores * norm2,
     }
     for criterion, values in expected.items():
-        found = scores(model, groups, states, criterion, ridge=0.1, **options)["0"]
+        asked = {key: value for key, value in options.items() if key in ("seed", *CRITERIA[criterion].reads)}
+        asked |= {} if criterion in ("grounded-distortion", "innovation") else {"ridge": 0.1}
+        assert len(asked) == {"innovation": 1, "grounded-distortion": 4}.get(criterion, 5)
+        found = scores(model, groups, states, criterion, **asked)["0"]
         torch.testing.assert_close(found.scores, values)
         assert found.scores.shape == (6,) and found.scores.dtype == torch.float64
 

@@ -115,7 +115,10 @@ def test_lamp_by_hand_counts_equals_together_and_nothing_as_nothing():
     assert scores(model, groups, "lamp")["0"].tolist() == [0, 0.5, 16 / 66, 0.5]
     with torch.no_grad():
         model[0].weight.zero_()
-    assert scores(model, groups, "lamp")["0"].tolist() == [0, 0, 0, 0]
+    found = score(model, groups, None, ScoreConfig(criterion="lamp"), whole=False)
+    assert found["0"].scores.tolist() == [0, 0, 0, 0]
+    with pytest.raises(CriterionError, match="it scores the units of every group all alike"):
+        scores(model, groups, "lamp")
 
 
 def test_bn_scale_by_hand_and_where_there_is_none():

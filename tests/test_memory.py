@@ -12,15 +12,14 @@ from torch import Tensor, nn
 
 from cria_prune import PruneConfig, RecordConfig, ScoreConfig, discover, predict_memory, prune, record
 from cria_prune.cli import plans
-from cria_prune.criteria import score
-from cria_prune.criteria.memory import score_bytes
+from cria_prune.criteria import CRITERIA, score
+from cria_prune.criteria.evidence import Sizes
 from cria_prune.errors import CriterionError
 from cria_prune.graph import MomentAccumulator
-from cria_prune.memory import LiveBytes, amount, largest_batch, storages
-from cria_prune.memory.observe import Call, _pass, carried_on, observe, reading_of
+from cria_prune.memory import LiveBytes, amount, carried_on, largest_batch, observe, storages
 from cria_prune.modules import meta_copy
 from cria_prune.record.buffer import BUFFERED, Buffer
-from cria_prune.record.memory import group_bytes, held_back
+from cria_prune.record.sampler import Sampler
 from cria_prune.record.signals import Collector
 from cria_prune.record.states import GroupStates, reads_of
 from cria_prune.structure import UnitGroups, without_residual
@@ -107,8 +106,9 @@ def test_what_every_group_keeps_is_exact(
     monkeypatch.setattr(import_module("cria_prune.record.collect"), "Collector", Watched)
     states = record(model, groups, [batch, batch], config, consumed=consumed, reads=kept)
     assert len(found) == len(groups.prunable) >= 2
-    for group, held in zip(groups.prunable, found, strict=True):
-        said = group_bytes(group, config, consumed, 0, kept)
+    together = Collector(groups.prunable, config, consumed, kept).memory()
+    for group, held, said in zip(groups.prunable, found, together, strict=True):
+        assert Collector([group], config, consumed, kept).memory() == [said] and said.name == group.name
         assert (said.collected, said.collected_consumed) == held, group.name
         assert said.afterwards == slow(of_states(states[group.name])), group.name
         assert said.sketched == (bool(kept & {"input", "output"}) and group.size > exact)
@@ -135,10 +135,13 @@ def test_two_examples_foretell_a_batch(kind: str, needs: frozenset[str]) -> None
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
         return model(batch).square().mean()
 
-    one, two = observe(model, groups.prunable, batch, needs, loss)
-    several, whole = observe(model, groups.prunable, batch.repeat(2, *[1] * (batch.ndim - 1)), needs, loss)
+    twice = batch.repeat(2, *[1] * (batch.ndim - 1))
+    (one, two), (several, whole) = (
+        [observe(model, groups.prunable, given, needs, loss, examples=count) for count in (1, 2)]
+        for given in (batch, twice)
+    )
     assert (several, whole) == (one, two)
-    real = _pass(model, groups.prunable, batch, len(batch), needs, loss, ())
+    real = observe(model, groups.prunable, batch, needs, loss, examples=len(batch))
     assert carried_on(one, two, len(batch)) == real
     assert carried_on(one, two, 1) == one and carried_on(one, two, 2) == two
 
@@ -189,10 +192,14 @@ def test_a_prediction_says_where_the_bytes_go_and_what_saves_some() -> None:
 
 
 def test_a_reading_takes_what_the_sampler_takes() -> None:
-    config = RecordConfig(tokens=5, positions=7)
+    sampler = Sampler(RecordConfig(tokens=5, positions=7))
 
     def taken(*shape: int, dim: int = -1) -> int:
-        return reading_of(Call("x", "input", shape, 4, 0), dim, config, 4).taken
+        said = sampler.taken(shape, dim, 4)
+        sampler.begin(0, 4, None)
+        halves = sampler.halves(torch.zeros(shape), dim, "x", sketched=False)
+        assert said == sum(len(samples) for _, samples, _ in halves)
+        return said
 
     assert (taken(4, 3), taken(128, 3), taken(127, 3)) == (4, 128, 127)
     assert (taken(4, 32, 3), taken(8, 32, 3), taken(9, 32, 3)) == (4 * 5, 4 * 8, 9 * 32)
@@ -261,8 +268,9 @@ def test_a_family_network_is_foretold() -> None:
 def test_weights_are_read_in_double_precision_and_those_of_a_convolution_are_turned_first() -> None:
     _, groups, _ = made("images")
     for criterion, most in (("l2", 8 * 8 * 3 * 9), ("fluctuation", 12 * 6 * 8 * 9), ("chip", 0)):
-        found = score_bytes(groups["conv1"], groups.shapes, ScoreConfig(criterion=criterion), RecordConfig())
-        assert found["weights"] == most
+        sizes = Sizes(groups["conv1"], groups.shapes)
+        found = CRITERIA[criterion].memory(sizes, ScoreConfig(criterion=criterion))
+        assert found.get("weights", 0) == most
 
 
 def test_small_batches_are_held_back_up_to_a_bound() -> None:
@@ -270,8 +278,8 @@ def test_small_batches_are_held_back_up_to_a_bound() -> None:
     buffer = Buffer(total)
     for batches in range(1, 5):
         buffer.add(torch.randn(16, 100))
-        assert held_back(100, 16, batches) == 16 * buffer._used
-    assert held_back(100, 16, 10**6) == BUFFERED and held_back(BUFFERED // 16, 16, 3) == 0
+        assert buffer.holds(100, batches) == 16 * buffer._used
+    assert buffer.holds(100, 10**6) == BUFFERED and buffer.holds(BUFFERED // 16, 3) == 0
     small = predict_memory(*made("images"), PruneConfig(record={"examples": 12}))
     large = predict_memory(*made("images"), PruneConfig(record={"examples": 24}))
     buffers = [item.stages[0].parts["buffers"] for item in (small, large)]

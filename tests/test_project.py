@@ -129,7 +129,7 @@ PUBLIC = [
     *["CRITERIA", "CriaError", "LoadedCheckpoint", "Plan", "PlanConfig", "PruneConfig"],
     *["PruneResult", "RecordConfig", "RecoverConfig", "ScoreConfig", "Scored", "UnitGroup", "UnitGroups"],
     *["ablate", "apply", "discover", "load", "load_scores", "plan", "predict_memory", "preset", "prune"],
-    *["prune_offloaded", "record", "recover"],
+    *["prune_offloaded", "record", "recover", "register_criterion"],
     *["save", "save_padded", "save_pretrained", "save_scores", "score", "score_once", "verify", "watch"],
 ]
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from cria_prune import PruneConfig, load_scores, prune, save_scores, score_once
 from cria_prune.artifact import scores as kept
+from cria_prune.config import ScoreConfig
 from cria_prune.errors import ArtifactError, ConfigError, StructureError
 from test_rounds import data, network
 from watching import never
@@ -118,7 +119,7 @@ DAMAGES = {
     "no JSON": (lambda folder: (folder / kept.SCORES).write_text("{"), "it is damaged"),
     "no tensors": (lambda folder: (folder / kept.TENSORS).unlink(), "missing or another"),
     "cut": (lambda folder: (folder / kept.TENSORS).write_bytes(b"cut"), "missing or another"),
-    "newer": (edited(lambda values: values.update(version=2)), "version 2, this Cria reads"),
+    "newer": (edited(lambda values: values.update(version=3)), "version 3, this Cria reads"),
     "foreign": (edited(lambda values: values.update(groups=3)), "'groups' is damaged"),
     "fewer": (edited(lambda values: values["diagnosis"].popitem()), "it is damaged"),
     "more": (edited(lambda values: values["groups"].append("more")), "it is damaged"),
@@ -133,6 +134,25 @@ def test_damaged_scores_are_an_error(name, scored, tmp_path):
     damage(folder)
     with pytest.raises(ArtifactError, match=match):
         load_scores(folder)
+
+
+def test_scores_of_before_say_settings_that_were_not_read(scored, tmp_path):
+    """Version 1 says ridge 0.01 for every criterion, where `innovation` took 0.0001."""
+    said = {"neighbors": 32, "ridge": 0.01, "pairs": "all", "sketch": 256}
+    for criterion, given, expected in (
+        ("innovation", said, {}),
+        ("l2", {**said, "neighbors": 8, "ridge": 0.5}, {}),
+        ("distortion", said, {}),
+        ("distortion", {**said, "neighbors": 8, "ridge": 0.5}, {"neighbors": 8, "ridge": 0.5}),
+        ("grounded-distortion", {**said, "pairs": 3, "ridge": 0.5}, {"pairs": 3}),
+    ):
+        folder = save_scores(tmp_path / "scores", scored, overwrite=True)
+        values = json.loads((folder / kept.SCORES).read_text())
+        values["version"], values["config"]["score"] = 1, {"criterion": criterion, **given}
+        (folder / kept.SCORES).write_text(json.dumps(values))
+        assert load_scores(folder).config.score == ScoreConfig(criterion=criterion, **expected)
+    own = replace(scored, config=config(score={"ridge": 0.01}))
+    assert load_scores(save_scores(tmp_path / "own", own)).config.score.ridge == 0.01
 
 
 def test_a_link_out_of_the_folder_is_not_followed(scored, tmp_path):

@@ -40,6 +40,7 @@ class Largest(TorchDispatchMode):
 def layer() -> tuple[nn.Module, list[Any]]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, UNITS), nn.BatchNorm1d(UNITS), nn.ReLU(), nn.Linear(UNITS, 3)).eval()
+    nn.init.uniform_(model[1].weight, 0.5, 1.5)  # as they are made, scales say nothing
     return model, [(torch.randn(8, 6), torch.arange(8) % 3) for _ in range(8)]
 
 
@@ -55,7 +56,10 @@ def wide() -> Any:
 def test_no_criterion_makes_a_matrix_of_units_by_units(criterion: str, wide: Any) -> None:
     model, groups, states = wide
     assert states["0"].output.sketch is not None
-    settings = ScoreConfig(criterion=criterion, sketch=16, split_half=False, neighbors=8)
+    few = {
+        name: value for name, value in (("sketch", 16), ("neighbors", 8)) if name in CRITERIA[criterion].reads
+    }
+    settings = ScoreConfig(criterion=criterion, split_half=False, **few)
     with Largest() as seen:
         found = score(model, groups, states, settings)["0"].scores
     assert torch.isfinite(found).all() and len(found) == UNITS

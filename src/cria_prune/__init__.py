@@ -28,7 +28,7 @@ from cria_prune.config import (
     ScoreConfig,
     preset,
 )
-from cria_prune.criteria import CRITERIA, score
+from cria_prune.criteria import CRITERIA, register_criterion, score
 from cria_prune.errors import CriaError
 from cria_prune.memory import predict_memory
 from cria_prune.offload import prune_offloaded
@@ -69,6 +69,7 @@ __all__ = [
     "prune_offloaded",
     "record",
     "recover",
+    "register_criterion",
     "save",
     "save_padded",
     "save_pretrained",

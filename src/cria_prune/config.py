@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cria_prune.errors import ConfigError
 
@@ -66,16 +67,68 @@ class RecordConfig(StageConfig):
     seed: int = 0
 
 
+Setting = Literal["neighbors", "ridge", "pairs", "sketch"]
+"""What some criteria read of a `ScoreConfig` and others do not."""
+SETTINGS: tuple[Setting, ...] = ("neighbors", "ridge", "pairs", "sketch")
+BOUNDS: dict[str, tuple[float, float]] = {"neighbors": (1, 2**14), "ridge": (1e-8, 1e3), "sketch": (1, 2**16)}
+PAIRS, SHARE = (1, 2**16), (1e-6, 1.0)
+"""The pairs of a pencil, as a number and as a share of the units."""
+
+
 class ScoreConfig(StageConfig):
-    """How units are scored."""
+    """How units are scored; a criterion says which settings it reads, and others are an error there."""
 
     criterion: str = "innovation"
-    neighbors: int = Field(32, ge=1, description="nearest neighbours per unit above 64 units")
-    ridge: float = Field(1e-2, gt=0, description="ridge on both Laplacians, in mean degrees")
-    pairs: int | float | Literal["all"] = "all"
-    sketch: int = Field(256, ge=1, description="sign vectors for the scores over all pairs at scale")
+    neighbors: int = Field(32, description="nearest neighbours per unit above 64 units")
+    ridge: float | None = Field(
+        None,
+        description="the criterion's own if null: of distortions 0.01 mean degrees on both Laplacians, of "
+        "innovation 0.0001 mean variances of noise on every unit",
+    )
+    pairs: int | float | Literal["all"] = Field(
+        "all", description="eigenpairs: all, a number, or a share of the units"
+    )
+    sketch: int = Field(256, description="sign vectors for the scores over all pairs at scale")
     split_half: bool = True
     seed: int = 0
+
+    @field_validator("neighbors", "ridge", "sketch")
+    @classmethod
+    def _within_bounds(cls, value: float | None, info: Any) -> float | None:
+        low, high = BOUNDS[info.field_name]
+        if value is not None and not low <= value <= high:  # NaN is not between them either
+            raise ValueError(f"must be between {low:g} and {high:g}")
+        return value
+
+    @field_validator("pairs")
+    @classmethod
+    def _some_pairs(cls, value: float | str) -> float | str:
+        low, high = SHARE if isinstance(value, float) else PAIRS
+        if not isinstance(value, str) and not low <= value <= high:
+            raise ValueError(
+                f'must be "all", a whole number from {PAIRS[0]} to {PAIRS[1]}, or a share from {SHARE[0]:g} '
+                f"to {SHARE[1]:g}"
+            )
+        return value
+
+    def given(self) -> tuple[Setting, ...]:
+        """Return the settings that are not as they are without being given."""
+        return tuple(
+            name for name in SETTINGS if getattr(self, name) != type(self).model_fields[name].default
+        )
+
+
+def score_of_before(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the score section of a file from before criteria said which settings they read.
+
+    Such a file says ridge 0.01 whatever the criterion; only distortions read it, and `innovation` took its
+    own. What was not read there is left out.
+    """
+    criterion = str(values.get("criterion", ""))
+    read: tuple[str, ...] = SETTINGS if "distortion" in criterion else ()
+    if criterion == "grounded-distortion" or values.get("ridge") == 1e-2:
+        read = tuple(name for name in read if name != "ridge")
+    return {key: value for key, value in values.items() if key not in SETTINGS or key in read}
 
 
 class PlanConfig(StageConfig):

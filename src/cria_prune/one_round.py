@@ -12,6 +12,7 @@ from torch import nn
 from cria_prune.batches import Batch, named_shortage
 from cria_prune.config import PruneConfig
 from cria_prune.criteria import score
+from cria_prune.criteria.score import graph_settings
 from cria_prune.graph import keep_graphs, worth_keeping
 from cria_prune.modules import device_of, digest
 from cria_prune.plan import Allowed, Plan, compose
@@ -62,7 +63,7 @@ class OneRound:
                     for name, item in states.groups.items()
                     if item.input is not None and item.output.has_pairs
                 }
-                graphs = keep_graphs(sides, config.score.neighbors, config.score.ridge)
+                graphs = keep_graphs(sides, **graph_settings(config.score))
         smaller, repairs, verification = self._cut(before, self._consumed(states), step, total, seconds)
         norms = Remeasured(smaller, 0)
         if config.batch_norm and number == config.plan.rounds and batch_norms(smaller):

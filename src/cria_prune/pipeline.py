@@ -111,7 +111,7 @@ def prune(
     """
     config = config or PruneConfig()
     config = config if scores is None else scores.applied(config)
-    needs = find_criterion(config.score.criterion).needs
+    needs = find_criterion(config.score).needs
     batches = again(batches)
     check_finite(model)
     start = time.perf_counter()

@@ -95,7 +95,7 @@ def _scored(
     consumed: bool,
 ) -> tuple[UnitGroups, dict[str, Importance], States | None]:
     spent = {} if seconds is None else seconds
-    needs, states = pipeline.find_criterion(config.score.criterion).needs, None
+    needs, states = pipeline.find_criterion(config.score).needs, None
     batches, device = pipeline.again(batches), device_of(model)
     with clock(spent, "structure"):
         example = pipeline.first_examples(batches, device) if example is None else example

@@ -96,7 +96,7 @@ class SpectralImportance:
             config = config.model_copy(
                 update={"score": config.score.model_copy(update={"criterion": criterion})}
             )
-        find_criterion(config.score.criterion)
+        find_criterion(config.score)
         # Users ask isinstance; a base class would have to be imported with this file.
         _library().importance.Importance.register(type(self))
         self.model, self.batches, self.config = model, again(batches), config

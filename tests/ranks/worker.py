@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from cria_prune import PruneConfig, prune, ranks, record, recover, score
+from cria_prune import PruneConfig, prune, ranks, record, recover, register_criterion, score
 from cria_prune.config import RecordConfig, RecoverConfig, ScoreConfig
+from cria_prune.criteria import unregister_criterion
 from cria_prune.ranks import World, world
 from cria_prune.recover import RecoverResult
 from test_record_nets import conv_net, images, mlp
@@ -66,9 +67,10 @@ def exact() -> Values:
     model, groups = conv_net()
     config = RecordConfig(examples=27, positions=4, seed=3)
     states = record(model, groups, images(30, batch=6), config, per_example=True, consumed=True)
-    found = {
-        name: scored(model, groups, states, name) for name in ("innovation", "distortion", "taylor", "fisher")
-    }
+    register_criterion("spread", lambda evidence, config: evidence.output_side().variance, needs={"states"})
+    criteria = ("innovation", "distortion", "taylor", "fisher", "spread")
+    found = {name: scored(model, groups, states, name) for name in criteria}
+    unregister_criterion("spread")
     return {"states": numbers(states), "scores": found, "examples": [states.examples, states.batches]}
 
 

@@ -15,13 +15,15 @@ from torch import Tensor
 
 from cria_prune.artifact.files import atomic, new_folder, refused, sha256, write_json
 from cria_prune.artifact.folders import is_plain_file
-from cria_prune.config import PruneConfig
+from cria_prune.config import PruneConfig, score_of_before
 from cria_prune.errors import ArtifactError, CriaError
 from cria_prune.graph import Moments
 from cria_prune.scored import Scored
 from cria_prune.spectrum import Diagnosis, Importance
 
-FORMAT, VERSION = "cria-scores", 1
+FORMAT, VERSION = "cria-scores", 2
+READS = (1, VERSION)
+"""Version 1 says settings that its criterion did not read."""
 SCORES, TENSORS = "scores.json", "scores.safetensors"
 FIELDS = ("mean", "variance", "covariance", "sketch", "positive")
 
@@ -101,7 +103,7 @@ def load_scores(path: str | Path) -> Scored:
         raise ArtifactError(asked, f"it holds no {SCORES}", todo)
     try:
         kept = Kept.model_validate(json.loads((folder / SCORES).read_text(encoding="utf-8")))
-        if (kept.format, kept.version) != (FORMAT, VERSION):
+        if kept.format != FORMAT or kept.version not in READS:
             found = (
                 f"its format is {kept.format!r} version {kept.version}, this Cria reads {FORMAT!r} {VERSION}"
             )
@@ -141,7 +143,9 @@ def _scored(kept: Kept, tensors: Mapping[str, Tensor]) -> Scored:
             for name, by_weight in kept.consumed.items()
         }
     record = {"tokens": None, **kept.config.get("record", {})}  # scores from before there was a choice
-    config = PruneConfig(**{**kept.config, "record": record})
+    said_of = kept.config.get("score", {})
+    how = score_of_before(said_of) if kept.version == 1 else said_of
+    config = PruneConfig(**{**kept.config, "record": record, "score": how})
     return Scored(importances, consumed, config, kept.weights)
 
 

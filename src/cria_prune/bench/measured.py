@@ -10,7 +10,7 @@ from typing import Any
 
 from cria_prune.bench.cell import Cell, cells, config_of, file_name
 from cria_prune.bench.suite import Grid
-from cria_prune.config import PruneConfig, RecoverConfig
+from cria_prune.config import PruneConfig, RecoverConfig, score_of_before
 from cria_prune.errors import ArtifactError, CriaError
 from cria_prune.tasks import Task
 
@@ -56,6 +56,7 @@ def _check(cell: Cell, config: PruneConfig, chosen: Task, folder: Path, data: st
         # Files from before there was a choice, and from before there was repair at all.
         said["config"] = {"compensate": False, "batch_norm": False, **said["config"]}
         said["config"]["record"].setdefault("tokens", None)
+        said["config"]["score"] = score_of_before(said["config"]["score"])  # a cell sets none of its own
         found, measured = PruneConfig(**said["config"]), said["cell"]
         known = said["provenance"].get("data") in (data, chosen.fingerprint("test"))
         tuned = None if said.get("recover") is None else RecoverConfig(**said["recover"])

@@ -186,7 +186,7 @@ def one_round(
     seconds: dict[str, float],
 ) -> Plan:
     """Return the plan of one round at the full reduction; the model is left as it was."""
-    needs, states = pipeline.find_criterion(config.score.criterion).needs, None
+    needs, states = pipeline.find_criterion(config.score).needs, None
     with clock(seconds, "structure"):
         scope = pipeline.check_target(model, pipeline.discover(model, example), config.plan)
     if needs:

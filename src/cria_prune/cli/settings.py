@@ -64,7 +64,7 @@ def prune_config(params: Params, defaults: Mapping[str, Any] | None = None) -> P
             merged |= layer.get(section, {})
         values[section] = kind(**merged)
     config = PruneConfig(**values)
-    find_criterion(config.score.criterion)
+    find_criterion(config.score)
     check_target(config.plan.reduction)
     return config
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from cria_prune.config import ScoreConfig
-from cria_prune.criteria.evidence import Evidence
+from cria_prune.criteria.evidence import Evidence, Sizes, Steps
 from cria_prune.errors import CriterionError
+from cria_prune.graph.moments import DOUBLE
 from cria_prune.spectrum import Diagnosis, Importance, channel_independence
+from cria_prune.spectrum.nuclear import independence_bytes
 
 DISTANCE_ROWS = 1024  # units whose distances to all others are held at a time
 
@@ -90,6 +92,12 @@ def fpgm(evidence: Evidence, config: ScoreConfig) -> Importance:
         distances[own, own + start] = 0
         total[block] = distances.sum(dim=1)
     return plain(total)
+
+
+def fpgm_bytes(sizes: Sizes, config: ScoreConfig) -> Steps:
+    """Rows as they lie, twice as float64, and four blocks of distances."""
+    blocks = 4 * DOUBLE * min(sizes.units, DISTANCE_ROWS) * sizes.units
+    return {"weights": 2 * sizes.norms("producers") + blocks}
 
 
 def lamp(evidence: Evidence, config: ScoreConfig) -> Importance:
@@ -169,6 +177,11 @@ def chip(evidence: Evidence, config: ScoreConfig) -> Importance:
     """
     output = evidence.output_side()
     return plain(channel_independence(output, name=f"group {evidence.name!r}"))
+
+
+def chip_bytes(sizes: Sizes, config: ScoreConfig) -> Steps:
+    """One eigendecomposition."""
+    return {"eigenvectors": independence_bytes(sizes.units, sizes.columns)}
 
 
 def taylor(evidence: Evidence, config: ScoreConfig) -> Importance:

@@ -5,18 +5,52 @@ Legend: d = units of a group, n = positions along a tensor's dimension, width = 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cria_prune.errors import SignalError, StructureError
+from cria_prune.errors import CriterionError, SignalError, StructureError
 from cria_prune.graph import Moments
+from cria_prune.graph.moments import DOUBLE, SINGLE
 from cria_prune.record.features import FeatureMoments
 from cria_prune.structure.groups import ParameterSlice, UnitGroup
+
+Steps = dict[str, int]
+"""Step -> the most bytes that it holds beyond what was recorded; the steps follow one another."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is known of a group before anything is recorded: enough for the bytes that a criterion takes.
+
+    Attributes:
+        group: d units.
+        shapes: of the model's tensors.
+        columns: of the sketch of its signals; None where the covariance is kept.
+    """
+
+    group: UnitGroup
+    shapes: Mapping[str, tuple[int, ...]]
+    columns: int | None = None
+
+    @property
+    def units(self) -> int:
+        """d."""
+        return self.group.size
+
+    def norms(self, *sides: Literal["producers", "consumers"]) -> int:
+        """Return what norms of `UnitWeights` take: one weight in float64, a convolution's turned first."""
+        most = 0
+        for item in (item for side in sides for item in getattr(self.group, side)):
+            shape = self.shapes[item.tensor]
+            most = max(most, math.prod(shape) * (DOUBLE + (SINGLE if item.dim and len(shape) > 2 else 0)))
+        return most
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,14 +221,27 @@ class Evidence:
         return self.weights.group.size
 
     def output_side(self) -> Moments:
-        """Return the moments of the output side; `score` has checked that they are there."""
-        assert self.output is not None
+        """Return the moments of the output side.
+
+        Raises:
+            CriterionError: the criterion did not say that it needs them.
+        """
+        if self.output is None:
+            raise self._unasked("output side", "states")
         return self.output
 
     def both_sides(self) -> tuple[Moments, Moments]:
-        """Return the moments of the input and the output side; `score` has checked that they are there."""
-        assert self.input is not None
+        """Return the moments of the input and the output side; errors as in `output_side`."""
+        if self.input is None:
+            raise self._unasked("input side", "input")
         return self.input, self.output_side()
+
+    def _unasked(self, what: str, need: str) -> CriterionError:
+        return CriterionError(
+            f"Scoring group {self.name!r}",
+            f"the criterion reads the {what}, which was not recorded for it",
+            f"Register it with {need!r} among its needs",
+        )
 
     def read_features(self) -> Iterator[tuple[FeatureMoments, ConsumerNorms]]:
         """Yield, for each consumer, the moments of the features it reads and the norms of their weights.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,12 +21,22 @@ from cria_prune.record.states import EVERYTHING, GroupStates, States
 from cria_prune.spectrum import Diagnosis, Importance, rank_correlation
 from cria_prune.structure.groups import UnitGroup, UnitGroups
 
+FEW, MANY = 3, 5
+"""Live units of a group from which on equal scores count, and are an error in a single group."""
+NOTHING = (0.0, 1e-30)
+"""Scores of units without any effect; `spectrum` keeps those of live ones above 0."""
+
+OLD_RIDGE = 1e-2
+"""What a configuration said before a ridge was the criterion's own: no error where it is not read."""
+
 
 def score(
     model: nn.Module,
     groups: UnitGroups,
     states: States | None = None,
     config: ScoreConfig | None = None,
+    *,
+    whole: bool = True,
 ) -> dict[str, Importance]:
     """Score the units of every prunable group: high is kept, low is a candidate for removal.
 
@@ -37,19 +48,21 @@ def score(
         states: what `record` returned for these groups; None for criteria that read weights only.
         config: the criterion and its numbers. With `split_half`, criteria that read signals also score
             the even and the odd examples apart, and their rank correlation is in the diagnosis.
+        whole: the groups are all that is scored; False for a part of them.
 
     Returns:
         group name -> importance, scores (units,) float64, in the order of the network.
 
     Raises:
-        CriterionError: the criterion is unknown, or needs states or gradients that were not recorded.
+        CriterionError: the criterion is unknown, is given settings that it does not read, needs states or
+            gradients that were not recorded, or tells no unit from another (see `check_telling`).
         StructureError: states, groups and model do not fit together.
         SignalError: a weight or a signal holds NaN or infinity.
         RankError: another process failed or is gone.
     """
     config = config or ScoreConfig()
     passed("score", criterion=config.criterion, states=states)
-    criterion = find_criterion(config.criterion)
+    criterion = find_criterion(config)
     _check_needs(criterion, states)
     tensors = values_of(model)
     here, importances = world(), dict[str, Importance]()
@@ -62,8 +75,42 @@ def score(
             importances[group.name] = _score_group(criterion, weights, found, config)
     if here.size > 1:
         importances = _from_all(here, groups.prunable, importances)
+    check_telling(criterion.name, importances, whole)
     passed("scored", scores=importances)
     return importances
+
+
+def check_telling(criterion: str, importances: Mapping[str, Importance], whole: bool = True) -> None:
+    """Check that scores tell units from one another: a cut by equal ones would be the cut of a coin.
+
+    A group of five live units or more whose scores are all the same is refused, and a whole network where no
+    group of three or more has two different ones. What may be alike is: the scores of smaller groups, for two
+    units are as far from each other as the other way round, and ranks of a few may add up to the same; and
+    scores of nothing (dead units, weights of 0), where no choice is worse than another.
+
+    Raises:
+        CriterionError: they do not.
+    """
+    alike = []
+    for name, item in importances.items():
+        live = torch.ones(len(item.scores), dtype=torch.bool)
+        live[list(item.diagnosis.dead)] = False
+        values = item.scores[live]
+        if len(values) < FEW:
+            continue
+        alike.append(bool((values == values[0]).all()))
+        if alike[-1] and len(values) >= MANY and float(values[0]) not in NOTHING:
+            raise _untold(f"{criterion!r} for group {name!r}", f"its {len(values)} units", float(values[0]))
+    if whole and alike and all(alike):
+        raise _untold(f"{criterion!r}", "the units of every group", None)
+
+
+def _untold(what: str, units: str, value: float | None) -> CriterionError:
+    return CriterionError(
+        f"The criterion {what}",
+        f"it scores {units} all alike" + ("" if value is None else f", at {value:g}"),
+        "Use another criterion, or other settings of this one: what it reads of them says nothing",
+    )
 
 
 def _from_all(
@@ -82,15 +129,32 @@ def _from_all(
     return importances
 
 
-def find_criterion(name: str) -> Criterion:
-    """Return a criterion by its name.
+def find_criterion(asked: str | ScoreConfig) -> Criterion:
+    """Return a criterion by its name, or that of a configuration once the settings fit it.
 
     Raises:
-        CriterionError: there is none of that name; the text lists those that there are.
+        CriterionError: there is none of that name, or it does not read a setting that is given to it; the
+            text lists those that there are, or that read it.
     """
+    name = asked if isinstance(asked, str) else asked.criterion
     if name not in CRITERIA:
         raise CriterionError("A criterion", f"found {name!r}", f"Known criteria: {', '.join(CRITERIA)}")
+    for setting in () if isinstance(asked, str) else asked.given():
+        if setting in CRITERIA[name].reads or (setting, getattr(asked, setting)) == ("ridge", OLD_RIDGE):
+            continue
+        readers = ", ".join(item.name for item in CRITERIA.values() if setting in item.reads)
+        raise CriterionError(
+            f"The criterion {name!r} with {setting} {getattr(asked, setting)!r}",
+            f"it does not read {setting}",
+            f"Leave {setting} out, or use one that reads it: {readers}",
+        )
     return CRITERIA[name]
+
+
+def graph_settings(config: ScoreConfig) -> dict[str, Any]:
+    """Return how neuron graphs are made that are kept to be looked at: as those of the criterion, if any."""
+    own = {"neighbors", "ridge"} <= find_criterion(config).reads and config.ridge is not None
+    return {"neighbors": config.neighbors, **({"ridge": config.ridge} if own else {})}
 
 
 def _check_needs(criterion: Criterion, states: States | None) -> None:

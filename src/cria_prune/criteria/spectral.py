@@ -12,40 +12,44 @@ import torch
 from scipy.stats import rankdata
 
 from cria_prune.config import ScoreConfig
-from cria_prune.criteria.evidence import Evidence
+from cria_prune.criteria.evidence import Evidence, Sizes, Steps
+from cria_prune.graph.moments import DOUBLE, SINGLE
 from cria_prune.spectrum import Importance
 from cria_prune.spectrum import distortion as spectral_distortion
 from cria_prune.spectrum import grounded_distortion as spectral_grounded_distortion
 from cria_prune.spectrum import innovation as spectral_innovation
+from cria_prune.spectrum.precision import unpredicted_bytes
+from cria_prune.spectrum.scoring import distortion_bytes as spectral_bytes
 
 
-def spectral_options(config: ScoreConfig) -> dict[str, Any]:
-    """Return what both distortions take from the configuration."""
+def _options(evidence: Evidence, config: ScoreConfig) -> dict[str, Any]:
+    """Return what the distortions take from the configuration; a ridge where it is given, else their own."""
     return {
         "neighbors": config.neighbors,
         "pairs": config.pairs,
         "sketch": config.sketch,
         "seed": config.seed,
+        "name": f"group {evidence.name!r}",
+        **({} if config.ridge is None else {"ridge": config.ridge}),
     }
 
 
 def distortion(evidence: Evidence, config: ScoreConfig) -> Importance:
     """Share in the spectral distortion between the input-side and the output-side graph."""
-    options = spectral_options(config)
-    return spectral_distortion(
-        *evidence.both_sides(), ridge=config.ridge, name=f"group {evidence.name!r}", **options
+    return spectral_distortion(*evidence.both_sides(), **_options(evidence, config))
+
+
+def distortion_bytes(sizes: Sizes, config: ScoreConfig) -> Steps:
+    """Graphs, pencil and edges."""
+    return spectral_bytes(
+        sizes.units, sizes.columns, neighbors=config.neighbors, pairs=config.pairs, sketch=config.sketch
     )
 
 
 def distortion_weighted(evidence: Evidence, config: ScoreConfig) -> Importance:
     """`distortion` times ‖W_out[:, p]‖²."""
-    return spectral_distortion(
-        *evidence.both_sides(),
-        ridge=config.ridge,
-        consumer_norm2=evidence.weights.consumer_norm2,
-        name=f"group {evidence.name!r}",
-        **spectral_options(config),
-    )
+    norm2 = evidence.weights.consumer_norm2
+    return spectral_distortion(*evidence.both_sides(), consumer_norm2=norm2, **_options(evidence, config))
 
 
 def consumed_distortion(evidence: Evidence, config: ScoreConfig) -> Importance:
@@ -55,29 +59,41 @@ def consumed_distortion(evidence: Evidence, config: ScoreConfig) -> Importance:
     consumers make of them is.
     """
     before, after = evidence.both_sides()
-    return spectral_distortion(
-        before,
-        after.scaled(evidence.weights.consumer_norm2.sqrt()),
-        ridge=config.ridge,
-        name=f"group {evidence.name!r}",
-        **spectral_options(config),
-    )
+    taken = after.scaled(evidence.weights.consumer_norm2.sqrt())
+    return spectral_distortion(before, taken, **_options(evidence, config))
+
+
+def consumed_bytes(sizes: Sizes, config: ScoreConfig) -> Steps:
+    """The weighted moments stay until the end."""
+    d, r = sizes.units, sizes.columns
+    taken = DOUBLE * d**2 if r is None else SINGLE * d * r
+    return {step: size + taken for step, size in distortion_bytes(sizes, config).items()}
 
 
 def grounded_distortion(evidence: Evidence, config: ScoreConfig) -> Importance:
     """Distance to removal between the grounded graphs, times ‖W_out[:, p]‖²; no ridge is needed or used."""
+    norm2 = evidence.weights.consumer_norm2
     return spectral_grounded_distortion(
-        *evidence.both_sides(),
-        consumer_norm2=evidence.weights.consumer_norm2,
-        name=f"group {evidence.name!r}",
-        **spectral_options(config),
+        *evidence.both_sides(), consumer_norm2=norm2, **{**_options(evidence, config), "ridge": 0.0}
     )
 
 
 def innovation(evidence: Evidence, config: ScoreConfig) -> Importance:
-    """‖W_out[:, p]‖² / Θ[p, p]: what the consumers lose of unit p after the best linear repair."""
-    output = evidence.output_side()
-    return spectral_innovation(output, evidence.weights.consumer_norm2, name=f"group {evidence.name!r}")
+    """‖W_out[:, p]‖² / Θ[p, p]: what the consumers lose of unit p after the best linear repair.
+
+    The configuration's ridge is ε: the variance of the noise that Θ adds to every unit, in mean variances.
+    """
+    return spectral_innovation(
+        evidence.output_side(),
+        evidence.weights.consumer_norm2,
+        name=f"group {evidence.name!r}",
+        **({} if config.ridge is None else {"eps": config.ridge}),
+    )
+
+
+def innovation_bytes(sizes: Sizes, config: ScoreConfig) -> Steps:
+    """What inverts the second moments."""
+    return {"inverse": unpredicted_bytes(sizes.units, sizes.columns)}
 
 
 def innovation_magnitude(evidence: Evidence, config: ScoreConfig) -> Importance:

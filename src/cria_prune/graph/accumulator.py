@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from cria_prune.errors import SignalError
-from cria_prune.graph.moments import Moments, positive_samples
+from cria_prune.graph.moments import DOUBLE, SINGLE, Moments, positive_samples
 
 ROWS = 128  # of a Gram matrix at a time
+PIECE = 4096  # samples that are looked at as float64, and dealt to a sketch, at a time
 
 Total = Callable[[Tensor], Tensor]
 """A tensor -> its sum over all processes, on the CPU, the same bits on each; all call it in one order."""
@@ -72,6 +73,42 @@ class MomentAccumulator:
         self._buckets: Tensor | None = None  # (r, d) float32
         self._signs: Tensor | None = None  # (r,) float64, sum of the signs of a bucket
 
+    def held_bytes(self) -> int:
+        """Return the bytes of the tensors above once samples have come."""
+        lines = DOUBLE * self.units * (3 if self._positive is None else 4)
+        return lines + self._pairs_bytes() + (DOUBLE * self.columns if self.pairs and not self.exact else 0)
+
+    def moments_bytes(self) -> int:
+        """Return the bytes of the `Moments` that it gives."""
+        return DOUBLE * self.units * (2 if self._positive is None else 3) + self._pairs_bytes()
+
+    def adding_bytes(self, m: int) -> int:
+        """Return the most that `add` of m samples asks for beside what is held."""
+        d, p = self.units, min(m, PIECE)
+        whole = DOUBLE * m * d  # all samples as float64: centred, or inside of their mean
+        if self.pairs and self.exact:
+            return whole
+        piece = 3 * DOUBLE * p * d  # as float64, centred, squared
+        if not self.pairs:
+            return max(whole, piece)
+        dealt = min(m, self.columns)  # a piece as both, and what of it goes to one deal, with its signs
+        return max(whole, piece, (DOUBLE + SINGLE) * p * d + 2 * SINGLE * dealt * d)
+
+    def closing_bytes(self) -> int:
+        """Return what two of them ask for while they give their moments, and those of both, beside these.
+
+        Both as one beside the result, or the check of the result: of a sketch, four more of its size.
+        """
+        if not self.pairs:
+            return 0
+        return (DOUBLE + 2) * self.units**2 if self.exact else 4 * self._pairs_bytes()
+
+    def _pairs_bytes(self) -> int:
+        """Return the bytes of the second moments: the Gram matrix or covariance, or buckets or sketch."""
+        if not self.pairs:
+            return 0
+        return DOUBLE * self.units**2 if self.exact else SINGLE * self.units * self.columns
+
     def add(self, X: Tensor, numbers: Tensor | None = None) -> None:
         """Add a batch of signals X (units, m), on any device, in any floating type.
 
@@ -104,7 +141,7 @@ class MomentAccumulator:
         if numbers is None:
             numbers = torch.arange(self.samples, self.samples + X.shape[1])
         square = torch.zeros_like(mean)
-        for piece, part in zip(X.split(4096, dim=1), numbers.split(4096), strict=True):
+        for piece, part in zip(X.split(PIECE, dim=1), numbers.split(PIECE), strict=True):
             wide = piece.to(torch.float64)
             square += (wide - mean[:, None]).square().sum(dim=1)
             if self.pairs:

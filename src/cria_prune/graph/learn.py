@@ -63,6 +63,13 @@ def learn_graph(
     return Graph(d, rows, cols, weights, ridge * mean_degree, ground)
 
 
+def most_edges(units: int, neighbors: int = 32, complete: int = COMPLETE_UNITS) -> int:
+    """Return how many edges a graph of so many units has at most: every pair, or k for each unit."""
+    if units <= max(complete, neighbors + 1):
+        return units * (units - 1) // 2
+    return units * neighbors
+
+
 def refine_graph(graph: Graph, iterations: int = 10) -> Graph:
     """Return the graph with its weights learned on the same edges: max log det Θ − tr(Θ S).
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from cria_prune.errors import SignalError
 
 DEAD_TOLERANCE = 1e-6
+DOUBLE, SINGLE = 8, 4
+"""Bytes of a number, float64 and float32."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cria_prune.graph.moments import Moments
+from cria_prune.graph.moments import DOUBLE, SINGLE, Moments
 
 BLOCK = 1024
 EDGE_BLOCK = 2048
@@ -44,6 +44,18 @@ def nearest_neighbors(moments: Moments, k: int) -> tuple[Tensor, Tensor]:
     low, high = torch.minimum(rows, columns), torch.maximum(rows, columns)
     keys = torch.unique(low * d + high)
     return keys // d, keys % d
+
+
+def neighbors_bytes(units: int, columns: int | None, complete: bool) -> int:
+    """Return the most that neighbours and distances take: moments, the same less what all share, a block.
+
+    `columns` are those of a sketch, None for a covariance; `complete`: all pairs are edges, without a block.
+    """
+    block = min(units, BLOCK)
+    if columns is None:
+        return DOUBLE * units * (2 * units + (0 if complete else max(units, 3 * block)))
+    ends, squared = EDGE_BLOCK * columns, block * units
+    return SINGLE * 2 * (units * columns + max(ends, squared))
 
 
 def edge_distances(moments: Moments, rows: Tensor, cols: Tensor) -> Tensor:

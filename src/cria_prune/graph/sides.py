@@ -15,7 +15,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from cria_prune.graph.graph import Graph
-from cria_prune.graph.learn import COMPLETE_UNITS, learn_graph
+from cria_prune.graph.learn import learn_graph, most_edges
 from cria_prune.graph.moments import Moments, dead_units
 
 KEPT_UNITS = 2048
@@ -67,7 +67,7 @@ def keep_graphs(
     for name in sorted(sides, key=lambda name: _fitness(sides[name][1].units)):
         before, after = sides[name]
         live = (~dead_units(after)).nonzero()[:, 0].cpu()
-        if not 2 <= len(live) <= KEPT_UNITS or _most_edges(len(live), neighbors) > edges:
+        if not 2 <= len(live) <= KEPT_UNITS or 2 * most_edges(len(live), neighbors) > edges:
             continue
         kept[name] = NeuronGraphs(
             live, *(learn_graph(part.select(live), neighbors, ridge) for part in (before, after))
@@ -85,7 +85,7 @@ def worth_keeping(widths: Mapping[str, int], neighbors: int = 32, edges: int = K
     """
     chosen = set()
     for name in sorted(widths, key=lambda name: _fitness(widths[name])):
-        most = _most_edges(widths[name], neighbors)
+        most = 2 * most_edges(widths[name], neighbors)
         if 2 <= widths[name] <= KEPT_UNITS and most <= edges:
             chosen.add(name)
             edges -= most
@@ -111,11 +111,6 @@ def largest_piece(graph: Graph) -> Tensor:
     W = sp.csr_matrix((np.ones(len(graph.rows)), where), shape=(graph.units, graph.units))
     _, labels = connected_components(W, directed=False)
     return torch.from_numpy(np.flatnonzero(labels == np.bincount(labels).argmax()))
-
-
-def _most_edges(count: int, neighbors: int) -> int:
-    """Return the edges that both graphs of so many units have at most."""
-    return count * (count - 1) if count <= COMPLETE_UNITS else 2 * count * min(neighbors, count - 1)
 
 
 def _fitness(units: int) -> tuple[int, int]:

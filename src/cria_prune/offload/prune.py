@@ -172,7 +172,7 @@ def checked(config: PruneConfig) -> PruneConfig:
             f"{asked} with less residual width", "its masked twin runs in memory alone",
             "Leave out residual, or prune in memory",
         )  # fmt: skip
-    if "gradients" in pipeline.find_criterion(config.score.criterion).needs:
+    if "gradients" in pipeline.find_criterion(config.score).needs:
         raise CriterionError(
             f"{asked} by {config.score.criterion!r}", "it takes gradients, which need all layers at once",
             "Take a criterion that reads signals or weights, such as innovation",

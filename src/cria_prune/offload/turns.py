@@ -17,6 +17,7 @@ from cria_prune.base.events import passed
 from cria_prune.batches import Batch
 from cria_prune.config import PruneConfig, RecordConfig
 from cria_prune.criteria import score
+from cria_prune.criteria.score import check_telling
 from cria_prune.dispatched import bytes_of
 from cria_prune.modules import device_of, give_back
 from cria_prune.offload.chain import Chain, outputs
@@ -24,7 +25,7 @@ from cria_prune.offload.spilled import Spilled
 from cria_prune.offload.state import TurnStore
 from cria_prune.progress import Progress
 from cria_prune.record.collect import limited
-from cria_prune.record.memory import group_bytes
+from cria_prune.record.signals import Collector
 from cria_prune.record.states import reads_of
 from cria_prune.spectrum import Importance
 from cria_prune.structure import UnitGroup, UnitGroups
@@ -70,7 +71,7 @@ def score_in_turns(
     Returns:
         Importances in the order of the network, moments for the repair, and how many turns there were.
     """
-    needs = pipeline.find_criterion(config.score.criterion).needs
+    needs = pipeline.find_criterion(config.score).needs
     spilled = Spilled(scratch, device_of(model))
     if not needs and not config.compensate:
         return score(model, groups, None, config.score), spilled, 0
@@ -89,7 +90,7 @@ def score_in_turns(
                 else:  # nothing to read there, but the blocks after it need what it gives
                     states = None
                     _pass(model, batches, config.record)
-            found |= score(model, part, states, config.score)
+            found |= score(model, part, states, config.score, whole=False)
             for name, item in ({} if states is None else states.groups).items():
                 spilled.add(name, item.consumed)
             if kept is not None:
@@ -99,6 +100,7 @@ def score_in_turns(
             del states
             give_back()
             bar.update()
+    check_telling(config.score.criterion, found)
     return {group.name: found[group.name] for group in groups.prunable}, spilled, len(turns)
 
 
@@ -110,7 +112,7 @@ def plan_turns(
     All together where the memory allows; else stretches of blocks; else, where the model is no chain of
     blocks, groups one after another, each with a pass of the whole model.
     """
-    sizes = {group.name: moment_bytes(group, config) for group in groups.prunable}
+    sizes = moment_bytes(groups.prunable, config)
     if sum(sizes.values()) <= memory:
         return None, [Turn(groups.prunable, None)]
     trial = scratch / "trial"
@@ -169,11 +171,11 @@ def _parts(
         yield tuple(part)
 
 
-def moment_bytes(group: UnitGroup, config: PruneConfig) -> int:
-    """Return how many bytes the moments of a group take while they are made: the sums, beside the result."""
-    reads = reads_of(pipeline.find_criterion(config.score.criterion).needs)
-    kept = group_bytes(group, config.record, config.compensate, 0, reads)
-    return kept.while_recording + kept.afterwards
+def moment_bytes(groups: Sequence[UnitGroup], config: PruneConfig) -> dict[str, int]:
+    """Return group -> the bytes of its moments while they are made: the sums, beside the result."""
+    reads = reads_of(pipeline.find_criterion(config.score).needs)
+    kept = Collector(groups, config.record, config.compensate, reads).memory()
+    return {item.name: item.while_recording + item.afterwards for item in kept}
 
 
 def _pass(model: nn.Module, batches: Iterable[Batch], config: RecordConfig) -> None:

@@ -41,6 +41,14 @@ class Buffer:
         self._used += X.shape[1]
         self._numbers += [] if numbers is None else [numbers]
 
+    def holds(self, m: int, batches: int = 1) -> int:
+        """Return the numbers that are held back at most of so many batches of m signals, if any are."""
+        return 0 if 2 * m > self._columns else min(BUFFERED, m * self.total.units * batches)
+
+    def adding_bytes(self, m: int) -> int:
+        """Return the most that m signals ask for when they, or what was held back, go to the accumulator."""
+        return self.total.adding_bytes(max(m, self._columns // 2) if self.holds(m) else m)
+
     def number(self, origin: Origin, half: int, first: int, width: int = 1, taps: int = 1) -> Tensor | None:
         """Return the numbers of the next signals for `add`, None where they are not asked for.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cria_prune.graph.accumulator import Total
+from cria_prune.graph.moments import DOUBLE
 
 PIECE = 2**20  # numbers that are looked at as float64 at a time
 
@@ -76,6 +77,14 @@ class FeatureSums:
         """Add samples (S, d·width), S >= 1, on any device, to a half (0 or 1)."""
         part = FeatureMoments.from_samples(samples, self._units)
         self._halves[half] = self._halves[half].merge(part) if half in self._halves else part
+
+    def held_bytes(self, halves: int = 2) -> int:
+        """Return the bytes of the means and variances of the halves once samples have come."""
+        return halves * 2 * DOUBLE * self._units * self._width
+
+    def adding_bytes(self, samples: int) -> int:
+        """Return the most that `add` of so many samples asks for: a piece as float64, centred, squared."""
+        return 3 * DOUBLE * min(PIECE, samples * self._units * self._width)
 
     def pool(self, total: Total, device: torch.device | str) -> None:
         """Take in what all processes have added up; see `MomentAccumulator.pool`."""

@@ -5,7 +5,8 @@ Legend: B = examples of a batch, n = features of an activation, S = samples, P =
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -71,6 +72,16 @@ class Sampler:
             if len(part):
                 origin = self._origin(samples, start, taken) if sketched else None
                 yield half, part.reshape(-1, part.shape[-1]), origin
+
+    def taken(self, shape: Sequence[int], dim: int, examples: int) -> int:
+        """Return how many samples `halves` gives of an activation of so many examples, without a mask."""
+        rows, dim = shape[0], dim % len(shape)
+        each = math.prod(shape) // max(shape[dim] * rows, 1)
+        if len(shape) > 2 and dim == 1:
+            return rows * min(each, self._config.positions)
+        if len(shape) > 2 and rows % examples == 0:  # of a matrix all rows, if no mask fits
+            return examples * tokens_drawn(rows // examples * each, self._config.tokens)
+        return rows * each
 
     def _some_tokens(self, samples: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the tokens that are drawn of samples (examples, tokens, n), and their mask."""

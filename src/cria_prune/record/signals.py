@@ -5,9 +5,11 @@ Legend: B = examples of a batch, n = features of an activation, S = samples, d =
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from cria_prune.config import RecordConfig
 from cria_prune.errors import SignalError, StructureError
 from cria_prune.graph import MomentAccumulator, Moments
 from cria_prune.graph.accumulator import Total
+from cria_prune.graph.moments import SINGLE
 from cria_prune.modules import give_back
 from cria_prune.record.buffer import Buffer
 from cria_prune.record.features import FeatureSums
@@ -27,6 +30,52 @@ from cria_prune.record.states import EVERYTHING, GroupStates, Read, reads_for
 from cria_prune.structure.groups import Site, Tap, UnitGroup
 
 Halves = tuple[Buffer, Buffer]
+
+
+class Call(NamedTuple):
+    """One activation that is received: `name` and `site` of its tap, its `shape`, bytes of a number in it."""
+
+    name: str
+    site: Site
+    shape: tuple[int, ...]
+    itemsize: int
+
+
+@dataclass(frozen=True)
+class GroupMemory:
+    """What one group keeps, in bytes.
+
+    Attributes:
+        name: of the group.
+        units: d.
+        sketched: a sketch stands in for the covariance of its units.
+        collected: both halves of the sides that are read, while batches come.
+        collected_consumed: the features that its consumers read, while batches come.
+        states: moments of both halves and of all examples, of the same sides, once the batches are through.
+        consumed: moments of the features that its consumers read, for the repair.
+        buffered: signals that are held back.
+        closing: what turning one into the other takes for a moment.
+    """
+
+    name: str
+    units: int
+    sketched: bool
+    collected: int
+    collected_consumed: int
+    states: int
+    consumed: int
+    buffered: int
+    closing: int
+
+    @property
+    def while_recording(self) -> int:
+        """All that it keeps while batches come."""
+        return self.collected + self.collected_consumed + self.buffered
+
+    @property
+    def afterwards(self) -> int:
+        """All that it keeps once the batches are through."""
+        return self.states + self.consumed
 
 
 @dataclass
@@ -84,6 +133,17 @@ class Reader:
         if self.consumed:
             numbers = self.consumed.number(origin, half, first) if origin else None
             self.consumed.add(samples.T, numbers)
+
+    def adding_bytes(self, samples: int, features: int, itemsize: int) -> int:
+        """Return the most that `add` of so many samples of n features asks for."""
+        units, width = self.tap.positions.shape
+        own = samples * units * width * itemsize
+        most = (own if width > 1 else 0) + self.halves[0].adding_bytes(samples * width)  # turned into signals
+        if self.sums:
+            most = max(most, self.sums.adding_bytes(samples))
+        if self.consumed:
+            most = max(most, self.consumed.adding_bytes(samples))
+        return most + (own if units * width < features else 0)  # a copy of some of the features
 
 
 class Collector:
@@ -169,6 +229,54 @@ class Collector:
                     for reader in readers:
                         with self._named(reader.group, reader.halves[0].total.units):
                             reader.add(half, samples, self._first, origin)
+
+    def memory(self, calls: Iterable[Call] = (), examples: int = 1) -> list[GroupMemory]:
+        """Return what every group keeps.
+
+        Args:
+            calls: the activations of one batch; without them no signals are held back.
+            examples: of that batch.
+        """
+        held, batches = dict.fromkeys(self._sides, 0), -(-self._config.examples // examples)
+        for call in calls:
+            for dim, readers in self._readers[call.name, call.site].items():
+                half = -(-self._sampler.taken(call.shape, dim, examples) // 2)
+                for reader in readers:
+                    found = reader.halves[0].holds(half * reader.tap.positions.shape[1], batches)
+                    held[reader.group] = max(held[reader.group], found)
+        return [self._memory(name, numbers) for name, numbers in held.items()]
+
+    def _memory(self, group: str, held: int) -> GroupMemory:
+        """Return what a group keeps, where each of its buffers comes to hold so many numbers."""
+        sides = [halves[0].total for halves in self._sides[group] if halves]  # the other half is like it
+        read = [buffer.total for buffer in self._consumed[group].values()]
+        sums = self._sums[group].values()
+        return GroupMemory(
+            name=group,
+            units=sides[0].units,
+            sketched=any(total.pairs and not total.exact for total in sides),
+            collected=2 * sum(total.held_bytes() for total in sides)
+            + sum(item.held_bytes() for item in sums),
+            collected_consumed=sum(total.held_bytes() for total in read),
+            states=3 * sum(total.moments_bytes() for total in sides)
+            + sum(item.held_bytes(halves=3) for item in sums),
+            consumed=sum(total.moments_bytes() for total in read),
+            buffered=SINGLE * held * (2 * len(sides) + len(read)),
+            closing=max(total.closing_bytes() for total in (*sides, *read)),
+        )
+
+    def receiving_bytes(self, call: Call, examples: int) -> int:
+        """Return the most that `receive` of an activation of so many examples asks for beside the sums."""
+        most, item = 0, max(call.itemsize, SINGLE)
+        for dim, readers in self._readers[call.name, call.site].items():
+            features, taken = call.shape[dim], self._sampler.taken(call.shape, dim, examples)
+            half, shared = -(-taken // 2), 0
+            if taken * features < math.prod(call.shape) or item != call.itemsize:  # drawn, or half precision
+                shared += taken * features * item
+            if taken > call.shape[0]:  # the samples of one half lie apart, and are copied
+                shared += half * features * item
+            most = max(most, shared + max(reader.adding_bytes(half, features, item) for reader in readers))
+        return most
 
     def _named(self, group: str, units: int) -> AbstractContextManager[None]:
         """Name the group and the batch where the memory does not suffice, see `named_shortage`."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cria_prune.base.events import passed
 from cria_prune.graph import Graph
+from cria_prune.graph.moments import DOUBLE
 
 
 def factor_embedding(
@@ -35,3 +36,8 @@ def factor_embedding(
     left = torch.linalg.vector_norm(L_out @ F - C, dim=0) / torch.linalg.vector_norm(C, dim=0)
     passed("factored", device=F.device)
     return F, float(left.max())
+
+
+def factor_bytes(units: int) -> int:
+    """Return the most that `factor_embedding` asks for: matrices, their factors, F, its residual and copy."""
+    return DOUBLE * 7 * units**2

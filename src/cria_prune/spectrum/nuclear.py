@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cria_prune.errors import SignalError
 from cria_prune.graph import Moments
+from cria_prune.graph.moments import DOUBLE
 
 STEP, REACH = 0.5, 60.0  # of the trapezoidal rule, in log t: its error is below 1e-12 of the largest root
 
@@ -57,6 +58,14 @@ def channel_independence(moments: Moments, *, name: str = "group") -> Tensor:
     denominator = square @ (1 / (values + t)) + rest.to(values)[:, None] / t
     lost = (t.sqrt() * numerator / denominator).sum(dim=1) * STEP / math.pi
     return (lost * top.sqrt()).cpu()
+
+
+def independence_bytes(units: int, columns: int | None) -> int:
+    """Return the most that `channel_independence` takes; `columns` of a sketch, None for a covariance."""
+    places = 3 * round(2 * REACH / STEP + 1) * units  # of the integral, in both of its products
+    if columns is None:
+        return DOUBLE * (6 * units**2 + places)  # the vectors and LAPACK's work space
+    return DOUBLE * (3 * units * (columns + 1) + 5 * columns**2 + places)
 
 
 def _eigenpairs(moments: Moments, name: str) -> tuple[Tensor, Tensor]:

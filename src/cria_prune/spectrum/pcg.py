@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cria_prune.graph import Graph
+from cria_prune.graph.moments import DOUBLE
 
 COLUMNS = 64  # right-hand sides solved at once
 ROWS = 2**16  # of the signs, that are held as numbers at once: 32 MB
@@ -92,6 +93,14 @@ def distortion_embedding(
         parts.append(X)
         residual, most = max(residual, found), max(most, taken)
     return torch.cat(parts, dim=1), residual, most
+
+
+def embedding_bytes(units: int, edges: int, sketch: int) -> int:
+    """Return the most that `distortion_embedding` of r signs takes beside both Laplacians."""
+    count = edges + units  # columns of the incidence matrix: the ridge has one for each unit
+    # All signs of a piece as bytes, some of them and their product as numbers.
+    signs = COLUMNS * (count + DOUBLE * (2 * min(count, ROWS) + 2 * units))
+    return signs + DOUBLE * units * (2 * sketch + 6 * COLUMNS)  # F twice; X, R, Z, P, AP and B
 
 
 def _torch_csr(L: sp.csr_matrix) -> Tensor:

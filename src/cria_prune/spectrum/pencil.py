@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cria_prune.errors import CriterionError, SignalError
 from cria_prune.graph import Graph
+from cria_prune.graph.moments import DOUBLE, SINGLE
 from cria_prune.spectrum.eigensolve import GUARDS, Solved, solve_dense, solve_lanczos, solve_lobpcg
 
 DENSE_UNITS = 1024  # dense at once up to here
@@ -76,6 +77,20 @@ def count_pairs(pairs: Pairs, units: int) -> int:
     raise CriterionError(
         "The number of eigenpairs", f"found {pairs!r}", 'Use "all", a whole number >= 1 or a share in (0, 1]'
     )
+
+
+def laplacians_bytes(units: int, edges: int) -> int:
+    """Return the bytes of both sparse Laplacians, and of what they are made of."""
+    return 3 * 2 * (DOUBLE + SINGLE) * (2 * edges + units)
+
+
+def pencil_bytes(units: int, edges: int, wanted: int) -> int:
+    """Return the most that `solve_pencil` asks for.
+
+    Dense: both matrices, turned for LAPACK, and its work space; else the vectors and their residuals.
+    """
+    dense = units <= DENSE_UNITS
+    return laplacians_bytes(units, edges) + DOUBLE * units * (6 * units if dense else 12 * wanted)
 
 
 def solve_pencil(

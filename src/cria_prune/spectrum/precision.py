@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from cria_prune.graph import Moments
-from cria_prune.graph.sketch import sketch_gram, sketch_rows
+from cria_prune.graph.moments import DOUBLE, SINGLE
+from cria_prune.graph.sketch import BLOCK, sketch_gram, sketch_rows
 
 SKETCH_RIDGE = 0.1  # of d/r mean variances
 
@@ -53,6 +54,18 @@ def unpredicted(moments: Moments, eps: float) -> Tensor:
         parts.append(ridge * leverage / (1 - leverage))
         del rows, half  # or they would be held while the next block is made
     return torch.cat(parts).cpu()
+
+
+def unpredicted_bytes(units: int, columns: int | None) -> int:
+    """Return the most that `unpredicted` takes, moments counted in; `columns` is None for a covariance."""
+    matrix = DOUBLE * units**2
+    if columns is None:
+        return 4 * matrix  # the live part, its copy, Cholesky factor and inverse
+    live = SINGLE * units * columns
+    if units <= columns:
+        return live + DOUBLE * units * columns + 3 * matrix
+    # A block of rows before and after the solve; the Gram matrix and its factor.
+    return live + DOUBLE * (2 * min(units, BLOCK) * columns + 2 * columns**2)
 
 
 def _inverse_diagonal(S: Tensor, ridge: float) -> Tensor:

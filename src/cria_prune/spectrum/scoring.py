@@ -5,6 +5,7 @@ Legend: d = units, live = units that are not dead on the output side, s = pairs.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,10 +13,21 @@ from torch import Tensor
 
 from cria_prune.errors import SignalError
 from cria_prune.graph import Graph, Moments, dead_units, learn_graph
-from cria_prune.spectrum.factor import factor_embedding
+from cria_prune.graph.learn import COMPLETE_UNITS, most_edges
+from cria_prune.graph.moments import DOUBLE
+from cria_prune.graph.neighbors import neighbors_bytes
+from cria_prune.spectrum.factor import factor_bytes, factor_embedding
 from cria_prune.spectrum.importance import Diagnosis, Importance
-from cria_prune.spectrum.pcg import distortion_embedding
-from cria_prune.spectrum.pencil import DENSE_UNITS, RESIDUAL, Pairs, count_pairs, solve_pencil
+from cria_prune.spectrum.pcg import distortion_embedding, embedding_bytes
+from cria_prune.spectrum.pencil import (
+    DENSE_UNITS,
+    RESIDUAL,
+    Pairs,
+    count_pairs,
+    laplacians_bytes,
+    pencil_bytes,
+    solve_pencil,
+)
 from cria_prune.spectrum.precision import unpredicted
 
 SHOWN_VALUES = 32
@@ -83,6 +95,29 @@ def grounded_distortion(
     )
 
 
+def distortion_bytes(
+    units: int, columns: int | None, *, neighbors: int, pairs: Pairs, sketch: int
+) -> dict[str, int]:
+    """Return step -> the most that it holds, of either distortion of so many live units.
+
+    The graph of one side at a time, then the pencil or what stands in for it, then the edges' differences.
+    `columns` are those of the moments' sketch, None where the covariance is kept.
+    """
+    wanted, edges = count_pairs(pairs, units), most_edges(units, neighbors)
+    complete = units <= max(COMPLETE_UNITS, neighbors + 1)
+    steps, width = {"graph": neighbors_bytes(units, columns, complete)}, wanted
+    if wanted < units or units <= SMALL_UNITS:
+        steps["pencil"] = pencil_bytes(units, edges, wanted)
+    elif units <= DENSE_UNITS:
+        steps["pencil"] = factor_bytes(units)
+    else:
+        steps["solver"], width = (
+            laplacians_bytes(units, edges) + embedding_bytes(units, edges, sketch),
+            sketch,
+        )
+    return steps | {"edges": DOUBLE * width * (3 * min(edges, EDGES) + 2 * units)}
+
+
 def innovation(
     moments_out: Moments,
     consumer_norm2: Tensor | None = None,
@@ -104,7 +139,7 @@ def innovation(
     Raises:
         SignalError: NaN or infinity, fewer than 2 samples, or eps <= 0.
     """
-    if eps <= 0:
+    if not 0 < eps < math.inf:
         raise SignalError(f"The innovation of {name}", f"found eps={eps}", "Use eps > 0")
     live = _live(moments_out, name)
     weights = _consumer(consumer_norm2, moments_out.units, name)
@@ -135,7 +170,7 @@ def _score(
             f"found {moments_in.units} units before and {d} after the activation",
             "Record both sides of the same group",
         )
-    if ridge < 0 or (ridge == 0 and not grounded):
+    if not 0 <= ridge < math.inf or (ridge == 0 and not grounded):
         raise SignalError(f"The distortion of {name}", f"found ridge={ridge}", "Use a ridge > 0")
     if sketch < 1:
         raise SignalError(f"The distortion of {name}", f"found sketch={sketch}", "Use at least 1 sign vector")
