@@ -61,7 +61,7 @@ def pruned(folder: Path, name: str, **changes: Any) -> Any:
 
 def children(folder: str) -> None:
     """Run each case in a fork until it is killed; print the signals as JSON (the main of a subprocess)."""
-    from cria_prune import store
+    from cria_prune.resume import store
 
     torch.set_num_threads(1)
     signals = {}
