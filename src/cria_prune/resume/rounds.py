@@ -44,7 +44,7 @@ def facts_of(item: Round, leave_out: Collection[str] = ()) -> Facts:
         leave_out: fields that the file has no room for.
     """
     # A whole number in a report is none of the type's `float | str`, and is written as it is.
-    facts: Facts = _form(type(item)).dump_python(
+    facts: Facts = _form(type(item)).dump_python(  # type: ignore[arg-type]
         item, mode="json", exclude={*NUMBERS, *leave_out}, warnings=False
     )
     return facts
@@ -71,7 +71,9 @@ def round_of(
     Raises:
         ValueError: a field is missing or of another type.
     """
-    item: Some = _form(kind).validate_python({**facts, **{key: {} for key in NUMBERS}})
+    item: Some = _form(kind).validate_python(  # type: ignore[arg-type]
+        {**facts, **{key: {} for key in NUMBERS}}
+    )
     numbers: dict[str, Any] = {
         key: {name: tuple(units.tolist()) for name, units in found.items()}
         for key, found in (("scores", scores), ("kept", kept))
@@ -178,4 +180,5 @@ def graphs_of(ridges: Sequence[float], tensors: Mapping[str, Tensor], place: str
 
 @cache
 def _form(kind: Any) -> TypeAdapter[Any]:
+    """Return what reads the fields of a class off it and checks them; it takes some milliseconds to make."""
     return TypeAdapter(kind)

@@ -182,6 +182,10 @@ class TypedStore(Generic[Known]):
         self.store.check(facts.identity, {**self.identity, **late()})
         return facts, found[1]
 
+    def damaged(self, error: Exception) -> ArtifactError:
+        """Return the error for a state whose parts do not fit together."""
+        return self.store.damaged(str(error))
+
 
 def weights_of(networks: Mapping[str, nn.Module], work: str) -> dict[str, Any]:
     """Return what makes networks these ones: dtypes and shapes of the first one, hashes of all weights.

@@ -166,7 +166,7 @@ class TurnStore:
                 chain.take(facts.chain)
             return facts.turns, importances_of(facts.diagnosis, parts.get("scores", {}))
         except (LookupError, TypeError, ValueError) as error:
-            raise self.store.store.damaged(str(error)) from error
+            raise self.store.damaged(error) from error
 
 
 class FinishedRounds:
@@ -196,4 +196,4 @@ class FinishedRounds:
         try:
             return rounds_of(facts.rounds, parts, OffloadedRound)
         except (LookupError, TypeError, ValueError) as error:
-            raise self.store.store.damaged(str(error)) from error
+            raise self.store.damaged(error) from error
