@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cria_prune.artifact.files import atomic, refused, sha256, write_text
+from cria_prune.artifact.files import atomic, reading, refused, sha256, write_text
 from cria_prune.artifact.folders import is_plain_file
 from cria_prune.errors import ArtifactError
 from cria_prune.graph import NeuronGraphs
@@ -132,7 +132,7 @@ def read_run(folder: Path) -> History | None:
     if not is_plain_file(path):
         return None
     asked = f"Reading {path}"
-    try:
+    with reading(asked, todo):
         known = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(known, dict) or known.get("format") != FORMAT:
             raise ArtifactError(asked, "it is not what a run of Cria keeps", todo)
@@ -151,14 +151,6 @@ def read_run(folder: Path) -> History | None:
             name: graphs_of(both, tensors, f"graph/{groups.index(name)}/") for name, both in ridges.items()
         }
         return History(page.model_dump(), _rounds(page, tensors, groups), graphs)
-    except OSError as error:
-        raise ArtifactError(asked, f"the system refused, {error}", todo) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ArtifactError(asked, f"its {where!r} is damaged, {first['msg']}", todo) from error
-    except (SafetensorError, KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
-        raise ArtifactError(asked, f"it is damaged, {error!r}", todo) from error
 
 
 def _rounds(page: RunPage, tensors: State, groups: Sequence[str]) -> tuple[Round, ...]:

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from cria_prune.artifact.checkpoint import MANIFEST, read_checkpoint_manifest
+from cria_prune.artifact.files import reading
 from cria_prune.artifact.folders import MANIFEST as PRETRAINED
 from cria_prune.artifact.folders import is_plain_file
 from cria_prune.artifact.history import RUN, History, read_run
 from cria_prune.artifact.manifest import read_manifest
-from cria_prune.errors import ArtifactError, ConfigError, CriaError
+from cria_prune.errors import ConfigError, CriaError
 from cria_prune.graph import NeuronGraphs, choose_layer
 from cria_prune.plan.plan import Plan
 from cria_prune.result import Round
@@ -175,16 +176,8 @@ def _ablation(folder: Path) -> dict[str, Any] | None:
     path = folder / ABLATION
     if not is_plain_file(path):
         return None
-    asked, todo = f"Reading {path}", "Make it again with cria ablate, or remove it"
-    try:
+    with reading(f"Reading {path}", "Make it again with cria ablate, or remove it"):
         return Ablation.model_validate(json.loads(path.read_text(encoding="utf-8"))).model_dump()
-    except OSError as error:
-        raise ArtifactError(asked, f"the system refused, {error}", todo) from error
-    except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"]))
-        raise ArtifactError(asked, f"its {where!r} is damaged, {error.errors()[0]['msg']}", todo) from error
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(asked, f"it is no JSON, {error}", todo) from error
 
 
 def _from_manifest(folder: Path) -> dict[str, Any]:

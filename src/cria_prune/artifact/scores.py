@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cria_prune.artifact.files import atomic, new_folder, refused, sha256, write_json
+from cria_prune.artifact.files import atomic, new_folder, reading, refused, sha256, write_json
 from cria_prune.artifact.folders import is_plain_file
 from cria_prune.config import PruneConfig
-from cria_prune.errors import ArtifactError, CriaError
+from cria_prune.errors import ArtifactError
 from cria_prune.resume.rounds import diagnoses_of, importances_of, moment_tensors, moments_of
 from cria_prune.scored import Scored
 
@@ -97,7 +97,7 @@ def load_scores(path: str | Path) -> Scored:
     asked = f"Reading the scores in {folder}"
     if not is_plain_file(folder / SCORES):
         raise ArtifactError(asked, f"it holds no {SCORES}", todo)
-    try:
+    with reading(asked, todo):
         kept = ScoresFile.model_validate(json.loads((folder / SCORES).read_text(encoding="utf-8")))
         if (kept.format, kept.version) != (FORMAT, VERSION):
             found = (
@@ -107,15 +107,6 @@ def load_scores(path: str | Path) -> Scored:
         if not is_plain_file(folder / TENSORS) or sha256(folder / TENSORS) != kept.sha256:
             raise ArtifactError(asked, f"{TENSORS} beside {SCORES} is missing or another", todo)
         return _scored(kept, load_file(folder / TENSORS))
-    except OSError as error:
-        raise ArtifactError(asked, f"the system refused, {error}", todo) from error
-    except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"]))
-        raise ArtifactError(asked, f"its {where!r} is damaged, {error.errors()[0]['msg']}", todo) from error
-    except ArtifactError:
-        raise
-    except (SafetensorError, CriaError, LookupError, TypeError, ValueError, RecursionError) as error:
-        raise ArtifactError(asked, f"it is damaged, {error!r}", todo) from error
 
 
 def _scored(kept: ScoresFile, tensors: Mapping[str, Tensor]) -> Scored:
