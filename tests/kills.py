@@ -3,7 +3,7 @@
 import os
 import signal
 
-from cria_prune import store
+from cria_prune.resume import store
 
 save = store.save_file
 replace = os.replace

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from cria_prune import load, prune_offloaded, store
+from cria_prune import load, prune_offloaded
 from cria_prune.base.events import Event
 from cria_prune.errors import ArtifactError
+from cria_prune.resume import store
 from kills import half_written, kill
 from test_offload import MODELS, batches_of, config_of
 from watching import at, counted, interrupted_at

@@ -16,7 +16,7 @@ import tables
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "cria_prune"
 BASE = {"attention", "errors", "config", "batches", "dispatched", "progress", "modules", "loss", "metrics"}
-BASE |= {"ranks", "store", "base"}
+BASE |= {"ranks", "base"}
 MAY_IMPORT: dict[str, set[str]] = {
     "base": set(),
     "structure": BASE,
@@ -27,14 +27,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": BASE | {"structure"},
     "surgery": BASE | {"structure", "plan", "graph"},
     "vanilla": BASE | {"structure"},
-    "recover": BASE,
-    "artifact": BASE | {"scored", "plan", "surgery", "tasks", "structure", "vanilla", "graph", "spectrum"},
+    "recover": BASE | {"resume"},  # its store alone, see below
+    "artifact": BASE
+    | {"scored", "plan", "surgery", "tasks", "structure", "vanilla", "graph", "spectrum"}
+    | {"resume", "result"},
     "tasks": BASE | {"recover"},
-    "bench": BASE | {"pipeline", "criteria", "recover", "tasks", "artifact", "structure", "plan"},
+    "bench": BASE
+    | {"pipeline", "criteria", "recover", "tasks", "artifact", "structure", "plan"}
+    | {"resume"},
     "result": BASE | {"structure", "plan", "surgery", "graph"},
     "memory": BASE | {"structure", "graph", "record", "criteria"},
-    "scored": BASE | {"graph", "spectrum", "structure"},
-    "rounds": BASE | {"graph", "plan", "result", "structure", "surgery"},
+    "scored": BASE | {"graph", "resume", "spectrum", "structure"},
+    "resume": BASE | {"graph", "plan", "result", "spectrum", "structure", "surgery"},
     "one_round": BASE
     | {"criteria", "graph", "plan", "record", "result", "scored", "spectrum", "structure", "surgery"},
     "pipeline": BASE
@@ -44,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "one_round",
         "plan",
         "result",
-        "rounds",
+        "resume",
         "scope",
         "scored",
         "structure",
@@ -57,7 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "pipeline",
         "one_round",
         "criteria",
-        "rounds",
+        "resume",
         "artifact",
         "graph",
         "plan",
@@ -103,6 +107,12 @@ def test_a_stage_imports_only_what_it_may(stage: str) -> None:
     for path in modules(stage):
         stages = {name.split(".")[1] for name in imports(path) if name.startswith("cria_prune.")}
         assert stages <= MAY_IMPORT[stage] | {stage}, path
+
+
+def test_of_what_is_resumed_a_fine_tune_knows_the_store_alone() -> None:
+    for path in (*modules("recover"), *modules("scored")):
+        found = {name for name in imports(path) if name.startswith("cria_prune.resume")}
+        assert found <= {"cria_prune.resume.store"}, path
 
 
 def test_the_number_side_knows_no_network() -> None:

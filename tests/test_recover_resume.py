@@ -16,13 +16,13 @@ from safetensors import safe_open
 from torch import nn
 from torch.utils.data import DataLoader
 
-from cria_prune import store
 from cria_prune.config import RecoverConfig
 from cria_prune.errors import ArtifactError
 from cria_prune.loss import cross_entropy
 from cria_prune.recover import recover
 from cria_prune.recover import state as states
 from cria_prune.recover.schedule import make_optimizer, moments, set_moments
+from cria_prune.resume import store
 from kills import at_call, half_written, kill, replace, replaced_and_killed, save
 
 EPOCHS, BATCHES = 3, 4
@@ -364,7 +364,7 @@ def test_a_damaged_state_is_an_error_whatever_the_damage(tmp_path):
 def test_a_state_of_other_tensors_is_an_error(tmp_path):
     with pytest.raises(Stop):
         tuned(CONFIGS["sgd"], tmp_path, StopAt(7, stop))
-    keeper = states.Keeper(tmp_path, {}, 0)
+    keeper = states.Keeper(tmp_path, {}, 0).store
     facts, parts = keeper.read()
     for part, name, error in (("weights", "0.weight", "other names"), ("losses", "epoch", "'losses'")):
         kept = parts[part].pop(name)

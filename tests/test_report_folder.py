@@ -6,7 +6,6 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,6 +16,7 @@ from cria_prune.artifact.folder_report import folder_page
 from cria_prune.artifact.history import RUN, TENSORS, read_run, write_run
 from cria_prune.errors import ArtifactError, ConfigError
 from cria_prune.graph import Graph, NeuronGraphs
+from cria_prune.result import Round
 from test_cli import error
 from test_report import NASTY, check
 
@@ -31,24 +31,31 @@ def ring(units: int, ridge: float = 0.1) -> Graph:
     return Graph(units, rows, cols, torch.ones(units, dtype=torch.float64), ridge)
 
 
-def a_run(folder: Path, name: str = "hidden", **page) -> dict:
+def a_round(number: int, name: str, units: int, kept: tuple[int, ...], diagnosis: dict) -> Round:
+    scores = tuple(map(float, range(units)))
+    return Round(
+        number, {"parameters": 10.0}, {"score": 0.5}, {name: scores}, {name: kept}, {name: diagnosis}, None,
+        math.nan,
+    )  # fmt: skip
+
+
+def a_run(folder: Path, name: str = "hidden", diagnosis: tuple[dict, dict] | None = None, **page) -> dict:
     """Two rounds: 8 units, of which 7 and then 5 are left; unit 1 is dead."""
-    history = [
-        {name: {"scores": np.arange(8.0), "kept": [1, 2, 3, 4, 5, 6, 7]}},
-        {name: {"scores": np.arange(7.0), "kept": [0, 3, 4, 5, 6]}},
+    solved, unsolved = diagnosis or ({"values": [4.0, 2.0], "status": "converged"}, {"values": []})
+    rounds = [
+        a_round(1, name, 8, (1, 2, 3, 4, 5, 6, 7), solved),
+        a_round(2, name, 7, (0, 3, 4, 5, 6), unsolved),
     ]
     live = torch.tensor([0, 2, 3, 4, 5, 6, 7])
-    solved = {name: {"values": [4.0, 2.0], "status": "converged"}}
     said = {
         "title": "A run",
         "metric": "accuracy",
         "rounds": [{"round": 1, "parameters": 10, "metric": math.nan}],
         "widths": {name: [8, 5]},
-        "diagnosis": [solved, {name: {"values": []}}],
         "provenance": {"commit": "abc"},
         **page,
     }
-    write_run(folder, said, history, {name: NeuronGraphs(live, ring(7), ring(7, 0.5))})
+    write_run(folder, said, rounds, {name: NeuronGraphs(live, ring(7), ring(7, 0.5))})
     return said
 
 
@@ -70,11 +77,12 @@ def ablation(**changed) -> dict:
 def test_what_is_kept_comes_back(tmp_path: Path) -> None:
     a_run(tmp_path)
     assert sorted(item.name for item in tmp_path.iterdir()) == [RUN, TENSORS]
-    page, history, graphs = read_run(tmp_path)
+    found = read_run(tmp_path)
+    page, rounds, graphs = found.page, found.rounds, found.graphs
     assert page["widths"] == {"hidden": (8, 5)} and page["title"] == "A run"
     assert page["rounds"][0]["metric"] is None  # JSON has no NaN
-    assert [entry["hidden"]["scores"].tolist() for entry in history] == [[*range(8)], [*range(7)]]
-    assert history[1]["hidden"]["kept"].tolist() == [0, 3, 4, 5, 6]
+    assert [item.scores["hidden"] for item in rounds] == [(*range(8),), (*range(7),)]
+    assert rounds[1].kept["hidden"] == (0, 3, 4, 5, 6)
     both = graphs["hidden"]
     assert both.units.tolist() == [0, 2, 3, 4, 5, 6, 7] and both.output.ridge == 0.5
     assert torch.equal(both.input.dense_laplacian(), ring(7).dense_laplacian())
@@ -163,8 +171,7 @@ def test_the_removed_neurons_are_those_that_left_in_any_round(tmp_path: Path, mo
 
 
 def test_a_spectrum_that_was_not_solved_comes_from_the_kept_graphs(tmp_path: Path) -> None:
-    none = {"hidden": {"values": []}}
-    a_run(tmp_path, diagnosis=[none, none])
+    a_run(tmp_path, diagnosis=({"values": []}, {"values": []}))
     # The graphs are alike but for the ridge: the largest z has the eigenvector of the largest eigenvalue.
     top = float(torch.linalg.eigvalsh(ring(7, 0.0).dense_laplacian()).max())
     assert f"largest z {(top + 0.1) / (top + 0.5):.4g}" in words(folder_page(tmp_path).html)

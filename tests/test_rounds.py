@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from cria_prune import PruneConfig, pipeline, prune, rounds, store
+from cria_prune import PruneConfig, pipeline, prune
 from cria_prune.errors import ArtifactError
+from cria_prune.resume import pruning as rounds
+from cria_prune.resume import store
 from kills import at_call, half_written, kill, replace, replaced_and_killed, save
 from watching import at, counted, interrupted_at
 
@@ -201,7 +203,7 @@ def test_the_state_of_another_version_of_the_code_is_refused(tmp_path, monkeypat
 
 
 def test_the_version_of_the_code_is_that_of_its_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "__file__", str(tmp_path / "store.py"))
+    monkeypatch.setattr(store, "__file__", str(tmp_path / "resume" / "store.py"))
     found = set()
     for text in ("a", "b"):
         (tmp_path / "store.py").write_text(text)
@@ -234,7 +236,7 @@ def test_a_damaged_state_is_an_error_and_the_model_is_as_it_was(tmp_path):
         (lambda facts, parts: parts["weights"].pop("0.weight"), "its weights have other names"),
         (lambda facts, parts: parts.pop("graph0"), "'graph0'"),
         (lambda facts, parts: facts.pop("ridges"), "ridges"),
-        (lambda facts, parts: facts["rounds"][0].pop("repairs"), "repairs"),
+        (lambda facts, parts: facts["rounds"][0].pop("seconds"), "seconds"),
     ],
 )
 def test_an_edited_state_with_a_right_hash_is_an_error(edit, match, tmp_path):

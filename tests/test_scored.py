@@ -11,6 +11,7 @@ from cria_prune import PruneConfig, load_scores, prune, save_scores, score_once
 from cria_prune.artifact import scores as kept
 from cria_prune.config import ScoreConfig
 from cria_prune.errors import ArtifactError, ConfigError, StructureError
+from cria_prune.resume.rounds import PARTS
 from test_rounds import data, network
 from watching import never
 
@@ -52,7 +53,7 @@ def test_sketches_and_consumers_of_their_own_come_back_too(tmp_path):
     again = load_scores(folder)
     for name, by_weight in made.consumed.items():
         for weight, moments in by_weight.items():
-            for part in kept.FIELDS:
+            for part in PARTS:
                 one, two = getattr(moments, part), getattr(again.consumed[name][weight], part)
                 assert (one is None and two is None) or torch.equal(one, two)
     assert same(

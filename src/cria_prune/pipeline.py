@@ -22,7 +22,7 @@ from cria_prune.plan import identity_plan
 from cria_prune.progress import QUIET, Progress
 from cria_prune.ranks import world
 from cria_prune.result import PruneResult, Round
-from cria_prune.rounds import RoundStore
+from cria_prune.resume.pruning import RoundStore
 from cria_prune.scope import check_target
 from cria_prune.scored import Scored
 from cria_prune.structure import UnitGroups

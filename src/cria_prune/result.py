@@ -48,6 +48,17 @@ class Round:
 
 
 @dataclass(frozen=True)
+class OffloadedRound(Round):
+    """What one round did; its verification is against the folder that the round began with, repaired.
+
+    Attributes:
+        turns: in how many parts the groups were recorded; 0 where nothing was.
+    """
+
+    turns: int = 0
+
+
+@dataclass(frozen=True)
 class PruneResult:
     """What `prune` gives back; prints as a table of the rounds.
 

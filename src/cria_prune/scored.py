@@ -10,8 +10,8 @@ from torch import nn
 from cria_prune.config import PruneConfig
 from cria_prune.errors import ConfigError, StructureError
 from cria_prune.graph import Moments
+from cria_prune.resume.store import weights_of
 from cria_prune.spectrum import Importance
-from cria_prune.store import weights_of
 from cria_prune.structure import UnitGroups
 
 Consumed = Mapping[str, Mapping[str, Moments]]

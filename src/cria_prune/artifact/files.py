@@ -11,7 +11,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cria_prune.errors import ArtifactError
+from pydantic import ValidationError
+from safetensors import SafetensorError
+
+from cria_prune.errors import ArtifactError, CriaError
 
 
 @contextmanager
@@ -36,6 +39,27 @@ def atomic(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def reading(asked: str, todo: str) -> Iterator[None]:
+    """Say what was asked and what to do where a file cannot be read, or holds something else than it should.
+
+    Raises:
+        ArtifactError: what is done inside fails for the system or for what the file holds.
+    """
+    try:
+        yield
+    except ArtifactError:
+        raise
+    except OSError as error:
+        raise ArtifactError(asked, f"the system refused, {error}", todo) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ArtifactError(asked, f"its {where!r} is damaged, {first['msg']}", todo) from error
+    except (SafetensorError, CriaError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise ArtifactError(asked, f"it is damaged, {error!r}", todo) from error
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -1,8 +1,8 @@
 """What a run keeps so that its report can be made again from files alone, without the model.
 
-`run.json` holds what the page says; `run.tensors` the scores and kept units of every round and the neuron
-graphs of some layers, as safetensors. It is not called *.safetensors because programs that serve a model
-read every file of that ending in its folder as weights.
+`run.json` holds what the page says and what the rounds did; `run.tensors` the scores and kept units of every
+round and the neuron graphs of some layers, as safetensors. It is not called *.safetensors because programs
+that serve a model read every file of that ending in its folder as weights.
 """
 
 from __future__ import annotations
@@ -10,27 +10,50 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from cria_prune.artifact.files import atomic, refused, sha256, write_text
+from cria_prune.artifact.files import atomic, reading, refused, sha256, write_text
 from cria_prune.artifact.folders import is_plain_file
 from cria_prune.errors import ArtifactError
-from cria_prune.graph import Graph, NeuronGraphs
+from cria_prune.graph import NeuronGraphs
+from cria_prune.result import Round
+from cria_prune.resume.rounds import (
+    Facts,
+    facts_of,
+    graph_tensors,
+    graphs_of,
+    ridges_of,
+    round_of,
+    tensors_of,
+)
+from cria_prune.resume.store import State
 
 FORMAT, VERSION = "cria-run", 1
 RUN, TENSORS = "run.json", "run.tensors"
 FILES = (RUN, TENSORS)
-TINY = float(np.finfo(np.float32).tiny)  # a weight below it would come back as none
 
-Scores = Mapping[str, Mapping[str, Any]]
-"""Group name -> `scores` (units,) float64 and `kept` (n,) indices of those that stayed, of one round."""
+
+@dataclass(frozen=True, eq=False)
+class History:
+    """What a run keeps.
+
+    Attributes:
+        page: what `write_report` takes, plain JSON; numbers that are not finite are None.
+        rounds: what each round did. Of a run of Cria 0.1 the reports, the verifications and the repairs are
+            not known; `page` has the figures of its table.
+        graphs: of the dense model's neurons, group name -> both sides.
+    """
+
+    page: dict[str, Any]
+    rounds: tuple[Round, ...]
+    graphs: Mapping[str, NeuronGraphs]
 
 
 class RunPage(BaseModel):
@@ -51,41 +74,43 @@ class RunPage(BaseModel):
 
 
 def write_run(
-    folder: Path, page: Mapping[str, Any], history: Sequence[Scores], graphs: Mapping[str, NeuronGraphs]
+    folder: Path, page: Mapping[str, Any], rounds: Sequence[Round], graphs: Mapping[str, NeuronGraphs]
 ) -> None:
     """Write `run.json` and `run.tensors` into a folder, in place of those there; JSON last.
 
     Args:
         folder: where.
-        page: what `write_report` takes, plain JSON; numbers that are not finite become null.
-        history: the scores of every round.
-        graphs: of the dense model's neurons, group name -> both sides.
+        page: as in `History`; a row of its `rounds` gets all that the round says.
+        rounds, graphs: as in `History`.
 
     Raises:
         ArtifactError: the system refuses, or something is no JSON.
     """
-    groups = list(dict.fromkeys(name for entries in history for name in entries))
-    groups += [name for name in graphs if name not in groups]
-    tensors: dict[str, np.ndarray] = {}
-    for number, entries in enumerate(history, start=1):
-        for name, entry in entries.items():
-            place = f"{number}/{groups.index(name)}"  # a name may be anything, a number stays one
-            tensors[f"{place}/scores"] = np.asarray(entry["scores"], dtype=np.float64)
-            tensors[f"{place}/kept"] = np.asarray(entry["kept"], dtype=np.int32)
+    names = [name for item in rounds for name in (*item.scores, *item.kept)]
+    groups = {name: place for place, name in enumerate(dict.fromkeys([*names, *graphs]))}
+    tensors: State = {}
+    for item in rounds:
+        for key, found in tensors_of(item).items():  # a name may be anything, a number stays one
+            tensors |= {f"{item.number}/{groups[name]}/{key}": units for name, units in found.items()}
     for name, both in graphs.items():
-        tensors |= _graph_tensors(f"graph/{groups.index(name)}", both)
+        tensors |= graph_tensors(both, f"graph/{groups[name]}/", short=True)
+    rows = [*page.get("rounds", ()), *({} for _ in rounds)][: len(rounds)]
+    said = {
+        "rounds": [{**row, **facts_of(item, ["diagnosis"])} for row, item in zip(rows, rounds, strict=True)],
+        "diagnosis": [dict(item.diagnosis) for item in rounds],
+    }
     known: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
-        "groups": groups,
-        "ridges": {name: [both.input.ridge, both.output.ridge] for name, both in graphs.items()},
+        "groups": list(groups),
+        "ridges": {name: ridges_of(both) for name, both in graphs.items()},
         "sha256": "",
-        "page": _finite(dict(page)),
+        "page": _finite({**page, **said}),
     }
     try:
         (folder / RUN).unlink(missing_ok=True)  # an interrupted write leaves no half that looks whole
         with atomic(folder / TENSORS) as temporary:
-            save_file(tensors, temporary)
+            save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, temporary)
         known["sha256"] = sha256(folder / TENSORS)
         text = json.dumps(known, allow_nan=False)
     except (OSError, SafetensorError) as error:
@@ -97,7 +122,7 @@ def write_run(
     write_text(folder / RUN, text)
 
 
-def read_run(folder: Path) -> tuple[dict[str, Any], list[Scores], dict[str, NeuronGraphs]] | None:
+def read_run(folder: Path) -> History | None:
     """Return what `write_run` was given; None where there is no `run.json`.
 
     Raises:
@@ -107,7 +132,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Scores], dict[str, Neur
     if not is_plain_file(path):
         return None
     asked = f"Reading {path}"
-    try:
+    with reading(asked, todo):
         known = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(known, dict) or known.get("format") != FORMAT:
             raise ArtifactError(asked, "it is not what a run of Cria keeps", todo)
@@ -117,67 +142,46 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Scores], dict[str, Neur
                 f"found format version {known.get('version')!r}, this Cria reads {VERSION}",
                 "Use the cria-prune that wrote it, or a newer one",
             )
-        page = RunPage.model_validate(known["page"]).model_dump()
+        page = RunPage.model_validate(known["page"])
         groups, ridges = [str(name) for name in known["groups"]], known["ridges"]
         if not is_plain_file(folder / TENSORS) or sha256(folder / TENSORS) != known["sha256"]:
             raise ArtifactError(asked, f"{TENSORS} beside it is missing or another", todo)
         tensors = load_file(folder / TENSORS)
-        return page, _history(tensors, groups), _graphs(tensors, groups, ridges)
-    except OSError as error:
-        raise ArtifactError(asked, f"the system refused, {error}", todo) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ArtifactError(asked, f"its {where!r} is damaged, {first['msg']}", todo) from error
-    except (SafetensorError, KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
-        raise ArtifactError(asked, f"it is damaged, {error!r}", todo) from error
-
-
-def _graph_tensors(place: str, both: NeuronGraphs) -> dict[str, np.ndarray]:
-    """Nodes and edges in 32 bits, weights in 32 bits: 12 bytes an edge."""
-    found = {f"{place}/units": both.units.numpy().astype(np.int32)}
-    for side, graph in (("in", both.input), ("out", both.output)):
-        found |= {
-            f"{place}/{side}/rows": graph.rows.numpy().astype(np.int32),
-            f"{place}/{side}/cols": graph.cols.numpy().astype(np.int32),
-            f"{place}/{side}/weights": np.maximum(graph.weights.numpy(), TINY).astype(np.float32),
+        graphs = {
+            name: graphs_of(both, tensors, f"graph/{groups.index(name)}/") for name, both in ridges.items()
         }
-    return found
+        return History(page.model_dump(), _rounds(page, tensors, groups), graphs)
 
 
-def _history(tensors: Mapping[str, np.ndarray], groups: Sequence[str]) -> list[Scores]:
-    rounds: dict[int, dict[str, Mapping[str, np.ndarray]]] = {}
-    for key, scores in tensors.items():
-        number, _, rest = key.partition("/")
-        if number == "graph" or not rest.endswith("/scores"):
-            continue
-        kept = tensors[key.removesuffix("scores") + "kept"]
-        flat = scores.ndim == kept.ndim == 1 and scores.dtype.kind == "f" and kept.dtype.kind == "i"
-        if not flat or (kept.size and not 0 <= kept.min() <= kept.max() < len(scores)):
-            raise ValueError(f"{key} does not fit the units that stayed")
-        entry = {"scores": scores, "kept": kept}
-        rounds.setdefault(int(number), {})[groups[int(rest.split("/")[0])]] = entry
-    return [{name: rounds[key][name] for name in groups if name in rounds[key]} for key in sorted(rounds)]
+def _rounds(page: RunPage, tensors: State, groups: Sequence[str]) -> tuple[Round, ...]:
+    """Return the rounds of which there are tensors, by number."""
+    units: dict[int, dict[str, State]] = {}
+    for key in sorted(tensors):
+        first, _, rest = key.partition("/")
+        if first != "graph":
+            place, kind = rest.split("/")
+            by_kind = units.setdefault(int(first), {"scores": {}, "kept": {}})
+            by_kind[kind][groups[int(place)]] = tensors[key]
+    unknown: Facts = {"report": {}, "seconds": {}, "verification": None, "metric": None}
+    rows, diagnoses = dict(enumerate(page.rounds)), dict(enumerate(page.diagnosis))
+    found = []
+    for index, number in enumerate(sorted(units)):
+        facts = {**unknown, **rows.get(index, {}), "number": number, "diagnosis": diagnoses.get(index, {})}
+        numbers = {
+            kind: {name: by_name[name] for name in groups if name in by_name}
+            for kind, by_name in units[number].items()
+        }
+        for name, scores in numbers["scores"].items():
+            _check_units(name, scores, numbers["kept"][name])
+        found.append(round_of(facts, **numbers, kind=Round))
+    return tuple(found)
 
 
-def _graphs(
-    tensors: Mapping[str, np.ndarray], groups: Sequence[str], ridges: Mapping[str, Sequence[float]]
-) -> dict[str, NeuronGraphs]:
-    return {name: _graph(tensors, f"graph/{groups.index(name)}", both) for name, both in ridges.items()}
-
-
-def _graph(tensors: Mapping[str, np.ndarray], place: str, ridges: Sequence[float]) -> NeuronGraphs:
-    units = torch.from_numpy(tensors[f"{place}/units"].astype(np.int64))
-    sides = []
-    for side, ridge in zip(("in", "out"), ridges, strict=True):
-        rows, cols = (tensors[f"{place}/{side}/{end}"].astype(np.int64) for end in ("rows", "cols"))
-        weights = tensors[f"{place}/{side}/weights"].astype(np.float64)
-        fits = rows.shape == cols.shape == weights.shape and rows.ndim == 1
-        if not fits or ((rows < 0) | (rows >= cols) | (cols >= len(units))).any() or not (weights > 0).all():
-            raise ValueError(f"{place}/{side} is no graph of {len(units)} units")
-        ends = (torch.from_numpy(rows), torch.from_numpy(cols))
-        sides.append(Graph(len(units), *ends, torch.from_numpy(weights), float(ridge)))
-    return NeuronGraphs(units, sides[0], sides[1])
+def _check_units(name: str, scores: Tensor, kept: Tensor) -> None:
+    """Raise a ValueError where the units that stayed are none of those that had scores."""
+    flat = scores.ndim == kept.ndim == 1 and scores.is_floating_point() and not kept.is_floating_point()
+    if not flat or (len(kept) and not 0 <= int(kept.min()) <= int(kept.max()) < len(scores)):
+        raise ValueError(f"the scores of {name} do not fit the units that stayed")
 
 
 def _finite(value: Any) -> Any:

@@ -7,21 +7,23 @@ manifest knows and says what it lacks.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from cria_prune.artifact.checkpoint import MANIFEST, read_checkpoint_manifest
+from cria_prune.artifact.files import reading
 from cria_prune.artifact.folders import MANIFEST as PRETRAINED
 from cria_prune.artifact.folders import is_plain_file
-from cria_prune.artifact.history import RUN, Scores, read_run
+from cria_prune.artifact.history import RUN, History, read_run
 from cria_prune.artifact.manifest import read_manifest
-from cria_prune.errors import ArtifactError, ConfigError, CriaError
+from cria_prune.errors import ConfigError, CriaError
 from cria_prune.graph import NeuronGraphs, choose_layer
 from cria_prune.plan.plan import Plan
+from cria_prune.result import Round
 from cria_prune.spectrum import solve_pencil
 from cria_prune.tasks import TASKS, task
 
@@ -70,29 +72,29 @@ def run_result(folder: Path, layer: str | None = None) -> dict[str, Any]:
     """
     missing: list[str] = []
     found = read_run(folder)
-    page, history, graphs = found or ({}, [], {})
     if found is None:
-        page = _from_manifest(folder)
+        found = History(_from_manifest(folder), (), {})
         missing.append(
             f"No {RUN} lies in this folder: the model was saved from Python, or by an older Cria. Rounds, "
             "scores, spectra and neuron graphs are not known."
         )
-    widths = page.get("widths") or {}
-    result = {**page, "ablation": _ablation(folder)}
+    rounds, graphs = found.rounds, found.graphs
+    widths = found.page.get("widths") or {}
+    result = {**found.page, "ablation": _ablation(folder)}
     if result["ablation"] is None:
         missing.append(f"No {ABLATION} lies in this folder, so there are no ablation curves.")
-    if history:
-        result["scores"] = history[-1]
-        result["spectra"] = _spectra(page.get("diagnosis") or [], graphs)
+    if rounds:
+        result["scores"] = {name: _units(rounds[-1], name) for name in rounds[-1].scores}
+        result["spectra"] = _spectra([item.diagnosis for item in rounds], graphs)
         lacking = sum(not any(item.values()) for item in result["spectra"].values())
         if lacking:
             missing.append(
                 f"The spectrum of {lacking} of {len(result['spectra'])} layers: the criterion solves no "
                 "eigenproblem there, or scores all pairs of a wide layer without one."
             )
-    chosen = _chosen(widths, history, graphs, layer, folder)
+    chosen = _chosen(widths, bool(rounds), graphs, layer, folder)
     if chosen is not None:
-        result["layer"] = _layer(chosen, widths, history, graphs)
+        result["layer"] = _layer(chosen, widths, rounds, graphs)
         if result["layer"]["graphs"] is None:
             missing.append(
                 f"The neuron graphs of {chosen}: the criterion records no signals, or the layer is beyond "
@@ -103,7 +105,7 @@ def run_result(folder: Path, layer: str | None = None) -> dict[str, Any]:
 
 def _chosen(
     widths: Mapping[str, Any],
-    history: list[Scores],
+    known: bool,
     graphs: Mapping[str, NeuronGraphs],
     layer: str | None,
     folder: Path,
@@ -115,17 +117,22 @@ def _chosen(
             "there is none of that name that can be pruned",
             f"Known layers: {', '.join(widths) or 'none'}",
         )
-    if layer is not None or not history:
-        return layer if history else None
+    if layer is not None or not known:
+        return layer if known else None
     cut = {name: both[0] for name, both in widths.items() if both[1] < both[0]}
     drawn = {name: len(graphs[name].units) for name in cut if name in graphs}  # dead units are not drawn
     return choose_layer(drawn or cut)
 
 
+def _units(item: Round, name: str) -> dict[str, np.ndarray]:
+    """Return the scores of a group's units in a round, and the indices of those that stayed."""
+    return {"scores": np.array(item.scores[name]), "kept": np.array(item.kept[name], dtype=int)}
+
+
 def _layer(
-    name: str, widths: Mapping[str, Any], history: list[Scores], graphs: Mapping[str, NeuronGraphs]
+    name: str, widths: Mapping[str, Any], history: Sequence[Round], graphs: Mapping[str, NeuronGraphs]
 ) -> dict[str, Any]:
-    rounds = [entries[name] for entries in history if name in entries]
+    rounds = [_units(item, name) for item in history if name in item.scores]
     units = int(widths[name][0])
     alive = np.arange(units)
     for entry in rounds:
@@ -137,7 +144,7 @@ def _layer(
 
 
 def _spectra(
-    diagnosis: list[dict[str, dict[str, Any]]], graphs: Mapping[str, NeuronGraphs]
+    diagnosis: Sequence[Mapping[str, dict[str, Any]]], graphs: Mapping[str, NeuronGraphs]
 ) -> dict[str, dict[str, list[float]]]:
     """Return group -> round -> z of the first and last round; the first from kept graphs, if need be."""
     ends = {"first round": diagnosis[0], "last round": diagnosis[-1]} if diagnosis else {}
@@ -169,16 +176,8 @@ def _ablation(folder: Path) -> dict[str, Any] | None:
     path = folder / ABLATION
     if not is_plain_file(path):
         return None
-    asked, todo = f"Reading {path}", "Make it again with cria ablate, or remove it"
-    try:
+    with reading(f"Reading {path}", "Make it again with cria ablate, or remove it"):
         return Ablation.model_validate(json.loads(path.read_text(encoding="utf-8"))).model_dump()
-    except OSError as error:
-        raise ArtifactError(asked, f"the system refused, {error}", todo) from error
-    except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"]))
-        raise ArtifactError(asked, f"its {where!r} is damaged, {error.errors()[0]['msg']}", todo) from error
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(asked, f"it is no JSON, {error}", todo) from error
 
 
 def _from_manifest(folder: Path) -> dict[str, Any]:

@@ -7,28 +7,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cria_prune.artifact.files import atomic, new_folder, refused, sha256, write_json
+from cria_prune.artifact.files import atomic, new_folder, reading, refused, sha256, write_json
 from cria_prune.artifact.folders import is_plain_file
 from cria_prune.config import PruneConfig, score_of_before
-from cria_prune.errors import ArtifactError, CriaError
-from cria_prune.graph import Moments
+from cria_prune.errors import ArtifactError
+from cria_prune.resume.rounds import diagnoses_of, importances_of, moment_tensors, moments_of
 from cria_prune.scored import Scored
-from cria_prune.spectrum import Diagnosis, Importance
 
 FORMAT, VERSION = "cria-scores", 2
 READS = (1, VERSION)
 """Version 1 says settings that its criterion did not read."""
 SCORES, TENSORS = "scores.json", "scores.safetensors"
-FIELDS = ("mean", "variance", "covariance", "sketch", "positive")
 
 
-class Kept(BaseModel):
+class ScoresFile(BaseModel):
     """`scores.json`; further keys are left alone.
 
     Attributes:
@@ -69,20 +66,21 @@ def save_scores(
     for name, by_weight in (scored.consumed or {}).items():
         consumed[name] = {weight: moments.samples for weight, moments in by_weight.items()}
         for number, moments in enumerate(by_weight.values()):
-            tensors |= _tensors(f"{names.index(name)}/consumed/{number}", moments)
+            tensors |= moment_tensors(moments, f"{names.index(name)}/consumed/{number}/")
     folder = new_folder(path, overwrite)
     try:
         (folder / SCORES).unlink(missing_ok=True)  # an interrupted overwrite leaves no half that looks whole
         with atomic(folder / TENSORS) as temporary:
-            save_file({name: item.cpu().contiguous() for name, item in tensors.items()}, temporary)
-        kept = Kept(
+            # Copies, for a safetensors file takes no two views of one storage.
+            save_file({name: item.cpu().contiguous().clone() for name, item in tensors.items()}, temporary)
+        kept = ScoresFile(
             format=FORMAT,
             version=VERSION,
             sha256=sha256(folder / TENSORS),
             weights=scored.weights,
             config=scored.config.model_dump(mode="json"),
             groups=names,
-            diagnosis={name: item.diagnosis.to_dict() for name, item in scored.importances.items()},
+            diagnosis=diagnoses_of(scored.importances),
             consumed=None if scored.consumed is None else consumed,
         )
         write_json(folder / SCORES, {**(said or {}), **kept.model_dump()})
@@ -101,8 +99,8 @@ def load_scores(path: str | Path) -> Scored:
     asked = f"Reading the scores in {folder}"
     if not is_plain_file(folder / SCORES):
         raise ArtifactError(asked, f"it holds no {SCORES}", todo)
-    try:
-        kept = Kept.model_validate(json.loads((folder / SCORES).read_text(encoding="utf-8")))
+    with reading(asked, todo):
+        kept = ScoresFile.model_validate(json.loads((folder / SCORES).read_text(encoding="utf-8")))
         if kept.format != FORMAT or kept.version not in READS:
             found = (
                 f"its format is {kept.format!r} version {kept.version}, this Cria reads {FORMAT!r} {VERSION}"
@@ -111,33 +109,16 @@ def load_scores(path: str | Path) -> Scored:
         if not is_plain_file(folder / TENSORS) or sha256(folder / TENSORS) != kept.sha256:
             raise ArtifactError(asked, f"{TENSORS} beside {SCORES} is missing or another", todo)
         return _scored(kept, load_file(folder / TENSORS))
-    except OSError as error:
-        raise ArtifactError(asked, f"the system refused, {error}", todo) from error
-    except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"]))
-        raise ArtifactError(asked, f"its {where!r} is damaged, {error.errors()[0]['msg']}", todo) from error
-    except ArtifactError:
-        raise
-    except (SafetensorError, CriaError, LookupError, TypeError, ValueError, RecursionError) as error:
-        raise ArtifactError(asked, f"it is damaged, {error!r}", todo) from error
 
 
-def _scored(kept: Kept, tensors: Mapping[str, Tensor]) -> Scored:
-    importances = {}
-    for place, name in enumerate(kept.groups):
-        scores = tensors[f"{place}/scores"]
-        if scores.ndim != 1 or scores.dtype != torch.float64 or not torch.isfinite(scores).all():
-            raise ValueError(f"the scores of {name} are no finite float64 (units,)")
-        said: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in kept.diagnosis[name].items()
-        }
-        importances[name] = Importance(scores, Diagnosis(**said))
+def _scored(kept: ScoresFile, tensors: Mapping[str, Tensor]) -> Scored:
+    places = {name: place for place, name in enumerate(kept.groups)}
+    scores = {name: tensors[f"{place}/scores"] for name, place in places.items()}
     consumed = None
     if kept.consumed is not None:
         consumed = {
             name: {
-                weight: _moments(f"{kept.groups.index(name)}/consumed/{number}", samples, tensors)
+                weight: moments_of(samples, tensors, f"{places[name]}/consumed/{number}/")
                 for number, (weight, samples) in enumerate(by_weight.items())
             }
             for name, by_weight in kept.consumed.items()
@@ -146,16 +127,4 @@ def _scored(kept: Kept, tensors: Mapping[str, Tensor]) -> Scored:
     said_of = kept.config.get("score", {})
     how = score_of_before(said_of) if kept.version == 1 else said_of
     config = PruneConfig(**{**kept.config, "record": record, "score": how})
-    return Scored(importances, consumed, config, kept.weights)
-
-
-def _tensors(place: str, moments: Moments) -> dict[str, Tensor]:
-    found = {f"{place}/{part}": getattr(moments, part) for part in FIELDS}
-    return {name: value.clone() for name, value in found.items() if value is not None}
-
-
-def _moments(place: str, samples: int, tensors: Mapping[str, Tensor]) -> Moments:
-    found = {part: tensors.get(f"{place}/{part}") for part in FIELDS}
-    if found["mean"] is None or found["variance"] is None or samples < 1:
-        raise ValueError(f"the moments at {place} are not whole")
-    return Moments(samples, **found)  # type: ignore[arg-type]
+    return Scored(importances_of(kept.diagnosis, scores), consumed, config, kept.weights)

@@ -27,8 +27,12 @@ from cria_prune.pipeline import PruneResult, prune
 from cria_prune.progress import QUIET, Progress
 from cria_prune.recover import recover
 from cria_prune.recover.state import NAME as STATE
+from cria_prune.resume.rounds import facts_of
 from cria_prune.tasks import Task, task
 from cria_prune.tasks.base import fingerprint
+
+LEFT_OUT = ("diagnosis", "repairs", "seconds")
+"""Of a round, what a cell does not hold: the two that are long, and the seconds, which are added up."""
 
 
 def run_grids(
@@ -188,4 +192,5 @@ def _found(result: PruneResult) -> dict[str, Any]:
         "difference": None if verification is None else verification.difference,
         "split_half": sum(known) / len(known) if known else None,
         "kept": {name: len(stays) for name, stays in result.plan.kept.items()},
+        "rounds": [facts_of(item, LEFT_OUT) for item in result.rounds],
     }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cria_prune.artifact.files import write_text
 from cria_prune.artifact.folder_report import folder_page
-from cria_prune.artifact.history import read_run, write_run
+from cria_prune.artifact.history import History, read_run, write_run
 from cria_prune.artifact.html import is_page
 from cria_prune.cli import show
 from cria_prune.cli.folder import REPORT, check_file
@@ -45,14 +45,10 @@ def written_by_cria(path: Path) -> bool:
 def keep_run(job: Job, result: PruneResult) -> None:
     """Write what the report needs into the output folder, of a run that pruned."""
     page = show.report(result, job.results, job.target.task.metric, job.origin)
-    history = [
-        {name: {"scores": scores, "kept": item.kept[name]} for name, scores in item.scores.items()}
-        for item in result.rounds
-    ]
-    write_run(job.output, page, history, result.graphs or {})
+    write_run(job.output, page, result.rounds, result.graphs or {})
 
 
-def earlier_run(job: Job) -> Any:
+def earlier_run(job: Job) -> History | None:
     """Return what the checkpoint that a job goes on from keeps of its run; None if nothing whole."""
     try:
         return None if job.target.checkpoint is None else read_run(Path(job.target.checkpoint))
@@ -61,12 +57,13 @@ def earlier_run(job: Job) -> Any:
         return None
 
 
-def keep_recovered(job: Job, before: Any) -> None:
+def keep_recovered(job: Job, before: History) -> None:
     """Write the run that was pruned before, now recovered, into the output folder."""
-    page, history, graphs = before
+    page = before.page
     earlier: list[Mapping[str, Any]] = [*page.get("earlier", []), page["provenance"]]
     seconds = dict(page.get("seconds", {}))
     for stage, spent in job.results["seconds"].items():
         seconds[stage] = round(seconds.get(stage, 0.0) + spent, 3)
     page = {**page, **job.results, "seconds": seconds, "rounds": page["rounds"]}
-    write_run(job.output, {**page, "provenance": job.origin, "earlier": earlier}, history, graphs)
+    page = {**page, "provenance": job.origin, "earlier": earlier}
+    write_run(job.output, page, before.rounds, before.graphs)

@@ -188,7 +188,6 @@ def report(
         "widths": {
             group.name: [group.size, result.groups[group.name].size] for group in result.dense.prunable
         },
-        "diagnosis": [dict(item.diagnosis) for item in result.rounds],
         "frozen": {group.name: group.frozen for group in result.dense if group.frozen is not None},
         "provenance": dict(origin),
         "config": result.config.model_dump(mode="json"),

@@ -21,10 +21,10 @@ from cria_prune.dispatched import Weights, structure_of
 from cria_prune.errors import ArtifactError, ConfigError, CriterionError, SignalError
 from cria_prune.offload.check import load_dispatched
 from cria_prune.offload.rounds import OffloadedRound, Rounds, Standing
-from cria_prune.offload.state import FinishedRounds, identity_of
 from cria_prune.offload.walk import Places, all_rounds, work_folder
 from cria_prune.plan import Plan, compose
 from cria_prune.progress import QUIET, Progress, clock
+from cria_prune.resume.turns import FinishedRounds, identity_of
 from cria_prune.scope import check_target
 from cria_prune.structure import UnitGroups
 from cria_prune.surgery import Verification

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cria_prune.modules import give_back, named_tensors
-from cria_prune.offload.spilled import Spilled
+from cria_prune.resume.turns import Spilled
 from cria_prune.structure import UnitGroups
 from cria_prune.surgery import Repair, compensate
 

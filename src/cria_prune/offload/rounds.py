@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +17,15 @@ from cria_prune.dispatched import Weights
 from cria_prune.modules import give_back
 from cria_prune.offload.check import verify_folder
 from cria_prune.offload.repair import repair
-from cria_prune.offload.state import TurnStore
 from cria_prune.offload.turns import score_in_turns
 from cria_prune.offload.write import floats, write_model
 from cria_prune.plan import Plan
 from cria_prune.plan import plan as make_plan
 from cria_prune.progress import Progress, clock
-from cria_prune.result import Round
-from cria_prune.rounds import RoundFacts, restored
+from cria_prune.result import OffloadedRound
+from cria_prune.resume.turns import TurnStore
 from cria_prune.scope import Scope
-from cria_prune.store import State
 from cria_prune.structure import UnitGroups, shrink
-
-
-@dataclass(frozen=True)
-class OffloadedRound(Round):
-    """What one round did; its verification is against the folder that the round began with, repaired.
-
-    Attributes:
-        turns: in how many parts the groups were recorded; 0 where nothing was.
-    """
-
-    turns: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,15 +95,11 @@ class Rounds:
             allowed=self.scope.allowed,
         )  # fmt: skip
 
-    def again(
-        self, groups: UnitGroups, known: RoundFacts, scores: State, turns: int
-    ) -> tuple[Plan, UnitGroups, OffloadedRound]:
-        """Return what a finished round left, by what is kept of it: plan, groups after it, what it did."""
-        values = {name: item.numpy() for name, item in scores.items()}
+    def again(self, groups: UnitGroups, known: OffloadedRound) -> tuple[Plan, UnitGroups, OffloadedRound]:
+        """Return what a finished round left: its plan, made again, the groups after it, what it did."""
+        values = {name: np.array(found) for name, found in known.scores.items()}
         step = self.plan(groups, values, known.number)
-        done = restored(known, values, step)
-        fields = {item.name: getattr(done, item.name) for item in dataclasses.fields(done)}
-        return step, shrink(groups, step.kept), OffloadedRound(**fields, turns=turns)
+        return step, shrink(groups, step.kept), replace(known, kept=dict(step.kept))
 
     def cut(
         self, before: Standing, number: int, folder: Path, scratch: Path, seconds: dict[str, float]

@@ -21,12 +21,11 @@ from cria_prune.criteria.score import check_telling
 from cria_prune.dispatched import bytes_of
 from cria_prune.modules import device_of, give_back
 from cria_prune.offload.chain import Chain, outputs
-from cria_prune.offload.spilled import Spilled
-from cria_prune.offload.state import TurnStore
 from cria_prune.progress import Progress
 from cria_prune.record.collect import limited
 from cria_prune.record.signals import Collector
 from cria_prune.record.states import reads_of
+from cria_prune.resume.turns import Spilled, TurnStore
 from cria_prune.spectrum import Importance
 from cria_prune.structure import UnitGroup, UnitGroups
 

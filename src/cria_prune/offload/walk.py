@@ -16,11 +16,9 @@ from cria_prune.base.events import passed
 from cria_prune.dispatched import structure_of
 from cria_prune.offload.check import load_dispatched
 from cria_prune.offload.rounds import OffloadedRound, Rounds, Standing
-from cria_prune.offload.state import FinishedRounds
 from cria_prune.plan import Plan
 from cria_prune.progress import clock
-from cria_prune.rounds import RoundFacts
-from cria_prune.store import State
+from cria_prune.resume.turns import FinishedRounds
 from cria_prune.structure import UnitGroups
 
 
@@ -78,7 +76,7 @@ def all_rounds(
     places: Places,
     before: Standing,
     finished: FinishedRounds | None,
-    known: Sequence[tuple[RoundFacts, State, int]],
+    known: Sequence[OffloadedRound],
     seconds: dict[str, float],
 ) -> tuple[list[Plan], list[OffloadedRound], nn.Module]:
     """Do the rounds that are left, of which the last is always one.
@@ -93,7 +91,7 @@ def all_rounds(
     """
     plans, done, last = list[Plan](), list[OffloadedRound](), rounds.config.plan.rounds
     for kept in known:
-        step, groups, item = rounds.again(before.groups, *kept)
+        step, groups, item = rounds.again(before.groups, kept)
         before = replace(before, groups=groups)
         plans.append(step)
         done.append(item)

@@ -30,10 +30,9 @@ from cria_prune.recover.guard import (
 )
 from cria_prune.recover.loss import Distilled
 from cria_prune.recover.result import RecoverResult
-from cria_prune.recover.run import Metric, Run
-from cria_prune.recover.source import Batches, Source
+from cria_prune.recover.run import Batches, Metric, Run, Source
 from cria_prune.recover.state import Keeper, identity
-from cria_prune.store import State, code_version
+from cria_prune.resume.store import State, code_version
 
 
 def recover(

@@ -9,7 +9,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from cria_prune.store import State
+from cria_prune.resume.store import State
 
 
 def trained(model: nn.Module) -> State:

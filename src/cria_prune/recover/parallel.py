@@ -16,7 +16,7 @@ from cria_prune.loss import Loss
 from cria_prune.modules import digest
 from cria_prune.ranks import World, lost
 from cria_prune.recover.guard import generators, isolated, set_generators
-from cria_prune.store import State
+from cria_prune.resume.store import State
 
 
 class _Step(nn.Module):

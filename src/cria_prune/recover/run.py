@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cria_prune.base.events import passed
 from cria_prune.batches import Batch, move
 from cria_prune.config import RecoverConfig
-from cria_prune.errors import SignalError
+from cria_prune.errors import DataError, SignalError
 from cria_prune.loss import Loss
 from cria_prune.progress import Bar, Progress
 from cria_prune.ranks import alone, world
@@ -27,18 +27,43 @@ from cria_prune.recover.guard import (
     snapshot,
     trained,
 )
-from cria_prune.recover.kept import due, go_on, keep
 from cria_prune.recover.parallel import Parallel, generators_kept
 from cria_prune.recover.result import Epoch
 from cria_prune.recover.schedule import make_optimizer, rate
-from cria_prune.recover.source import Source
 from cria_prune.recover.state import Keeper
-from cria_prune.store import State
+from cria_prune.resume.store import State
 
 if TYPE_CHECKING:
     from cria_prune.recover.sharded import Sharded
 
+Batches = Iterable[Batch] | Callable[[int], Iterable[Batch]]
+"""The training batches of a fine-tune: one collection for all epochs, or one for each, by its number."""
 Metric = Callable[[nn.Module], float]
+
+
+class Source:
+    """Batches of one epoch, always with a length."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = list(batches) if isinstance(batches, Iterator) else batches
+
+    def sized(self, epoch: int) -> tuple[Iterable[Batch], int]:
+        """Return the batches of an epoch (from 0) and their number.
+
+        Raises:
+            DataError: there are none.
+        """
+        batches = self.batches(epoch) if callable(self.batches) else self.batches
+        try:
+            count = len(batches)  # type: ignore[arg-type]
+        except TypeError:
+            batches = list(batches)
+            count = len(batches)
+        if count == 0:
+            raise DataError(
+                "A fine-tune", f"epoch {epoch} has no batches", "Pass at least one training batch"
+            )
+        return batches, count
 
 
 class Run:
@@ -170,7 +195,7 @@ class Run:
                 nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
             optimizer.step()
             self.step += 1
-            if self.keeper is not None and due(self, self.keeper):
+            if self.keeper is not None and self.keeper.due(self):
                 self.read(bar)
                 self.save()
         self.read(bar)
@@ -252,11 +277,11 @@ class Run:
     def save(self) -> None:
         """Keep the state on disk, if that is wanted; all processes call it, and the first one writes."""
         if self.keeper is not None:
-            keep(self, self.keeper)
+            self.keeper.keep(self)
 
     def resume(self, source: Source) -> bool:
-        """Go on from the state on disk; say whether there was one. Errors as in `go_on`."""
-        return self.keeper is not None and self.config.epochs > 0 and go_on(self, self.keeper, source)
+        """Go on from the state on disk; say whether there was one. Errors as in `Keeper.go_on`."""
+        return self.keeper is not None and self.config.epochs > 0 and self.keeper.go_on(self, source)
 
     def broken(self, found: str) -> SignalError:
         """Return the error for a training that diverged."""

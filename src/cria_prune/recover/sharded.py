@@ -25,7 +25,7 @@ from cria_prune.modules import copy_of
 from cria_prune.ranks import World, lost
 from cria_prune.recover.loss import Distilled
 from cria_prune.recover.parallel import Parallel, of_others
-from cria_prune.store import State
+from cria_prune.resume.store import State
 
 DOING = "Recovering by FSDP"
 

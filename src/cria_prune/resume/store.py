@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,6 +23,21 @@ from cria_prune.modules import digest
 ANOTHER = "Pass another folder, or remove this one to start anew"
 
 State = dict[str, Tensor]
+
+
+class Facts(BaseModel):
+    """What a state says beside its tensors: its fields, which are plain JSON.
+
+    Attributes:
+        identity: what makes the work this one; a state of another identity is refused.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    identity: dict[str, Any]
+
+
+Known = TypeVar("Known", bound=Facts)
 
 
 class Store:
@@ -130,6 +146,47 @@ class Store:
         return ArtifactError(f"Reading the state of a {self.work}, {self.path}", found, ANOTHER)
 
 
+class TypedStore(Generic[Known]):
+    """A store whose states are all of one form, and of one piece of work.
+
+    Args:
+        store: where they are.
+        form: of what a state says.
+        identity: what makes the work this one, plain JSON.
+    """
+
+    def __init__(self, store: Store, form: type[Known], identity: Mapping[str, Any]) -> None:
+        self.store, self.form, self.identity = store, form, dict(identity)
+
+    def write(self, parts: Mapping[str, Mapping[str, Tensor]], **facts: Any) -> None:
+        """Replace the state: tensors by part and name, the fields of `form`; errors as in `Store.write`."""
+        said = self.form(**{"identity": self.identity, **facts})
+        self.store.write(said.model_dump(mode="json"), parts)
+
+    def read(self, late: Callable[[], Mapping[str, Any]] = dict) -> tuple[Known, dict[str, State]] | None:
+        """Return what the state says and its tensors by part, on the CPU; None where there is none.
+
+        Args:
+            late: what belongs to the identity too, but is dear to know; only asked where there is a state.
+
+        Raises:
+            ArtifactError: it is damaged, or of another work.
+        """
+        found = self.store.read()
+        if found is None:
+            return None
+        try:
+            facts = self.form.model_validate(found[0])
+        except ValidationError as error:
+            raise self.store.damaged(str(error)) from error
+        self.store.check(facts.identity, {**self.identity, **late()})
+        return facts, found[1]
+
+    def damaged(self, error: Exception) -> ArtifactError:
+        """Return the error for a state whose parts do not fit together."""
+        return self.store.damaged(str(error))
+
+
 def weights_of(networks: Mapping[str, nn.Module], work: str) -> dict[str, Any]:
     """Return what makes networks these ones: dtypes and shapes of the first one, hashes of all weights.
 
@@ -157,7 +214,7 @@ def weights_of(networks: Mapping[str, nn.Module], work: str) -> dict[str, Any]:
 def code_version() -> str:
     """Return a hash of the package's own source: another version may round otherwise."""
     total = hashlib.sha256()
-    root = Path(__file__).parent
+    root = Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
         total.update(path.relative_to(root).as_posix().encode() + b"\n" + path.read_bytes())
     return total.hexdigest()
