@@ -19,8 +19,9 @@ import tables
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "cria_prune"
 BASE = {"attention", "errors", "config", "batches", "dispatched", "progress", "modules", "loss", "metrics"}
-BASE |= {"ranks", "store"}
+BASE |= {"base", "ranks", "store"}
 MAY_IMPORT = {
+    "base": {"errors"},
     "structure": BASE,
     "graph": {"errors"},
     "spectrum": {"errors", "graph"},
