@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cria_prune.record.memory import GroupMemory
@@ -54,7 +54,7 @@ class MemoryPrediction:
 
     model: int
     stages: tuple[Stage, ...]
-    groups: tuple[GroupMemory, ...]
+    groups: tuple[GroupMemory, ...] = field(repr=False)
     passes: int
     recorded: int
     gradients: str | None

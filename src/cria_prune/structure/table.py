@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cria_prune.base.screen import screenful
 from cria_prune.structure.fold import Fold, Row, braced, fold, merged
 
 LOOSE = ("group", "kind", "units", "params/unit", "MACs/unit")
 FLOW = "producers → consumers"
 FROZEN = ("frozen", "kind", "why", "units")
 SHOWN_NAMES = 4
-LINES, WIDTH = 40, 110
-"""Of a table as plain text, at most."""
 
 
 def plain(rows: Sequence[Row]) -> str:
@@ -23,25 +22,20 @@ def plain(rows: Sequence[Row]) -> str:
         [(None, [*LOOSE, FLOW]), *((item, [*cells, flow(item)]) for item, cells in loose)],
         [(item, [name, kind, units, why]) for item, (name, kind, why, units) in stuck],
     ]
-    lines: list[tuple[str, int]] = []
-    for block in blocks:
-        if len(block) > 1:
-            counts = [0 if item is None else item.count for item, _ in block]
-            lines += zip(_aligned([cells for _, cells in block]), counts, strict=True)
-    hidden = sum(count for _, count in lines[LINES:])
-    more = [f"... and {hidden} more groups"] if hidden else []
-    return "\n".join([*(line for line, _ in lines[:LINES]), *more])
+    shown = [block for block in blocks if len(block) > 1]
+    lines = [line for block in shown for line in _aligned([cells for _, cells in block])]
+    counts = [0 if item is None else item.count for block in shown for item, _ in block]
+    return "\n".join(screenful(lines, counts))
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows as lines of at most `WIDTH` characters; counts are flush right."""
+    """Return rows as lines; counts are flush right."""
     columns = []
     for head, *cells in zip(*rows, strict=True):
         width = max(map(len, (head, *cells)))
         flush = str.rjust if head in ("units", *LOOSE[3:]) else str.ljust
         columns.append([flush(cell, width) for cell in (head, *cells)])
-    lines = ("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
-    return [line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…" for line in lines]
+    return ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
 
 
 def sections(folds: Sequence[Fold]) -> list[tuple[Fold | None, list[str]]]:
