@@ -16,8 +16,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from cria_prune.cli.fold import fold, merged
-from cria_prune.cli.inventory import Row, inventory
+from cria_prune.cli.inventory import inventory
 from cria_prune.cli.main import app
 from cria_prune.cli.sources import load_source, parse_shape
 from cria_prune.cli.tree import Node, module_tree
@@ -26,6 +25,7 @@ from cria_prune.errors import ArtifactError, ConfigError, CriaError, DataError
 from cria_prune.pipeline import discover
 from cria_prune.plan import count_macs, identity_plan, make_plan
 from cria_prune.structure import shrink
+from cria_prune.structure.fold import Row, fold, merged
 from cria_prune.surgery import apply
 from cria_prune.tasks.examples import example_inputs
 from cria_prune.tasks.pretrained import load_pretrained

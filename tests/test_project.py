@@ -16,9 +16,9 @@ import tables
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "cria_prune"
 BASE = {"attention", "errors", "config", "batches", "dispatched", "progress", "modules", "loss", "metrics"}
-BASE |= {"ranks", "base"}
+BASE |= {"base", "ranks"}
 MAY_IMPORT: dict[str, set[str]] = {
-    "base": set(),
+    "base": {"errors"},
     "structure": BASE,
     "graph": {"errors"},
     "spectrum": {"base", "errors", "graph"},

@@ -7,41 +7,38 @@ loads. `prune` runs discover to verify, round by round; `score_once` keeps score
 size; `prune_offloaded` does without the model in memory; `ablate` measures whether scores are worth anything.
 """
 
-from importlib.metadata import version
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from cria_prune.ablation import ablate
-from cria_prune.artifact import (
-    LoadedCheckpoint,
-    load,
-    load_scores,
-    save,
-    save_padded,
-    save_pretrained,
-    save_scores,
-)
-from cria_prune.base.events import watch
-from cria_prune.config import (
-    PlanConfig,
-    PruneConfig,
-    RecordConfig,
-    RecoverConfig,
-    ScoreConfig,
-    preset,
-)
-from cria_prune.criteria import CRITERIA, register_criterion, score
-from cria_prune.errors import CriaError
-from cria_prune.memory import predict_memory
-from cria_prune.offload import prune_offloaded
-from cria_prune.pipeline import PruneResult, discover, prune
-from cria_prune.plan import Plan, plan
-from cria_prune.record import record
-from cria_prune.recover import recover
-from cria_prune.scored import Scored
-from cria_prune.scoring import score_once
-from cria_prune.structure import UnitGroup, UnitGroups
-from cria_prune.surgery import apply, verify
+if TYPE_CHECKING:
+    __version__: str
 
-__version__ = version("cria-prune")
+    from cria_prune.ablation import ablate
+    from cria_prune.artifact import (
+        LoadedCheckpoint,
+        load,
+        load_scores,
+        save,
+        save_padded,
+        save_pretrained,
+        save_scores,
+    )
+    from cria_prune.base.events import watch
+    from cria_prune.config import PlanConfig, PruneConfig, RecordConfig, RecoverConfig, ScoreConfig, preset
+    from cria_prune.criteria import CRITERIA, register_criterion, score
+    from cria_prune.errors import CriaError
+    from cria_prune.memory import predict_memory
+    from cria_prune.offload import prune_offloaded
+    from cria_prune.pipeline import PruneResult, discover, prune
+    from cria_prune.plan import Plan, plan
+    from cria_prune.record import record
+    from cria_prune.recover import recover
+    from cria_prune.scored import Scored
+    from cria_prune.scoring import score_once
+    from cria_prune.structure import UnitGroup, UnitGroups
+    from cria_prune.surgery import apply, verify
 
 __all__ = [
     "CRITERIA",
@@ -79,3 +76,60 @@ __all__ = [
     "verify",
     "watch",
 ]
+
+_HOMES = {
+    name: home
+    for home, names in {
+        "ablation": "ablate",
+        "artifact": "LoadedCheckpoint load load_scores save save_padded save_pretrained save_scores",
+        "config": "PlanConfig PruneConfig RecordConfig RecoverConfig ScoreConfig preset",
+        "base.events": "watch",
+        "criteria": "CRITERIA register_criterion score",
+        "errors": "CriaError",
+        "memory": "predict_memory",
+        "offload": "prune_offloaded",
+        "pipeline": "PruneResult discover prune",
+        "plan": "Plan plan",
+        "record": "record",
+        "recover": "recover",
+        "scored": "Scored",
+        "scoring": "score_once",
+        "structure": "UnitGroup UnitGroups",
+        "surgery": "apply verify",
+    }.items()
+    for name in names.split()
+}
+"""Public name -> the module under `cria_prune` that it is imported from when it is first asked for."""
+
+
+def _public(name: str) -> Any:
+    """Import a public name: torch takes seconds, and the command line answers many questions without it."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("cria-prune")
+    elif name in _HOMES:
+        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+if not TYPE_CHECKING:  # a checker that sees it believes in every name
+    __getattr__ = _public
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+class _Package(ModuleType):
+    """Keeps `cria_prune.plan`, `record` and `recover` the functions: a folder has each of these names too."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):  # the import system binds what it imports
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from cria_prune.base.optional import needed
 from cria_prune.errors import ConfigError
 
 
@@ -34,24 +35,40 @@ class StageConfig(BaseModel):
         return self.model_dump_json(indent=2)
 
     def to_yaml(self) -> str:
-        """Return the configuration as YAML."""
+        """Return the configuration as YAML.
+
+        Raises:
+            PackageError: pyyaml is not installed.
+        """
+        with needed("recipes", f"A {type(self).__name__} as YAML"):
+            import yaml
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     @classmethod
     def from_text(cls, text: str) -> Self:
-        """Read a configuration from YAML or JSON (JSON is YAML).
+        """Read a configuration from JSON or YAML.
 
         Raises:
             ConfigError: the text is not a mapping, or a key or value is not valid.
+            PackageError: it is no JSON, and pyyaml is not installed.
         """
         asked = f"A {cls.__name__} from text"
         try:
-            values = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(asked, str(error), "Write valid YAML or JSON") from error
+            values = json.loads(text)
+        except ValueError:
+            values = _from_yaml(text, asked)
         if not isinstance(values, dict):
             raise ConfigError(asked, f"found {type(values).__name__}", "Write a mapping")
         return cls(**values)
+
+
+def _from_yaml(text: str, asked: str) -> Any:
+    with needed("recipes", f"{asked} that is no JSON"):
+        import yaml
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(asked, str(error), "Write valid YAML or JSON") from error
 
 
 class RecordConfig(StageConfig):

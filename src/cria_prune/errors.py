@@ -61,5 +61,9 @@ class CertificateError(CriaError):
     """A saved model cannot be loaded by its library alone, or computes something else there."""
 
 
+class PackageError(CriaError, ImportError):
+    """A package that comes with an extra of cria-prune is missing."""
+
+
 class RankError(CriaError):
     """Of several processes one has failed, is gone, or does something else than the others."""

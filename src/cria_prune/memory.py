@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -269,7 +269,7 @@ class MemoryPrediction:
 
     model: int
     stages: tuple[Stage, ...]
-    groups: tuple[GroupMemory, ...]
+    groups: tuple[GroupMemory, ...] = field(repr=False)
     passes: int
     recorded: int
     gradients: str | None

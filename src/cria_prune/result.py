@@ -37,12 +37,12 @@ class Round:
     number: int
     report: Mapping[str, float | str]
     seconds: Mapping[str, float]
-    scores: Mapping[str, tuple[float, ...]]
-    kept: Mapping[str, tuple[int, ...]]
-    diagnosis: Mapping[str, dict[str, Any]]
+    scores: Mapping[str, tuple[float, ...]] = field(repr=False)
+    kept: Mapping[str, tuple[int, ...]] = field(repr=False)
+    diagnosis: Mapping[str, dict[str, Any]] = field(repr=False)
     verification: Verification | None
     metric: float | None
-    repairs: tuple[Repair, ...] = ()
+    repairs: tuple[Repair, ...] = field(default=(), repr=False)
     batch_norms: int = 0
     batch_norms_kept: str = ""
 
@@ -58,7 +58,7 @@ class OffloadedRound(Round):
     turns: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PruneResult:
     """What `prune` gives back; prints as a table of the rounds.
 
@@ -73,14 +73,18 @@ class PruneResult:
             takes; empty where nothing is recorded, None if not asked for.
     """
 
-    model: nn.Module = field(repr=False)
+    model: nn.Module
     plan: Plan
-    dense: UnitGroups = field(repr=False)
-    groups: UnitGroups = field(repr=False)
+    dense: UnitGroups
+    groups: UnitGroups
     rounds: tuple[Round, ...]
     config: PruneConfig
     seconds: float
-    graphs: Mapping[str, NeuronGraphs] | None = field(default=None, repr=False)
+    graphs: Mapping[str, NeuronGraphs] | None = None
+
+    def __repr__(self) -> str:
+        reached, of = self.report["reached"], self.config.plan.of
+        return f"PruneResult({reached:.2%} of the {of} removed in {len(self.rounds)} rounds)"
 
     @property
     def report(self) -> Mapping[str, float | str]:

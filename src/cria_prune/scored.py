@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import nn
 
+from cria_prune.base.screen import screenful
 from cria_prune.config import PruneConfig
 from cria_prune.errors import ConfigError, StructureError
 from cria_prune.graph import Moments
@@ -17,9 +18,9 @@ from cria_prune.structure import UnitGroups
 Consumed = Mapping[str, Mapping[str, Moments]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Scored:
-    """The scores of a network's units, and what the repair of their consumers needs.
+    """The scores of a network's units, and what the repair of their consumers needs; prints as a table.
 
     Attributes:
         importances: group name -> importance of its units.
@@ -30,9 +31,17 @@ class Scored:
     """
 
     importances: Mapping[str, Importance]
-    consumed: Consumed | None = field(repr=False)
-    config: PruneConfig = field(repr=False)
+    consumed: Consumed | None
+    config: PruneConfig
     weights: str
+
+    def __repr__(self) -> str:
+        return f"Scored({self.config.score.criterion}, {len(self.importances)} groups)"
+
+    def __str__(self) -> str:
+        width = max(map(len, self.importances), default=0)
+        rows = [f"{name:{width}}  {found!r}" for name, found in self.importances.items()]
+        return "\n".join([f"scored by {self.config.score.criterion}", *screenful(rows)])
 
     def applied(self, config: PruneConfig) -> PruneConfig:
         """Return a configuration with these scores' own recording and criterion.

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cria_prune.base.optional import needed
 from cria_prune.batches import Batch
 from cria_prune.config import PruneConfig
-from cria_prune.errors import ConfigError, StructureError
+from cria_prune.errors import StructureError
 from cria_prune.loss import Loss
 from cria_prune.modules import named_tensors
 from cria_prune.pipeline import again, find_criterion
@@ -179,11 +180,6 @@ def _relative(scores: Tensor) -> Tensor:
 
 
 def _library() -> ModuleType:
-    try:
+    with needed("torch-pruning", "An importance for Torch-Pruning"):
         import torch_pruning
-    except ImportError as error:
-        raise ConfigError(
-            "An importance for Torch-Pruning", f"the package is not there ({error})",
-            "pip install torch-pruning",
-        ) from error  # fmt: skip
     return torch_pruning

@@ -6,10 +6,13 @@ two things apart by colour alone: markers, dashes or places differ too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import cycle, islice, takewhile
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from cria_prune.artifact.files import atomic
+from cria_prune.base.optional import needed
 from cria_prune.metrics import Metric
 
 if TYPE_CHECKING:
@@ -23,10 +26,34 @@ WIDE, NARROW = 4.2, 2.6
 """Widths in inches: a picture on a telephone, and one of two side by side there."""
 
 
+def write_picture(path: Path, title: str, size: tuple[float, float], draw: Callable[[Axes], Any]) -> None:
+    """Write a PNG, whole or not at all.
+
+    Args:
+        path: the file.
+        title: above the picture.
+        size: width and height in inches.
+        draw: takes the axes.
+
+    Raises:
+        PackageError: matplotlib is not installed.
+        ArtifactError: the system refuses.
+    """
+    with needed("report", f"The picture {path}"):
+        from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title, fontsize=8, parse_math=False)
+    draw(figure.subplots())
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=160)
+
+
 def axes_of(ax: Axes | None, size: tuple[float, float]) -> Axes:
     """Return the axes without its upper and right line, or new ones of `size` inches."""
     if ax is None:
-        from matplotlib.figure import Figure
+        with needed("report", "A picture"):
+            from matplotlib.figure import Figure
 
         ax = Figure(figsize=size, layout="constrained").subplots()
     ax.spines[["top", "right"]].set_visible(False)

@@ -10,7 +10,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 
 from cria_prune.artifact.certificate import Certificate
@@ -87,6 +86,8 @@ def render_card(
 
 def source_metadata(source: Path) -> dict[str, Any]:
     """Return `license`, `language` and `tags` of the card in a folder: short words and lists of them only."""
+    import yaml  # comes with transformers, whose models alone have a card
+
     path = source / "README.md"
     try:
         if not is_plain_file(path) or path.stat().st_size > LARGEST:
@@ -126,6 +127,8 @@ def parameter_counts(model: nn.Module, plan: Plan) -> tuple[int, int]:
 
 
 def _head(taken: Mapping[str, Any], base: str | None, library: str) -> str:
+    import yaml
+
     tags = taken.get("tags", [])
     tags = tags if isinstance(tags, list) else [tags]
     values: dict[str, Any] = {"library_name": library}

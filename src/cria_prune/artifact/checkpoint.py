@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,9 @@ class LoadedCheckpoint:
         manifest: the whole manifest: config, provenance, results and the rest.
     """
 
-    model: nn.Module
+    model: nn.Module = field(repr=False)
     plan: Plan
-    manifest: Mapping[str, Any]
+    manifest: Mapping[str, Any] = field(repr=False)
 
 
 def save(

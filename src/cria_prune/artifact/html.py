@@ -14,6 +14,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from cria_prune.artifact.page import PAGE
+from cria_prune.base.optional import needed
 from cria_prune.metrics import metric
 
 if TYPE_CHECKING:
@@ -57,8 +58,9 @@ def figure(draw: Callable[[Axes], Any], size: tuple[float, float], label: str, c
         label: what a reader without eyes is told.
         caption: HTML below the picture.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
+    with needed("report", "The pictures of a report"):
+        import matplotlib
+        from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
         drawn = Figure(figsize=size, layout="constrained")

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from scipy.stats import t
+from scipy.special import stdtrit  # the quantile of Student's t; scipy.stats takes as long to import as torch
 
 LEVEL = 0.95
 
@@ -26,4 +26,4 @@ def mean_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float,
     if len(values) < 2:
         return mean, None
     spread = statistics.stdev(values) / math.sqrt(len(values))
-    return mean, float(t.ppf((1 + level) / 2, len(values) - 1)) * spread
+    return mean, float(stdtrit(len(values) - 1, (1 + level) / 2)) * spread

@@ -1,1 +1,1 @@
-"""What every other folder stands on; it knows none of them."""
+"""What every room stands on: errors, batches, devices, ranks, progress, files."""

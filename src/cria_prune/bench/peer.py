@@ -11,13 +11,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import nn
 
 from cria_prune import pipeline
+from cria_prune.base.optional import needed
 from cria_prune.batches import Batch, batch_size, map_tensors, move
 from cria_prune.config import PruneConfig
 from cria_prune.errors import ConfigError
@@ -92,12 +92,8 @@ def prune_by_peer(name: str, model: nn.Module, batches: list[Batch], config: Pru
 
 def _library(name: str, config: PruneConfig) -> Any:
     """Return Torch-Pruning, if it is there and can do what the configuration asks."""
-    try:
-        library = import_module("torch_pruning")
-    except ImportError as error:
-        raise ConfigError(
-            f"The criterion {name}", "torch-pruning is not installed", "pip install --no-deps torch-pruning"
-        ) from error
+    with needed("torch-pruning", f"The criterion {name}"):
+        import torch_pruning as library
     if config.plan.of not in ("parameters", "macs"):
         raise ConfigError(
             f"{name} on a share of the {config.plan.of}",

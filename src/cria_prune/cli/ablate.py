@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cria_prune.ablated import COLUMNS, Ablation
 from cria_prune.ablation import SHARES, check_seeds, check_shares
 from cria_prune.ablation import ablate as sweep
-from cria_prune.artifact.files import atomic, write_json
+from cria_prune.artifact.files import write_json
 from cria_prune.artifact.plots_metric import plot_ablation
 from cria_prune.artifact.provenance import provenance
 from cria_prune.batches import Batch, batch_size
@@ -17,6 +18,7 @@ from cria_prune.cli import target
 from cria_prune.cli.folder import claimed, interrupts_wait
 from cria_prune.cli.job import rounded
 from cria_prune.cli.looks import check_measured
+from cria_prune.cli.reports import picture
 from cria_prune.cli.settings import Params, pick_device, prune_config, texts_of
 from cria_prune.cli.talk import Talk
 from cria_prune.cli.target import Target
@@ -59,8 +61,8 @@ def ablate(params: Params, command: list[str]) -> None:
             "tested_on": tested_on,
         }
         show(talk, result, head)
-        keep(folder, {**result.to_dict(), **head, **described(config), "provenance": origin})
-        talk.say(f"result {folder / RESULT}, picture {folder / PICTURE}")
+        drawn = keep(folder, {**result.to_dict(), **head, **described(config), "provenance": origin})
+        talk.say(f"result {folder / RESULT}, {drawn}")
     answer = {key: value for key, value in result.to_dict().items() if key != "curves"}
     talk.answer(
         {**head, **answer, "seed": seed, "device": str(device), "output": str(folder),
@@ -115,16 +117,10 @@ def described(config: PruneConfig) -> dict[str, Any]:
     return {"config": {"record": values["record"], "score": values["score"], "plan": scope}}
 
 
-def keep(folder: Path, values: dict[str, Any]) -> None:
-    """Write the result and the picture, each whole or not at all."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.4, 3.6), layout="constrained")
-    figure.suptitle(
-        f"{values['target']}, {values['criterion']}: {values['tested_on']}", fontsize=8, parse_math=False
-    )
-    plot_ablation(values, figure.subplots())
+def keep(folder: Path, values: dict[str, Any]) -> str:
+    """Write the result and the picture, each whole or not at all; return what became of the picture."""
+    title = f"{values['target']}, {values['criterion']}: {values['tested_on']}"
     with interrupts_wait():
-        with atomic(folder / PICTURE) as temporary:
-            figure.savefig(temporary, format="png", dpi=160)
+        drawn = picture(folder / PICTURE, title, (5.4, 3.6), partial(plot_ablation, values))
         write_json(folder / RESULT, values, allow_nan=False)
+    return drawn

@@ -21,7 +21,7 @@ from cria_prune.cli.settings import Params, pick_device
 from cria_prune.cli.talk import Kept, Talk
 from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig
-from cria_prune.errors import ConfigError
+from cria_prune.errors import ConfigError, PackageError
 from cria_prune.pipeline import PruneResult
 from cria_prune.progress import clock
 from cria_prune.ranks import world
@@ -87,8 +87,12 @@ def _finish(job: Job, result: PruneResult | None, before: Any) -> None:
         reports.keep_recovered(job, before)
     else:
         return
-    path = write_text(Path(job.output) / REPORT, folder_page(job.output).html)
-    job.talk.say(f"report {path}")
+    try:
+        page = folder_page(job.output).html
+    except PackageError as error:
+        job.talk.say(f"no report now: {error}, then run cria report {job.output}")
+        return
+    job.talk.say(f"report {write_text(Path(job.output) / REPORT, page)}")
 
 
 def check_target(found: Target, config: PruneConfig) -> None:

@@ -4,41 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
-from cria_prune.plan import Budget, largest_reachable
-from cria_prune.structure import UnitGroup, UnitGroups, without_residual
+from cria_prune.plan import Budget, count_macs, count_parameters, largest_reachable
+from cria_prune.structure import UnitGroups, without_residual
+from cria_prune.structure.fold import Row
 
-Status = Literal["prunable", "residual", "frozen"]
 SHARES = ("parameters", "prunable", "macs")
-LAST_UNIT = "has one unit, and one always stays"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A unit group as `inspect --json` prints it; the attributes are the keys.
-
-    Attributes:
-        name: of the group: the module that makes its first slice.
-        kind: channel, neuron, gated, head, kv group or residual.
-        units: how many there are.
-        status: `prunable`; `residual`, which is pruned only with --residual; or `frozen`.
-        frozen: why it cannot be pruned, or None.
-        parameters_per_unit: parameters that leave when one unit leaves and nothing else; None if frozen.
-        macs_per_unit: multiply-accumulates per example that leave with it; None if frozen.
-        producers: parameters whose output dimension the units are.
-        consumers: parameters that sum over the units.
-    """
-
-    name: str
-    kind: str
-    units: int
-    status: Status
-    frozen: str | None
-    parameters_per_unit: int | None
-    macs_per_unit: float | None
-    producers: tuple[str, ...]
-    consumers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -75,40 +47,14 @@ def inventory(groups: UnitGroups, floor: float) -> Inventory:
         groups: as `discover` found them, with their residual widths.
         floor: share of each group's units that always stays.
     """
-    parameters, macs = Budget(groups, "parameters"), Budget(groups, "macs")
-    counters = parameters.ledger(groups), macs.ledger(groups)
-    prunable = {group.name for group in groups.prunable}
-    rows = []
-    for group in groups:
-        costs: tuple[float | None, float | None] = (None, None)
-        if group.name in prunable:
-            costs = tuple(ledger.count() - ledger.count({group.name: group.size - 1}) for ledger in counters)  # type: ignore[assignment]
-        rows.append(_row(group, group.name in prunable, *costs))
     inner = without_residual(groups)
     return Inventory(
-        rows=tuple(rows),
-        parameters=int(parameters.total),
-        macs=macs.total,
+        rows=groups.rows(),
+        parameters=count_parameters(groups),
+        macs=count_macs(groups),
         floor=floor,
         removable=_shares(inner, floor),
         removable_with_residual=_shares(groups, floor),
-    )
-
-
-def _row(group: UnitGroup, prunable: bool, parameters: float | None, macs: float | None) -> Row:
-    status: Status = "frozen"
-    if prunable:
-        status = "residual" if group.kind == "residual" else "prunable"
-    return Row(
-        name=group.name,
-        kind=group.kind,
-        units=group.size,
-        status=status,
-        frozen=None if prunable else group.frozen or LAST_UNIT,
-        parameters_per_unit=None if parameters is None else int(parameters),
-        macs_per_unit=macs,
-        producers=tuple(sorted({item.tensor for item in group.producers})),
-        consumers=tuple(sorted({item.tensor for item in group.consumers})),
     )
 
 

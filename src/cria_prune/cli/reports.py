@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cria_prune.artifact.canvas import write_picture
 from cria_prune.artifact.files import write_text
 from cria_prune.artifact.folder_report import folder_page
 from cria_prune.artifact.history import History, read_run, write_run
@@ -14,9 +15,11 @@ from cria_prune.cli import show
 from cria_prune.cli.folder import REPORT, check_file
 from cria_prune.cli.settings import Params
 from cria_prune.cli.talk import Talk
-from cria_prune.errors import ArtifactError
+from cria_prune.errors import ArtifactError, PackageError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from cria_prune.cli.job import Job
     from cria_prune.pipeline import PruneResult
 
@@ -31,6 +34,15 @@ def report(params: Params) -> None:
     write_text(output, found.html)
     talk.say(f"report {output}")
     talk.answer({"folder": str(folder), "kind": found.kind, "layer": found.layer, "output": str(output)})
+
+
+def picture(path: Path, title: str, size: tuple[float, float], draw: Callable[[Axes], Any]) -> str:
+    """Write a picture and return words that name it, or that say what it is left out for."""
+    try:
+        write_picture(path, title, size, draw)
+    except PackageError as error:
+        return f"left out: {error}"
+    return f"picture {path}"
 
 
 def written_by_cria(path: Path) -> bool:

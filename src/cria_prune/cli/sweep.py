@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from torch import nn
 
-from cria_prune.artifact.files import atomic, write_json
+from cria_prune.artifact.files import write_json
 from cria_prune.artifact.folders import check_free
 from cria_prune.artifact.plots_metric import plot_tradeoff
 from cria_prune.artifact.scores import SCORES, load_scores
@@ -17,6 +17,7 @@ from cria_prune.cli import commands, show, target
 from cria_prune.cli.begin import check_target, dense_model, job_of, saved_as
 from cria_prune.cli.folder import interrupts_wait
 from cria_prune.cli.job import PRUNED, Job
+from cria_prune.cli.reports import picture
 from cria_prune.cli.scores import config_from, given_scores, keep_scores
 from cria_prune.cli.settings import Params, texts_of
 from cria_prune.cli.talk import Kept
@@ -49,12 +50,12 @@ def sweep(params: Params, command: list[str], kept: Kept) -> None:
         model = dense_model(job)
         if scored is None:
             scored = own_scores(job, model, configs[0])
-        members, here = list[Mapping[str, Any]](), world()
+        members, here, drawn = list[Mapping[str, Any]](), world(), ""
         for config in configs:
             members.append(member(job, model, scored.applied(config), scored))
-            here.lead("Keeping the sizes", lambda: keep(job, members))
+            drawn = here.lead("Keeping the sizes", lambda: keep(job, members))
         show.family(job.talk, members, found.metric)
-        job.talk.say(f"result {job.output / RESULT}, picture {job.output / PICTURE}")
+        job.talk.say(f"result {job.output / RESULT}, {drawn}")
         job.talk.answer({**job.results, "output": str(job.output), "family": members})
 
 
@@ -113,21 +114,17 @@ def member(job: Job, model: nn.Module, config: PruneConfig, scored: Scored) -> M
     return part.results
 
 
-def keep(job: Job, members: Sequence[Mapping[str, Any]]) -> None:
-    """Write the table and the picture of the sizes so far, each whole or not at all."""
+def keep(job: Job, members: Sequence[Mapping[str, Any]]) -> str:
+    """Write the table and the picture of the sizes so far, each whole or not at all; see `picture`."""
     metric = job.target.metric
     dense = job.results.get("dense", job.results.get("before"))
     points = [(item["parameters"], item["pruned"]) for item in members if "pruned" in item]
     size = members[0]["parameters_dense"]
-    figure = Figure(figsize=(5.4, 3.2), layout="constrained")
-    figure.suptitle(
-        f"{job.target.task.name}: one scoring ({members[0]['criterion']}), one round, no training",
-        fontsize=8, parse_math=False,
-    )  # fmt: skip
+    title = f"{job.target.task.name}: one scoring ({members[0]['criterion']}), one round, no training"
     series = {"pruned": points} if dense is None else {"dense": [(size, dense)], "pruned": points}
-    plot_tradeoff(series, figure.subplots(), metric.name)
+    draw = partial(plot_tradeoff, series, metric=metric.name)
     with interrupts_wait():
-        with atomic(Path(job.output) / PICTURE) as temporary:
-            figure.savefig(temporary, format="png", dpi=160)
+        drawn = picture(Path(job.output) / PICTURE, title, (5.4, 3.2), draw)
         values = {**job.results, "metric": metric.name, "family": list(members), "provenance": job.origin}
         write_json(Path(job.output) / RESULT, values)
+    return drawn

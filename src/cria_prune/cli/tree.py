@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from cria_prune.cli.fold import merged
-from cria_prune.cli.inventory import Row
+from cria_prune.structure.fold import Row, merged
 
 if TYPE_CHECKING:
     from rich.tree import Tree

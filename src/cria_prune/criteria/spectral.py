@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from scipy.stats import rankdata
 
 from cria_prune.config import ScoreConfig
 from cria_prune.criteria.evidence import Evidence, Sizes, Steps
@@ -107,6 +106,8 @@ def innovation_magnitude(evidence: Evidence, config: ScoreConfig) -> Importance:
     found = innovation(evidence, config)
     live = torch.ones(evidence.units, dtype=torch.bool)
     live[list(found.diagnosis.dead)] = False
+    from scipy.stats import rankdata  # see `rank_correlation`
+
     ranks = sum(rankdata(item[live].numpy()) for item in (found.scores, evidence.weights.group_norm2)) / (
         2 * max(1, int(live.sum()))
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cria_prune.base.events import passed
+from cria_prune.base.optional import needed
 from cria_prune.batches import Batch
 from cria_prune.dispatched import changed
 from cria_prune.errors import ArtifactError, VerificationError
@@ -31,14 +32,12 @@ def load_dispatched(folder: Path, scratch: Path, device: torch.device) -> nn.Mod
         device: where the layers run.
 
     Raises:
-        ArtifactError: accelerate is missing, the folder holds no weights, or they cannot be read.
+        ArtifactError: the folder holds no weights, or they cannot be read.
+        PackageError: accelerate is not installed.
     """
     asked = f"Reading the Hugging Face model in {folder} layer by layer"
-    try:
+    with needed("offload", asked):
         import accelerate  # noqa: F401
-    except ImportError as error:
-        todo = "Install it with pip install 'cria-prune[offload]'"
-        raise ArtifactError(asked, "accelerate is not installed", todo) from error
     scratch.mkdir(exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Self, get_args
 
+from cria_prune.base.screen import screenful
 from cria_prune.errors import ArtifactError
 from cria_prune.structure.groups import Role
 
@@ -50,9 +51,9 @@ class AttributeEdit:
     after: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
-    """Kept units per group and kept positions per tensor, relative to the model it applies to.
+    """Kept units per group and kept positions per tensor, relative to the model; prints as a table.
 
     Attributes:
         sizes: group name -> units before.
@@ -71,12 +72,17 @@ class Plan:
     attributes: tuple[AttributeEdit, ...] = ()
     normed: bool = False
 
+    def __repr__(self) -> str:
+        stay = sum(map(len, self.kept.values()))
+        return f"Plan({stay} of {sum(self.sizes.values())} units in {len(self.sizes)} groups stay)"
+
     def __str__(self) -> str:
         width = max([5, *(len(name) for name in self.sizes)])
         lines = [f"{'group':<{width}}  {'units':>7}  {'kept':>7}  {'share':>6}"]
         for name, size in self.sizes.items():
             stays = len(self.kept[name])
             lines.append(f"{name:<{width}}  {size:>7}  {stays:>7}  {stays / max(size, 1):>6.1%}")
+        lines = screenful(lines)
         said = {key: value for key, value in self.report.items() if not isinstance(value, str)}
         if "reached" in said:
             lines.append(

@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from cria_prune.base.screen import screenful
 from cria_prune.graph.moments import Moments
 from cria_prune.record.features import FeatureMoments
 
@@ -32,7 +33,7 @@ def reads_for(group: str, reads: frozenset[Read], graphs: Collection[str]) -> fr
     return reads | BOTH if group in graphs else reads
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GroupStates:
     """The signals of one group. A half holds every second example: the even ones, then the odd ones.
 
@@ -62,13 +63,16 @@ class GroupStates:
     consumed: Mapping[str, Moments] = field(default_factory=dict)
     fisher: Tensor | None = None
 
+    def __repr__(self) -> str:
+        return f"GroupStates({self.name!r}, input: {self.input!r}, output: {self.output!r})"
+
     @property
     def units(self) -> int:
         """Units of the group when it was recorded."""
         return self.output.units
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class States:
     """The recorded groups of a model; prints as a table.
 
@@ -102,6 +106,9 @@ class States:
     def __len__(self) -> int:
         return len(self.groups)
 
+    def __repr__(self) -> str:
+        return f"States({len(self)} groups, {self.examples} examples)"
+
     def __str__(self) -> str:
         width = max([len("group"), *map(len, self.groups)])
         lines = [
@@ -116,4 +123,4 @@ class States:
             before = 0 if group.input is None else group.input.samples
             counts = f"{group.units:5}  {before:10}  {group.output.samples:11}"
             lines.append(f"{name:{width}}  {counts}  {kept}")
-        return "\n".join(lines)
+        return "\n".join(screenful(lines))

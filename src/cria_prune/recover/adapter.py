@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cria_prune.base.optional import needed
 from cria_prune.errors import ConfigError
 
 SCALE = 2
@@ -27,16 +28,13 @@ def adapters(model: nn.Module, rank: int) -> Iterator[None]:
     is, bit for bit. Modules, parameters and what requires a gradient are on leaving what they were.
 
     Raises:
-        ConfigError: peft is missing, refuses the model or adapts it already, or no layer can be adapted.
+        ConfigError: peft refuses the model or adapts it already, or no layer can be adapted.
+        PackageError: peft is not installed.
     """
     asked = f"LoRA of rank {rank}"
-    try:
+    with needed("lora", asked):
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
-    except ImportError as error:
-        raise ConfigError(
-            asked, f"peft is missing ({error})", "Install it with pip install 'cria-prune[lora]'"
-        ) from error
     if hasattr(model, "peft_config"):
         raise ConfigError(asked, "the model has adapters already", "Merge them first (merge_and_unload)")
     names = linear_layers(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -36,8 +36,8 @@ class RecoverResult:
         last: metric of the last epoch.
     """
 
-    model: nn.Module
-    history: tuple[Epoch, ...]
+    model: nn.Module = field(repr=False)
+    history: tuple[Epoch, ...] = field(repr=False)
     best_epoch: int
     best: float | None
     last: float | None

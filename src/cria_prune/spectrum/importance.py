@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 
 
@@ -80,5 +79,7 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
     a, b = torch.as_tensor(a).double().cpu(), torch.as_tensor(b).double().cpu()
     if len(a) < 2 or bool((a == a[0]).all()) or bool((b == b[0]).all()):
         return 0.0
+    from scipy.stats import spearmanr  # half a second, which a command that scores nothing need not wait
+
     value = float(spearmanr(a.numpy(), b.numpy()).statistic)
     return round(value, 12) if value == value else 0.0

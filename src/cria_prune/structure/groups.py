@@ -5,14 +5,20 @@ Legend: n = positions along a tensor's dimension, units = units in a group, widt
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
+from cria_prune.structure.fold import Row, Status
+from cria_prune.structure.table import plain
+
 Role = Literal["produces", "consumes", "follows"]
 Site = Literal["output", "input", "rows"]
+LAST_UNIT = "has one unit, and one always stays"
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ class Count:
     sure: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class UnitGroup:
     """Units that can be removed one by one, each with all its parameter slices.
 
@@ -108,6 +114,11 @@ class UnitGroup:
     counts: tuple[Count, ...] = ()
     normed: bool = False
 
+    def __repr__(self) -> str:
+        before = f" of {self.original_size}" if self.size < self.original_size else ""
+        frozen = f", frozen: {self.frozen}" if self.frozen else ""
+        return f"UnitGroup({self.name!r}, {self.kind}, {self.size}{before} units{frozen})"
+
     @property
     def producers(self) -> tuple[ParameterSlice, ...]:
         """Slices along output dimensions of weights."""
@@ -119,9 +130,9 @@ class UnitGroup:
         return tuple(item for item in self.slices if item.role == "consumes")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class UnitGroups:
-    """The structure of a model: its groups and what they cost.
+    """The structure of a model: its groups and what they cost; prints as a table that fits a screen.
 
     Attributes:
         groups: every group, frozen ones too, in the order of the network.
@@ -155,6 +166,48 @@ class UnitGroups:
     def prunable(self) -> tuple[UnitGroup, ...]:
         """The groups that are not frozen and have more than one unit."""
         return tuple(group for group in self.groups if group.frozen is None and group.size > 1)
+
+    def rows(self) -> tuple[Row, ...]:
+        """Return what is printed of each group, in the order of the network."""
+        prunable = {group.name for group in self.prunable}
+        return tuple(self._row(group, group.name in prunable) for group in self.groups)
+
+    def __str__(self) -> str:
+        rows, sizes = self.rows(), {name: math.prod(shape) for name, shape in self.shapes.items()}
+        parameters = sum(sizes[name] for name in self.parameters)
+        macs = sum(times * sizes[name] for name, times in self.positions.items())
+        counts = Counter(row.status for row in rows)
+        head = ", ".join(f"{counts[status]} {status}" for status in ("prunable", "residual", "frozen"))
+        return f"groups: {head}; {parameters:,} parameters, {macs:,.0f} MACs per example\n{plain(rows)}"
+
+    def __repr__(self) -> str:
+        return f"UnitGroups({len(self.prunable)} of {len(self)} groups prunable)"
+
+    def _row(self, group: UnitGroup, prunable: bool) -> Row:
+        status: Status = "frozen"
+        parameters, macs = self._unit_costs(group) if prunable else (None, None)
+        if prunable:
+            status = "residual" if group.kind == "residual" else "prunable"
+        return Row(
+            name=group.name,
+            kind=group.kind,
+            units=group.size,
+            status=status,
+            frozen=None if prunable else group.frozen or LAST_UNIT,
+            parameters_per_unit=parameters,
+            macs_per_unit=macs,
+            producers=tuple(sorted({item.tensor for item in group.producers})),
+            consumers=tuple(sorted({item.tensor for item in group.consumers})),
+        )
+
+    def _unit_costs(self, group: UnitGroup) -> tuple[int, float]:
+        """Return the parameters, and the multiply-accumulates per example, that leave with one unit alone."""
+        removed = removed_positions([group], {group.name: range(group.size - 1)})
+        before = {tensor: self.shapes[tensor] for tensor, _ in removed}
+        after = shrunk_shapes(before, removed)
+        gone = {tensor: math.prod(before[tensor]) - math.prod(after[tensor]) for tensor in before}
+        macs = sum(gone[tensor] * self.positions.get(tensor, 0.0) for tensor in gone)
+        return sum(gone[tensor] for tensor in gone if tensor in self.parameters), float(macs)
 
 
 def without_residual(groups: UnitGroups) -> UnitGroups:

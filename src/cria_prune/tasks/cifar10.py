@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cria_prune.base.optional import needed
 from cria_prune.config import RecoverConfig
 from cria_prune.errors import ArtifactError, DataError
 from cria_prune.progress import Progress
@@ -92,9 +93,10 @@ def read_images(path: Path) -> Images:
     Raises:
         DataError: the file is not parquet, or its columns or images are not CIFAR-10's.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from PIL import Image
+    with needed("recipes", "The images of CIFAR-10"):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+        from PIL import Image
 
     try:
         table = pq.read_table(path, columns=["img", "label"])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cria_prune.base.optional import needed
 from cria_prune.errors import DataError
 
 TEXTS = ("sentence", "text", "content", "document", "review")
@@ -90,8 +91,9 @@ def _from_folder(folder: Path) -> dict[str, Corpus]:
 
 
 def _table(paths: Sequence[Path]) -> Mapping[str, Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    with needed("recipes", f"The data set {paths[0]}"):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
 
     try:
         found = pa.concat_tables([pq.read_table(path) for path in paths])
@@ -105,10 +107,8 @@ def _table(paths: Sequence[Path]) -> Mapping[str, Any]:
 
 def _from_hub(name: str) -> dict[str, Corpus]:
     asked = f"The data set {name} of the hub"
-    try:
+    with needed("hub", asked):
         import datasets
-    except ImportError as error:
-        raise DataError(asked, "datasets is not installed", "pip install 'cria-prune[hub]'") from error
     path, _, configuration = name.partition(":")
     try:
         found = datasets.load_dataset(path, configuration or None)

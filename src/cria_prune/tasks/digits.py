@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from cria_prune.base.optional import needed
 from cria_prune.config import RecoverConfig
 from cria_prune.progress import Progress
 from cria_prune.recover import recover
@@ -38,8 +39,9 @@ def train_dense(seed: int = 0, progress: Progress | None = None) -> nn.Module:
 
 
 def _load(_name: str) -> dict[str, Images]:
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    with needed("recipes", "The digits of scikit-learn"):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
 
     source = load_digits()
     pixels = torch.from_numpy(source.images).to(torch.uint8).unsqueeze(1)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cria_prune.base.optional import needed
 from cria_prune.errors import ArtifactError, ConfigError, DataError
 from cria_prune.modules import copy_of, device_of, devices_in_use, shared_copy
 from cria_prune.tasks.pretrained import find_library, quiet
@@ -31,7 +32,6 @@ from cria_prune.tasks.pretrained import find_library, quiet
 BOOTSTRAP = 1000
 """Draws for a standard error that has no formula (perplexity, F1)."""
 
-INSTALL = "Install it with pip install 'cria-prune[eval]'"
 NETWORK = ("httpx", "requests", "huggingface_hub")
 
 
@@ -63,7 +63,8 @@ def harness(
         device: run a copy there; where the model is if None.
 
     Raises:
-        ArtifactError: lm-eval is not installed, or its `datasets` is so old that it runs code of data sets.
+        PackageError: lm-eval is not installed.
+        ArtifactError: its `datasets` is so old that it runs code of data sets.
         ConfigError: there is no such task (near names are listed) or folder, the task would run code that
             a model writes or that is fetched, or the model writes no text.
         DataError: a data set cannot be fetched or read, or a task fails.
@@ -93,14 +94,17 @@ def harness(
 
 
 def _find_harness(asked: str) -> ModuleType:
-    """Return the module lm_eval. Raises an ArtifactError where it is missing or would run fetched code."""
-    try:
+    """Return the module lm_eval.
+
+    Raises:
+        PackageError: it is missing.
+        ArtifactError: it would run fetched code.
+    """
+    with needed("eval", asked):
         import datasets
         import lm_eval
         import lm_eval.models.huggingface
         import lm_eval.tasks
-    except ImportError as error:
-        raise ArtifactError(asked, f"lm-eval is not installed ({_said(error)})", INSTALL) from error
     if int(datasets.__version__.split(".")[0]) < 4:
         raise ArtifactError(
             asked, f"datasets {datasets.__version__} can run code of data sets", "Install datasets 4 or later"

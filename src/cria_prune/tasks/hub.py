@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from cria_prune.base.optional import needed
 from cria_prune.errors import ArtifactError
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -20,6 +21,7 @@ def find_folder(name: str) -> Path:
 
     Raises:
         ArtifactError: it is neither, or the hub cannot be reached.
+        PackageError: huggingface_hub is not installed.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -29,12 +31,8 @@ def find_folder(name: str) -> Path:
         raise ArtifactError(
             asked, "there is no such folder", "Give a folder, or a name of the hub like organisation/model"
         )
-    try:
+    with needed("hf", asked):
         from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise ArtifactError(
-            asked, "huggingface_hub is not installed", "pip install 'cria-prune[hf]', or give a folder"
-        ) from error
     try:
         return Path(snapshot_download(name, allow_patterns=list(FETCHED)))
     except Exception as error:  # whatever a server can make another library raise

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from cria_prune.base.events import passed
+from cria_prune.base.optional import needed
 from cria_prune.errors import ArtifactError, CriaError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -77,13 +78,9 @@ def read_config(library: ModuleType, folder: Path) -> Any:
 
 
 def find_library(asked: str) -> ModuleType:
-    """Return the module transformers. Raises an ArtifactError, about what was asked, where it is missing."""
-    try:
+    """Return the module transformers. Raises a PackageError, about what was asked, where it is missing."""
+    with needed("hf", asked):
         import transformers
-    except ImportError as error:
-        raise ArtifactError(
-            asked, "transformers is not installed", "Install it with pip install 'cria-prune[hf]'"
-        ) from error
     return transformers
 
 

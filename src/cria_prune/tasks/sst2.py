@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from cria_prune.base.events import passed
+from cria_prune.base.optional import needed
 from cria_prune.batches import Batch
 from cria_prune.config import RecoverConfig
 from cria_prune.errors import ArtifactError, DataError
@@ -117,8 +118,9 @@ def read_sentences(split: str) -> tuple[list[str], torch.Tensor]:
     Raises:
         DataError: the files are missing, are not parquet, or their columns are not SST-2's.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    with needed("recipes", "The sentences of SST-2"):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
 
     texts: list[str] = []
     labels: list[int] = []

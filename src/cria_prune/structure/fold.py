@@ -9,13 +9,40 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
-
-from cria_prune.cli.inventory import Row
+from typing import Literal
 
 NUMBER = re.compile(r"(?:(?<=[._])|^)\d+(?=\.|$)")
 """The number of a layer in its name: `layers.0.mlp`, `encoder_layer_0.mlp`; not that of `conv1`."""
 MEASURED = re.compile(r"\d+(?:\.\d+)?(?:e[+-]\d+)|\d+\.\d+")
 HOLE = "\0"
+Status = Literal["prunable", "residual", "frozen"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A unit group as `inspect --json` prints it; the attributes are the keys.
+
+    Attributes:
+        name: of the group: the module that makes its first slice.
+        kind: channel, neuron, gated, head, kv group or residual.
+        units: how many there are.
+        status: `prunable`; `residual`, which is pruned only with --residual; or `frozen`.
+        frozen: why it cannot be pruned, or None.
+        parameters_per_unit: parameters that leave when one unit leaves and nothing else; None if frozen.
+        macs_per_unit: multiply-accumulates per example that leave with it; None if frozen.
+        producers: parameters whose output dimension the units are.
+        consumers: parameters that sum over the units.
+    """
+
+    name: str
+    kind: str
+    units: int
+    status: Status
+    frozen: str | None
+    parameters_per_unit: int | None
+    macs_per_unit: float | None
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
