@@ -1,32 +1,130 @@
-"""One validated, frozen configuration per stage; to and from JSON and YAML."""
+"""One validated, frozen configuration per stage; to and from JSON and YAML.
+
+A setting stands here alone: its default, its bounds, its text, the values it can take, and whether the
+command line has an option for it (`option`). `cli.options` makes the commands' options from these fields.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import CoreSchema, core_schema
 
 from cria_prune.errors import ConfigError
 
 
+@dataclass(frozen=True, eq=False)  # hashed by identity: typing keeps what annotates a field in sets
+class Choices:
+    """The values that a setting can take, each with a text; annotates the type of a field.
+
+    Attributes:
+        texts: value -> what it means, in a few words.
+        plural: what an error calls them.
+    """
+
+    texts: Mapping[str, str]
+    plural: str = "values"
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.literal_schema(list(self.texts))
+
+
+OF = Choices(
+    {
+        "parameters": "parameters",
+        "prunable": "prunable parameters",
+        "non-embedding": "parameters without embeddings",
+        "macs": "MACs",
+    }
+)
+RANKING = Choices(
+    {
+        "uniform": "the same share of every group",
+        "global": "groups compete by scores relative to their mean",
+        "loss": "groups compete by the scores as they are",
+    }
+)
+UNITS = Choices(
+    {
+        "all": "whatever can be removed",
+        "neurons": "feed-forward neurons and channels alone",
+        "heads": "heads and KV groups alone",
+    }
+)
+OPTIMIZER = Choices({"sgd": "with momentum", "adamw": "with momentum as its first decay rate"})
+SCHEDULE = Choices({"cosine": "falls like half a cosine", "linear": "falls in a straight line"})
+PRECISION = Choices({"float32": "of everything", "auto": "bfloat16 autocast where a CUDA device has it"})
+
+
+def option(default: Any, text: str, *flags: str, shown: str = "", group: str = "", **bounds: Any) -> Any:
+    """Return the field of a setting that is an option of the command line too.
+
+    Args:
+        default: its value where nothing else is said; `...` for none.
+        text: what it is, as --help has it, but for the full stop, the choices and the default.
+        flags: how the option is spelled; `--` and the name of the field where none is given.
+        shown: what --help says of the default, where the value does not tell.
+        group: under which heading --help has it; that of the section if empty.
+        bounds: `ge`, `gt`, `le`, `lt` and what else `pydantic.Field` takes.
+    """
+    said: dict[str, Any] = {"flags": list(flags), "shown": shown, "group": group}
+    return Field(default, description=text, json_schema_extra={"option": said}, **bounds)
+
+
 class StageConfig(BaseModel):
-    """Base of the configurations: frozen, and an unknown key is an error."""
+    """Base of the configurations: frozen, and an unknown key is an error.
+
+    Attributes:
+        group: under which heading `cria COMMAND --help` has its options.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    group: ClassVar[str] = ""
 
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError(
-                f"A {type(self).__name__}",
-                "; ".join(
-                    f"{'.'.join(map(str, item['loc']))}: {item['msg']} (found {item['input']!r})"
-                    for item in error.errors()
-                ),
-                f"Known keys: {', '.join(type(self).model_fields)}",
-            ) from error
+            raise self._refused(error) from error
+
+    @classmethod
+    def _refused(cls, error: ValidationError, *name: str) -> ConfigError:
+        found = (
+            f"{'.'.join(map(str, [*name, *item['loc']]))}: {item['msg']} (found {item['input']!r})"
+            for item in error.errors()
+        )
+        todo = f"Known keys: {', '.join(cls.model_fields)}"
+        return ConfigError(f"A {cls.__name__}", "; ".join(found), todo)
+
+    @classmethod
+    def setting(cls, name: str, value: Any) -> Any:
+        """Return the value of one setting, checked alone and read from a text where it is one.
+
+        Raises:
+            ConfigError: it is out of bounds or none of its choices.
+        """
+        try:
+            return TypeAdapter(cls.model_fields[name].rebuild_annotation()).validate_python(value)
+        except ValidationError as error:
+            raise cls._refused(error, name) from error
+
+    def given(self) -> dict[str, Any]:
+        """Return the settings that were given, by name: those that are not at their default by themselves."""
+        return {
+            name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set
+        }
 
     def to_json(self) -> str:
         """Return the configuration as indented JSON."""
@@ -34,6 +132,8 @@ class StageConfig(BaseModel):
 
     def to_yaml(self) -> str:
         """Return the configuration as YAML."""
+        import yaml
+
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     @classmethod
@@ -43,6 +143,8 @@ class StageConfig(BaseModel):
         Raises:
             ConfigError: the text is not a mapping, or a key or value is not valid.
         """
+        import yaml
+
         asked = f"A {cls.__name__} from text"
         try:
             values = yaml.safe_load(text)
@@ -53,13 +155,19 @@ class StageConfig(BaseModel):
         return cls(**values)
 
 
+def _all_is_none(value: Any) -> Any:
+    return None if value == "all" else value
+
+
 class RecordConfig(StageConfig):
     """How the neurons' signals are recorded."""
 
-    examples: int = Field(1024, ge=1, description="calibration examples used at most")
-    positions: int = Field(8, ge=1, description="spatial positions drawn per image and layer")
-    tokens: int | None = Field(
-        16, ge=1, description="tokens drawn per text and layer, or one in eight if that is more; all if null"
+    group = "Calibration data"
+
+    examples: int = option(1024, "Calibration examples, at most", ge=1)
+    positions: int = option(8, "Spatial positions drawn per image and layer", ge=1)
+    tokens: Annotated[int | None, BeforeValidator(_all_is_none)] = option(
+        16, "Tokens drawn per text and layer, or one in eight if that is more; all of them if `all`", ge=1
     )
     exact_units: int = Field(2048, ge=1, description="up to this many units the exact Gram matrix is kept")
     sketch_columns: int = Field(2048, ge=2, description="columns of the countsketch above that")
@@ -69,11 +177,13 @@ class RecordConfig(StageConfig):
 class ScoreConfig(StageConfig):
     """How units are scored."""
 
-    criterion: str = "innovation"
-    neighbors: int = Field(32, ge=1, description="nearest neighbours per unit above 64 units")
-    ridge: float = Field(1e-2, gt=0, description="ridge on both Laplacians, in mean degrees")
-    pairs: int | float | Literal["all"] = "all"
-    sketch: int = Field(256, ge=1, description="sign vectors for the scores over all pairs at scale")
+    group = "How to score"
+
+    criterion: str = option("innovation", "Criterion by which units are scored")
+    neighbors: int = option(32, "Nearest neighbours per unit above 64 units", ge=1)
+    ridge: float = option(1e-2, "Ridge on both Laplacians, in mean degrees", gt=0)
+    pairs: int | float | Literal["all"] = option("all", "Pairs of units compared: all, a number or a share")
+    sketch: int = option(256, "Sign vectors for the scores over all pairs at scale", ge=1)
     split_half: bool = True
     seed: int = 0
 
@@ -81,22 +191,21 @@ class ScoreConfig(StageConfig):
 class PlanConfig(StageConfig):
     """What to remove."""
 
-    reduction: float = Field(0.5, description="share to remove, between 0 and 1")
-    of: Literal["parameters", "prunable", "non-embedding", "macs"] = "parameters"
-    rounds: int = Field(4, ge=1)
-    ranking: Literal["uniform", "global", "loss"] = "uniform"
-    residual: bool = Field(False, description="prune the width of residual streams too")
-    floor: float = Field(0.1, ge=0, le=1, description="share of each group's units that always stays")
-    units: Literal["all", "neurons", "heads"] = Field(
-        "all",
-        description="neurons: feed-forward neurons and channels alone; heads: heads and KV groups alone",
-    )
-    uniform: bool = Field(False, description="alike groups keep the same number of units")
+    group = "What to remove"
+
+    reduction: float = option(0.5, "Share to remove, between 0 and 1", "--reduction", "--reduce")
+    of: Annotated[str, OF] = option("parameters", "What it is a share of")
+    rounds: int = option(4, "Rounds of scoring and cutting", ge=1)
+    ranking: Annotated[str, RANKING] = option("uniform", "How groups share out what is removed")
+    residual: bool = option(False, "Prune the width of residual streams too")
+    floor: float = option(0.1, "Share of each group's units that always stays", ge=0, le=1)
+    units: Annotated[str, UNITS] = option("all", "Kinds of units to remove")
+    uniform: bool = option(False, "Alike groups keep the same number of units")
     vanilla: bool = Field(
         False, description="only what a plain configuration of transformers can hold; uniform comes with it"
     )
-    multiple: int = Field(
-        1, ge=1, le=256, description="neurons and channels that stay are a multiple of it, or all"
+    multiple: int = option(
+        1, "Neurons and channels that stay are a multiple of it, or all of them", ge=1, le=256
     )
 
     @model_validator(mode="before")
@@ -112,28 +221,27 @@ class PlanConfig(StageConfig):
 class RecoverConfig(StageConfig):
     """The one fine-tune after pruning."""
 
-    epochs: int = Field(3, ge=0)
-    lr: float = Field(0.05, gt=0)
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    group = "Recovery"
+
+    epochs: int = option(3, "Epochs of the recovery, 0 for none", shown="the recipe's", ge=0)
+    lr: float = option(0.05, "Learning rate of the recovery", shown="the recipe's", gt=0)
+    optimizer: Annotated[str, OPTIMIZER] = "sgd"
     momentum: float = Field(0.9, ge=0, lt=1, description="AdamW's first decay rate too")
     weight_decay: float = Field(5e-4, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1, description="share of all steps with a rising learning rate")
-    schedule: Literal["cosine", "linear"] = "cosine"
+    schedule: Annotated[str, SCHEDULE] = "cosine"
     clip: float = Field(0.0, ge=0, description="largest norm of the gradients, 0 for no bound")
-    precision: Literal["float32", "auto"] = Field(
-        "float32", description="auto: bfloat16 autocast where a CUDA device has it"
-    )
-    distill: float = Field(0.0, ge=0, le=1, description="weight of the dense model's soft targets")
+    precision: Annotated[str, PRECISION] = "float32"
+    distill: float = option(0.0, "Weight of the dense model's soft targets, 0 to 1", ge=0, le=1)
     temperature: float = Field(2.0, gt=0)
-    lora: int = Field(
-        0, ge=0, description="rank of the adapters trained in place of the linear layers' weights, 0 for none"
+    lora: int = option(
+        0, "Rank of LoRA adapters to train and merge in place of the weights, 0 for none", ge=0
     )
-    compile: bool = Field(
-        False,
-        description="train what torch.compile makes of model and teacher; on CUDA with graphs of kernels",
+    compile: bool = option(
+        False, "Train what torch.compile makes of model and teacher; on CUDA with graphs of kernels"
     )
-    fsdp: bool = Field(
-        False, description="share weights, gradients and the optimizer's tensors out over the processes"
+    fsdp: bool = option(
+        False, "Under torchrun: share weights, gradients and the optimizer's state out over the processes"
     )
     seed: int = 0
 
@@ -141,17 +249,16 @@ class RecoverConfig(StageConfig):
 class PruneConfig(StageConfig):
     """Everything `prune` needs to know."""
 
+    group = "Repair without training"
+
     record: RecordConfig = RecordConfig()
     score: ScoreConfig = ScoreConfig()
     plan: PlanConfig = PlanConfig()
     verify: bool = True
-    compensate: bool = Field(
+    compensate: bool = option(True, "Repair the consumers in closed form after every cut; not in the paper")
+    batch_norm: bool = option(
         True,
-        description="repair the consumers in closed form after every cut; not in the paper",
-    )
-    batch_norm: bool = Field(
-        True,
-        description="measure batch norms again after the last cut, on 32 examples or more; not in the paper",
+        "Measure batch-norm statistics again after the last cut, on 32 examples or more; not in the paper",
     )
 
 

@@ -7,14 +7,9 @@ from collections.abc import Sequence
 from cria_prune.cli.fold import Fold, braced, fold, merged
 from cria_prune.cli.inventory import Inventory, Row
 from cria_prune.cli.talk import Talk, percent
+from cria_prune.config import OF
 
 SHOWN_NAMES = 4
-COSTS = {
-    "parameters": "parameters",
-    "prunable": "prunable parameters",
-    "non-embedding": "parameters without embeddings",
-    "macs": "MACs",
-}
 
 
 def outline(talk: Talk, found: Inventory, everything: bool = False) -> None:
@@ -52,7 +47,7 @@ def shares(talk: Talk, found: Inventory) -> None:
     rows = [["without residual width", *map(percent, found.removable.values())]]
     if any(row.status == "residual" for row in found.rows):
         rows.append(["with it (--residual)", *map(percent, found.removable_with_residual.values())])
-    talk.table(["can be removed at most", *(COSTS[of] for of in found.removable)], rows)
+    talk.table(["can be removed at most", *(OF.texts[of] for of in found.removable)], rows)
     talk.say(f"{found.floor * 100:g} % of the units of each group always stay (--floor)")
 
 
