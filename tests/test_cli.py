@@ -135,6 +135,17 @@ def test_help_and_what_is_mistyped_import_nothing_heavy(words: list[str]) -> Non
     assert done.returncode == (0 if words[-1].startswith("--") else 2), done.stderr
 
 
+@pytest.mark.xfail(reason="until `cria_prune/__init__.py` imports its names lazily", strict=False)
+def test_the_whole_command_answers_without_torch() -> None:
+    code = (
+        "import sys; from cria_prune.cli.main import app\n"
+        "try: app(['prune', '--help'], prog_name='cria')\n"
+        f"finally: print('imported', sorted({HEAVY!r} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("imported []\n"), done.stderr
+
+
 def options_of(command: str) -> dict[str, typer.core.TyperOption]:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     return {word: item for item in commands[command].params for word in item.opts if word[0] == "-"}

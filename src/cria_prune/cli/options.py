@@ -51,7 +51,11 @@ class Item(NamedTuple):
         flags = flags_of(self.name, self.field)
         if self.config is not None and self._type is bool:
             flags = [f"{flags[0]}/--no-{flags[0][2:]}"]
-        what = typer.Option(*flags, help=self._help(), show_default=False, rich_help_panel=self.group)
+        listed = get_args(self._type)
+        what = typer.Option(
+            *flags, help=self._help(), show_default=False, rich_help_panel=self.group,
+            metavar=f"<{listed[0].__name__}>" if listed else None,
+        )  # fmt: skip
         default = None if self.config is not None or self.field.default == () else self.field.default
         kind = self._type if default is not None else self._type | None
         return Parameter(self.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, what])

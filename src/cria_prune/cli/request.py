@@ -164,6 +164,7 @@ class Scoring(Running):
 
     group = START
 
+    reductions: tuple[float, ...] = ()
     plan: PlanConfig = options(PlanConfig, "residual")
     policy: str | None = None
     score: ScoreConfig = options(ScoreConfig)
