@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,16 @@ from typer.testing import CliRunner, Result
 from cria_prune.artifact.checkpoint import load
 from cria_prune.artifact.scores import load_scores
 from cria_prune.cli.main import app
-from cria_prune.config import RecoverConfig
+from cria_prune.cli.request import GROUPS, extra_of, flags_of
+from cria_prune.config import (
+    Choices,
+    PlanConfig,
+    PruneConfig,
+    RecordConfig,
+    RecoverConfig,
+    ScoreConfig,
+    StageConfig,
+)
 from cria_prune.recover import recover
 from cria_prune.tasks import build, task
 from cria_prune.tasks.images import ImageTask
@@ -27,13 +37,15 @@ PRUNING = {
     "--of", "--criterion", "--preset", "--rounds", "--ranking", "--residual", "--no-residual",
     "--compensate", "--no-compensate", "--batch-norm", "--no-batch-norm",
     "--floor", "--uniform", "--no-uniform", "--multiple", "--examples", "--positions", "--watch", "--config",
+    "--neighbors", "--ridge", "--pairs", "--sketch", "--tokens",
 }  # fmt: skip
-TUNING = {"--epochs", "--lr", "--distill", "--lora", "--compile", "--fsdp"}
+TUNING = {"--epochs", "--lr", "--distill", "--lora", "--compile", "--no-compile", "--fsdp", "--no-fsdp"}
 COMMON = {"--seed", "--device", "--quiet", "-q"}
 SAVING = {"--output", "--overwrite"}
 DATA = {"--calibration", "--dataset", "--text"}
 SCORING = {
     "--criterion", "--preset", "--residual", "--no-residual", "--examples", "--positions", "--config",
+    "--neighbors", "--ridge", "--pairs", "--sketch", "--tokens",
 }  # fmt: skip
 SURFACE = {
     "run": PRUNING | TUNING | COMMON | SAVING | {"--quick", "--base", "--resume"},
@@ -96,17 +108,112 @@ def test_the_command_line_is_frozen() -> None:
     assert found == SURFACE
 
 
-def test_the_command_line_itself_imports_nothing_heavy() -> None:
+HEAVY = {"torch", "numpy", "scipy", "transformers", "matplotlib", "yaml", "rich"}
+WITHOUT_INIT = """
+import importlib.util, sys, types
+package = types.ModuleType("cria_prune")
+package.__path__ = importlib.util.find_spec("cria_prune").submodule_search_locations
+sys.modules["cria_prune"] = package
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["--version"], ["prune", "--help"], ["bench", "--help"], ["prune", "x", "--reduct", "1"],
+     ["recover", "x", "--lora", "many"], ["plan", "x", "--of", "size"], ["prune", "x", "--policy", "free"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_help_and_what_is_mistyped_import_nothing_heavy(words: list[str]) -> None:
     """`cria_prune/__init__.py` is left out: what it imports is its own affair."""
-    code = (
-        "import importlib.util, sys, types; "
-        "package = types.ModuleType('cria_prune'); "
-        "package.__path__ = importlib.util.find_spec('cria_prune').submodule_search_locations; "
-        "sys.modules['cria_prune'] = package; "
-        "import cria_prune.cli.main; print(sorted({'torch', 'numpy', 'pydantic'} & set(sys.modules)))"
+    code = WITHOUT_INIT + (
+        "from cria_prune.cli.main import app\n"
+        f"try: app({words!r}, prog_name='cria')\n"
+        f"finally: print('imported', sorted({HEAVY!r} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "[]\n", done.stderr
+    assert done.stdout.endswith("imported []\n"), done.stderr
+    assert done.returncode == (0 if words[-1].startswith("--") else 2), done.stderr
+
+
+@pytest.mark.xfail(reason="until `cria_prune/__init__.py` imports its names lazily", strict=False)
+def test_the_whole_command_answers_without_torch() -> None:
+    code = (
+        "import sys; from cria_prune.cli.main import app\n"
+        "try: app(['prune', '--help'], prog_name='cria')\n"
+        f"finally: print('imported', sorted({HEAVY!r} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("imported []\n"), done.stderr
+
+
+def options_of(command: str) -> dict[str, typer.core.TyperOption]:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    return {word: item for item in commands[command].params for word in item.opts if word[0] == "-"}
+
+
+SECTIONS: dict[type[StageConfig], list[str]] = {
+    PlanConfig: ["plan", "prune"], ScoreConfig: ["run", "score", "plan", "ablate", "prune", "sweep"],
+    RecordConfig: ["run", "score", "plan", "ablate", "prune", "sweep"], RecoverConfig: ["run", "recover"],
+    PruneConfig: ["run", "plan", "prune", "sweep"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", SECTIONS)
+def test_a_setting_with_a_flag_is_an_option_of_every_command_that_takes_its_section(
+    config: type[StageConfig],
+) -> None:
+    flagged = {name: field for name, field in config.model_fields.items() if "option" in extra_of(field)}
+    assert flagged
+    for command in SECTIONS[config]:
+        text = " ".join(cria(command, "--help").stdout.split())
+        here = options_of(command)
+        for name, field in flagged.items():
+            flags = flags_of(name, field)
+            option = here[flags[0]]
+            assert set(flags) <= set(option.opts) and option.rich_help_panel == config.group
+            assert option.default is None  # what was not given is left to recipe, preset and file
+            words = {"True": "yes", "False": "no", "0.0": "0"}
+            default = extra_of(field)["option"]["shown"] or words.get(str(field.default), field.default)
+            assert option.help.startswith(field.description)
+            assert option.help.endswith(f". [default: {default}]") and option.help in text
+            for choices in (item for item in field.metadata if isinstance(item, Choices)):
+                for value, meaning in choices.texts.items():
+                    assert value in option.help and meaning in option.help
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("command", SURFACE)
+def test_help_is_in_groups_and_fits(command: str, width: int) -> None:
+    result = CliRunner(env={"COLUMNS": str(width), "TERMINAL_WIDTH": ""}).invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= width and "\x1b" not in result.stdout
+    headings = [line.removesuffix(":") for line in lines if line.endswith(":") and line[0] != " "]
+    assert headings == [name for name in GROUPS if name in headings] and headings[0] == "Arguments"
+    assert headings[-1] in ("Running", "Output") and "Options" not in headings
+    if command == "prune":
+        assert headings == [
+            "Arguments", "What to remove", "How to score", "Calibration data", "Repair without training",
+            "Settings to start from", "Running", "Output",
+        ]  # fmt: skip
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    result = cria("--version")
+    assert result.exit_code == 0 and result.stdout == f"cria-prune {version('cria-prune')}\n"
+
+
+def test_settings_of_the_scoring_reach_the_configuration() -> None:
+    words = ["--neighbors", "5", "--pairs", "0.25", "--tokens", "all", "--sketch", "8", "--examples", "64"]
+    answer(cria("score", "digits", *words, "--ridge", "0.1", "--criterion", "distortion", "--output", "kept"))
+    config = load_scores("kept").config
+    assert config.score.model_dump(include={"neighbors", "pairs", "sketch", "ridge"}) == {
+        "neighbors": 5, "pairs": 0.25, "sketch": 8, "ridge": 0.1,
+    }  # fmt: skip
+    assert config.record.tokens is None and config.record.examples == 64
+    words = ["score", "digits", "--criterion", "distortion"]
+    assert "pairs.int: Input should be a valid integer" in error(*words, "--pairs", "some")
+    assert "tokens: Input should be greater than or equal to 1 (found '0')" in error(*words, "--tokens", "0")
 
 
 def test_run_says_keeps_and_reports_everything() -> None:

@@ -127,6 +127,23 @@ def test_nothing_pickles_or_asserts_for_users() -> None:
         assert not re.search(r"torch\.(save|load)\(|trust_remote_code\s*=\s*True", path.read_text()), path
 
 
+def test_an_option_is_spelled_in_one_place() -> None:
+    """Others name its field: the command line is made from that."""
+    places: dict[str, list[str]] = {}
+    for path in modules("."):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and re.fullmatch(r"--[a-z][a-z-]*", str(node.value)):
+                places.setdefault(node.value, []).append(f"{path.name}:{node.lineno}")
+    assert "--reduction" in places
+    assert not {name: where for name, where in places.items() if len(where) > 1}
+
+
+def test_a_choice_stands_in_one_place() -> None:
+    """Its texts too: the reports, the tables and the bench take them from the configuration."""
+    found = [path.name for path in modules(".") if "parameters without embeddings" in path.read_text()]
+    assert found == ["config.py"]
+
+
 def test_public_names_are_frozen_and_documented() -> None:
     assert cria_prune.__all__ == sorted(cria_prune.__all__) == PUBLIC
     for name in cria_prune.__all__:

@@ -1,34 +1,133 @@
-"""One validated, frozen configuration per stage; to and from JSON and YAML."""
+"""One validated, frozen configuration per stage; to and from JSON and YAML.
+
+A setting stands here alone: its default, its bounds, its text, the values it can take, and whether the
+command line has an option for it (`option`). `cli.options` makes the commands' options from these fields.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import CoreSchema, core_schema
 
 from cria_prune.base.optional import needed
 from cria_prune.errors import ConfigError
 
 
+@dataclass(frozen=True, eq=False)  # hashed by identity: typing keeps what annotates a field in sets
+class Choices:
+    """The values that a setting can take, each with a text; annotates the type of a field.
+
+    Attributes:
+        texts: value -> what it means, in a few words.
+        plural: what an error calls them.
+    """
+
+    texts: Mapping[str, str]
+    plural: str = "values"
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.literal_schema(list(self.texts))
+
+
+OF = Choices(
+    {
+        "parameters": "parameters",
+        "prunable": "prunable parameters",
+        "non-embedding": "parameters without embeddings",
+        "macs": "MACs",
+    }
+)
+RANKING = Choices(
+    {
+        "uniform": "the same share of every group",
+        "global": "groups compete by scores relative to their mean",
+        "loss": "groups compete by the scores as they are",
+    }
+)
+UNITS = Choices(
+    {
+        "all": "whatever can be removed",
+        "neurons": "feed-forward neurons and channels alone",
+        "heads": "heads and KV groups alone",
+    }
+)
+OPTIMIZER = Choices({"sgd": "with momentum", "adamw": "with momentum as its first decay rate"})
+SCHEDULE = Choices({"cosine": "falls like half a cosine", "linear": "falls in a straight line"})
+PRECISION = Choices({"float32": "of everything", "auto": "bfloat16 autocast where a CUDA device has it"})
+
+
+def option(default: Any, text: str, *flags: str, shown: str = "", group: str = "", **bounds: Any) -> Any:
+    """Return the field of a setting that is an option of the command line too.
+
+    Args:
+        default: its value where nothing else is said; `...` for none.
+        text: what it is, as --help has it, but for the full stop, the choices and the default.
+        flags: how the option is spelled; `--` and the name of the field where none is given.
+        shown: what --help says of the default, where the value does not tell.
+        group: under which heading --help has it; that of the section if empty.
+        bounds: `ge`, `gt`, `le`, `lt` and what else `pydantic.Field` takes.
+    """
+    said: dict[str, Any] = {"flags": list(flags), "shown": shown, "group": group}
+    return Field(default, description=text, json_schema_extra={"option": said}, **bounds)
+
+
 class StageConfig(BaseModel):
-    """Base of the configurations: frozen, and an unknown key is an error."""
+    """Base of the configurations: frozen, and an unknown key is an error.
+
+    Attributes:
+        group: under which heading `cria COMMAND --help` has its options.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    group: ClassVar[str] = ""
 
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError(
-                f"A {type(self).__name__}",
-                "; ".join(
-                    f"{'.'.join(map(str, item['loc']))}: {item['msg']} (found {item['input']!r})"
-                    for item in error.errors()
-                ),
-                f"Known keys: {', '.join(type(self).model_fields)}",
-            ) from error
+            raise self._refused(error) from error
+
+    @classmethod
+    def _refused(cls, error: ValidationError, *name: str) -> ConfigError:
+        found = (
+            f"{'.'.join(map(str, [*name, *item['loc']]))}: {item['msg']} (found {item['input']!r})"
+            for item in error.errors()
+        )
+        todo = f"Known keys: {', '.join(cls.model_fields)}"
+        return ConfigError(f"A {cls.__name__}", "; ".join(found), todo)
+
+    @classmethod
+    def setting(cls, name: str, value: Any) -> Any:
+        """Return the value of one setting, checked alone and read from a text where it is one.
+
+        Raises:
+            ConfigError: it is out of bounds or none of its choices.
+        """
+        try:
+            return TypeAdapter(cls.model_fields[name].rebuild_annotation()).validate_python(value)
+        except ValidationError as error:
+            raise cls._refused(error, name) from error
+
+    def given(self) -> dict[str, Any]:
+        """Return the settings that were given, by name: those that are not at their default by themselves."""
+        return {
+            name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set
+        }
 
     def to_json(self) -> str:
         """Return the configuration as indented JSON."""
@@ -71,13 +170,19 @@ def _from_yaml(text: str, asked: str) -> Any:
         raise ConfigError(asked, str(error), "Write valid YAML or JSON") from error
 
 
+def _all_is_none(value: Any) -> Any:
+    return None if value == "all" else value
+
+
 class RecordConfig(StageConfig):
     """How the neurons' signals are recorded."""
 
-    examples: int = Field(1024, ge=1, description="calibration examples used at most")
-    positions: int = Field(8, ge=1, description="spatial positions drawn per image and layer")
-    tokens: int | None = Field(
-        16, ge=1, description="tokens drawn per text and layer, or one in eight if that is more; all if null"
+    group = "Calibration data"
+
+    examples: int = option(1024, "Calibration examples, at most", ge=1)
+    positions: int = option(8, "Spatial positions drawn per image and layer", ge=1)
+    tokens: Annotated[int | None, BeforeValidator(_all_is_none)] = option(
+        16, "Tokens drawn per text and layer, or one in eight if that is more; all of them if `all`", ge=1
     )
     exact_units: int = Field(2048, ge=1, description="up to this many units the exact Gram matrix is kept")
     sketch_columns: int = Field(2048, ge=2, description="columns of the countsketch above that")
@@ -87,7 +192,6 @@ class RecordConfig(StageConfig):
 Setting = Literal["neighbors", "ridge", "pairs", "sketch"]
 """What some criteria read of a `ScoreConfig` and others do not."""
 SETTINGS: tuple[Setting, ...] = ("neighbors", "ridge", "pairs", "sketch")
-BOUNDS: dict[str, tuple[float, float]] = {"neighbors": (1, 2**14), "ridge": (1e-8, 1e3), "sketch": (1, 2**16)}
 PAIRS, SHARE = (1, 2**16), (1e-6, 1.0)
 """The pairs of a pencil, as a number and as a share of the units."""
 
@@ -95,27 +199,22 @@ PAIRS, SHARE = (1, 2**16), (1e-6, 1.0)
 class ScoreConfig(StageConfig):
     """How units are scored; a criterion says which settings it reads, and others are an error there."""
 
-    criterion: str = "innovation"
-    neighbors: int = Field(32, description="nearest neighbours per unit above 64 units")
-    ridge: float | None = Field(
+    group = "How to score"
+
+    criterion: str = option("innovation", "Criterion by which units are scored")
+    neighbors: int = option(32, "Nearest neighbours per unit above 64 units", ge=1, le=2**14)
+    ridge: float | None = option(
         None,
-        description="the criterion's own if null: of distortions 0.01 mean degrees on both Laplacians, of "
-        "innovation 0.0001 mean variances of noise on every unit",
+        "Ridge: of distortions on both Laplacians, in mean degrees; of innovation noise on every unit, in "
+        "mean variances",
+        shown="the criterion's own: 0.01 or 0.0001",
+        ge=1e-8,
+        le=1e3,
     )
-    pairs: int | float | Literal["all"] = Field(
-        "all", description="eigenpairs: all, a number, or a share of the units"
-    )
-    sketch: int = Field(256, description="sign vectors for the scores over all pairs at scale")
+    pairs: int | float | Literal["all"] = option("all", "Eigenpairs: all, a number, or a share of the units")
+    sketch: int = option(256, "Sign vectors for the scores over all pairs at scale", ge=1, le=2**16)
     split_half: bool = True
     seed: int = 0
-
-    @field_validator("neighbors", "ridge", "sketch")
-    @classmethod
-    def _within_bounds(cls, value: float | None, info: Any) -> float | None:
-        low, high = BOUNDS[info.field_name]
-        if value is not None and not low <= value <= high:  # NaN is not between them either
-            raise ValueError(f"must be between {low:g} and {high:g}")
-        return value
 
     @field_validator("pairs")
     @classmethod
@@ -128,7 +227,7 @@ class ScoreConfig(StageConfig):
             )
         return value
 
-    def given(self) -> tuple[Setting, ...]:
+    def changed(self) -> tuple[Setting, ...]:
         """Return the settings that are not as they are without being given."""
         return tuple(
             name for name in SETTINGS if getattr(self, name) != type(self).model_fields[name].default
@@ -151,22 +250,21 @@ def score_of_before(values: Mapping[str, Any]) -> dict[str, Any]:
 class PlanConfig(StageConfig):
     """What to remove."""
 
-    reduction: float = Field(0.5, description="share to remove, between 0 and 1")
-    of: Literal["parameters", "prunable", "non-embedding", "macs"] = "parameters"
-    rounds: int = Field(4, ge=1)
-    ranking: Literal["uniform", "global", "loss"] = "uniform"
-    residual: bool = Field(False, description="prune the width of residual streams too")
-    floor: float = Field(0.1, ge=0, le=1, description="share of each group's units that always stays")
-    units: Literal["all", "neurons", "heads"] = Field(
-        "all",
-        description="neurons: feed-forward neurons and channels alone; heads: heads and KV groups alone",
-    )
-    uniform: bool = Field(False, description="alike groups keep the same number of units")
+    group = "What to remove"
+
+    reduction: float = option(0.5, "Share to remove, between 0 and 1", "--reduction", "--reduce")
+    of: Annotated[str, OF] = option("parameters", "What it is a share of")
+    rounds: int = option(4, "Rounds of scoring and cutting", ge=1)
+    ranking: Annotated[str, RANKING] = option("uniform", "How groups share out what is removed")
+    residual: bool = option(False, "Prune the width of residual streams too")
+    floor: float = option(0.1, "Share of each group's units that always stays", ge=0, le=1)
+    units: Annotated[str, UNITS] = option("all", "Kinds of units to remove")
+    uniform: bool = option(False, "Alike groups keep the same number of units")
     vanilla: bool = Field(
         False, description="only what a plain configuration of transformers can hold; uniform comes with it"
     )
-    multiple: int = Field(
-        1, ge=1, le=256, description="neurons and channels that stay are a multiple of it, or all"
+    multiple: int = option(
+        1, "Neurons and channels that stay are a multiple of it, or all of them", ge=1, le=256
     )
 
     @model_validator(mode="before")
@@ -182,28 +280,27 @@ class PlanConfig(StageConfig):
 class RecoverConfig(StageConfig):
     """The one fine-tune after pruning."""
 
-    epochs: int = Field(3, ge=0)
-    lr: float = Field(0.05, gt=0)
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    group = "Recovery"
+
+    epochs: int = option(3, "Epochs of the recovery, 0 for none", shown="the recipe's", ge=0)
+    lr: float = option(0.05, "Learning rate of the recovery", shown="the recipe's", gt=0)
+    optimizer: Annotated[str, OPTIMIZER] = "sgd"
     momentum: float = Field(0.9, ge=0, lt=1, description="AdamW's first decay rate too")
     weight_decay: float = Field(5e-4, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1, description="share of all steps with a rising learning rate")
-    schedule: Literal["cosine", "linear"] = "cosine"
+    schedule: Annotated[str, SCHEDULE] = "cosine"
     clip: float = Field(0.0, ge=0, description="largest norm of the gradients, 0 for no bound")
-    precision: Literal["float32", "auto"] = Field(
-        "float32", description="auto: bfloat16 autocast where a CUDA device has it"
-    )
-    distill: float = Field(0.0, ge=0, le=1, description="weight of the dense model's soft targets")
+    precision: Annotated[str, PRECISION] = "float32"
+    distill: float = option(0.0, "Weight of the dense model's soft targets, 0 to 1", ge=0, le=1)
     temperature: float = Field(2.0, gt=0)
-    lora: int = Field(
-        0, ge=0, description="rank of the adapters trained in place of the linear layers' weights, 0 for none"
+    lora: int = option(
+        0, "Rank of LoRA adapters to train and merge in place of the weights, 0 for none", ge=0
     )
-    compile: bool = Field(
-        False,
-        description="train what torch.compile makes of model and teacher; on CUDA with graphs of kernels",
+    compile: bool = option(
+        False, "Train what torch.compile makes of model and teacher; on CUDA with graphs of kernels"
     )
-    fsdp: bool = Field(
-        False, description="share weights, gradients and the optimizer's tensors out over the processes"
+    fsdp: bool = option(
+        False, "Under torchrun: share weights, gradients and the optimizer's state out over the processes"
     )
     seed: int = 0
 
@@ -211,17 +308,16 @@ class RecoverConfig(StageConfig):
 class PruneConfig(StageConfig):
     """Everything `prune` needs to know."""
 
+    group = "Repair without training"
+
     record: RecordConfig = RecordConfig()
     score: ScoreConfig = ScoreConfig()
     plan: PlanConfig = PlanConfig()
     verify: bool = True
-    compensate: bool = Field(
+    compensate: bool = option(True, "Repair the consumers in closed form after every cut; not in the paper")
+    batch_norm: bool = option(
         True,
-        description="repair the consumers in closed form after every cut; not in the paper",
-    )
-    batch_norm: bool = Field(
-        True,
-        description="measure batch norms again after the last cut, on 32 examples or more; not in the paper",
+        "Measure batch-norm statistics again after the last cut, on 32 examples or more; not in the paper",
     )
 
 

@@ -28,14 +28,10 @@ from cria_prune.artifact.html import (
 from cria_prune.artifact.plots import plot_rounds, plot_widths
 from cria_prune.artifact.plots_metric import plot_tradeoff
 from cria_prune.artifact.report_layers import ablation_curves, all_scores, all_spectra, one_layer
+from cria_prune.config import OF
 from cria_prune.metrics import metric
 
 Result = Mapping[str, Any]
-COSTS = {
-    "macs": "MACs",
-    "non-embedding": "parameters without embeddings",
-    "prunable": "prunable parameters",
-}
 ROWS = 60  # layers in one picture of widths
 
 
@@ -83,7 +79,7 @@ def render(result: Result) -> str:
 
 def _lead(result: Result) -> str:
     of = str(result.get("of") or "parameters")
-    cost = escape(COSTS.get(of, of))
+    cost = escape(OF.texts.get(of, of))
     said = [
         f"{word} <b>{share(result[key])}</b>"
         for key, word in (("asked", "asked"), ("reduction", "removed"), ("reachable", "at most possible"))

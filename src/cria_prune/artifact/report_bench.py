@@ -11,6 +11,7 @@ from cria_prune.artifact.cells import Bench, CellFile, Points, Setting, curve, d
 from cria_prune.artifact.html import Part, count, figure, metric_text, number, page, pictures, share, table
 from cria_prune.artifact.intervals import mean_interval
 from cria_prune.artifact.plots_metric import plot_bench
+from cria_prune.config import OF
 from cria_prune.metrics import metric as metric_of
 
 STATES = (("pruned", "Right after pruning"), ("recovered", "After recovery"))
@@ -27,10 +28,7 @@ SAID = {
     ("batch_norm", "False"): "batch norms as they were",
     ("quick", "True"): "quick training data",
     ("quick", "False"): "all training data",
-    ("of", "macs"): "share of the MACs",
-    ("of", "parameters"): "share of the parameters",
-    ("of", "prunable"): "share of the prunable parameters",
-    ("of", "non-embedding"): "share of the parameters without embeddings",
+    **{("of", value): f"share of the {text}" for value, text in OF.texts.items()},
 }
 WITH = {"tune": "tuned by {}", "dense_seed": "dense model {}"}
 PLURAL = {"rounds": "round", "epochs": "epoch"}

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from cria_prune.bench.peer import IMPORTANCES
-from cria_prune.config import RecoverConfig, StageConfig
+from cria_prune.config import OF, RANKING, RecoverConfig, StageConfig
 from cria_prune.criteria import CRITERIA
 from cria_prune.errors import ConfigError
 from cria_prune.tasks import TASKS
@@ -36,10 +36,10 @@ class Grid(StageConfig):
         "inner",
         description="inner: without residual width; all: with it; neurons: feed-forward neurons alone",
     )
-    of: Literal["parameters", "prunable", "non-embedding", "macs"] | None = Field(
+    of: Annotated[str, OF] | None = Field(
         None, description="what the reductions are shares of; the recipe's own if None"
     )
-    ranking: tuple[Literal["uniform", "global", "loss"], ...] = Field(("uniform",), min_length=1)
+    ranking: tuple[Annotated[str, RANKING], ...] = Field(("uniform",), min_length=1)
     compensate: tuple[bool, ...] = Field((False,), min_length=1, description="without and with repair")
     batch_norm: tuple[bool, ...] = Field(
         (False,), min_length=1, description="without and with batch-norm statistics measured again"

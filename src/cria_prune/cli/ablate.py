@@ -19,7 +19,8 @@ from cria_prune.cli.folder import claimed, interrupts_wait
 from cria_prune.cli.job import rounded
 from cria_prune.cli.looks import check_measured
 from cria_prune.cli.reports import picture
-from cria_prune.cli.settings import Params, pick_device, prune_config, texts_of
+from cria_prune.cli.request import Ablate
+from cria_prune.cli.settings import pick_device, prune_config, texts_of
 from cria_prune.cli.talk import Talk
 from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig
@@ -30,19 +31,19 @@ from cria_prune.scoring import score_units
 RESULT, PICTURE = "ablation.json", "ablation.png"
 
 
-def ablate(params: Params, command: list[str]) -> None:
+def ablate(request: Ablate) -> None:
     """Score the units once, then measure what is left without the lowest, the highest and random ones."""
-    found, talk = target.find(params["target"], texts_of(params)), Talk(params["quiet"])
-    config = prune_config(params, found.prune_defaults())
-    shares, seed, limit = given_shares(params["shares"]), params["seed"] or 0, params["limit"]
-    seeds = check_seeds(range(seed, seed + params["random_seeds"]))
+    found, talk = target.find(request.target, texts_of(request)), Talk(request.quiet)
+    config = prune_config(request, found.prune_defaults())
+    shares, seed, limit = given_shares(request.shares), request.base_seed, request.limit
+    seeds = check_seeds(range(seed, seed + request.random_seeds))
     if limit is not None and limit < 1:
         raise ConfigError("A limit of test examples", f"found {limit}", "Give 1 or more, or leave it out")
-    check_measured(found, params["target"])
-    device, seconds = pick_device(params["device"]), dict[str, float]()
-    with claimed(params["output"], f"{found.task.name}-ablation", params["overwrite"]) as folder:
+    check_measured(found, request.target)
+    device, seconds = pick_device(request.device), dict[str, float]()
+    with claimed(request.output, f"{found.task.name}-ablation", request.overwrite) as folder:
         with clock(seconds, "data"):
-            origin = provenance(seed, command, found.task.fingerprint(), device)
+            origin = provenance(seed, request.command, found.task.fingerprint(), device)
             batches, tested_on = test_split(found, limit)
             calibration = found.task.calibration(config.record.examples, config.record.seed)
         with clock(seconds, "model"):
@@ -54,7 +55,7 @@ def ablate(params: Params, command: list[str]) -> None:
                 seeds=seeds, measure=found.metric, example=found.task.example, progress=talk.progress,
             )  # fmt: skip
         head = {
-            "target": params["target"],
+            "target": request.target,
             **found.named(),
             "criterion": config.score.criterion,
             "limit": limit,

@@ -17,7 +17,8 @@ from cria_prune.artifact.provenance import peak_memory
 from cria_prune.cli import reports, target
 from cria_prune.cli.folder import REPORT, claimed
 from cria_prune.cli.job import Job, padded_folder, rounded
-from cria_prune.cli.settings import Params, pick_device
+from cria_prune.cli.request import Resuming
+from cria_prune.cli.settings import pick_device
 from cria_prune.cli.talk import Kept, Talk
 from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig
@@ -34,20 +35,22 @@ def saved_as(config: PruneConfig) -> target.Policy:
 
 @contextmanager
 def job_of(
-    found: Target, suffix: str, params: Params, command: list[str], kept: Kept, several: bool = False
+    found: Target, suffix: str, request: Resuming, kept: Kept, several: bool = False, padded: bool = False
 ) -> Iterator[Job]:
-    """Claim the output folder, for `several` results a folder of folders, and begin a job; see `claimed`."""
-    device = pick_device(params["device"])
-    resume, output = bool(params.get("resume")), params["output"]
+    """Claim the output folder, for `several` results a folder of folders, and begin a job; see `claimed`.
+
+    With `padded` the folder beside it is for the padded twin.
+    """
+    device = pick_device(request.device)
+    resume, output = request.resume, request.output
     if resume and output is None:
         raise ConfigError("Resuming", "no --output was given", "Name the folder of the interrupted run")
-    padded = params.get("export") is not None
     job = Job(
-        found, output or Path(), device, params["seed"] or 0, Talk(params["quiet"]), kept, command, padded,
-        resume, params["overwrite"],
+        found, output or Path(), device, request.base_seed, Talk(request.quiet), kept, request.command,
+        padded, resume, request.overwrite,
     )  # fmt: skip
     left = resume and (several or job.may_replace() or job.holds_result())
-    with claimed(output, found.task.name + suffix, params["overwrite"] or left) as folder:
+    with claimed(output, found.task.name + suffix, request.overwrite or left) as folder:
         job.output = folder
         if found.pretrained and not several and world().first:  # known before the long work
             for path in (folder, *([padded_folder(folder)] if padded else [])):

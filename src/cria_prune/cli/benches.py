@@ -11,20 +11,22 @@ from cria_prune.artifact.files import write_text
 from cria_prune.artifact.report_bench import render_bench, setting_title, with_interval
 from cria_prune.bench import Grid, cells, file_name, read_suite, run_grids
 from cria_prune.cli.folder import REPORT
-from cria_prune.cli.settings import Params, pick_device
+from cria_prune.cli.request import Bench as Request
+from cria_prune.cli.settings import pick_device
 from cria_prune.cli.talk import Kept, Talk
 from cria_prune.errors import ConfigError
 from cria_prune.metrics import metric as metric_of
 
-NARROWED = {"criterion": "criteria", "reduction": "reductions", "seed": "seeds"}
+NARROWED = ("criteria", "reductions", "seeds")
+"""Lists of a grid that can be narrowed: the fields of the request have the same names."""
 
 
-def bench(params: Params, command: list[str], kept: Kept) -> None:
+def bench(request: Request, kept: Kept) -> None:
     """Measure what is missing; tables, a page with pictures and one line for programs."""
-    talk, device = Talk(params["quiet"]), pick_device(params["device"])
-    grids = narrowed(read_suite(params["suite"]), params)
+    talk, device = Talk(request.quiet), pick_device(request.device)
+    grids = narrowed(read_suite(request.suite), request)
     network = grids[0].network
-    folder = params["output"] or Path("bench") / network
+    folder = request.output or Path("bench") / network
     wanted = {file_name(cell) for grid in grids for cell in cells(grid)}
     there = sum((folder / name).exists() for name in wanted)
     talk.say(f"{network}: {len(wanted)} cells in {folder}, {there} of them measured before")
@@ -35,7 +37,7 @@ def bench(params: Params, command: list[str], kept: Kept) -> None:
         talk.note(f"cell {number} of {count}, {Path(file_name(cell)).stem}: {', '.join(figures)}")
 
     measured, failed = run_grids(
-        grids, folder, command=command, device=device, progress=talk.progress, on_cell=done
+        grids, folder, command=request.command, device=device, progress=talk.progress, on_cell=done
     )
     found = read_bench(folder)
     for setting in found.settings():
@@ -45,14 +47,14 @@ def bench(params: Params, command: list[str], kept: Kept) -> None:
     for name, error in failed.items():
         talk.note(f"{name} could not be measured: {error}")
     talk.answer(
-        {"suite": params["suite"], "network": network, "output": str(folder), "cells": len(wanted),
+        {"suite": request.suite, "network": network, "output": str(folder), "cells": len(wanted),
          "measured": measured, "failed": len(failed)}
     )  # fmt: skip
     if failed:
         raise next(iter(failed.values()))
 
 
-def narrowed(grids: Sequence[Grid], params: Params) -> list[Grid]:
+def narrowed(grids: Sequence[Grid], request: Request) -> list[Grid]:
     """Return the grids with only those of their criteria, reductions and seeds that were asked for.
 
     Raises:
@@ -61,17 +63,15 @@ def narrowed(grids: Sequence[Grid], params: Params) -> list[Grid]:
     left = []
     for grid in grids:
         values = grid.model_dump()
-        for option, key in NARROWED.items():
-            asked: Sequence[Any] = params[option] or values[key]
+        for key in NARROWED:
+            asked: Sequence[Any] = getattr(request, key) or values[key]
             values[key] = tuple(item for item in values[key] if item in asked)
-        if all(values[key] for key in NARROWED.values()):
+        if all(values[key] for key in NARROWED):
             left.append(Grid(**values))
     if not left:
-        has = {
-            key: sorted({item for grid in grids for item in getattr(grid, key)}) for key in NARROWED.values()
-        }
+        has = {key: sorted({item for grid in grids for item in getattr(grid, key)}) for key in NARROWED}
         raise ConfigError(
-            f"The suite {params['suite']} with these options alone",
+            f"The suite {request.suite} with these options alone",
             "the suite has " + "; ".join(f"{key} {', '.join(map(str, items))}" for key, items in has.items()),
             "Ask for some of these",
         )

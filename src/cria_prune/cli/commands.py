@@ -15,8 +15,9 @@ from cria_prune.cli import reports, show, target
 from cria_prune.cli.begin import check_target, dense_model, finish, job_of, saved_as
 from cria_prune.cli.flow import prune_stage, recover_stage
 from cria_prune.cli.job import PRUNED, RECOVERED, Job
+from cria_prune.cli.request import Prune, Recover, Run
 from cria_prune.cli.scores import config_from, given_scores
-from cria_prune.cli.settings import Params, prune_config, recover_config, texts_of
+from cria_prune.cli.settings import prune_config, recover_config, texts_of
 from cria_prune.cli.talk import Kept
 from cria_prune.config import PruneConfig, RecoverConfig
 from cria_prune.errors import ConfigError
@@ -27,14 +28,14 @@ from cria_prune.scored import Scored
 HALVES = (torch.float16, torch.bfloat16)
 
 
-def run(params: Params, command: list[str], kept: Kept) -> None:
+def run(request: Run, kept: Kept) -> None:
     """Dense model, pruning, one recovery, checkpoint and report; several reductions make a family."""
-    options = {name: params[name] for name in ("quick", "base") if params[name]}
-    found = target.recipe(params["recipe"], **options)
-    usual = () if params["config"] else found.task.reductions
-    shares = params["reduction"] or usual or (None,)
-    configs = [prune_config({**params, "reduction": share}, found.task.prune_defaults) for share in shares]
-    tuning = recover_config(params, found.task.recover_defaults)
+    options = {name: value for name, value in (("quick", request.quick), ("base", request.base)) if value}
+    found = target.recipe(request.recipe, **options)
+    usual = () if request.config else found.task.reductions
+    asked = [{"reduction": share} for share in request.reductions or usual] or [{}]
+    configs = [prune_config(request, found.task.prune_defaults, **plan) for plan in asked]
+    tuning = recover_config(request, found.task.recover_defaults)
     for config in configs:
         check_target(found, config)
     found.policy = saved_as(configs[0])
@@ -42,17 +43,17 @@ def run(params: Params, command: list[str], kept: Kept) -> None:
     names = [member_name(config) for config in configs]
     if len(set(names)) < len(names):
         raise ConfigError("A family of reductions", f"found {', '.join(names)}", "Give each share once")
-    with job_of(found, "", params, command, kept, several) as job:
+    with job_of(found, "", request, kept, several) as job:
         done = None if several else job.done(described_by(configs[0], tuning), RECOVERED)
         if done is not None:
             job.talk.answer(done)
             return
         dense = dense_model(job)
         if not several:
-            whole_recipe(job, dense, configs[0], tuning, params["watch"])
+            whole_recipe(job, dense, configs[0], tuning, request.watch)
             job.talk.answer(job.results)
             return
-        family = [member(job, dense, config, tuning, params["watch"]) for config in configs]
+        family = [member(job, dense, config, tuning, request.watch) for config in configs]
         show.family(job.talk, family, found.metric)
         job.talk.answer({**job.results, "output": str(job.output), "family": family})
 
@@ -102,19 +103,17 @@ def whole_recipe(job: Job, dense: nn.Module, config: PruneConfig, tuning: Recove
     finish(job, result)
 
 
-def prune(params: Params, command: list[str], kept: Kept) -> None:
+def prune(request: Prune, kept: Kept) -> None:
     """Pruning without recovery, of a dense model or of a checkpoint once more."""
-    padded = params["export"] is not None
-    if params["export"] not in (None, "padded"):
-        raise ConfigError("An export", f"found {params['export']!r}", "Known exports: padded")
-    found = target.find(params["target"], texts_of(params))
+    padded = request.export is not None
+    found = target.find(request.target, texts_of(request))
     if padded and not found.pretrained:
         raise ConfigError(
-            f"A padded twin of {params['target']}", "it is no model of transformers", "Leave out --export"
+            f"A padded twin of {request.target}", "it is no model of transformers", "Leave out --export"
         )
     found.check_changeable()
-    scored = given_scores(params)
-    config = config_from(params, found.prune_defaults(), scored)
+    scored = given_scores(request)
+    config = config_from(request, found.prune_defaults(), scored)
     if padded and config.plan.residual:
         raise ConfigError(
             "A padded twin of a model with less residual width",
@@ -124,12 +123,12 @@ def prune(params: Params, command: list[str], kept: Kept) -> None:
     check_target(found, config)
     found.policy = saved_as(config)
     described = {"prune": config.model_dump(mode="json")}
-    with job_of(found, "-pruned", params, command, kept) as job:
+    with job_of(found, "-pruned", request, kept, padded=padded) as job:
         done = job.done(described, PRUNED)
         if done is not None:
             job.talk.answer(done)
             return
-        whole_pruning(job, dense_model(job), config, params["watch"], scored)
+        whole_pruning(job, dense_model(job), config, request.watch, scored)
         job.talk.answer(job.results)
 
 
@@ -147,29 +146,29 @@ def whole_pruning(
     finish(job, result)
 
 
-def recover(params: Params, command: list[str], kept: Kept) -> None:
+def recover(request: Recover, kept: Kept) -> None:
     """One fine-tune of a checkpoint; a Hugging Face model of the user on texts of the user."""
-    found = target.find(params["checkpoint"], texts_of(params))
+    found = target.find(request.checkpoint, texts_of(request))
     if found.plan is None:
         raise ConfigError(
-            f"Recovering {params['checkpoint']}",
+            f"Recovering {request.checkpoint}",
             "Cria has not pruned it",
             "Give a folder that cria prune made",
         )
     found.check_changeable()
-    tuning = recover_config(params, found.task.recover_defaults)
-    if params["teacher"] is not None and not tuning.distill:
+    tuning = recover_config(request, found.task.recover_defaults)
+    if request.teacher is not None and not tuning.distill:
         raise ConfigError("A teacher", "nothing is distilled from it", "Give its weight with --distill")
     if not found.task.measured:
         raise ConfigError(
-            f"Recovering {params['checkpoint']}",
+            f"Recovering {request.checkpoint}",
             "the texts have no labels",
             "Give --dataset with a column label",
         )
     inherited = ("parameters_dense", "parameters", "macs_dense", "macs", "reduction", "asked", "of",
                  "criterion", "changed", "scoring_over_forward")  # fmt: skip
     described = {"recover": tuning.model_dump(mode="json")}
-    with job_of(found, "-recovered", params, command, kept) as job:
+    with job_of(found, "-recovered", request, kept) as job:
         done = job.done(described, RECOVERED)
         if done is not None:
             job.talk.answer(done)
@@ -180,7 +179,7 @@ def recover(params: Params, command: list[str], kept: Kept) -> None:
         counts = ("parameters_dense", "parameters", "macs_dense", "macs")
         job.results |= {name: found.plan.report[name] for name in counts if name in found.plan.report}
         model = found.model(job.device, job.seed, job.talk.progress)
-        teacher = teacher_of(params, job, model) if tuning.distill else None
+        teacher = teacher_of(request.teacher, job, model) if tuning.distill else None
         job.measure(model, "pruned")
         with in_float32(model):
             recovered = recover_stage(job, model, found.plan, tuning, teacher, described)
@@ -206,22 +205,22 @@ def in_float32(model: nn.Module) -> Iterator[None]:
             item.data = item.data.to(dtype)
 
 
-def teacher_of(params: Params, job: Job, model: nn.Module) -> nn.Module:
+def teacher_of(name: str | None, job: Job, model: nn.Module) -> nn.Module:
     """Return the dense model for distillation: the one that was named, or the recipe's.
 
     Raises:
         ConfigError: its logits are not those of the model, in number.
     """
     progress = job.talk.progress
-    if params["teacher"] is None:
+    if name is None:
         return job.target.teacher(job.device, progress)
-    teacher = target.find(params["teacher"]).model(job.device, job.seed, progress).eval()
+    teacher = target.find(name).model(job.device, job.seed, progress).eval()
     args, kwargs = model_inputs(move(job.target.task.example, job.device))
     with torch.no_grad():
         shapes = [tuple(logits_of(network(*args, **kwargs)).shape) for network in (teacher, model.eval())]
     if shapes[0] != shapes[1]:
         raise ConfigError(
-            f"{params['teacher']} as a teacher",
+            f"{name} as a teacher",
             f"its logits are {shapes[0]}, those of the model {shapes[1]}",
             "Give the dense model that was pruned",
         )

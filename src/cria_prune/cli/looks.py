@@ -13,31 +13,30 @@ from cria_prune.cli import show, target
 from cria_prune.cli.inventory import inventory
 from cria_prune.cli.job import rounded
 from cria_prune.cli.outline import folded, frozen, outline, shares
-from cria_prune.cli.settings import Params, pick_device, texts_of
+from cria_prune.cli.request import Evaluate, Inspect
+from cria_prune.cli.settings import pick_device, texts_of
 from cria_prune.cli.sources import load_source, parse_shape
 from cria_prune.cli.talk import Talk
 from cria_prune.cli.target import Target
 from cria_prune.cli.tree import drawn, module_tree
-from cria_prune.config import PlanConfig
 from cria_prune.errors import ConfigError
 from cria_prune.progress import clock
 
 
-def inspect(params: Params) -> None:
+def inspect(request: Inspect) -> None:
     """The unit groups of a model from anywhere, what they cost and why some are frozen."""
-    talk = Talk(params["quiet"] or params["json"])
-    floor = PlanConfig(**({} if params["floor"] is None else {"floor": params["floor"]})).floor
+    talk = Talk(request.quiet or request.as_json)
     with redirect_stdout(sys.stderr):  # what the user's code prints is no part of the answer
-        source = load_source(params["model"], parse_shape(params["example"]), params["meta"])
+        source = load_source(request.model, parse_shape(request.example), request.meta)
         groups = pipeline.discover(source.model, source.example)
-    found = inventory(groups, floor)
+    found = inventory(groups, request.plan.floor)
     show.model(talk, source, found)
-    if params["tree"]:
-        talk.tree(drawn(module_tree(source.model, found.rows, params["everything"])))
-        frozen(talk, folded(found.rows, params["everything"]))
+    if request.tree:
+        talk.tree(drawn(module_tree(source.model, found.rows, request.all)))
+        frozen(talk, folded(found.rows, request.all))
         shares(talk, found)
     else:
-        outline(talk, found, params["everything"])
+        outline(talk, found, request.all)
     answer = {
         "target": source.name,
         "source": source.kind,
@@ -48,30 +47,30 @@ def inspect(params: Params) -> None:
         "residual_groups": sum(row.status == "residual" for row in found.rows),
         "frozen_groups": sum(row.status == "frozen" for row in found.rows),
     }
-    talk.answer(answer if params["json"] else {**answer, "groups": len(found.rows)})
+    talk.answer(answer if request.as_json else {**answer, "groups": len(found.rows)})
 
 
-def evaluate(params: Params) -> None:
+def evaluate(request: Evaluate) -> None:
     """The metric on the test split, or on texts of the user; or tasks of lm-eval."""
-    found, talk = target.find(params["target"], texts_of(params)), Talk(params["quiet"])
+    found, talk = target.find(request.target, texts_of(request)), Talk(request.quiet)
     seconds: dict[str, float] = {}
-    device, seed = pick_device(params["device"]), params["seed"] or 0
+    device, seed = pick_device(request.device), request.base_seed
     with clock(seconds, "model"):
         model = found.model(device, seed, talk.progress)
     metrics: dict[str, Any] = {}
     with clock(seconds, "evaluate"):
-        if params["tasks"]:
-            metrics = harness_of(params, found, model)
+        if request.tasks:
+            metrics = harness_of(request, found, model)
         else:
-            check_measured(found, params["target"])
+            check_measured(found, request.target)
             value = found.task.evaluate(model, found.task.test_batches(), talk.progress)
             metrics = {found.task.metric: value, **found.task.further(model, talk.progress)}
     parameters = sum(item.numel() for item in model.parameters())
-    talk.table(["target", "parameters"], [[params["target"], f"{parameters:,}"]])
+    talk.table(["target", "parameters"], [[request.target, f"{parameters:,}"]])
     show.further(talk, "", metrics)
     talk.answer(
         {
-            "target": params["target"],
+            "target": request.target,
             **found.named(),
             **metrics,
             "parameters": parameters,
@@ -91,15 +90,15 @@ def check_measured(found: Target, name: str) -> None:
         )  # fmt: skip
 
 
-def harness_of(params: Params, found: Target, model: nn.Module) -> dict[str, float]:
+def harness_of(request: Evaluate, found: Target, model: nn.Module) -> dict[str, float]:
     """Return what lm-eval measures on the tasks that were named."""
     from cria_prune.tasks.harness import harness
 
     if not found.pretrained:
         raise ConfigError(
-            f"Tasks of lm-eval for {params['target']}",
+            f"Tasks of lm-eval for {request.target}",
             "it is no language model of transformers",
             "Leave out --tasks",
         )
-    names = [name.strip() for name in params["tasks"].split(",") if name.strip()]
-    return harness(model, found.task.tokenizer, names, folder=params["task_folder"], limit=params["limit"])
+    names = [name.strip() for name in (request.tasks or "").split(",") if name.strip()]
+    return harness(model, found.task.tokenizer, names, folder=request.task_folder, limit=request.limit)

@@ -10,7 +10,8 @@ from cria_prune.artifact.provenance import peak_memory, provenance
 from cria_prune.cli import show
 from cria_prune.cli.folder import claimed
 from cria_prune.cli.job import PRUNED, rounded
-from cria_prune.cli.settings import Params, pick_device, prune_config, texts_of
+from cria_prune.cli.request import Prune
+from cria_prune.cli.settings import pick_device, prune_config, texts_of
 from cria_prune.cli.talk import Kept, Talk
 from cria_prune.config import PruneConfig
 from cria_prune.errors import ConfigError
@@ -29,24 +30,24 @@ UNUSED = {
 """Options of `cria prune` that need the whole model, or keep what this does not."""
 
 
-def prune(params: Params, command: list[str], kept: Kept) -> None:
+def prune(request: Prune, kept: Kept) -> None:
     """Prune a folder of transformers layer by layer, and save it shard by shard."""
-    if params["resume"] and params["output"] is None:
+    if request.resume and request.output is None:
         raise ConfigError("Resuming", "no --output was given", "Name the folder of the interrupted run")
-    task = _task(params)
+    task = _task(request)
     defaults = {**task.prune_defaults, "plan": {**task.prune_defaults["plan"], "rounds": 1}}
-    config = checked(prune_config(params, defaults))
-    seed, device, talk = params["seed"] or 0, pick_device(params["device"]), Talk(params["quiet"])
+    config = checked(prune_config(request, defaults))
+    seed, device, talk = request.base_seed, pick_device(request.device), Talk(request.quiet)
     batches = task.calibration(config.record.examples, config.record.seed)
-    origin = provenance(seed, command, task.fingerprint(), device)
+    origin = provenance(seed, request.command, task.fingerprint(), device)
     head: dict[str, Any] = {"recipe": None, "model": task.name, "seed": seed, "device": str(device)}
-    with claimed(params["output"], f"{task.name}-pruned", params["overwrite"]) as folder:
+    with claimed(request.output, f"{task.name}-pruned", request.overwrite) as folder:
         state = folder.with_name(f".{folder.name}.offload")
-        if not params["resume"]:
+        if not request.resume:
             shutil.rmtree(state, ignore_errors=True)
         kept.text = f"what is finished is kept (go on with: the same command, --output {folder} --resume)"
         done = prune_offloaded(
-            task.folder, folder, batches, config, device=device, overwrite=params["overwrite"],
+            task.folder, folder, batches, config, device=device, overwrite=request.overwrite,
             provenance=origin, results={**head, "stage": PRUNED}, progress=talk.progress,
             state=state, data=task.fingerprint(),
         )  # fmt: skip
@@ -54,22 +55,22 @@ def prune(params: Params, command: list[str], kept: Kept) -> None:
         talk.answer({**head, **_answer(done, config), "memory": peak_memory(device)})
 
 
-def _task(params: Params) -> FolderTask:
+def _task(request: Prune) -> FolderTask:
     """Return the texts for a folder, its model without values.
 
     Raises:
         ConfigError: it is no folder of transformers, or an option asks for what needs the whole model.
     """
-    name, asked = params["target"], f"Pruning {params['target']} layer by layer (--offload)"
+    name, asked = request.target, f"Pruning {request.target} layer by layer (--offload)"
     if world().size > 1:
         raise ConfigError(asked, f"{world().size} processes were launched for it", "Start it alone")
     for option, what in UNUSED.items():
-        if params[option]:
+        if getattr(request, option):
             raise ConfigError(
                 f"{asked} with --{option}", f"{what} is not there for a model that is not in memory",
                 f"Leave out --{option}, or --offload",
             )  # fmt: skip
-    if params["policy"] not in (None, "uniform") or params["uniform"] is False:
+    if request.policy not in (None, "uniform") or request.plan.given().get("uniform") is False:
         raise ConfigError(asked, "layers that differ were asked for", "Leave out --policy and --no-uniform")
     folder = Path() if name in TASKS else find_folder(name)
     if name in TASKS or not (folder / CONFIG).is_file():
@@ -77,7 +78,7 @@ def _task(params: Params) -> FolderTask:
         raise ConfigError(
             asked, f"found {kind}", "Give the folder of a Hugging Face model, or leave out --offload"
         )
-    return folder_task(folder, texts_of(params), load_pretrained(folder, meta=True))
+    return folder_task(folder, texts_of(request), load_pretrained(folder, meta=True))
 
 
 def _tell(talk: Talk, done: Offloaded, metric: Metric) -> None:

@@ -1,281 +1,206 @@
-"""The options of the command line: one annotated type each, so that every command spells them alike."""
+"""The command line made of the requests: an option for each of their fields, and --help in groups."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from inspect import Parameter, Signature, get_annotations
+from typing import Annotated, Any, NamedTuple, TypeVar, cast, get_args, get_origin, get_type_hints
 
-from typer import Argument, Option
+import typer
+from pydantic.fields import FieldInfo
+from typer.core import TyperCommand
 
-Recipe = Annotated[
-    str,
-    Argument(
-        help="digits, cifar10-resnet20, cifar10-resnet56, sst2-minilm or llama-shakespeare.",
-        show_default=False,
-    ),
-]
-Target = Annotated[
-    str,
-    Argument(
-        help="A recipe, the folder of a checkpoint or of a Hugging Face model, or a model of the hub.",
-        show_default=False,
-    ),
-]
-Model = Annotated[
-    str,
-    Argument(
-        help="A recipe, the folder of a checkpoint or of a Hugging Face model, or package.module:function "
-        "(without arguments, gives a module or (module, example)).",
-        show_default=False,
-    ),
-]
-Checkpoint = Annotated[str, Argument(help="The folder of a checkpoint.", show_default=False)]
+from cria_prune.cli.request import GROUPS, OUTPUT, RUNNING, Request, Scoring, extra_of, flags_of
+from cria_prune.cli.talk import Kept, answering
+from cria_prune.config import Choices, StageConfig
+from cria_prune.errors import ConfigError
 
-Reduction = Annotated[
-    float | None,
-    Option(
-        "--reduction", "--reduce",
-        help="Share to remove, between 0 and 1 [default: 0.5].", show_default=False,
-    ),
-]  # fmt: skip
-Reductions = Annotated[
-    list[float] | None,
-    Option(
-        "--reduction", "--reduce",
-        help="Share to remove, between 0 and 1; several make a family [default: the recipe's].",
-        show_default=False,
-    ),
-]  # fmt: skip
-Of = Annotated[
-    str | None,
-    Option(help="What it is a share of: parameters (default), prunable, non-embedding or macs."),
-]
-Criterion = Annotated[str | None, Option(help="How units are scored [default: innovation].")]
-Preset = Annotated[str | None, Option(help="A named configuration to start from: paper.")]
-Rounds = Annotated[int | None, Option(help="Rounds of scoring and cutting [default: 4].")]
-Ranking = Annotated[
-    str | None,
-    Option(
-        help="uniform (default): the same share of every group; global: groups compete by scores relative to "
-        "their mean; loss: by the scores as they are."
-    ),
-]
-Residual = Annotated[
-    bool | None,
-    Option("--residual/--no-residual", help="Prune the width of residual streams too [default: no]."),
-]
-Compensate = Annotated[
-    bool | None,
-    Option(
-        "--compensate/--no-compensate",
-        help="Repair the consumers in closed form after every cut, without training [default: yes].",
-    ),
-]
-BatchNorm = Annotated[
-    bool | None,
-    Option(
-        "--batch-norm/--no-batch-norm",
-        help="Measure batch-norm statistics again after the last cut, without training [default: yes].",
-    ),
-]
-Floor = Annotated[float | None, Option(help="Share of each group's units that always stays [default: 0.1].")]
-Units = Annotated[
-    str | None,
-    Option(help="all (default); neurons: feed-forward neurons and channels alone; heads: heads alone."),
-]
-Policy = Annotated[
-    str | None,
-    Option(
-        help="How a model of transformers is cut and saved. uniform: alike layers stay alike, so that plain "
-        "from_pretrained loads it; per-layer: layers compete, cria_prune.load loads it "
-        "[default: uniform for a folder, what suits the recipe else]."
-    ),
-]
-Uniform = Annotated[
-    bool | None,
-    Option("--uniform/--no-uniform", help="Alike groups keep the same number of units [default: no]."),
-]
-Multiple = Annotated[
-    int | None,
-    Option(help="Neurons and channels that stay are a multiple of it, or all of them [default: 1]."),
-]
-Examples = Annotated[int | None, Option(help="Calibration examples [default: 1024].")]
-Positions = Annotated[int | None, Option(help="Spatial positions drawn per image and layer [default: 8].")]
-Watch = Annotated[bool, Option("--watch", help="Evaluate after every round, on the validation split.")]
+EPILOG = "The defaults are Cria's own; those of a recipe, of --preset and of --config come before them."
+FIRST_COLUMN = 30  # characters of --help for the option itself
+WIDEST = 110
+Kind = TypeVar("Kind", bound=Request)
 
-Offload = Annotated[
-    bool,
-    Option(
-        "--offload",
-        help="For a folder whose model is larger than the memory: layer by layer, in one round unless "
-        "--rounds says more.",
-    ),
-]
 
-Quick = Annotated[
-    bool, Option("--quick", help="Train the dense model for less: 8,000 sentences, or one epoch of text.")
-]
-Base = Annotated[
-    str | None,
-    Option(help="Folder or hub name of the pretrained encoder of sst2-minilm.", show_default=False),
-]
-Calibration = Annotated[
-    Path | None,
-    Option(
-        path_type=Path, help="File of plain text for a Hugging Face model to look at.", show_default=False
-    ),
-]
-Dataset = Annotated[
-    str | None,
-    Option(
-        help="Parquet file, folder of parquet files, or data set of the hub, in place of --calibration.",
-        show_default=False,
-    ),
-]
-Text = Annotated[
-    Path | None,
-    Option(
-        path_type=Path,
-        help="File of plain text to measure the perplexity on [default: the end of the other, kept apart].",
-        show_default=False,
-    ),
-]
-Export = Annotated[
-    str | None,
-    Option(help="padded: also write a twin in OUTPUT-padded, filled up with zeros, that loads everywhere."),
-]
-Teacher = Annotated[
-    str | None,
-    Option(help="Folder or hub name of the dense model, for --distill.", show_default=False),
-]
-Tasks = Annotated[
-    str | None, Option(help="Tasks of lm-eval, separated by commas, in place of a text.", show_default=False)
-]
-TaskFolder = Annotated[
-    Path | None, Option(path_type=Path, help="Folder with further task files of lm-eval.", show_default=False)
-]
-Limit = Annotated[int | None, Option(help="Examples per task of lm-eval at most.", show_default=False)]
-Epochs = Annotated[int | None, Option(help="Epochs of the recovery, 0 for none [default: the recipe's].")]
-Lr = Annotated[float | None, Option(help="Learning rate of the recovery [default: the recipe's].")]
-Distill = Annotated[
-    float | None, Option(help="Weight of the dense model's soft targets, 0 to 1 [default: 0].")
-]
+class Item(NamedTuple):
+    """One option or argument of a command.
 
-Lora = Annotated[
-    int | None,
-    Option(help="Rank of LoRA adapters to train and merge, in place of all weights [default: 0, none]."),
-]
-Compile = Annotated[
-    bool | None,
-    Option(
-        "--compile",
-        help="Train what torch.compile makes of the model (and of a teacher); the first step waits for it.",
-        show_default=False,
-    ),
-]
-Fsdp = Annotated[
-    bool | None,
-    Option(
-        "--fsdp",
-        help="Under torchrun: share weights, gradients and the optimizer's state out over the processes.",
-        show_default=False,
-    ),
-]
-Resume = Annotated[
-    bool,
-    Option("--resume", help="Go on with what an interrupted run of the same command left for --output."),
-]
-Seed = Annotated[
-    int | None, Option(help="Of every random choice, the training of digits included [default: 0].")
-]
-Device = Annotated[str, Option(help="cpu, cuda, cuda:1, ..., or auto: cuda where there is one.")]
-Output = Annotated[
-    Path | None,
-    Option(
-        path_type=Path, help="Folder for the results [default: the first free runs/NAME, runs/NAME-2, ...]."
-    ),
-]
-Overwrite = Annotated[bool, Option("--overwrite", help="Replace results that are there already.")]
-Config = Annotated[
-    Path | None,
-    Option(path_type=Path, help="YAML or JSON file of a PruneConfig; options given here win over it."),
-]
-Quiet = Annotated[
-    bool, Option("--quiet", "-q", help="Print the last line, the JSON object, and nothing else.")
-]
-Example = Annotated[
-    str | None, Option(help="Shape of the (main) input, like 1,3,32,32 [default: what suits the model].")
-]
-Meta = Annotated[bool, Option("--meta", help="Shapes alone: leave the weights, take no memory for them.")]
-Tree = Annotated[bool, Option("--tree", help="Along the modules in place of a table.")]
-All = Annotated[bool, Option("--all", help="Every group by itself, repeated layers too, names in full.")]
-Json = Annotated[bool, Option("--json", help="Print everything as one JSON object, and no table.")]
-ReportFolder = Annotated[
-    Path,
-    Argument(
-        path_type=Path,
-        help="What cria run or cria prune wrote, or a folder of a bench's result files.",
-        show_default=False,
-    ),
-]
-Layer = Annotated[
-    str | None,
-    Option(help="Whose neuron graphs are drawn [default: the widest of at most 256 units that lost any]."),
-]
-Page = Annotated[
-    Path | None, Option(path_type=Path, help="HTML file for the page [default: report.html in the folder].")
-]
-Shares = Annotated[
-    str | None,
-    Option(
-        help="Shares of every group's units to remove, separated by commas [default: 0.1 to 0.9 by 0.1].",
-        show_default=False,
-    ),
-]
-RandomSeeds = Annotated[int, Option(help="Random orders to compare with.")]
-TestLimit = Annotated[
-    int | None,
-    Option(
-        "--limit", help="Test examples at most, for a quick look; results say so [default: all].",
-        show_default=False,
-    ),
-]  # fmt: skip
-ScoreFolder = Annotated[
-    Path | None,
-    Option(
-        path_type=Path, help="Folder to keep the scores in, for cria prune --scores and cria sweep --scores."
-    ),
-]
-Scores = Annotated[
-    Path | None,
-    Option(
-        path_type=Path,
-        help="Folder of cria score: prune by these scores, in one round, without recording again.",
-    ),
-]
-SweepReductions = Annotated[
-    list[float] | None,
-    Option(
-        "--reduction", "--reduce",
-        help="Share to remove, between 0 and 1; several [default: 0.1 to 0.7].", show_default=False,
-    ),
-]  # fmt: skip
-DryRun = Annotated[
-    bool, Option("--dry-run", help="Predict memory and passes, and say what is reachable; score nothing.")
-]
-PlanFile = Annotated[
-    Path | None,
-    Option(path_type=Path, help="JSON file for the plan, or with --dry-run for what was predicted."),
-]
-Suite = Annotated[
-    str,
-    Argument(
-        help="digits, resnet20, resnet56, sst2-minilm or llama-shakespeare, or a folder of YAML files.",
-        show_default=False,
-    ),
-]
-Criteria = Annotated[list[str] | None, Option("--criterion", help="Only these criteria of the suite.")]
-OnlyReductions = Annotated[
-    list[float] | None, Option("--reduction", "--reduce", help="Only these reductions of the suite.")
-]
-Seeds = Annotated[list[int] | None, Option("--seed", help="Only these seeds of the suite.")]
+    Attributes:
+        name: of the parameter: of the field that it comes from.
+        field: with its default, its text, its choices.
+        group: its heading in --help.
+        holder: the field of the request for the configuration that it is a setting of; `` if it is its own.
+        config: that configuration.
+    """
+
+    name: str
+    field: FieldInfo
+    group: str
+    holder: str = ""
+    config: type[StageConfig] | None = None
+
+    @property
+    def choices(self) -> Choices | None:
+        """The values that it can take, if they are few."""
+        return next((item for item in self.field.metadata if isinstance(item, Choices)), None)
+
+    def parameter(self) -> Parameter:
+        """Return the parameter of a function that typer makes it from."""
+        if "argument" in extra_of(self.field):
+            what: Any = typer.Argument(help=self.field.description, show_default=False)
+            return Parameter(self.name, Parameter.KEYWORD_ONLY, annotation=Annotated[self._type, what])
+        flags = flags_of(self.name, self.field)
+        if self.config is not None and self._type is bool:
+            flags = [f"{flags[0]}/--no-{flags[0][2:]}"]
+        listed = get_args(self._type)
+        what = typer.Option(
+            *flags, help=self._help(), show_default=False, rich_help_panel=self.group,
+            metavar=f"<{listed[0].__name__}>" if listed else None,
+        )  # fmt: skip
+        default = None if self.config is not None or self.field.default == () else self.field.default
+        kind = self._type if default is not None else self._type | None
+        return Parameter(self.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, what])
+
+    def value(self, given: Any) -> Any:
+        """Return what was given as the field has it.
+
+        Raises:
+            ConfigError: it is out of bounds, or none of the choices.
+        """
+        if self.config is not None:
+            return self.config.setting(self.name, given)
+        if self.choices is not None and given not in self.choices.texts:
+            known = f"Known {self.choices.plural}: {', '.join(self.choices.texts)}"
+            raise ConfigError(flags_of(self.name, self.field)[0], f"found {given!r}", known)
+        return given
+
+    @property
+    def _type(self) -> Any:
+        """What typer reads it as; a setting that is more than a number is read by its configuration."""
+        kinds = [kind for kind in get_args(self.field.annotation) if kind is not type(None)]
+        if get_origin(self.field.annotation) is tuple:
+            return list[kinds[0]]  # type: ignore[valid-type]
+        if self.config is not None and kinds:
+            return str
+        return kinds[0] if kinds else self.field.annotation
+
+    def _help(self) -> str:
+        text = self.field.description or ""
+        if self.choices is not None:
+            texts = self.choices.texts.items()
+            text += ": " + ", ".join(value if value == said else f"{value} ({said})" for value, said in texts)
+        default: Any = extra_of(self.field)["option"]["shown"] or self.field.default
+        if isinstance(default, bool):
+            default = "" if self.config is None else "yes" if default else "no"
+        elif isinstance(default, (int, float)):
+            default = f"{default:g}"
+        return f"{text}. [default: {default}]" if default else f"{text}."
+
+
+def items(kind: type[Request]) -> Iterator[Item]:
+    """Give the options of a command, in the order of its sections, its own last."""
+    first = {
+        name: section
+        for section in kind.__mro__ if issubclass(section, Request)
+        for name in get_annotations(section) if name in kind.model_fields
+    }  # fmt: skip
+    for section in (*kind.__mro__[1:], kind):
+        for name in [name for name in get_annotations(section) if first.get(name) is section]:
+            field = kind.model_fields[name]
+            extra, config = extra_of(field), cast("type[StageConfig]", field.annotation)
+            for setting in extra.get("options", ()):
+                yield Item(setting, config.model_fields[setting], config.group, name, config)
+            if "argument" in extra or "option" in extra:
+                group = extra.get("option", {}).get("group") or vars(section).get("group", OUTPUT)
+                yield Item(name, field, group)
+
+
+def request_of(kind: type[Kind], context: typer.Context) -> Kind:
+    """Return what was asked on a command line.
+
+    Raises:
+        ConfigError: a value is out of bounds, or none of its choices.
+    """
+    values: dict[str, Any] = {"command": command_line(context)}
+    given: dict[str, dict[str, Any]] = {}
+    configs: dict[str, type[StageConfig]] = {}
+    for item in items(kind):
+        found = context.params[item.name]
+        if found is None:
+            continue
+        into = given.setdefault(item.holder, {}) if item.config else values
+        into[item.name] = item.value(found)
+        if item.config:
+            configs[item.holder] = item.config
+    return kind(**values, **{name: configs[name].model_construct(**given[name]) for name in given})
+
+
+def command_line(context: typer.Context) -> list[str]:
+    """Return the command with the options that were given, as it would be typed."""
+    words = ["cria", str(context.info_name)]
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        source = context.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        value = context.params[name]
+        if parameter.param_type_name == "argument":
+            words.append(str(value))
+        elif value is False:
+            words += parameter.secondary_opts[:1]
+        elif value is True:
+            words += parameter.opts[:1]
+        else:
+            for item in value if isinstance(value, (list, tuple)) else (value,):
+                words += [parameter.opts[0], str(item)]
+    return words
+
+
+class Grouped(TyperCommand):
+    """A command whose --help has a heading for every group of options; plain text, at any width."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options under their headings."""
+        rows: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            alone = GROUPS[0] if parameter.param_type_name == "argument" else RUNNING
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                rows.setdefault(getattr(parameter, "rich_help_panel", None) or alone, []).append(record)
+        width = min(FIRST_COLUMN, max(len(left) for group in rows.values() for left, _ in group))
+        for group in sorted(rows, key=GROUPS.index):
+            with formatter.section(group):
+                formatter.write_dl([(left.ljust(width), text) for left, text in rows[group]], FIRST_COLUMN)
+
+
+def command(
+    app: typer.Typer, name: str | None = None, several: bool = False
+) -> Callable[[Callable[[Any, Kept], None]], Callable[[Any, Kept], None]]:
+    """Return a decorator that makes a command of the work on a request.
+
+    Args:
+        app: what gets the command.
+        name: of the command; that of the function if None.
+        several: it can be shared out over several processes.
+    """
+
+    def made(work: Callable[[Any, Kept], None]) -> Callable[[Any, Kept], None]:
+        kind = get_type_hints(work)["request"]
+
+        def called(context: typer.Context, **_: Any) -> None:
+            with answering(several) as kept:
+                work(request_of(kind, context), kept)
+
+        found = sorted(
+            (item.parameter() for item in items(kind)), key=lambda item: item.default is not Parameter.empty
+        )
+        context = Parameter("context", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+        called.__signature__ = Signature([context, *found])  # type: ignore[attr-defined]
+        app.command(
+            name or work.__name__, cls=Grouped, help=work.__doc__,
+            short_help=(work.__doc__ or "").partition("\n")[0],
+            epilog=EPILOG if issubclass(kind, Scoring) else None,
+            context_settings={"max_content_width": WIDEST},
+        )(called)  # fmt: skip
+        return work
+
+    return made

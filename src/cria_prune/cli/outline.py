@@ -6,15 +6,9 @@ from collections.abc import Sequence
 
 from cria_prune.cli.inventory import Inventory
 from cria_prune.cli.talk import Talk, percent
+from cria_prune.config import OF
 from cria_prune.structure.fold import Fold, Row, fold
 from cria_prune.structure.table import FLOW, FROZEN, LOOSE, flow, sections
-
-COSTS = {
-    "parameters": "parameters",
-    "prunable": "prunable parameters",
-    "non-embedding": "parameters without embeddings",
-    "macs": "MACs",
-}
 
 
 def outline(talk: Talk, found: Inventory, everything: bool = False) -> None:
@@ -51,5 +45,5 @@ def shares(talk: Talk, found: Inventory) -> None:
     rows = [["without residual width", *map(percent, found.removable.values())]]
     if any(row.status == "residual" for row in found.rows):
         rows.append(["with it (--residual)", *map(percent, found.removable_with_residual.values())])
-    talk.table(["can be removed at most", *(COSTS[of] for of in found.removable)], rows)
+    talk.table(["can be removed at most", *(OF.texts[of] for of in found.removable)], rows)
     talk.say(f"{found.floor * 100:g} % of the units of each group always stay (--floor)")

@@ -17,11 +17,11 @@ from cria_prune.cli import target
 from cria_prune.cli.begin import check_target
 from cria_prune.cli.folder import check_file
 from cria_prune.cli.job import rounded
-from cria_prune.cli.outline import COSTS
-from cria_prune.cli.settings import Params, pick_device, prune_config, texts_of
+from cria_prune.cli.request import Plan as Request
+from cria_prune.cli.settings import pick_device, prune_config, texts_of
 from cria_prune.cli.talk import Talk, percent
 from cria_prune.cli.target import Target
-from cria_prune.config import PruneConfig
+from cria_prune.config import OF, PruneConfig
 from cria_prune.criteria import score
 from cria_prune.memory import MemoryPrediction, amount, batch_bytes, largest_batch, predict_memory
 from cria_prune.one_round import record_for
@@ -34,28 +34,28 @@ from cria_prune.scope import Scope
 CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
-def plan(params: Params, command: list[str]) -> None:
+def plan(request: Request) -> None:
     """Show what is reachable and what it takes, or with scores which units would stay."""
-    found, talk = target.find(params["target"], texts_of(params)), Talk(params["quiet"])
-    config = prune_config(params, found.prune_defaults())
-    check_file(params["output"], params["overwrite"])
-    work = _dry if params["dry_run"] else _scored
-    head = {"target": params["target"], **found.named(), "criterion": config.score.criterion}
-    values, kept = work(params, found, config, talk)
-    answer = {**head, **values, "seed": params["seed"] or 0}
-    if params["output"] is not None:
-        write_json(params["output"], kept or {**answer, "command": command})
-        talk.say(f"plan written to {params['output']}")
-    talk.answer({**answer, "output": None if params["output"] is None else str(params["output"])})
+    found, talk = target.find(request.target, texts_of(request)), Talk(request.quiet)
+    config = prune_config(request, found.prune_defaults())
+    check_file(request.output, request.overwrite)
+    work = _dry if request.dry_run else _scored
+    head = {"target": request.target, **found.named(), "criterion": config.score.criterion}
+    values, kept = work(request, found, config, talk)
+    answer = {**head, **values, "seed": request.base_seed}
+    if request.output is not None:
+        write_json(request.output, kept or {**answer, "command": request.command})
+        talk.say(f"plan written to {request.output}")
+    talk.answer({**answer, "output": None if request.output is None else str(request.output)})
 
 
 Made = tuple[dict[str, Any], dict[str, Any] | None]
 """What is answered; and what goes into the file in its place."""
 
 
-def _dry(params: Params, found: Target, config: PruneConfig, talk: Talk) -> Made:
+def _dry(request: Request, found: Target, config: PruneConfig, talk: Talk) -> Made:
     """Structure, one batch's shapes, and arithmetic: nothing is trained, recorded or scored."""
-    device, seconds = pick_device(params["device"]), dict[str, float]()
+    device, seconds = pick_device(request.device), dict[str, float]()
     with clock(seconds, "structure"):
         model = found.untrained().to(device)
         groups = pipeline.discover(model, found.task.example)
@@ -117,8 +117,9 @@ def _say_reach(talk: Talk, reach: Mapping[str, Any], config: PruneConfig) -> Non
     ]  # fmt: skip
     talk.table(["what", "now", "left at least", "removed at most"], rows)
     talk.say(
-        f"asked {percent(reach['asked'])} of the {COSTS[reach['of']]}, at most {percent(reach['reachable'])} "
-        f"can be removed: {reach['units']:,} units in {reach['groups']} groups, "
+        f"asked {percent(reach['asked'])} of the {OF.texts[reach['of']]}, "
+        f"at most {percent(reach['reachable'])} can be removed: "
+        f"{reach['units']:,} units in {reach['groups']} groups, "
         f"{config.plan.floor * 100:g} % of each always stay (--floor)"
     )
 
@@ -156,9 +157,9 @@ def _say_memory(talk: Talk, memory: MemoryPrediction, data: int, here: int | Non
         talk.say(f"{amount(peak)} of the {amount(here)} that there are")
 
 
-def _scored(params: Params, found: Target, config: PruneConfig, talk: Talk) -> Made:
+def _scored(request: Request, found: Target, config: PruneConfig, talk: Talk) -> Made:
     """Record and score once, and plan one round of the whole reduction."""
-    device, seconds, seed = pick_device(params["device"]), dict[str, float](), params["seed"] or 0
+    device, seconds, seed = pick_device(request.device), dict[str, float](), request.base_seed
     check_target(found, config)  # before a dense model is trained
     with clock(seconds, "model"):
         model = found.model(device, seed, talk.progress)

@@ -13,7 +13,7 @@ from cria_prune.artifact.history import History, read_run, write_run
 from cria_prune.artifact.html import is_page
 from cria_prune.cli import show
 from cria_prune.cli.folder import REPORT, check_file
-from cria_prune.cli.settings import Params
+from cria_prune.cli.request import Report
 from cria_prune.cli.talk import Talk
 from cria_prune.errors import ArtifactError, PackageError
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from cria_prune.pipeline import PruneResult
 
 
-def report(params: Params) -> None:
+def report(request: Report) -> None:
     """Make the page of a run or a bench from the files in its folder."""
-    folder, talk = params["folder"], Talk(params["quiet"])
-    found = folder_page(folder, params["layer"])
-    output = params["output"] or folder / REPORT
-    ours = params["output"] is None and written_by_cria(output)
-    check_file(output, params["overwrite"] or ours)
+    folder, talk = request.folder, Talk(request.quiet)
+    found = folder_page(folder, request.layer)
+    output = request.output or folder / REPORT
+    ours = request.output is None and written_by_cria(output)
+    check_file(output, request.overwrite or ours)
     write_text(output, found.html)
     talk.say(f"report {output}")
     talk.answer({"folder": str(folder), "kind": found.kind, "layer": found.layer, "output": str(output)})

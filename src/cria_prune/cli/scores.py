@@ -11,7 +11,8 @@ from cria_prune.artifact.scores import load_scores, save_scores
 from cria_prune.cli import show, target
 from cria_prune.cli.folder import claimed
 from cria_prune.cli.job import rounded
-from cria_prune.cli.settings import Params, pick_device, prune_config, texts_of
+from cria_prune.cli.request import Score, Scoring
+from cria_prune.cli.settings import pick_device, prune_config, texts_of
 from cria_prune.cli.talk import Talk
 from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig
@@ -22,23 +23,23 @@ from cria_prune.scored import Scored
 from cria_prune.scoring import score_once
 
 
-def score(params: Params, command: list[str]) -> None:
+def score(request: Score) -> None:
     """Scores and diagnosis of every group, without cutting; with --output they are kept for pruning."""
-    found, talk = target.find(params["target"], texts_of(params)), Talk(params["quiet"])
-    config, output = prune_config(params, found.prune_defaults()), params["output"]
+    found, talk = target.find(request.target, texts_of(request)), Talk(request.quiet)
+    config, output = prune_config(request, found.prune_defaults()), request.output
     if output is None:
         config = config.model_copy(update={"compensate": False})  # its moments would be thrown away
-        scored_answer(params, found, config, talk, None, command)
+        scored_answer(request, found, config, talk, None)
         return
-    with claimed(output, "", params["overwrite"]) as folder:
-        scored_answer(params, found, config, talk, folder, command)
+    with claimed(output, "", request.overwrite) as folder:
+        scored_answer(request, found, config, talk, folder)
 
 
 def scored_answer(
-    params: Params, found: Target, config: PruneConfig, talk: Talk, folder: Path | None, command: list[str]
+    request: Score, found: Target, config: PruneConfig, talk: Talk, folder: Path | None
 ) -> None:
     """Score, show the diagnosis, keep the scores in a folder if there is one, and answer."""
-    device, seed = pick_device(params["device"]), params["seed"] or 0
+    device, seed = pick_device(request.device), request.base_seed
     seconds: dict[str, float] = {}
     with clock(seconds, "model"):
         model = found.model(device, seed, talk.progress)
@@ -49,11 +50,11 @@ def scored_answer(
         for name, item in scored.importances.items()
     }
     show.diagnosis(talk, rows)
-    head = {"target": params["target"], **found.named(), "criterion": config.score.criterion}
+    head = {"target": request.target, **found.named(), "criterion": config.score.criterion}
     if folder is not None:
-        origin = provenance(seed, command, found.task.fingerprint(), device)
+        origin = provenance(seed, request.command, found.task.fingerprint(), device)
         keep_scores(folder, scored, {**head, "provenance": origin})
-        talk.say(f"scores {folder}: cria prune {params['target']} --scores {folder} cuts to any size")
+        talk.say(f"scores {folder}: cria prune {request.target} --scores {folder} cuts to any size")
     units = sum(len(item["scores"]) for item in rows.values())
     talk.answer(
         {
@@ -76,17 +77,21 @@ def keep_scores(folder: Path, scored: Scored, said: Mapping[str, Any]) -> None:
     world().lead("Keeping the scores", write)
 
 
-def config_from(params: Params, defaults: Mapping[str, Any], scored: Scored | None) -> PruneConfig:
+def config_from(
+    request: Scoring, defaults: Mapping[str, Any], scored: Scored | None, **plan: Any
+) -> PruneConfig:
     """Return the configuration of a pruning, from scores if there are any: then of one round.
+
+    Settings of the plan that are named here win over what was asked.
 
     Raises:
         ConfigError: several rounds, or another recording or criterion than the scores', were asked for.
     """
     if scored is None:
-        return prune_config(params, defaults)
+        return prune_config(request, defaults, **plan)
     theirs = scored.config.model_dump(include={"record", "score"})
     base = {**defaults, **theirs, "compensate": scored.consumed is not None}
-    config = prune_config({**params, "rounds": params.get("rounds") or 1}, base)
+    config = prune_config(request, base, **{"rounds": request.plan.given().get("rounds", 1), **plan})
     for section, values in theirs.items():
         asked = getattr(config, section).model_dump()
         differing = [
@@ -100,6 +105,6 @@ def config_from(params: Params, defaults: Mapping[str, Any], scored: Scored | No
     return scored.applied(config)
 
 
-def given_scores(params: Params) -> Scored | None:
+def given_scores(request: Scoring) -> Scored | None:
     """Return the scores that --scores names."""
-    return None if params.get("scores") is None else load_scores(params["scores"])
+    return None if request.scores is None else load_scores(request.scores)

@@ -6,15 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cria_prune.config import (
-    PlanConfig,
-    PruneConfig,
-    RecordConfig,
-    RecoverConfig,
-    ScoreConfig,
-    StageConfig,
-    preset,
-)
+from cria_prune.cli.request import POLICIES, Data, Recover, Run, Scoring
+from cria_prune.config import PlanConfig, PruneConfig, RecordConfig, RecoverConfig, ScoreConfig, preset
 from cria_prune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,24 +15,16 @@ if TYPE_CHECKING:
 
     from cria_prune.tasks import Texts
 
-Params = Mapping[str, Any]
-
-STEPS = ("compensate", "batch_norm")
-SECTIONS: dict[str, type[StageConfig]] = {"record": RecordConfig, "score": ScoreConfig, "plan": PlanConfig}
-OPTIONS = {
-    "record": ("examples", "positions", "seed"),
-    "score": ("criterion", "seed"),
-    "plan": ("reduction", "of", "rounds", "ranking", "residual", "floor", "units", "uniform", "multiple"),
-    "recover": ("epochs", "lr", "distill", "lora", "compile", "fsdp", "seed"),
-}
-POLICIES: dict[str, dict[str, Any]] = {
-    "uniform": {"vanilla": True, "uniform": True},
-    "per-layer": {"vanilla": False, "uniform": False, "ranking": "global"},
-}
+SECTIONS = {"record": RecordConfig, "score": ScoreConfig, "plan": PlanConfig}
 
 
-def prune_config(params: Params, defaults: Mapping[str, Any] | None = None) -> PruneConfig:
+def prune_config(request: Scoring, defaults: Mapping[str, Any] | None = None, **plan: Any) -> PruneConfig:
     """Return the configuration of a command: the task's, preset, file, then the options that were given.
+
+    Args:
+        request: what was asked.
+        defaults: of the task: section -> values.
+        plan: settings of the plan that win over all of these.
 
     Raises:
         ConfigError: a preset, a key or a value is not valid, or the file cannot be read.
@@ -50,13 +35,18 @@ def prune_config(params: Params, defaults: Mapping[str, Any] | None = None) -> P
     from cria_prune.plan.select import check_target
 
     layers: list[dict[str, Any]] = [dict(defaults or {})]
-    if params.get("preset") is not None:
-        layers.append(preset(params["preset"]).model_dump(exclude_unset=True))
-    if params.get("config") is not None:
-        layers.append(_read(params["config"]).model_dump(exclude_unset=True))
-    layers.append({"plan": policy(params.get("policy"))})
-    layers.append({section: given(params, section) for section in SECTIONS})
-    layers.append({key: params[key] for key in STEPS if params.get(key) is not None})
+    if request.preset is not None:
+        layers.append(preset(request.preset).model_dump(exclude_unset=True))
+    if request.config is not None:
+        layers.append(_read(request.config).model_dump(exclude_unset=True))
+    layers.append({"plan": {} if request.policy is None else POLICIES[request.policy][1]})
+    seed = {} if request.seed is None else {"seed": request.seed}
+    layers.append({
+        "record": {**seed, **request.record.given()},
+        "score": {**seed, **request.score.given()},
+        "plan": {**request.plan.given(), **plan},
+        **request.repair.given(),
+    })  # fmt: skip
     values: dict[str, Any] = {key: layer[key] for layer in layers for key in layer if key not in SECTIONS}
     for section, kind in SECTIONS.items():
         merged: dict[str, Any] = {}
@@ -69,18 +59,7 @@ def prune_config(params: Params, defaults: Mapping[str, Any] | None = None) -> P
     return config
 
 
-def policy(name: str | None) -> dict[str, Any]:
-    """Return what a save policy says of the plan; nothing for None.
-
-    Raises:
-        ConfigError: no such policy.
-    """
-    if name is not None and name not in POLICIES:
-        raise ConfigError("A save policy", f"found {name!r}", f"Known policies: {', '.join(POLICIES)}")
-    return {} if name is None else dict(POLICIES[name])
-
-
-def recover_config(params: Params, defaults: RecoverConfig) -> RecoverConfig:
+def recover_config(request: Recover | Run, defaults: RecoverConfig) -> RecoverConfig:
     """Return the configuration of the fine-tune: the task's, then the options that were given.
 
     Raises:
@@ -88,14 +67,10 @@ def recover_config(params: Params, defaults: RecoverConfig) -> RecoverConfig:
     """
     from cria_prune.recover.fit import check_possible
 
-    config = RecoverConfig(**{**defaults.model_dump(), **given(params, "recover")})
-    check_possible(config, pick_device(params["device"]))  # before the long work, not after it
+    seed = {} if request.seed is None else {"seed": request.seed}
+    config = RecoverConfig(**{**defaults.model_dump(), **seed, **request.tune.given()})
+    check_possible(config, pick_device(request.device))  # before the long work, not after it
     return config
-
-
-def given(params: Params, section: str) -> dict[str, Any]:
-    """Return the options of a section that were given on the command line."""
-    return {name: params[name] for name in OPTIONS[section] if params.get(name) is not None}
 
 
 def pick_device(name: str) -> torch.device:
@@ -125,12 +100,12 @@ def _read(path: Path) -> PruneConfig:
     return PruneConfig.from_text(text)
 
 
-def texts_of(params: Params) -> Texts:
+def texts_of(request: Data) -> Texts:
     """Return the data that were given."""
     from cria_prune.tasks import Texts
 
-    if params["calibration"] is not None and params["dataset"] is not None:
+    if request.calibration is not None and request.dataset is not None:
         raise ConfigError(
             "Texts to calibrate on", "both --calibration and --dataset were given", "Give one of the two"
         )
-    return Texts(params["calibration"], params["dataset"], params["text"])
+    return Texts(request.calibration, request.dataset, request.text)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cria_prune.batches import Batch, model_inputs
-from cria_prune.cli.outline import COSTS
 from cria_prune.cli.talk import Talk, percent
+from cria_prune.config import OF
 from cria_prune.metrics import Metric, metric
 from cria_prune.pipeline import PruneResult, Round
 
@@ -53,7 +53,7 @@ def outcome(talk: Talk, results: Mapping[str, Any], metric: Metric) -> None:
     if "asked" in results:
         cost = results.get("scoring_over_forward")
         talk.say(
-            f"asked {percent(results['asked'])} of the {COSTS[results['of']]}, "
+            f"asked {percent(results['asked'])} of the {OF.texts[results['of']]}, "
             f"removed {percent(results['reduction'])}; criterion {results['criterion']}, "
             + ("scored before" if cost is None else f"scoring took {cost:g} times a forward pass")
         )
@@ -168,7 +168,7 @@ def report(
     result: PruneResult, results: Mapping[str, Any], metric: str, origin: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return what a run keeps for its page: plain JSON, see `artifact.history.write_run`."""
-    cost = COSTS[results["of"]]
+    cost = OF.texts[results["of"]]
     return {
         **results,
         "title": f"{results['recipe'] or results['model']}: {percent(results['reduction'])} of the {cost} "

@@ -18,8 +18,9 @@ from cria_prune.cli.begin import check_target, dense_model, job_of, saved_as
 from cria_prune.cli.folder import interrupts_wait
 from cria_prune.cli.job import PRUNED, Job
 from cria_prune.cli.reports import picture
+from cria_prune.cli.request import Sweep
 from cria_prune.cli.scores import config_from, given_scores, keep_scores
-from cria_prune.cli.settings import Params, texts_of
+from cria_prune.cli.settings import texts_of
 from cria_prune.cli.talk import Kept
 from cria_prune.config import PruneConfig
 from cria_prune.errors import ConfigError, TargetError
@@ -32,19 +33,19 @@ SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 RESULT, PICTURE, KEPT_SCORES = "sweep.json", "sweep.png", "scores"
 
 
-def sweep(params: Params, command: list[str], kept: Kept) -> None:
+def sweep(request: Sweep, kept: Kept) -> None:
     """Score once, prune to every share in one round each, save and measure; then table and picture."""
-    found = target.find(params["target"], texts_of(params))
+    found = target.find(request.target, texts_of(request))
     found.check_changeable()
-    scored, shares = given_scores(params), params["reduction"] or SHARES
-    one = {**params, "rounds": 1}
-    configs = [config_from({**one, "reduction": share}, found.prune_defaults(), scored) for share in shares]
+    scored, shares = given_scores(request), request.reductions or SHARES
+    defaults = found.prune_defaults()
+    configs = [config_from(request, defaults, scored, rounds=1, reduction=share) for share in shares]
     names = [commands.member_name(config) for config in configs]
     if len(set(names)) < len(names):
         raise ConfigError("A family of reductions", f"found {', '.join(names)}", "Give each share once")
-    configs, beyond = reachable(found, configs, asked=bool(params["reduction"]))
+    configs, beyond = reachable(found, configs, asked=bool(request.reductions))
     found.policy = saved_as(configs[0])
-    with job_of(found, "-sweep", params, command, kept, several=True) as job:
+    with job_of(found, "-sweep", request, kept, several=True) as job:
         if beyond:
             job.talk.note(f"left out, beyond what can be removed: {', '.join(beyond)}")
         model = dense_model(job)

@@ -165,24 +165,3 @@ def _placed(
 def percent(share: float | None) -> str:
     """Return a share as per cent with two digits: 0.9339 is 93.39 %."""
     return "" if share is None else f"{share * 100:.2f} %"
-
-
-def command_line(context: typer.Context) -> list[str]:
-    """Return the command with the options that were given, as it would be typed."""
-    words = ["cria", str(context.info_name)]
-    for parameter in context.command.params:
-        name = str(parameter.name)
-        source = context.get_parameter_source(name)
-        if source is None or source.name != "COMMANDLINE":
-            continue
-        value = context.params[name]
-        if parameter.param_type_name == "argument":
-            words.append(str(value))
-        elif value is False:
-            words += parameter.secondary_opts[:1]
-        elif value is True:
-            words += parameter.opts[:1]
-        else:
-            for item in value if isinstance(value, (list, tuple)) else (value,):
-                words += [parameter.opts[0], str(item)]
-    return words

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from cria_prune.errors import ArtifactError, ConfigError
 from cria_prune.metrics import Metric, metric
@@ -14,11 +14,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from cria_prune.artifact.manifest import Policy
     from cria_prune.plan import Plan
     from cria_prune.progress import Progress
     from cria_prune.tasks import Task, Texts
-
-Policy = Literal["vanilla", "per-layer", "padded"]
 
 
 @dataclass

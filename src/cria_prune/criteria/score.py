@@ -139,7 +139,7 @@ def find_criterion(asked: str | ScoreConfig) -> Criterion:
     name = asked if isinstance(asked, str) else asked.criterion
     if name not in CRITERIA:
         raise CriterionError("A criterion", f"found {name!r}", f"Known criteria: {', '.join(CRITERIA)}")
-    for setting in () if isinstance(asked, str) else asked.given():
+    for setting in () if isinstance(asked, str) else asked.changed():
         if setting in CRITERIA[name].reads or (setting, getattr(asked, setting)) == ("ridge", OLD_RIDGE):
             continue
         readers = ", ".join(item.name for item in CRITERIA.values() if setting in item.reads)

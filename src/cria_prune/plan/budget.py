@@ -15,10 +15,9 @@ from functools import cached_property
 
 import numpy as np
 
+from cria_prune.config import OF
 from cria_prune.errors import StructureError, TargetError
 from cria_prune.structure.groups import ParameterSlice, UnitGroup, UnitGroups
-
-DENOMINATORS = ("parameters", "prunable", "non-embedding", "macs")
 
 
 class Ledger:
@@ -92,8 +91,8 @@ class Budget:
     of: str = "parameters"
 
     def __post_init__(self) -> None:
-        if self.of not in DENOMINATORS:
-            raise TargetError(f"A share of {self.of!r}", "no such cost", f"Known: {', '.join(DENOMINATORS)}")
+        if self.of not in OF.texts:
+            raise TargetError(f"A share of {self.of!r}", "no such cost", f"Known: {', '.join(OF.texts)}")
 
     @cached_property
     def weights(self) -> dict[str, float]:
