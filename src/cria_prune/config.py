@@ -105,11 +105,20 @@ class StageConfig(BaseModel):
     @classmethod
     def _refused(cls, error: ValidationError, *name: str) -> ConfigError:
         found = (
-            f"{'.'.join(map(str, [*name, *item['loc']]))}: {item['msg']} (found {item['input']!r})"
+            f"{'.'.join(map(str, [*name, *item['loc']]))}: {cls._wrong(item, *name)} (found {item['input']!r})"
             for item in error.errors()
         )
         todo = f"Known keys: {', '.join(cls.model_fields)}"
         return ConfigError(f"A {cls.__name__}", "; ".join(found), todo)
+
+    @classmethod
+    def _wrong(cls, item: Any, *name: str) -> str:
+        """Return what is wrong with a value: the whole range, where it has two ends."""
+        field = cls.model_fields.get(".".join(map(str, [*name, *item["loc"]])))
+        ends = [getattr(bound, end) for bound in field.metadata if (end := _end(bound))] if field else []
+        if item["type"] in ("greater_than_equal", "less_than_equal") and len(ends) == 2:
+            return f"must be between {min(ends):g} and {max(ends):g}"
+        return str(item["msg"])
 
     @classmethod
     def setting(cls, name: str, value: Any) -> Any:
@@ -168,6 +177,11 @@ def _from_yaml(text: str, asked: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(asked, str(error), "Write valid YAML or JSON") from error
+
+
+def _end(bound: Any) -> str:
+    """Return the attribute of an inclusive bound; empty for what is none."""
+    return next((end for end in ("ge", "le") if hasattr(bound, end)), "")
 
 
 def _all_is_none(value: Any) -> Any:
