@@ -105,7 +105,8 @@ class StageConfig(BaseModel):
     @classmethod
     def _refused(cls, error: ValidationError, *name: str) -> ConfigError:
         found = (
-            f"{'.'.join(map(str, [*name, *item['loc']]))}: {cls._wrong(item, *name)} (found {item['input']!r})"
+            f"{'.'.join(map(str, [*name, *item['loc']]))}: {cls._wrong(item, *name)} "
+            f"(found {item['input']!r})"
             for item in error.errors()
         )
         todo = f"Known keys: {', '.join(cls.model_fields)}"
