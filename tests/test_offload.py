@@ -400,9 +400,9 @@ def test_layers_run_on_another_device(
     seen = set()
     honest = turns.score
 
-    def looked(model: nn.Module, groups: Any, states: Any, config: Any) -> Any:
+    def looked(model: nn.Module, groups: Any, states: Any, config: Any, **options: Any) -> Any:
         seen.update(item.output.mean.device.type for item in states.groups.values())
-        return honest(model, groups, states, config)
+        return honest(model, groups, states, config, **options)
 
     repaired, mended = set(), repair.compensate
 
