@@ -12,7 +12,7 @@ import torch
 import typer
 from typer.testing import CliRunner, Result
 
-from cria_prune import one_round, scoring
+from cria_prune import stages
 from cria_prune.artifact.checkpoint import load
 from cria_prune.artifact.scores import load_scores
 from cria_prune.cli.main import app
@@ -226,7 +226,7 @@ def test_prune_by_scores_is_one_round_of_prune(monkeypatch: pytest.MonkeyPatch) 
     answer(cria("score", "digits", *words, "--output", "kept"))
     cria("prune", "digits", *words, "--rounds", "1", "--reduce", "0.4", "--output", "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(one_round, "record_for", lambda *_, **__: pytest.fail("recorded"))
+        patch.setattr(stages, "record_for", lambda *_, **__: pytest.fail("recorded"))
         said = answer(cria("prune", "digits", "--scores", "kept", "--reduce", "0.4", "--output", "cut"))
     assert said["rounds"] == 1 and "scoring_over_forward" not in said
     one, two = load("whole"), load("cut")
@@ -242,13 +242,13 @@ def test_prune_by_scores_is_one_round_of_prune(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_sweep_scores_once_and_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded, honest = list[int](), one_round.record_for
+    recorded, honest = list[int](), stages.record_for
 
     def counted(*args, **kwargs):
         recorded.append(1)
         return honest(*args, **kwargs)
 
-    monkeypatch.setattr(one_round, "record_for", counted)
+    monkeypatch.setattr(stages, "record_for", counted)
     words = ["sweep", "digits", "--examples", "64", "--reduce", "0.2", "--reduce", "0.5", "--output", "out"]
     with monkeypatch.context() as patch:
         evaluated, real = list[int](), ImageTask.evaluate
@@ -305,7 +305,7 @@ def test_an_ablation_refuses_what_it_cannot_do_and_leaves_no_folder(monkeypatch:
     assert "at least one seed" in error("ablate", "digits", "--random-seeds", "0")
     assert "found 0" in error("ablate", "digits", "--limit", "0")
     assert "Known criteria" in error("ablate", "digits", "--criterion", "nope")
-    monkeypatch.setattr(scoring, "score", interrupt)
+    monkeypatch.setattr(stages, "score", interrupt)
     result = cria("ablate", "digits", "--criterion", "l1")
     assert result.exit_code == 130 and "nothing was saved" in result.stderr
     assert not Path("runs").exists()
@@ -380,7 +380,7 @@ def test_a_damaged_checkpoint_is_refused() -> None:
 
 def test_ctrl_c_in_round_two_keeps_round_one(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    honest = one_round.score
+    honest = stages.score
 
     def stopped(*args, **kwargs):
         calls.append(1)
@@ -388,7 +388,7 @@ def test_ctrl_c_in_round_two_keeps_round_one(monkeypatch: pytest.MonkeyPatch) ->
             raise KeyboardInterrupt
         return honest(*args, **kwargs)
 
-    monkeypatch.setattr(one_round, "score", stopped)
+    monkeypatch.setattr(stages, "score", stopped)
     result = cria("run", "digits", *SMALL, "--output", "out", "--quiet")
     assert result.exit_code == 130 and result.stdout == ""
     assert result.stderr == (
@@ -404,7 +404,7 @@ def test_a_run_that_was_stopped_in_a_round_and_in_the_recovery_ends_with_the_sam
 ) -> None:
     words = ["run", "digits", *SMALL, "--rounds", "3", "--epochs", "1", "--quiet"]
     assert cria(*words, "--output", "whole").exit_code == 0
-    honest, calls = one_round.score, list[int]()
+    honest, calls = stages.score, list[int]()
 
     def counted(*args, **kwargs):
         calls.append(1)
@@ -412,7 +412,7 @@ def test_a_run_that_was_stopped_in_a_round_and_in_the_recovery_ends_with_the_sam
             raise KeyboardInterrupt
         return honest(*args, **kwargs)
 
-    monkeypatch.setattr(one_round, "score", counted)
+    monkeypatch.setattr(stages, "score", counted)
     assert cria(*words, "--output", "out").exit_code == 130
     with monkeypatch.context() as patch:
         patch.setattr(ImageTask, "_augment", interrupt)
@@ -450,7 +450,7 @@ def test_ctrl_c_in_the_recovery_keeps_the_best_epoch(monkeypatch: pytest.MonkeyP
 
 
 def test_ctrl_c_before_anything_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(one_round, "score", interrupt)
+    monkeypatch.setattr(stages, "score", interrupt)
     result = cria("prune", "digits", *SMALL, "--output", "out")
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == "interrupted: nothing was saved"

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from typer.testing import CliRunner, Result
 
-from cria_prune import one_round
+from cria_prune import stages
 from cria_prune.artifact.checkpoint import load
 from cria_prune.cli.main import app
 from cria_prune.errors import ArtifactError, ConfigError, DataError
@@ -385,7 +385,7 @@ def test_an_interrupted_pruning_goes_on_with_the_same_bits(
     words = ["prune", "llama", "--calibration", "text.txt", "--reduce", "0.2", *SMALL, "--rounds", "3"]
     words += ["--criterion", "innovation"]
     cria(*words, "--output", "whole")
-    honest, calls = one_round.record_for, list[int]()
+    honest, calls = stages.record_for, list[int]()
 
     def stopped(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -393,7 +393,7 @@ def test_an_interrupted_pruning_goes_on_with_the_same_bits(
             raise KeyboardInterrupt
         return honest(*args, **kwargs)
 
-    monkeypatch.setattr(one_round, "record_for", stopped)
+    monkeypatch.setattr(stages, "record_for", stopped)
     result = invoke(*words, "--output", "cut")
     assert result.exit_code == 130
     assert "round 2 of 3 is kept (go on with: the same command, --output cut --resume)" in result.stderr

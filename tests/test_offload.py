@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +20,25 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typer.testing import CliRunner
 
-from cria_prune import PruneConfig, discover, load, prune, prune_offloaded, record, score
+from cria_prune import PruneConfig, discover, load, prune, prune_offloaded, record, score, stages
 from cria_prune.artifact.manifest import read_plan
 from cria_prune.batches import Batch
 from cria_prune.cli.main import app
 from cria_prune.dispatched import Weights, changed, first_names, is_dispatched, places, structure_of
 from cria_prune.errors import ArtifactError, CriaError, SignalError, StructureError, VerificationError
-from cria_prune.offload import Offloaded, check, repair, turns, write
+from cria_prune.offload import Offloaded, check, repair, write
 from cria_prune.offload.chain import Chain, outputs
 from cria_prune.offload.turns import plan_turns, score_in_turns
-from cria_prune.pipeline import QUIET, PruneResult
-from cria_prune.scope import Scope, check_target
+from cria_prune.progress import QUIET
+from cria_prune.result import PruneResult
+from cria_prune.stages import Prepared, prepare
 from cria_prune.tasks.language import train_tokenizer
 from cria_prune.tasks.pretrained import load_pretrained
 
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
 
-stages = sys.modules["cria_prune.offload.prune"]
+offloading = sys.modules["cria_prune.offload.prune"]
 rounds = sys.modules["cria_prune.offload.rounds"]
 DECODER: dict[str, Any] = {
     "vocab_size": 99, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -76,10 +78,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def known(made: Path) -> Scope:
+def known(made: Path) -> Prepared:
     """What may be cut of the Llama, found once."""
     model = load_pretrained(made / "llama", meta=True)
-    return check_target(model, discover(model, batches_of(1)[0]), config_of().plan)
+    return prepare(model, batches_of(1), config_of())
 
 
 def kind_of(name: str) -> Any:
@@ -332,9 +334,7 @@ def test_a_model_that_is_no_chain_of_blocks_is_recorded_as_a_whole(tmp_path: Pat
     assert (chain is None) is skips
     assert [turn.blocks for turn in found] == [None if skips else (place, place) for place in range(4)]
     expected = score(plain, groups, record(plain, groups, signals(), config.record))
-    scores, spilled, count = score_in_turns(
-        dispatched, groups, signals(), config, tmp_path, 1, signals()[0][:2], QUIET
-    )
+    scores, spilled, count = score_in_turns(prepare(dispatched, signals(), config), tmp_path, 1, QUIET)
     assert count == 4 and list(scores) == list(expected)
     assert all(torch.equal(scores[name].scores, expected[name].scores) for name in expected)
     moments = spilled.get("blocks.1.up", "blocks.1.down.weight")
@@ -398,7 +398,7 @@ def test_layers_run_on_another_device(
     made: Path, tmp_path: Path, device: str, name: str, memory: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = set()
-    honest = turns.score
+    honest = stages.score
 
     def looked(model: nn.Module, groups: Any, states: Any, config: Any) -> Any:
         seen.update(item.output.mean.device.type for item in states.groups.values())
@@ -411,7 +411,7 @@ def test_layers_run_on_another_device(
         repaired.update(item.mean.device.type for item in moments)
         return mended(model, groups, kept, consumed)
 
-    monkeypatch.setattr(turns, "score", looked)
+    monkeypatch.setattr(stages, "score", looked)
     monkeypatch.setattr(repair, "compensate", looked_at)
     config = config_of(plan={"reduction": 0.3, "rounds": 2 if name == "tied" else 1})
     done, here = (
@@ -545,9 +545,12 @@ def test_a_wrong_cut_in_a_later_round_is_found(
 
 
 @pytest.fixture
-def quick(known: Scope, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages.pipeline, "discover", lambda *_: known.groups)
-    monkeypatch.setattr(stages, "check_target", lambda *_: known)
+def quick(known: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepared(model: nn.Module, batches: Any, config: PruneConfig, example: Batch) -> Prepared:
+        given = {"model": model, "batches": batches, "config": config, "example": example}
+        return replace(known, structure=structure_of(model), **given)
+
+    monkeypatch.setattr(offloading, "prepare", prepared)
 
 
 def reversed_slice(tensor: Tensor, cuts: Any) -> Tensor:
@@ -708,7 +711,7 @@ def test_the_command_prunes_a_folder_in_rounds(here: Path) -> None:
 
 
 def test_the_command_goes_on_where_it_was_stopped(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest, calls = turns.one_round.record_for, list[int]()
+    honest, calls = stages.record_for, list[int]()
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -716,7 +719,7 @@ def test_the_command_goes_on_where_it_was_stopped(here: Path, monkeypatch: pytes
             raise KeyboardInterrupt
         return honest(*args, **kwargs)
 
-    monkeypatch.setattr(turns.one_round, "record_for", interrupted)
+    monkeypatch.setattr(stages, "record_for", interrupted)
     words = ["prune", "llama", "--offload", "--rounds", "2", *WORDS]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 130 and "what is finished is kept (go on with: the same command" in done.stderr

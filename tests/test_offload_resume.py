@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from cria_prune import load, prune_offloaded
+from cria_prune import load, prune_offloaded, stages
 from cria_prune.errors import ArtifactError
-from cria_prune.offload import rounds, turns
+from cria_prune.offload import rounds
 from kills import at_call, half_written, kill, save
 from test_offload import MODELS, batches_of, config_of
 
@@ -36,10 +36,10 @@ def written_and_killed(folder: Path, *args: Any) -> None:
 
 # name: (what is replaced, recordings that are left to do); a round of this Llama has two turns
 KILLS: dict[str, tuple[dict[str, Callable[..., Any]], int]] = {
-    "in-the-first-turn": ({"record": at_call(1, lambda *_, **__: kill(), turns.one_round.record_for)}, 4),
+    "in-the-first-turn": ({"record": at_call(1, lambda *_, **__: kill(), stages.record_for)}, 4),
     "half-of-the-second-state": ({"state": at_call(2, half_written, save)}, 3),
     "after-the-first-cut": ({"write": at_call(1, written_and_killed, rounds.write_model)}, 2),
-    "in-the-second-round": ({"record": at_call(4, lambda *_, **__: kill(), turns.one_round.record_for)}, 1),
+    "in-the-second-round": ({"record": at_call(4, lambda *_, **__: kill(), stages.record_for)}, 1),
     "in-the-last-cut": ({"write": at_call(2, lambda *_, **__: kill(), rounds.write_model)}, 0),
 }
 
@@ -68,7 +68,7 @@ def children(folder: str) -> None:
     for name, (patches, _) in KILLS.items():
         child = os.fork()
         if child == 0:
-            turns.one_round.record_for = patches.get("record", turns.one_round.record_for)
+            stages.record_for = patches.get("record", stages.record_for)
             rounds.write_model = patches.get("write", rounds.write_model)
             store.save_file = patches.get("state", save)
             pruned(Path(folder), name)
@@ -96,13 +96,13 @@ def test_after_a_sigkill_the_same_bits_come_out_and_no_finished_turn_is_recorded
     name: str, killed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not (killed / name).exists()
-    calls, honest = list[int](), turns.one_round.record_for
+    calls, honest = list[int](), stages.record_for
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         return honest(*args, **kwargs)
 
-    monkeypatch.setattr(turns.one_round, "record_for", counted)
+    monkeypatch.setattr(stages, "record_for", counted)
     done = pruned(killed, name)
     assert len(calls) == KILLS[name][1]
     one, other = (load(killed / part).model.state_dict() for part in ("whole", name))
@@ -122,7 +122,7 @@ def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(turns.one_round, "record_for", at_call(2, interrupt, turns.one_round.record_for))
+        patch.setattr(stages, "record_for", at_call(2, interrupt, stages.record_for))
         with pytest.raises(KeyboardInterrupt):
             pruned(tmp_path, "small")
     return tmp_path

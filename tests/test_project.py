@@ -30,34 +30,20 @@ MAY_IMPORT = {
     "surgery": BASE | {"structure", "plan", "graph"},
     "vanilla": BASE | {"structure"},
     "recover": BASE,
-    "artifact": BASE | {"scored", "plan", "surgery", "tasks", "structure", "vanilla", "graph", "spectrum"},
+    "artifact": BASE | {"scores", "plan", "surgery", "tasks", "structure", "vanilla", "graph", "spectrum"},
     "tasks": BASE | {"recover"},
-    "bench": BASE | {"pipeline", "criteria", "recover", "tasks", "artifact", "structure", "plan"},
+    "bench": BASE
+    | {"pipeline", "result", "stages", "criteria", "recover", "tasks", "artifact", "structure", "plan"},
     "result": BASE | {"structure", "plan", "surgery", "graph"},
     "memory": BASE | {"structure", "graph", "record", "criteria"},
-    "scored": BASE | {"graph", "spectrum", "structure"},
+    "scores": BASE | {"stages", "spectrum", "structure"},
+    "scope": BASE | {"plan", "structure", "vanilla"},
     "rounds": BASE | {"graph", "plan", "result", "structure", "surgery"},
-    "one_round": BASE
-    | {"criteria", "graph", "plan", "record", "result", "scored", "spectrum", "structure", "surgery"},
-    "pipeline": BASE
-    | {
-        "criteria",
-        "given",
-        "one_round",
-        "plan",
-        "result",
-        "rounds",
-        "scope",
-        "scored",
-        "structure",
-        "surgery",
-    },
-    "scoring": BASE
-    | {"pipeline", "one_round", "criteria", "scope", "scored", "record", "structure", "spectrum"},
+    "stages": BASE | {"criteria", "graph", "plan", "record", "scope", "spectrum", "structure", "surgery"},
+    "pipeline": BASE | {"criteria", "plan", "result", "rounds", "scores", "stages"},
     "offload": BASE
     | {
-        "pipeline",
-        "one_round",
+        "stages",
         "criteria",
         "rounds",
         "artifact",
@@ -65,20 +51,19 @@ MAY_IMPORT = {
         "plan",
         "record",
         "result",
-        "scope",
         "spectrum",
         "structure",
         "surgery",
         "tasks",
     },
     "ablated": {"metrics"},
-    "ablation": BASE | {"ablated", "structure", "plan", "surgery"},
-    "torch_pruning": BASE | {"pipeline", "scoring", "spectrum", "torch_pruning_cuts"},
+    "ablation": BASE | {"ablated", "stages", "structure", "plan", "surgery"},
+    "torch_pruning": BASE | {"stages", "criteria", "spectrum", "torch_pruning_cuts"},
     "torch_pruning_cuts": BASE | {"structure"},
     "cli": BASE
     | {"memory"}
-    | {"pipeline", "artifact", "tasks", "recover", "plan", "structure", "criteria", "record", "scope"}
-    | {"bench", "scored", "scoring", "ablated", "ablation", "offload", "one_round"},
+    | {"pipeline", "artifact", "tasks", "recover", "plan", "structure", "criteria", "record"}
+    | {"bench", "result", "scores", "stages", "ablated", "ablation", "offload"},
 }
 
 

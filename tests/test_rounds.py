@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from cria_prune import PruneConfig, one_round, pipeline, prune, rounds, store
+from cria_prune import PruneConfig, discover, prune, rounds, stages, store
 from cria_prune.errors import ArtifactError
 from kills import at_call, half_written, kill, replace, replaced_and_killed, save
 
@@ -87,7 +87,7 @@ class Recordings:
     """Counts the recordings, and does something at one of them."""
 
     def __init__(self, patch, number=0, action=None):
-        honest, self.calls = one_round.record_for, 0
+        honest, self.calls = stages.record_for, 0
 
         def counted(*args, **kwargs):
             self.calls += 1
@@ -95,7 +95,7 @@ class Recordings:
                 action()
             return honest(*args, **kwargs)
 
-        patch.setattr(one_round, "record_for", counted)
+        patch.setattr(stages, "record_for", counted)
 
 
 # The children: killed for real, each in a process of its own.
@@ -114,7 +114,7 @@ KILLS = {  # name: (what is replaced, finished rounds that are left)
 def children(folder, threads):
     """Run each case in a fork until it is killed; print the signals as JSON (the main of a subprocess)."""
     torch.set_num_threads(1)  # no thread is there to be lost in a fork
-    pipeline.discover(network(), data()[0])  # imports much
+    discover(network(), data()[0])  # imports much
     signals = {}
     for name, (patches, _) in KILLS.items():
         child = os.fork()
@@ -122,8 +122,8 @@ def children(folder, threads):
             torch.set_num_threads(threads)
             store.save_file = patches.get("save_file", save)
             os.replace = patches.get("replace", replace)
-            honest = one_round.record_for
-            one_round.record_for = at_call(patches.get("record", 0), lambda *_, **__: kill(), honest)
+            honest = stages.record_for
+            stages.record_for = at_call(patches.get("record", 0), lambda *_, **__: kill(), honest)
             pruned(folder=Path(folder) / name)
             os._exit(0)
         signals[name] = os.WTERMSIG(os.waitpid(child, 0)[1])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from cria_prune import PruneConfig, load_scores, one_round, prune, save_scores, score_once, scoring
+from cria_prune import PruneConfig, load_scores, prune, save_scores, score_once, stages
 from cria_prune.artifact import scores as kept
 from cria_prune.errors import ArtifactError, ConfigError, StructureError
 from test_rounds import data, network
@@ -34,9 +34,8 @@ def test_any_size_is_what_one_round_gives_and_nothing_is_recorded(criterion, tmp
     made = score_once(network(), data(), config(**options))
     again = load_scores(save_scores(tmp_path / "scores", made))
     expected = {share: prune(network(), data(), config(share, **options)) for share in (0.2, 0.5, 0.7)}
-    monkeypatch.setattr(one_round, "record_for", lambda *_, **__: pytest.fail("recorded"))
-    for place in (one_round, scoring):
-        monkeypatch.setattr(place, "score", lambda *_, **__: pytest.fail("scored"))
+    monkeypatch.setattr(stages, "record_for", lambda *_, **__: pytest.fail("recorded"))
+    monkeypatch.setattr(stages, "score", lambda *_, **__: pytest.fail("scored"))
     for share, result in expected.items():
         for given in (made, again):
             found = prune(network(), data(), config(share), scores=given)

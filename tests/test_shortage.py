@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from cria_prune import discover, one_round, prune
+from cria_prune import discover, prune, stages
 from cria_prune.errors import DataError, ResourceError
 from cria_prune.plan import make_plan
 from cria_prune.surgery import apply, verify
@@ -76,7 +76,7 @@ def test_in_the_copy_and_in_the_comparison(place, monkeypatch):
 
 def test_in_the_cut(monkeypatch):
     model, batches = Hungry(None, lambda model, x: False), [torch.randn(8, 4)]
-    monkeypatch.setattr(one_round, "apply", raising(ERRORS[0]))
+    monkeypatch.setattr(stages, "apply", raising(ERRORS[0]))
     untouched(model, lambda: prune(model, batches), "Cutting the model")
     monkeypatch.setattr(import_module("cria_prune.surgery.trial"), "apply", raising(ERRORS[0]))
     monkeypatch.setattr(import_module("cria_prune.surgery.trial")._Shapes, "of", lambda *_: None)

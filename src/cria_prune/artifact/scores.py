@@ -18,7 +18,7 @@ from cria_prune.artifact.folders import is_plain_file
 from cria_prune.config import PruneConfig
 from cria_prune.errors import ArtifactError, CriaError
 from cria_prune.graph import Moments
-from cria_prune.scored import Scored
+from cria_prune.scores import Scored
 from cria_prune.spectrum import Diagnosis, Importance
 
 FORMAT, VERSION = "cria-scores", 1

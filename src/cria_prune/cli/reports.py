@@ -18,7 +18,7 @@ from cria_prune.errors import ArtifactError
 
 if TYPE_CHECKING:
     from cria_prune.cli.job import Job
-    from cria_prune.pipeline import PruneResult
+    from cria_prune.result import PruneResult
 
 
 def report(params: Params) -> None:

@@ -46,8 +46,8 @@ def prune_config(params: Params, defaults: Mapping[str, Any] | None = None) -> P
         CriterionError: no such criterion.
         TargetError: the reduction is not between 0 and 1.
     """
-    from cria_prune.pipeline import find_criterion
-    from cria_prune.plan.select import check_target
+    from cria_prune.criteria.score import find_criterion
+    from cria_prune.plan.select import check_share
 
     layers: list[dict[str, Any]] = [dict(defaults or {})]
     if params.get("preset") is not None:
@@ -65,7 +65,7 @@ def prune_config(params: Params, defaults: Mapping[str, Any] | None = None) -> P
         values[section] = kind(**merged)
     config = PruneConfig(**values)
     find_criterion(config.score.criterion)
-    check_target(config.plan.reduction)
+    check_share(config.plan.reduction)
     return config
 
 

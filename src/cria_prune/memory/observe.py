@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from cria_prune.batches import Batch, batch_size, forward, map_tensors
+from cria_prune.batches import Batch, batch_size, cut, forward, map_tensors
 from cria_prune.config import RecordConfig
 from cria_prune.errors import CriterionError
 from cria_prune.loss import Loss, cross_entropy
 from cria_prune.memory.live import LiveBytes
 from cria_prune.modules import device_of, named_tensors
-from cria_prune.record.collect import cut
 from cria_prune.record.fisher import FisherSums
 from cria_prune.record.keep import unchanged
 from cria_prune.record.memory import Reading, taps_of
