@@ -35,8 +35,8 @@ from cria_prune.criteria import score
 from cria_prune.criteria.score import find_criterion
 from cria_prune.memory import largest_batch
 from cria_prune.modules import give_back
-from cria_prune.one_round import record_for
 from cria_prune.scope import scope
+from cria_prune.stages import record_for
 from cria_prune.tasks import task
 from resident import resident
 from result_files import RESULTS, on, write

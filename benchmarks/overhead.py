@@ -28,8 +28,8 @@ from cria_prune.batches import Batch, forward, move
 from cria_prune.criteria import score
 from cria_prune.criteria.score import find_criterion
 from cria_prune.modules import device_of
-from cria_prune.one_round import record_for
 from cria_prune.scope import scope
+from cria_prune.stages import record_for
 from cria_prune.tasks import task
 from result_files import RESULTS, finished, on, write
 

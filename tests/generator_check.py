@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from cria_prune.batches import model_inputs
 from cria_prune.modules import named_tensors
-from cria_prune.pipeline import discover
 from cria_prune.plan import compose, make_plan
+from cria_prune.stages import discover
 from cria_prune.structure import UnitGroups, shrink, without_residual
 from cria_prune.surgery import Reference, apply
 from generator import Program, network

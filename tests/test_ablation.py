@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import networks
-from cria_prune import ablation as module
+from cria_prune import stages
 from cria_prune.ablated import Ablation
 from cria_prune.ablation import SHARES, ablate, leaving, removal_orders
 from cria_prune.errors import ConfigError, SignalError, StructureError, TargetError, VerificationError
 from cria_prune.metrics import Metric, metric
-from cria_prune.pipeline import discover
 from cria_prune.plan import make_plan
+from cria_prune.stages import discover
 from cria_prune.structure import without_residual
 from cria_prune.surgery.verify import mask
 
@@ -185,8 +185,8 @@ def test_a_wrong_cut_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         return module_apply(network, make_plan(groups, {"up": [0]}))
 
     groups = discover(model, torch.ones(2, 1))
-    module_apply = module.apply
-    monkeypatch.setattr(module, "apply", wrong)
+    module_apply = stages.apply
+    monkeypatch.setattr(stages, "apply", wrong)
     with pytest.raises(VerificationError, match="equal to the masked model"):
         ablate(model, groups, {"up": weights}, total, (0.5,), example=torch.ones(2, 1))
 

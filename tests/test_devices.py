@@ -33,9 +33,9 @@ from cria_prune.errors import SignalError
 from cria_prune.graph import Moments
 from cria_prune.loss import cross_entropy
 from cria_prune.modules import device_of
-from cria_prune.one_round import record_for
-from cria_prune.scoring import score_once
+from cria_prune.scores import score_once
 from cria_prune.spectrum import Importance, distortion, grounded_distortion
+from cria_prune.stages import record_for
 from cria_prune.structure.groups import freeze
 from cria_prune.tasks import task
 from elsewhere import Elsewhere

@@ -22,8 +22,8 @@ from cria_prune.cli.sources import load_source, parse_shape
 from cria_prune.cli.tree import Node, module_tree
 from cria_prune.cli.wrap import Breakable
 from cria_prune.errors import ArtifactError, ConfigError, CriaError, DataError
-from cria_prune.pipeline import discover
 from cria_prune.plan import count_macs, identity_plan, make_plan
+from cria_prune.stages import discover
 from cria_prune.structure import shrink
 from cria_prune.structure.fold import Row, fold, merged
 from cria_prune.surgery import apply

@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from cria_prune.errors import ArtifactError, CriaError, SignalError, StructureEr
 from cria_prune.offload import Offloaded, check, write
 from cria_prune.offload.chain import Chain, outputs
 from cria_prune.offload.turns import plan_turns, score_in_turns
-from cria_prune.pipeline import QUIET, PruneResult
-from cria_prune.scope import Scope, check_target
+from cria_prune.progress import QUIET
+from cria_prune.result import PruneResult
+from cria_prune.stages import Prepared, prepare
 from cria_prune.tasks.language import train_tokenizer
 from cria_prune.tasks.pretrained import load_pretrained
 from watching import counted, interrupted_at, never
@@ -38,7 +40,7 @@ from watching import counted, interrupted_at, never
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
 
-stages = sys.modules["cria_prune.offload.prune"]
+offloading = sys.modules["cria_prune.offload.prune"]
 rounds = sys.modules["cria_prune.offload.rounds"]
 DECODER: dict[str, Any] = {
     "vocab_size": 99, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -78,10 +80,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def known(made: Path) -> Scope:
+def known(made: Path) -> Prepared:
     """What may be cut of the Llama, found once."""
     model = load_pretrained(made / "llama", meta=True)
-    return check_target(model, discover(model, batches_of(1)[0]), config_of().plan)
+    return prepare(model, batches_of(1), config_of())
 
 
 def kind_of(name: str) -> Any:
@@ -334,9 +336,7 @@ def test_a_model_that_is_no_chain_of_blocks_is_recorded_as_a_whole(tmp_path: Pat
     assert (chain is None) is skips
     assert [turn.blocks for turn in found] == [None if skips else (place, place) for place in range(4)]
     expected = score(plain, groups, record(plain, groups, signals(), config.record))
-    scores, spilled, count = score_in_turns(
-        dispatched, groups, signals(), config, tmp_path, 1, signals()[0][:2], QUIET
-    )
+    scores, spilled, count = score_in_turns(prepare(dispatched, signals(), config), tmp_path, 1, QUIET)
     assert count == 4 and list(scores) == list(expected)
     assert all(torch.equal(scores[name].scores, expected[name].scores) for name in expected)
     moments = spilled.get("blocks.1.up", "blocks.1.down.weight")
@@ -540,9 +540,12 @@ def test_a_wrong_cut_in_a_later_round_is_found(
 
 
 @pytest.fixture
-def quick(known: Scope, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages.pipeline, "discover", lambda *_: known.groups)
-    monkeypatch.setattr(stages, "check_target", lambda *_: known)
+def quick(known: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepared(model: nn.Module, batches: Any, config: PruneConfig, example: Batch) -> Prepared:
+        given = {"model": model, "batches": batches, "config": config, "example": example}
+        return replace(known, structure=structure_of(model), **given)
+
+    monkeypatch.setattr(offloading, "prepare", prepared)
 
 
 def reversed_slice(tensor: Tensor, cuts: Any) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from cria_prune import PruneConfig, apply
+from cria_prune import PruneConfig, apply, stages
 from cria_prune.cli import plans
 from cria_prune.cli.main import app
 from cria_prune.plan import Plan, count_parameters
@@ -102,7 +102,7 @@ def test_a_round_is_the_first_of_a_pruning_of_one_round(untrained: torch.nn.Modu
     digits = task("digits")
     batches = digits.calibration(64, 0)
     config = PruneConfig(plan={"rounds": 1}, compensate=False, batch_norm=False)
-    made = plans.one_round(untrained, batches, config, digits.example, {})
+    made = plans.one_round(stages.prepare(untrained, batches, config, example=digits.example), {})
     result = prune(untrained, batches, config)
     assert made == result.plan
     assert count_parameters(result.groups) == made.report["parameters"]

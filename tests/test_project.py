@@ -6,6 +6,7 @@ import ast
 import inspect
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,37 +30,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     "vanilla": BASE | {"structure"},
     "recover": BASE | {"resume"},  # its store alone, see below
     "artifact": BASE
-    | {"scored", "plan", "surgery", "tasks", "structure", "vanilla", "graph", "spectrum"}
+    | {"scores", "plan", "surgery", "tasks", "structure", "vanilla", "graph", "spectrum"}
     | {"resume", "result"},
     "tasks": BASE | {"recover"},
     "bench": BASE
-    | {"pipeline", "criteria", "recover", "tasks", "artifact", "structure", "plan"}
+    | {"pipeline", "result", "stages", "criteria", "recover", "tasks", "artifact", "structure", "plan"}
     | {"resume"},
     "result": BASE | {"structure", "plan", "surgery", "graph"},
     "memory": BASE | {"structure", "graph", "record", "criteria"},
-    "scored": BASE | {"graph", "resume", "spectrum", "structure"},
+    "scores": BASE | {"resume", "stages", "spectrum", "structure"},
+    "scope": BASE | {"plan", "structure", "vanilla"},
     "resume": BASE | {"graph", "plan", "result", "spectrum", "structure", "surgery"},
-    "one_round": BASE
-    | {"criteria", "graph", "plan", "record", "result", "scored", "spectrum", "structure", "surgery"},
-    "pipeline": BASE
-    | {
-        "criteria",
-        "given",
-        "one_round",
-        "plan",
-        "result",
-        "resume",
-        "scope",
-        "scored",
-        "structure",
-        "surgery",
-    },
-    "scoring": BASE
-    | {"pipeline", "one_round", "criteria", "scope", "scored", "record", "structure", "spectrum"},
+    "stages": BASE | {"criteria", "graph", "plan", "record", "scope", "spectrum", "structure", "surgery"},
+    "pipeline": BASE | {"criteria", "plan", "result", "resume", "scores", "stages"},
     "offload": BASE
     | {
-        "pipeline",
-        "one_round",
+        "stages",
         "criteria",
         "resume",
         "artifact",
@@ -67,20 +53,19 @@ MAY_IMPORT: dict[str, set[str]] = {
         "plan",
         "record",
         "result",
-        "scope",
         "spectrum",
         "structure",
         "surgery",
         "tasks",
     },
     "ablated": {"metrics"},
-    "ablation": BASE | {"ablated", "structure", "plan", "surgery"},
-    "torch_pruning": BASE | {"pipeline", "scoring", "spectrum", "torch_pruning_cuts"},
+    "ablation": BASE | {"ablated", "stages", "structure", "plan", "surgery"},
+    "torch_pruning": BASE | {"stages", "criteria", "spectrum", "torch_pruning_cuts"},
     "torch_pruning_cuts": BASE | {"structure"},
     "cli": BASE
     | {"memory"}
-    | {"pipeline", "artifact", "tasks", "recover", "plan", "structure", "criteria", "record", "scope"}
-    | {"bench", "scored", "scoring", "ablated", "ablation", "offload", "one_round"},
+    | {"pipeline", "artifact", "tasks", "recover", "plan", "structure", "criteria", "record"}
+    | {"bench", "result", "scores", "stages", "ablated", "ablation", "offload"},
 }
 
 
@@ -180,3 +165,171 @@ def test_result_files_name_their_origin() -> None:
     for path in paths:
         origin = json.loads(path.read_text())["provenance"]
         assert origin["commit"] and origin["dirty"] is False and origin["seed"] is not None, path
+
+
+# Who reaches whom: by names where they are defined, through no other module, in no circle.
+
+STAGE_FUNCTIONS = {
+    "cria_prune.structure.discover.discover": "discover",
+    "cria_prune.surgery.trial.settle": "discover",
+    "cria_prune.record.collect.record": "record",
+    "cria_prune.criteria.score.score": "score",
+    "cria_prune.plan.make.plan": "plan",
+    "cria_prune.surgery.compensate.compensate": "repair",
+    "cria_prune.surgery.apply.apply": "cut",
+    "cria_prune.surgery.verify.Reference": "verify",
+    "cria_prune.surgery.verify.verify": "verify",
+    "cria_prune.record.norms.remeasure": "batch norms",
+}
+"""Function -> its stage."""
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for path in sorted(SOURCE.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
+PACKAGES = {name for name, path in FILES.items() if path.name == "__init__.py"}
+
+
+def defined(tree: ast.Module) -> set[str]:
+    """Return the names that a module makes itself: functions, classes, values; nothing that it imports."""
+    found, waiting = set[str](), list[ast.AST](tree.body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+            continue
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        waiting.extend(ast.iter_child_nodes(node))
+    return found
+
+
+DEFINED = {name: defined(tree) for name, tree in TREES.items()}
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[str, str, str]]:
+    """Yield (module, name in it, name here) of what is imported from the package, in functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "cria_prune":
+            yield from ((str(node.module), item.name, item.asname or item.name) for item in node.names)
+        elif isinstance(node, ast.Import):
+            for item in node.names:
+                if item.name.split(".")[0] == "cria_prune":
+                    yield item.name, "", item.asname or item.name
+
+
+def origin(module: str, name: str) -> str:
+    """Return the full name of where a package's name is defined: `plan.Plan` is `plan.plan.Plan`."""
+    for source, theirs, here in imported(TREES[module]) if module in PACKAGES else ():
+        if here == name and source != module:
+            return origin(source, theirs)
+    return f"{module}.{name}"
+
+
+def reached(tree: ast.AST) -> set[str]:
+    """Return the modules that a module imports, wherever in it."""
+    found = set()
+    for module, name, _ in imported(tree):
+        whole = f"{module}.{name}"
+        found.add(whole if whole in TREES else module)
+    return found
+
+
+def taken_from_elsewhere(module: str, tree: ast.AST) -> list[str]:
+    """Return what a module imports from another one that only imports it itself."""
+    return [
+        f"{module} takes {name} from {source}, which only imports it"
+        for source, name, _ in imported(tree)
+        if name and source not in PACKAGES
+        if name not in DEFINED[source] and f"{source}.{name}" not in TREES
+    ]
+
+
+def reached_through_others(module: str, tree: ast.AST) -> list[str]:
+    """Return what a module reads off another one that does not define it: `pipeline.again`."""
+    modules: dict[str, set[str]] = {}
+    for source, name, here in imported(tree):
+        modules.setdefault(here, set()).add(f"{source}.{name}".rstrip("."))
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            owners = modules.get(node.value.id, set()) & TREES.keys() - PACKAGES
+            known = {f"{owner}.{node.attr}" for owner in owners} & TREES.keys()
+            own = any(node.attr in DEFINED[owner] for owner in owners) or node.attr.startswith("__")
+            if owners and not known and not own:
+                found.append(f"{module} reaches {node.attr} through {', '.join(owners)}")
+    return found
+
+
+def test_every_name_is_imported_from_where_it_is_defined() -> None:
+    wrong = ast.parse("from cria_prune.pipeline import rank")
+    assert taken_from_elsewhere("x", wrong) == [
+        "x takes rank from cria_prune.pipeline, which only imports it"
+    ]
+    assert not [text for module, tree in TREES.items() for text in taken_from_elsewhere(module, tree)]
+
+
+def test_no_module_is_reached_through_another_one() -> None:
+    wrong = ast.parse("from cria_prune import pipeline\npipeline.prune\npipeline.rank")
+    assert reached_through_others("x", wrong) == ["x reaches rank through cria_prune.pipeline"]
+    assert not [text for module, tree in TREES.items() for text in reached_through_others(module, tree)]
+
+
+STAGES = {
+    "cria_prune.stages": "it is the order",
+    "cria_prune.artifact.dense": "replays a plan on shapes and looks at what they then are: nothing is cut",
+}
+"""Who may know several stages, and why."""
+
+
+def stages_known(module: str, tree: ast.AST) -> set[str]:
+    """Return the stages whose functions a module imports, but for those of its own folder."""
+    names = [origin(source, name) for source, name, _ in imported(tree)]
+    room = f"{module.rpartition('.')[0]}."
+    return {STAGE_FUNCTIONS[name] for name in names if name in STAGE_FUNCTIONS and not name.startswith(room)}
+
+
+def test_only_the_stages_know_the_order() -> None:
+    wrong = ast.parse("from cria_prune.record import record\nfrom cria_prune.criteria import score")
+    assert stages_known("cria_prune.cli.x", wrong) == {"record", "score"}
+    for module in TREES.keys() - PACKAGES - STAGES.keys():
+        assert len(stages_known(module, TREES[module])) < 2, module
+
+
+KNOWN_CIRCLES = {
+    frozenset({"cria_prune.recover.kept", "cria_prune.recover.run"}),  # for the name of a type alone
+}
+
+
+def circles(arrows: dict[str, set[str]]) -> set[frozenset[str]]:
+    """Return the sets of modules that reach each other (Tarjan's strongly connected components)."""
+    number, low, stack, found = dict[str, int](), dict[str, int](), list[str](), set[frozenset[str]]()
+
+    def visit(node: str) -> None:
+        number[node] = low[node] = len(number)
+        stack.append(node)
+        for other in sorted(arrows.get(node, ())):
+            if other not in number:
+                visit(other)
+            if other in stack:
+                low[node] = min(low[node], low[other])
+        if low[node] == number[node]:
+            part = stack[stack.index(node) :]
+            del stack[stack.index(node) :]
+            if len(part) > 1 or node in arrows.get(node, ()):
+                found.add(frozenset(part))
+
+    for node in sorted(arrows):
+        if node not in number:
+            visit(node)
+    return found
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    arrows = {module: reached(tree) for module, tree in TREES.items()}
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"d"}}) == {frozenset("bc"), frozenset("d")}
+    assert circles(arrows) == KNOWN_CIRCLES

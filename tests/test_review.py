@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cria_prune import PruneConfig, discover, prune
 from cria_prune.errors import DataError
-from cria_prune.pipeline import PruneResult
+from cria_prune.result import PruneResult
 from networks import randomize
 
 IMAGES = [torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]

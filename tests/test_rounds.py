@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from cria_prune import PruneConfig, pipeline, prune
+from cria_prune import PruneConfig, discover, prune
 from cria_prune.errors import ArtifactError
 from cria_prune.resume import pruning as rounds
 from cria_prune.resume import store
@@ -102,7 +102,7 @@ KILLS = {  # name: (what is replaced, finished rounds that are left)
 def children(folder, threads):
     """Run each case in a fork until it is killed; print the signals as JSON (the main of a subprocess)."""
     torch.set_num_threads(1)  # no thread is there to be lost in a fork
-    pipeline.discover(network(), data()[0])  # imports much
+    discover(network(), data()[0])  # imports much
     signals = {}
     for name, (patches, _) in KILLS.items():
         child = os.fork()

@@ -10,7 +10,7 @@ from torch import nn
 
 from cria_prune import PlanConfig, PruneConfig, discover, prune
 from cria_prune.errors import ConfigError, TargetError
-from cria_prune.scope import check_target, scope
+from cria_prune.scope import check_reach, scope
 from cria_prune.structure import UnitGroups
 from cria_prune.tasks.examples import example_inputs
 
@@ -57,11 +57,11 @@ def test_a_target_beyond_reach_says_the_maximum_and_what_lifts_it() -> None:
     model, groups = bert()
     config = PlanConfig(reduction=0.9, of="non-embedding", vanilla=True)
     with pytest.raises(TargetError) as caught:
-        check_target(model, groups, config)
+        check_reach(model, groups, config)
     text = str(caught.value)
     assert "at most" in text and "per-layer" in text and "heads too" not in text
     with pytest.raises(TargetError, match=r"cut heads too .*residual"):
-        check_target(model, groups, PlanConfig(reduction=0.9, of="non-embedding", units="neurons"))
+        check_reach(model, groups, PlanConfig(reduction=0.9, of="non-embedding", units="neurons"))
 
 
 @pytest.mark.parametrize("reduction", [0.2, 0.4])

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from cria_prune.errors import CaptureError, DataError, StructureError, VerificationError
-from cria_prune.pipeline import discover
 from cria_prune.plan import compose, make_plan
+from cria_prune.stages import discover
 from cria_prune.structure import UnitGroups, shrink, without_residual
 from cria_prune.structure import discover as follow
 from cria_prune.structure.axes import reshape_segments

@@ -19,7 +19,7 @@ import networks
 from cria_prune.config import PruneConfig
 from cria_prune.errors import ConfigError, CriterionError, StructureError
 from cria_prune.plan import make_plan
-from cria_prune.scoring import score_units
+from cria_prune.stages import prepare, rank
 from cria_prune.surgery import apply
 from cria_prune.tasks.models import build
 from cria_prune.torch_pruning import SpectralImportance
@@ -79,7 +79,8 @@ class Shortcut(nn.Module):
 
 def lowest(net: nn.Module, batches: list[Tensor], config: PruneConfig, ratio: float) -> dict[str, list[int]]:
     """Return what a uniform cut has to remove, from scores computed apart from the importance."""
-    groups, scores = score_units(net, batches, config)
+    prepared = prepare(net, batches, config)
+    groups, scores = prepared.groups, rank(prepared).importances
     found = {}
     for group in groups.prunable:
         gone = group.size - int(group.size * (1 - ratio))
@@ -94,7 +95,7 @@ def test_the_lowest_units_leave_and_the_network_is_that_of_our_surgery(make, cri
     net, batches = make()
     config = PruneConfig(score={"criterion": criterion})
     expected = lowest(net, batches, config, 0.5)
-    groups, _ = score_units(net, batches, config)
+    groups = prepare(net, batches, config).groups
     kept = {name: sorted(set(range(groups[name].size)) - set(gone)) for name, gone in expected.items()}
     smaller = apply(net, make_plan(groups, kept))
     importance = SpectralImportance(net, batches, criterion)
@@ -155,7 +156,7 @@ def test_a_training_step_between_is_a_new_network() -> None:
 def test_global_pruning_ranks_all_groups_on_one_scale() -> None:
     net, batches = mlp()
     criterion = "distortion-weighted"  # by the default one the groups happen to lose the same share here
-    _, scores = score_units(net, batches, PruneConfig(score={"criterion": criterion}))
+    scores = rank(prepare(net, batches, PruneConfig(score={"criterion": criterion}))).importances
     relative = {name: item.scores / item.scores.mean() for name, item in scores.items()}
     ranked = sorted(
         (float(value), name, n) for name, item in relative.items() for n, value in enumerate(item)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from cria_prune.errors import VerificationError
-from cria_prune.pipeline import discover
 from cria_prune.plan import identity_plan
+from cria_prune.stages import discover
 from cria_prune.surgery import verify
 from cria_prune.surgery.verify import difference
 

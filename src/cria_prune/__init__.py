@@ -31,12 +31,13 @@ if TYPE_CHECKING:
     from cria_prune.errors import CriaError
     from cria_prune.memory import predict_memory
     from cria_prune.offload import prune_offloaded
-    from cria_prune.pipeline import PruneResult, discover, prune
+    from cria_prune.pipeline import prune
     from cria_prune.plan import Plan, plan
     from cria_prune.record import record
     from cria_prune.recover import recover
-    from cria_prune.scored import Scored
-    from cria_prune.scoring import score_once
+    from cria_prune.result import PruneResult
+    from cria_prune.scores import Scored, score_once
+    from cria_prune.stages import discover
     from cria_prune.structure import UnitGroup, UnitGroups
     from cria_prune.surgery import apply, verify
 
@@ -88,12 +89,13 @@ _HOMES = {
         "errors": "CriaError",
         "memory": "predict_memory",
         "offload": "prune_offloaded",
-        "pipeline": "PruneResult discover prune",
+        "pipeline": "prune",
         "plan": "Plan plan",
         "record": "record",
         "recover": "recover",
-        "scored": "Scored",
-        "scoring": "score_once",
+        "result": "PruneResult",
+        "scores": "Scored score_once",
+        "stages": "discover",
         "structure": "UnitGroup UnitGroups",
         "surgery": "apply verify",
     }.items()

@@ -20,11 +20,12 @@ from cria_prune.batches import Batch
 from cria_prune.errors import ConfigError, TargetError
 from cria_prune.metrics import Metric, metric
 from cria_prune.modules import copy_of
-from cria_prune.plan import Budget, check_prunable, check_target, checked_scores
+from cria_prune.plan import Budget, check_prunable, check_share, checked_scores
 from cria_prune.plan.make import make_plan
 from cria_prune.progress import QUIET, Progress
+from cria_prune.stages import remove
 from cria_prune.structure import UnitGroups
-from cria_prune.surgery import Reference, apply
+from cria_prune.surgery import Reference
 
 SHARES = tuple(number / 10 for number in range(1, 10))
 SEEDS = (0, 1, 2)
@@ -42,6 +43,7 @@ def ablate(
     seeds: Sequence[int] = SEEDS,
     measure: str | Metric = "metric",
     example: Batch | None = None,
+    reference: Reference | None = None,
     progress: Progress | None = None,
 ) -> Ablation:
     """Remove units lowest-scored first, highest-scored first and in random orders, and measure each time.
@@ -60,6 +62,7 @@ def ablate(
         seeds: one random order each; a group's order depends on the seed and the group's name alone.
         measure: name of the metric, see `metrics.metric`, or the metric itself.
         example: one batch; every cut is then compared with its masked twin on it.
+        reference: in place of an example, what the cuts are compared with (`Prepared.reference`).
         progress: where to show how far it is; silent if None.
 
     Raises:
@@ -74,7 +77,8 @@ def ablate(
     plain = {name: getattr(item, "scores", item) for name, item in scores.items()}
     orders = list(removal_orders(groups, plain, seeds))
     sizes = {group.name: group.size for group in groups.prunable}
-    reference = None if example is None else Reference(model, example)
+    if reference is None and example is not None:
+        reference = Reference(model, example)
     budget = Budget(groups, "prunable")
     ledger = budget.ledger(groups)
     values: dict[str, list[list[float]]] = {order: [] for order in ORDERS}
@@ -90,7 +94,7 @@ def ablate(
                 row.append([])
             for name, order in orders:
                 cut = make_plan(groups, {key: np.sort(first[gone[key] :]) for key, first in order.items()})
-                smaller = apply(model, cut)
+                smaller = remove(model, cut)
                 if reference is not None:
                     differences.append(reference.compare(cut, smaller).difference)
                 values[name][-1].append(float(evaluate(smaller)))
@@ -139,7 +143,7 @@ def check_shares(shares: Sequence[float]) -> tuple[float, ...]:
         TargetError: there is none, one is not between 0 and 1, or two are equal.
     """
     for share in shares:
-        check_target(share)
+        check_share(share)
     if not shares or len(set(shares)) < len(shares):
         raise TargetError(
             "The shares of an ablation",

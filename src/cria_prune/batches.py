@@ -14,6 +14,9 @@ from cria_prune.errors import CriaError, DataError, ResourceError
 
 Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
+EXAMPLES = 2
+"""Examples in the batch that captures and verifies a model."""
+
 SMALLER = "Pass smaller batches or shorter inputs, or run on a device with more memory"
 
 LABEL_KEYS = ("labels", "label", "target", "targets")
@@ -201,3 +204,36 @@ def describe(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"{name} of {len(value)}: ({', '.join(type(item).__name__ for item in value[:4])})"
     return f"{name} {tuple(value.shape)}" if isinstance(value, Tensor) else name
+
+
+def cut(batch: Any, size: int, examples: int) -> Any:
+    """Return the first examples of a batch: every tensor of leading length `size` is cut."""
+    return map_tensors(batch, lambda item: item[:examples] if item.ndim and len(item) == size else item)
+
+
+def shortened(batch: Batch, device: torch.device) -> Batch:
+    """Return the first two examples of a batch, on the device."""
+    return move(cut(batch, batch_size(batch), EXAMPLES), device)
+
+
+def again(batches: Iterable[Batch]) -> Iterable[Batch]:
+    """Return batches that can be gone through once per round; an iterator is read into a list."""
+    if isinstance(batches, (Tensor, str, Mapping)) or not isinstance(batches, Iterable):
+        raise DataError(
+            "Calibration batches", f"found {describe(batches)}", "Pass a list or loader of batches"
+        )
+    return list(batches) if iter(batches) is batches else batches
+
+
+def first_examples(batches: Iterable[Batch], device: torch.device) -> Batch:
+    """Return the first examples of the first batch, on the device.
+
+    Raises:
+        DataError: there is no batch.
+    """
+    with torch.random.fork_rng(devices=[]):  # a shuffling loader draws from the global generator
+        for batch in batches:
+            return shortened(batch, device)
+    raise DataError(
+        "Calibration batches", "found none", "Pass at least one batch; a used-up iterator has none"
+    )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cria_prune.errors import StructureError
+from cria_prune.errors import SignalError, StructureError
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -66,6 +66,25 @@ def copy_of(model: nn.Module, replaced: dict[int, Any] | None = None) -> nn.Modu
             if computed
             else "Keep what cannot be copied (locks, files, handles) off the model, or give it __deepcopy__",
         ) from error
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise a SignalError, naming the tensor, if a parameter or buffer holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise SignalError(
+                f"The weights of {name!r}", "found NaN or infinity", "Prune a model whose weights are finite"
+            )
+
+
+def check_in_memory(model: nn.Module) -> None:
+    """Raise a StructureError, naming the tensor, if one has no values, as in a model that is offloaded."""
+    for name, tensor in named_tensors(model).items():
+        if tensor.is_meta:
+            raise StructureError(
+                f"Pruning {type(model).__name__} in memory", f"{name!r} has no values there",
+                "Load the model into memory, or prune its folder with prune_offloaded (cria prune --offload)",
+            )  # fmt: skip
 
 
 def digest(text: str, tensors: Mapping[str, Tensor]) -> str:

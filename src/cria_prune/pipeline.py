@@ -1,11 +1,12 @@
-"""prune(): the rounds, one after another; the order of the stages within one is in `one_round`."""
+"""prune(): the rounds, one after another, and how a stopped one goes on; the order within is in `stages`."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,47 +14,14 @@ from cria_prune.base.events import passed
 from cria_prune.batches import Batch
 from cria_prune.config import PruneConfig
 from cria_prune.criteria.score import find_criterion
-from cria_prune.dispatched import is_dispatched, structure_of
-from cria_prune.errors import CriaError
-from cria_prune.given import again, check_finite, first_examples, shortened
-from cria_prune.modules import device_of, digest, named_tensors
-from cria_prune.one_round import OneRound
-from cria_prune.plan import identity_plan
+from cria_prune.modules import check_finite, check_in_memory, device_of, digest, named_tensors
+from cria_prune.plan import Plan
 from cria_prune.progress import QUIET, Progress
 from cria_prune.ranks import world
 from cria_prune.result import PruneResult, Round
 from cria_prune.resume.pruning import RoundStore
-from cria_prune.scope import check_target
-from cria_prune.scored import Scored
-from cria_prune.structure import UnitGroups
-from cria_prune.structure import discover as follow
-from cria_prune.surgery import Reference, settle
-
-
-def discover(model: nn.Module, example: Batch) -> UnitGroups:
-    """Find what can be removed from a model: its unit groups, and why the frozen ones are frozen.
-
-    Args:
-        model: any module that torch.export can follow; it is left as it was.
-        example: one batch, as its forward takes it; two examples are enough.
-
-    Raises:
-        CaptureError: the operations cannot be captured.
-        DataError: the forward does not accept the example.
-    """
-    if is_dispatched(model):  # its shapes decide, for there is no room for a copy with values
-        model = structure_of(model)
-    batch = shortened(example, device_of(model))
-    return _discover(model, batch, Reference(model, batch))
-
-
-def _discover(model: nn.Module, example: Batch, reference: Reference) -> UnitGroups:
-    """Find the unit groups by one capture, of the model's copy that the cuts are compared with."""
-    try:
-        traced = reference.trace()
-    except CriaError:  # it may not run in float64; if it cannot be captured at all, the model itself says so
-        traced = None
-    return settle(model, follow(model, example, traced), example, reference)
+from cria_prune.scores import Scored
+from cria_prune.stages import Cut, Prepared, Ranking, cut, plan_cut, prepare, prepared_of, rank
 
 
 def prune(
@@ -69,6 +37,7 @@ def prune(
     state: str | Path | None = None,
     data: str | None = None,
     scores: Scored | None = None,
+    prepared: Prepared | None = None,
 ) -> PruneResult:
     """Make a trained model smaller: record, score, plan and cut, round by round; no weight is trained.
 
@@ -95,9 +64,11 @@ def prune(
         data: fingerprint of the calibration data: a state of other data is refused. The first two examples
             are compared in any case.
         scores: of this model, from `score_once` or `load_scores`: nothing is recorded, in one round.
+        prepared: what `prepare` found of this model and these batches: nothing is captured again.
 
     Raises:
         CriaError: each stage's own; the model is then as it was.
+        StructureError: what was prepared is of another model, or of other batches.
         ArtifactError: the state cannot be kept, is damaged, or is of another pruning.
 
     Examples:
@@ -109,42 +80,31 @@ def prune(
         >>> result.model[0].out_features < 16
         True
     """
-    config = config or PruneConfig()
-    config = config if scores is None else scores.applied(config)
-    needs = find_criterion(config.score).needs
-    batches = again(batches)
-    check_finite(model)
-    start = time.perf_counter()
-    example = first_examples(batches, device_of(model))
-    reference = Reference(model, example)
-    found = check_target(model, _discover(model, example, reference), config.plan)
-    # With repair every round is compared with its own repaired model: the dense copy is not held for it.
-    dense_copy = None if config.compensate else reference
-    del reference
-    dense, allowed = found.groups, found.allowed
-    if scores is not None:
-        scores.check(model, dense)
+    ready = _ready(model, batches, config or PruneConfig(), scores, prepared)
+    config, rounds = ready.config, ready.config.plan.rounds
     result = PruneResult(
-        model, identity_plan(dense), dense, dense, (), config, time.perf_counter() - start,
-        graphs={} if graphs else None,
-    )  # fmt: skip
-    rounds = config.plan.rounds
-    run = OneRound(batches, example, dense_copy, needs, loss, evaluate, allowed, scores)
+        model, ready.plan, ready.dense, ready.dense, (), config, ready.seconds, {} if graphs else None
+    )
+
+    def planned(before: PruneResult, values: Mapping[str, np.ndarray], number: int) -> Plan:
+        return plan_cut(replace(ready, groups=before.groups), values, _target(config, number))
+
     store = None
     if state is not None:
         said = {"data": data, "device": device_of(model).type, "graphs": graphs, "scores": None}
         said["metric of every round"] = evaluate is not None
         if scores is not None:
             said["scores"] = digest("", {name: item.scores for name, item in scores.importances.items()})
-        store = RoundStore(state, model, config, example, **said)
-        result = store.resume(result, run.step)
+        store = RoundStore(state, model, config, ready.example, **said)
+        result = store.resume(result, planned)
     done = len(result.rounds)
     world().meet("The rounds that are kept", lambda: str(done))
     with (progress or QUIET).bar("prune", rounds) as bar:
         bar.update(max(done - 1, 0))
         for number in range(max(done, 1), rounds + 1):  # the last of those that were kept is shown again
             if number > done:
-                result = run.round(result, number)
+                now = replace(ready, model=result.model, groups=result.groups, plan=result.plan)
+                result = _round(now, result, number, loss, evaluate, scores)
                 _keep(store, result)
                 passed("round", number=number, rounds=rounds)
             report = result.report
@@ -159,10 +119,77 @@ def prune(
     return result
 
 
+def _ready(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: PruneConfig,
+    scores: Scored | None,
+    prepared: Prepared | None,
+) -> Prepared:
+    """Return the model prepared, once it is known that it can be pruned as is asked."""
+    config = config if scores is None else scores.applied(config)
+    find_criterion(config.score)
+    check_in_memory(model)
+    check_finite(named_tensors(model))
+    if prepared is None:
+        prepared = prepare(model, batches, config)
+    else:
+        prepared = prepared_of(prepared, model, batches, config)
+    prepared.check_reach()
+    if scores is not None:
+        scores.check(model, prepared.dense)
+    return prepared.with_reference()
+
+
+def _target(config: PruneConfig, number: int) -> float:
+    """Return the share that is to be gone after a round."""
+    return config.plan.reduction * number / config.plan.rounds
+
+
+def _round(
+    now: Prepared,
+    before: PruneResult,
+    number: int,
+    loss: Callable[[nn.Module, Batch], torch.Tensor] | None,
+    evaluate: Callable[[nn.Module], float] | None,
+    scores: Scored | None,
+) -> PruneResult:
+    """Do a round: rank the units, or take the scores that were given, and cut."""
+    drawn = before.graphs is not None and number == 1
+    ranking = rank(now, loss=loss, graphs=drawn) if scores is None else scores.ranking(now.groups)
+    made = cut(now, ranking, _target(now.config, number), last=number == now.config.plan.rounds)
+    metric = None
+    if evaluate is not None:
+        metric = world().lead("Evaluating", lambda: float(evaluate(made.model)))
+    after = now.after(made)
+    return replace(
+        before,
+        model=after.model,
+        plan=after.plan,
+        groups=after.groups,
+        rounds=(*before.rounds, _said(number, ranking, made, metric)),
+        graphs=before.graphs if ranking.graphs is None else ranking.graphs,
+    )
+
+
+def _said(number: int, ranking: Ranking, made: Cut, metric: float | None) -> Round:
+    """Return what a round did."""
+    return Round(
+        number=number,
+        report=made.plan.report,
+        seconds={**ranking.seconds, **made.seconds},
+        scores={name: tuple(item.tolist()) for name, item in ranking.scores.items()},
+        kept=dict(made.plan.kept),
+        diagnosis=ranking.diagnosis,
+        verification=made.verification,
+        metric=metric,
+        repairs=made.repairs,
+        batch_norms=made.norms.norms,
+        batch_norms_kept=made.norms.reason,
+    )
+
+
 def _keep(store: RoundStore | None, result: PruneResult) -> None:
     """Keep the rounds so far, if that is wanted; of several processes the first writes."""
     if store is not None:
         world().lead("Keeping the rounds", lambda: store.write(result))
-
-
-__all__ = ["PruneResult", "Round", "discover", "prune"]

@@ -56,14 +56,20 @@ def scope(model: nn.Module, groups: UnitGroups, config: PlanConfig) -> Scope:
     return Scope(groups)
 
 
-def check_target(model: nn.Module, groups: UnitGroups, config: PlanConfig) -> Scope:
+def check_reach(
+    model: nn.Module, groups: UnitGroups, config: PlanConfig, found: Scope | None = None
+) -> Scope:
     """Return the scope if the reduction can be reached in it.
+
+    Args:
+        model, groups, config: see `scope`.
+        found: what that returned, if it is there already.
 
     Raises:
         TargetError: it cannot; the text says the most that can be removed, and what would lift it.
         StructureError: see `scope`, or nothing can be pruned.
     """
-    found = scope(model, groups, config)
+    found = found or scope(model, groups, config)
     try:
         check_reachable(found.groups, config.reduction, config, allowed=found.allowed)
     except TargetError as error:

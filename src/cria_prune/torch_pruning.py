@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from cria_prune.base.optional import needed
-from cria_prune.batches import Batch
+from cria_prune.batches import Batch, again
 from cria_prune.config import PruneConfig
+from cria_prune.criteria.score import find_criterion
 from cria_prune.errors import StructureError
 from cria_prune.loss import Loss
 from cria_prune.modules import named_tensors
-from cria_prune.pipeline import again, find_criterion
-from cria_prune.scoring import score_units
 from cria_prune.spectrum import Importance
+from cria_prune.stages import prepare, rank
 from cria_prune.torch_pruning_cuts import (
     Unit,
     Units,
@@ -151,8 +151,10 @@ class SpectralImportance:
         """Score the network anew if it is not the one that was scored."""
         if self._state == state_of(self.model):
             return
-        groups, self.scores = score_units(self.model, self.batches, self.config, loss=self.loss)
-        self._units, self.left_alone = Units(self.model, groups), {}
+        plain = self.config.model_copy(update={"compensate": False})  # the pruner repairs nothing
+        prepared = prepare(self.model, self.batches, plain).without_reference()
+        self.scores = dict(rank(prepared, loss=self.loss).importances)
+        self._units, self.left_alone = Units(self.model, prepared.groups), {}
         self._state = state_of(self.model)
 
     def _name(self, layer: nn.Module) -> str:

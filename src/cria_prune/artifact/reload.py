@@ -72,7 +72,7 @@ def _by_transformers(job: Mapping[str, Any]) -> tuple[Any, dict[str, list[str]]]
 
 
 def _by_cria(job: Mapping[str, Any]) -> tuple[Any, dict[str, list[str]]]:
-    from cria_prune import load
+    from cria_prune.artifact.checkpoint import load
 
     model = load(job["folder"]).model
     for module in model.modules():  # layers that differ have a configuration of their own

@@ -17,7 +17,7 @@ from cria_prune.artifact.folders import is_plain_file
 from cria_prune.config import PruneConfig, score_of_before
 from cria_prune.errors import ArtifactError
 from cria_prune.resume.rounds import diagnoses_of, importances_of, moment_tensors, moments_of
-from cria_prune.scored import Scored
+from cria_prune.scores import Scored
 
 FORMAT, VERSION = "cria-scores", 2
 READS = (1, VERSION)

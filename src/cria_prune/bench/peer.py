@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from cria_prune import pipeline
 from cria_prune.base.optional import needed
 from cria_prune.batches import Batch, batch_size, map_tensors, move
 from cria_prune.config import PruneConfig
@@ -24,6 +23,7 @@ from cria_prune.errors import ConfigError
 from cria_prune.loss import cross_entropy
 from cria_prune.modules import device_of, devices_in_use, modes_kept
 from cria_prune.plan.budget import count_macs
+from cria_prune.stages import prepare
 from cria_prune.structure import UnitGroups
 from cria_prune.structure import discover as structure
 
@@ -78,7 +78,7 @@ def prune_by_peer(name: str, model: nn.Module, batches: list[Batch], config: Pru
     found = _nearest(peer.attempt, config.plan.reduction)
     taken = found if found.model is not None else peer.pruned(found.ratio)
     assert taken.model is not None
-    report = _report(model, taken.model, peer.example, config)
+    report = _report(model, taken.model, peer, config)
     if report["reached"] <= 0 or abs(report["reached"] - config.plan.reduction) > FAR:
         raise ConfigError(
             f"{name}: {config.plan.reduction:.1%} of the {config.plan.of}",
@@ -141,9 +141,11 @@ class _Peer:
         self, library: Any, name: str, model: nn.Module, batches: list[Batch], config: PruneConfig
     ) -> None:
         self.library, self.name, self.model, self.batches, self.config = library, name, model, batches, config
-        self.example = pipeline.first_examples(batches, device_of(model))
-        self.groups = pipeline.check_target(model, pipeline.discover(model, self.example), config.plan).groups
-        self.dense = _cost(model, self.example, config)
+        prepared = prepare(model, batches, config)
+        prepared.check_reach()
+        self.example, self.groups = prepared.example, prepared.groups
+        self.macs = count_macs(prepared.found)
+        self.dense = self.macs if config.plan.of == "macs" else _cost(model, self.example, config)
 
     def attempt(self, ratio: float) -> _Try:
         """Find out what a ratio frees: the same share of every layer costs no importance."""
@@ -209,10 +211,10 @@ def _cost(model: nn.Module, example: Batch, config: PruneConfig) -> float:
     return float(sum(item.numel() for item in model.parameters()))
 
 
-def _report(dense: nn.Module, smaller: nn.Module, example: Batch, config: PruneConfig) -> dict[str, Any]:
+def _report(dense: nn.Module, smaller: nn.Module, peer: _Peer, config: PruneConfig) -> dict[str, Any]:
     """Return asked, reached and counts; the MACs of both networks are counted by our own structure."""
     parameters = [sum(item.numel() for item in model.parameters()) for model in (dense, smaller)]
-    macs = [count_macs(structure(model, example)) for model in (dense, smaller)]
+    macs = [peer.macs, count_macs(structure(smaller, peer.example))]
     one, other = macs if config.plan.of == "macs" else parameters
     return {
         "asked": config.plan.reduction, "reached": 1 - other / one, "of": config.plan.of,

@@ -23,10 +23,11 @@ from cria_prune.bench.suite import Grid
 from cria_prune.config import PruneConfig
 from cria_prune.errors import ArtifactError, CriaError
 from cria_prune.modules import device_of
-from cria_prune.pipeline import PruneResult, prune
+from cria_prune.pipeline import prune
 from cria_prune.progress import QUIET, Progress
 from cria_prune.recover import recover
 from cria_prune.recover.state import NAME as STATE
+from cria_prune.result import PruneResult
 from cria_prune.resume.rounds import facts_of
 from cria_prune.tasks import Task, task
 from cria_prune.tasks.base import fingerprint

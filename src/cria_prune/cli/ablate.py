@@ -26,7 +26,7 @@ from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig
 from cria_prune.errors import ConfigError
 from cria_prune.progress import clock
-from cria_prune.scoring import score_units
+from cria_prune.stages import prepare, rank
 
 RESULT, PICTURE = "ablation.json", "ablation.png"
 
@@ -48,11 +48,15 @@ def ablate(request: Ablate) -> None:
             calibration = found.task.calibration(config.record.examples, config.record.seed)
         with clock(seconds, "model"):
             model = found.model(device, seed, talk.progress)
-        groups, scores = score_units(model, calibration, config, example=found.task.example, seconds=seconds)
+        plain = config.model_copy(update={"compensate": False, "verify": True})  # cuts alone, each proven
+        prepared = prepare(model, calibration, plain, example=found.task.example)
+        ranking = rank(prepared)
+        seconds |= {"structure": prepared.seconds, **ranking.seconds}
         with clock(seconds, "ablate"):
             result = sweep(
-                model, groups, scores, lambda network: found.task.evaluate(network, batches), shares,
-                seeds=seeds, measure=found.metric, example=found.task.example, progress=talk.progress,
+                model, prepared.groups, ranking.importances,
+                lambda network: found.task.evaluate(network, batches), shares, seeds=seeds,
+                measure=found.metric, reference=prepared.reference, progress=talk.progress,
             )  # fmt: skip
         head = {
             "target": request.target,

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from cria_prune import pipeline
 from cria_prune.artifact.files import write_text
 from cria_prune.artifact.folder_report import folder_page
 from cria_prune.artifact.folders import check_free
@@ -23,9 +23,10 @@ from cria_prune.cli.talk import Kept, Talk
 from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig
 from cria_prune.errors import ConfigError, PackageError
-from cria_prune.pipeline import PruneResult
 from cria_prune.progress import clock
 from cria_prune.ranks import world
+from cria_prune.result import PruneResult
+from cria_prune.stages import Prepared, prepare
 
 
 def saved_as(config: PruneConfig) -> target.Policy:
@@ -98,7 +99,19 @@ def _finish(job: Job, result: PruneResult | None, before: Any) -> None:
     job.talk.say(f"report {write_text(Path(job.output) / REPORT, page)}")
 
 
-def check_target(found: Target, config: PruneConfig) -> None:
-    """Refuse a target beyond reach before a dense model is trained or anything is written."""
-    model = found.untrained()
-    pipeline.check_target(model, pipeline.discover(model, found.task.example), config.plan)
+def prepared_for(
+    found: Target, config: PruneConfig, device: torch.device, calibrated: bool = True
+) -> Prepared:
+    """Prepare a target's network before a dense model is trained, to see what can be reached.
+
+    A network that has to be trained first is prepared untrained, and the trained one takes its place later
+    (`Prepared.with_model`).
+
+    Args:
+        calibrated: read the calibration batches already, and capture the model with the first of them; else
+            the task's example is taken, and there are no batches yet.
+    """
+    task, model = found.task, found.untrained().to(device)
+    if calibrated:
+        return prepare(model, task.calibration(config.record.examples, config.record.seed), config)
+    return prepare(model, (), config, example=task.example)

@@ -12,18 +12,19 @@ from torch import nn
 from cria_prune.artifact.folders import check_free
 from cria_prune.batches import model_inputs, move
 from cria_prune.cli import reports, show, target
-from cria_prune.cli.begin import check_target, dense_model, finish, job_of, saved_as
+from cria_prune.cli.begin import dense_model, finish, job_of, prepared_for, saved_as
 from cria_prune.cli.flow import prune_stage, recover_stage
 from cria_prune.cli.job import PRUNED, RECOVERED, Job
 from cria_prune.cli.request import Prune, Recover, Run
 from cria_prune.cli.scores import config_from, given_scores
-from cria_prune.cli.settings import prune_config, recover_config, texts_of
+from cria_prune.cli.settings import pick_device, prune_config, recover_config, texts_of
 from cria_prune.cli.talk import Kept
 from cria_prune.config import PruneConfig, RecoverConfig
 from cria_prune.errors import ConfigError
 from cria_prune.loss import logits_of
 from cria_prune.ranks import world
-from cria_prune.scored import Scored
+from cria_prune.scores import Scored
+from cria_prune.stages import Prepared
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -36,8 +37,9 @@ def run(request: Run, kept: Kept) -> None:
     asked = [{"reduction": share} for share in request.reductions or usual] or [{}]
     configs = [prune_config(request, found.task.prune_defaults, **plan) for plan in asked]
     tuning = recover_config(request, found.task.recover_defaults)
+    prepared = prepared_for(found, configs[0], pick_device(request.device))
     for config in configs:
-        check_target(found, config)
+        prepared.with_config(config).check_reach()
     found.policy = saved_as(configs[0])
     several = len(configs) > 1
     names = [member_name(config) for config in configs]
@@ -48,7 +50,7 @@ def run(request: Run, kept: Kept) -> None:
         if done is not None:
             job.talk.answer(done)
             return
-        dense = dense_model(job)
+        dense = prepared.with_model(dense_model(job))
         if not several:
             whole_recipe(job, dense, configs[0], tuning, request.watch)
             job.talk.answer(job.results)
@@ -59,7 +61,7 @@ def run(request: Run, kept: Kept) -> None:
 
 
 def member(
-    job: Job, dense: nn.Module, config: PruneConfig, tuning: RecoverConfig, watch: bool
+    job: Job, dense: Prepared, config: PruneConfig, tuning: RecoverConfig, watch: bool
 ) -> Mapping[str, Any]:
     """Return the results of one size of a family; one that is there already is not made again."""
     part = job.part(member_name(config))
@@ -84,14 +86,14 @@ def described_by(config: PruneConfig, tuning: RecoverConfig) -> dict[str, Any]:
     return {"prune": config.model_dump(mode="json"), "recover": tuning.model_dump(mode="json")}
 
 
-def whole_recipe(job: Job, dense: nn.Module, config: PruneConfig, tuning: RecoverConfig, watch: bool) -> None:
+def whole_recipe(job: Job, dense: Prepared, config: PruneConfig, tuning: RecoverConfig, watch: bool) -> None:
     """Prune the dense model, recover, save and report."""
     metric = job.target.metric
     result, plan = prune_stage(job, dense, config, watch)
     show.rounds(job.talk, result.rounds, metric)
     job.measure(result.model, "pruned")
     described = described_by(config, tuning)
-    teacher = dense if tuning.distill else None
+    teacher = dense.model if tuning.distill else None
     recovered = recover_stage(job, result.model, plan, tuning, teacher, described)
     job.results["best_epoch"] = recovered.best_epoch
     job.talk.say(
@@ -120,7 +122,8 @@ def prune(request: Prune, kept: Kept) -> None:
             "zeros under a norm would change what it computes",
             "Leave out --export, or --residual",
         )
-    check_target(found, config)
+    prepared = prepared_for(found, config, pick_device(request.device))
+    prepared.check_reach()
     found.policy = saved_as(config)
     described = {"prune": config.model_dump(mode="json")}
     with job_of(found, "-pruned", request, kept, padded=padded) as job:
@@ -128,16 +131,16 @@ def prune(request: Prune, kept: Kept) -> None:
         if done is not None:
             job.talk.answer(done)
             return
-        whole_pruning(job, dense_model(job), config, request.watch, scored)
+        whole_pruning(job, prepared.with_model(dense_model(job)), config, request.watch, scored)
         job.talk.answer(job.results)
 
 
 def whole_pruning(
-    job: Job, model: nn.Module, config: PruneConfig, watch: bool, scored: Scored | None
+    job: Job, prepared: Prepared, config: PruneConfig, watch: bool, scored: Scored | None
 ) -> None:
     """Prune a model, save and report."""
     metric = job.target.metric
-    result, plan = prune_stage(job, model, config, watch, scored)
+    result, plan = prune_stage(job, prepared, config, watch, scored)
     show.rounds(job.talk, result.rounds, metric)
     show.left_alone(job.talk, result.dense)
     job.measure(result.model, "pruned")

@@ -14,19 +14,22 @@ from cria_prune.batches import Batch, batch_size, model_inputs, move
 from cria_prune.cli.folder import interrupts_wait
 from cria_prune.cli.job import Job
 from cria_prune.config import PruneConfig, RecoverConfig
-from cria_prune.pipeline import PruneResult, prune
+from cria_prune.pipeline import prune
 from cria_prune.plan import Plan, compose
 from cria_prune.progress import clock
 from cria_prune.ranks import alone, world
 from cria_prune.recover import RecoverResult, recover
-from cria_prune.scored import Scored
+from cria_prune.result import PruneResult
+from cria_prune.scores import Scored
+from cria_prune.stages import Prepared
 
 
 def prune_stage(
-    job: Job, model: nn.Module, config: PruneConfig, watch: bool, scored: Scored | None = None
+    job: Job, prepared: Prepared, config: PruneConfig, watch: bool, scored: Scored | None = None
 ) -> tuple[PruneResult, Plan]:
     """Prune, keep every finished round; return the result and the plan relative to the dense network."""
     task, before = job.target.task, job.target.plan
+    model, batches = prepared.model, list(prepared.batches)
 
     def whole(result: PruneResult) -> Plan:
         return result.plan if before is None else compose(before, result.plan)
@@ -38,15 +41,14 @@ def prune_stage(
             job.keep(result.model, whole(result), {"prune": config.model_dump(mode="json")}, stage)
         job.kept.text = f"{stage} is kept (go on with: the same command, --output {job.output} --resume)"
 
-    with clock(job.seconds, "data"):
-        batches = task.calibration(config.record.examples, config.record.seed)
     held = list(task.validation_batches()) if watch else []
     if not job.resume:
         job.forget()
     result = prune(
         model,
-        batches,
+        prepared.batches,
         config,
+        prepared=prepared,
         evaluate=(lambda smaller: task.evaluate(smaller, held)) if watch else None,
         on_round=on_round,
         progress=job.talk.progress,

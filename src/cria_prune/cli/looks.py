@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from cria_prune import pipeline
 from cria_prune.cli import show, target
 from cria_prune.cli.inventory import inventory
 from cria_prune.cli.job import rounded
@@ -21,6 +20,7 @@ from cria_prune.cli.target import Target
 from cria_prune.cli.tree import drawn, module_tree
 from cria_prune.errors import ConfigError
 from cria_prune.progress import clock
+from cria_prune.stages import discover
 
 
 def inspect(request: Inspect) -> None:
@@ -28,7 +28,7 @@ def inspect(request: Inspect) -> None:
     talk = Talk(request.quiet or request.as_json)
     with redirect_stdout(sys.stderr):  # what the user's code prints is no part of the answer
         source = load_source(request.model, parse_shape(request.example), request.meta)
-        groups = pipeline.discover(source.model, source.example)
+        groups = discover(source.model, source.example)
     found = inventory(groups, request.plan.floor)
     show.model(talk, source, found)
     if request.tree:

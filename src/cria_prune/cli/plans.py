@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from cria_prune import pipeline
 from cria_prune.artifact.files import write_json
 from cria_prune.artifact.provenance import peak_memory
-from cria_prune.batches import Batch, batch_size
+from cria_prune.batches import batch_size
 from cria_prune.cli import target
-from cria_prune.cli.begin import check_target
+from cria_prune.cli.begin import prepared_for
 from cria_prune.cli.folder import check_file
 from cria_prune.cli.job import rounded
 from cria_prune.cli.request import Plan as Request
@@ -22,14 +21,11 @@ from cria_prune.cli.settings import pick_device, prune_config, texts_of
 from cria_prune.cli.talk import Talk, percent
 from cria_prune.cli.target import Target
 from cria_prune.config import OF, PruneConfig
-from cria_prune.criteria import score
 from cria_prune.memory import MemoryPrediction, amount, batch_bytes, largest_batch, predict_memory
-from cria_prune.one_round import record_for
 from cria_prune.plan import Plan, count_macs, count_parameters, reachable
-from cria_prune.plan import plan as make_round
 from cria_prune.plan.stairs import fewest, stairs
 from cria_prune.progress import clock
-from cria_prune.scope import Scope
+from cria_prune.stages import Prepared, plan_cut, rank
 
 CGROUP = Path("/sys/fs/cgroup/memory.max")
 
@@ -57,14 +53,13 @@ def _dry(request: Request, found: Target, config: PruneConfig, talk: Talk) -> Ma
     """Structure, one batch's shapes, and arithmetic: nothing is trained, recorded or scored."""
     device, seconds = pick_device(request.device), dict[str, float]()
     with clock(seconds, "structure"):
-        model = found.untrained().to(device)
-        groups = pipeline.discover(model, found.task.example)
-        scope = pipeline.check_target(model, groups, config.plan)
+        prepared = prepared_for(found, config, device, calibrated=False).without_reference()
+        prepared.check_reach()
     with clock(seconds, "data"):
         batches = found.task.calibration(config.record.examples, config.record.seed)
     with clock(seconds, "predict"):
-        memory = predict_memory(model, scope.groups, largest_batch(batches), config, graphs=True)
-    reach = _reach(scope, config)
+        memory = predict_memory(prepared.model, prepared.groups, largest_batch(batches), config, graphs=True)
+    reach = _reach(prepared)
     here = available_memory(device)
     data = {
         "examples": sum(map(batch_size, batches)),
@@ -89,24 +84,25 @@ def _dry(request: Request, found: Target, config: PruneConfig, talk: Talk) -> Ma
     return values, None
 
 
-def _reach(scope: Scope, config: PruneConfig) -> dict[str, Any]:
+def _reach(prepared: Prepared) -> dict[str, Any]:
     """Return what is asked, and what is left at most and at least of the whole."""
-    groups, plan = scope.groups, config.plan
+    groups, plan = prepared.groups, prepared.config.plan
     return {
         "of": plan.of,
         "asked": plan.reduction,
-        "reachable": reachable(groups, plan, allowed=scope.allowed),
+        "reachable": reachable(groups, plan, allowed=prepared.allowed),
         "parameters_dense": count_parameters(groups),
-        "parameters_least": _least(scope, config, count_parameters),
+        "parameters_least": _least(prepared, count_parameters),
         "macs_dense": count_macs(groups),
-        "macs_least": _least(scope, config, count_macs),
+        "macs_least": _least(prepared, count_macs),
         "groups": len(groups.prunable),
         "units": sum(group.size for group in groups.prunable),
     }
 
 
-def _least(scope: Scope, config: PruneConfig, count: Callable[..., float]) -> float:
-    return count(scope.groups, fewest(stairs(scope.groups, config.plan, scope.allowed)))
+def _least(prepared: Prepared, count: Callable[..., float]) -> float:
+    groups = prepared.groups
+    return count(groups, fewest(stairs(groups, prepared.config.plan, prepared.allowed)))
 
 
 def _say_reach(talk: Talk, reach: Mapping[str, Any], config: PruneConfig) -> None:
@@ -160,11 +156,13 @@ def _say_memory(talk: Talk, memory: MemoryPrediction, data: int, here: int | Non
 def _scored(request: Request, found: Target, config: PruneConfig, talk: Talk) -> Made:
     """Record and score once, and plan one round of the whole reduction."""
     device, seconds, seed = pick_device(request.device), dict[str, float](), request.base_seed
-    check_target(found, config)  # before a dense model is trained
+    plain = config.model_copy(update={"compensate": False})  # its moments would be thrown away
+    prepared = prepared_for(found, plain, device, calibrated=False).without_reference()
+    prepared.check_reach()  # before a dense model is trained
     with clock(seconds, "model"):
         model = found.model(device, seed, talk.progress)
     batches = found.task.calibration(config.record.examples, config.record.seed)
-    made = one_round(model, batches, config, found.task.example, seconds)
+    made = one_round(prepared.with_model(model, batches), seconds)
     report = made.report
     talk.say(str(made))
     values = {
@@ -179,25 +177,12 @@ def _scored(request: Request, found: Target, config: PruneConfig, talk: Talk) ->
     return values, made.to_dict()
 
 
-def one_round(
-    model: torch.nn.Module,
-    batches: list[Batch],
-    config: PruneConfig,
-    example: Batch,
-    seconds: dict[str, float],
-) -> Plan:
+def one_round(prepared: Prepared, seconds: dict[str, float]) -> Plan:
     """Return the plan of one round at the full reduction; the model is left as it was."""
-    needs, states = pipeline.find_criterion(config.score).needs, None
-    with clock(seconds, "structure"):
-        scope = pipeline.check_target(model, pipeline.discover(model, example), config.plan)
-    if needs:
-        with clock(seconds, "record"):
-            states = record_for(needs, model, scope.groups, batches, config)
-    with clock(seconds, "score"):
-        scores = score(model, scope.groups, states, config.score)
-    values = {name: item.scores.numpy() for name, item in scores.items()}
+    ranking = rank(prepared)
+    seconds |= {"structure": prepared.seconds, **ranking.seconds}
     with clock(seconds, "plan"):
-        return make_round(scope.groups, values, config.plan, allowed=scope.allowed)
+        return plan_cut(prepared, ranking.scores)
 
 
 def available_memory(device: torch.device) -> int | None:

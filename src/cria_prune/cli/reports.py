@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from cria_prune.cli.job import Job
-    from cria_prune.pipeline import PruneResult
+    from cria_prune.result import PruneResult
 
 
 def report(request: Report) -> None:

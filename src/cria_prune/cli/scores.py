@@ -19,8 +19,7 @@ from cria_prune.config import PruneConfig
 from cria_prune.errors import ConfigError
 from cria_prune.progress import clock
 from cria_prune.ranks import world
-from cria_prune.scored import Scored
-from cria_prune.scoring import score_once
+from cria_prune.scores import Scored, score_once
 
 
 def score(request: Score) -> None:

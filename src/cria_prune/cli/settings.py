@@ -31,8 +31,8 @@ def prune_config(request: Scoring, defaults: Mapping[str, Any] | None = None, **
         CriterionError: no such criterion.
         TargetError: the reduction is not between 0 and 1.
     """
-    from cria_prune.pipeline import find_criterion
-    from cria_prune.plan.select import check_target
+    from cria_prune.criteria.score import find_criterion
+    from cria_prune.plan.select import check_share
 
     layers: list[dict[str, Any]] = [dict(defaults or {})]
     if request.preset is not None:
@@ -55,7 +55,7 @@ def prune_config(request: Scoring, defaults: Mapping[str, Any] | None = None, **
         values[section] = kind(**merged)
     config = PruneConfig(**values)
     find_criterion(config.score)
-    check_target(config.plan.reduction)
+    check_share(config.plan.reduction)
     return config
 
 

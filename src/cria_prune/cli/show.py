@@ -10,7 +10,7 @@ from cria_prune.batches import Batch, model_inputs
 from cria_prune.cli.talk import Talk, percent
 from cria_prune.config import OF
 from cria_prune.metrics import Metric, metric
-from cria_prune.pipeline import PruneResult, Round
+from cria_prune.result import PruneResult, Round
 
 if TYPE_CHECKING:
     from cria_prune.cli.inventory import Inventory

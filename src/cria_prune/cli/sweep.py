@@ -7,27 +7,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from cria_prune.artifact.files import write_json
 from cria_prune.artifact.folders import check_free
 from cria_prune.artifact.plots_metric import plot_tradeoff
 from cria_prune.artifact.scores import SCORES, load_scores
-from cria_prune.cli import commands, show, target
-from cria_prune.cli.begin import check_target, dense_model, job_of, saved_as
+from cria_prune.cli import show, target
+from cria_prune.cli.begin import dense_model, job_of, prepared_for, saved_as
+from cria_prune.cli.commands import member_name, whole_pruning
 from cria_prune.cli.folder import interrupts_wait
 from cria_prune.cli.job import PRUNED, Job
 from cria_prune.cli.reports import picture
 from cria_prune.cli.request import Sweep
 from cria_prune.cli.scores import config_from, given_scores, keep_scores
-from cria_prune.cli.settings import texts_of
+from cria_prune.cli.settings import pick_device, texts_of
 from cria_prune.cli.talk import Kept
 from cria_prune.config import PruneConfig
 from cria_prune.errors import ConfigError, TargetError
 from cria_prune.progress import clock
 from cria_prune.ranks import world
-from cria_prune.scored import Scored, hash_of
-from cria_prune.scoring import score_once
+from cria_prune.scores import Scored, hash_of, scored_of
+from cria_prune.stages import Prepared
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 RESULT, PICTURE, KEPT_SCORES = "sweep.json", "sweep.png", "scores"
@@ -40,20 +39,21 @@ def sweep(request: Sweep, kept: Kept) -> None:
     scored, shares = given_scores(request), request.reductions or SHARES
     defaults = found.prune_defaults()
     configs = [config_from(request, defaults, scored, rounds=1, reduction=share) for share in shares]
-    names = [commands.member_name(config) for config in configs]
+    names = [member_name(config) for config in configs]
     if len(set(names)) < len(names):
         raise ConfigError("A family of reductions", f"found {', '.join(names)}", "Give each share once")
-    configs, beyond = reachable(found, configs, asked=bool(request.reductions))
+    prepared = prepared_for(found, configs[0], pick_device(request.device))
+    configs, beyond = reachable(prepared, configs, asked=bool(request.reductions))
     found.policy = saved_as(configs[0])
     with job_of(found, "-sweep", request, kept, several=True) as job:
         if beyond:
             job.talk.note(f"left out, beyond what can be removed: {', '.join(beyond)}")
-        model = dense_model(job)
+        prepared = prepared.with_model(dense_model(job))
         if scored is None:
-            scored = own_scores(job, model, configs[0])
+            scored = own_scores(job, prepared.with_config(configs[0]))
         members, here, drawn = list[Mapping[str, Any]](), world(), ""
         for config in configs:
-            members.append(member(job, model, scored.applied(config), scored))
+            members.append(member(job, prepared, scored.applied(config), scored))
             drawn = here.lead("Keeping the sizes", lambda: keep(job, members))
         show.family(job.talk, members, found.metric)
         job.talk.say(f"result {job.output / RESULT}, {drawn}")
@@ -61,7 +61,7 @@ def sweep(request: Sweep, kept: Kept) -> None:
 
 
 def reachable(
-    found: target.Target, configs: Sequence[PruneConfig], asked: bool
+    prepared: Prepared, configs: Sequence[PruneConfig], asked: bool
 ) -> tuple[list[PruneConfig], list[str]]:
     """Return the configurations that can be reached, and the shares that cannot, of the usual ones.
 
@@ -71,7 +71,7 @@ def reachable(
     within, beyond = list[PruneConfig](), list[str]()
     for config in configs:
         try:
-            check_target(found, config)
+            prepared.with_config(config).check_reach()
             within.append(config)
         except TargetError:
             if asked or not within:
@@ -80,28 +80,25 @@ def reachable(
     return within, beyond
 
 
-def own_scores(job: Job, model: nn.Module, config: PruneConfig) -> Scored:
+def own_scores(job: Job, prepared: Prepared) -> Scored:
     """Return the scores that an earlier run left in the output folder, if they are these; else score."""
-    folder = job.output / KEPT_SCORES
+    folder, config = job.output / KEPT_SCORES, prepared.config
     if job.resume and (folder / SCORES).exists():
         found = load_scores(folder)
         same = {"record", "score", "compensate"}
-        if found.weights == hash_of(model) and found.config.model_dump(include=same) == config.model_dump(
-            include=same
-        ):
+        asked = [item.model_dump(include=same) for item in (found.config, config)]
+        if found.weights == hash_of(prepared.model) and asked[0] == asked[1]:
             return found
-    task = job.target.task
-    batches = task.calibration(config.record.examples, config.record.seed)
-    scored = score_once(model, batches, config, example=task.example, seconds=job.seconds)
+    scored = scored_of(prepared, seconds=job.seconds)
     with clock(job.seconds, "save"):
         keep_scores(folder, scored, {**job.target.named(), "provenance": job.origin})
     job.kept.text = f"the scores are kept (go on with: the same command, --output {job.output} --resume)"
     return scored
 
 
-def member(job: Job, model: nn.Module, config: PruneConfig, scored: Scored) -> Mapping[str, Any]:
+def member(job: Job, prepared: Prepared, config: PruneConfig, scored: Scored) -> Mapping[str, Any]:
     """Return the results of one size; one that is there already is not made again."""
-    part = job.part(commands.member_name(config))
+    part = job.part(member_name(config))
     described = {"prune": config.model_dump(mode="json")}
     done = part.finished(described, PRUNED) if job.resume else None
     share = f"{100 * config.plan.reduction:g} % fewer"
@@ -111,7 +108,7 @@ def member(job: Job, model: nn.Module, config: PruneConfig, scored: Scored) -> M
         return done
     if job.target.pretrained and world().first:
         check_free(part.output, part.may_replace())
-    commands.whole_pruning(part, model, config, False, scored)
+    whole_pruning(part, prepared, config, False, scored)
     return part.results
 
 

@@ -1,31 +1,31 @@
-"""prune_offloaded(): the order of the stages for a folder whose model is larger than the memory."""
+"""prune_offloaded(): the pruning of a folder whose model is larger than the memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from cria_prune import pipeline
 from cria_prune.artifact.files import hashes, write_json
 from cria_prune.artifact.folders import CERTIFICATE, MANIFEST, whole_folder
 from cria_prune.artifact.manifest import read_manifest, read_plan, render_manifest
-from cria_prune.batches import Batch
+from cria_prune.batches import Batch, again, first_examples
 from cria_prune.config import PlanConfig, PruneConfig
-from cria_prune.dispatched import Weights, structure_of
-from cria_prune.errors import ArtifactError, ConfigError, CriterionError, SignalError
+from cria_prune.criteria.score import find_criterion
+from cria_prune.dispatched import Weights
+from cria_prune.errors import ArtifactError, ConfigError, CriterionError
+from cria_prune.modules import check_finite
 from cria_prune.offload.check import load_dispatched
 from cria_prune.offload.rounds import OffloadedRound, Rounds, Standing
 from cria_prune.offload.walk import Places, all_rounds, work_folder
 from cria_prune.plan import Plan, compose
 from cria_prune.progress import QUIET, Progress, clock
 from cria_prune.resume.turns import FinishedRounds, identity_of
-from cria_prune.scope import check_target
+from cria_prune.stages import prepare
 from cria_prune.structure import UnitGroups
 from cria_prune.surgery import Verification
 
@@ -126,9 +126,9 @@ def prune_offloaded(
     if source.resolve() == target.resolve():
         raise ArtifactError(asked, "the result would take its place", "Name another folder for the result")
     plans = _earlier_plans(source, asked)
-    batches = pipeline.again(batches)
+    batches = again(batches)
     place = torch.device(device)
-    example = pipeline.first_examples(batches, place)
+    example = first_examples(batches, place)
     identity = None
     if state is not None:
         identity = identity_of(source, config, memory, place, example, data)
@@ -139,15 +139,15 @@ def prune_offloaded(
         seconds: dict[str, float] = {}
         with clock(seconds, "model"):
             model = load_dispatched(source, places.scratch(1) / "weights", place)
-            _check_finite(Weights(model))
+            check_finite(Weights(model))
         with clock(seconds, "structure"):
-            structure = structure_of(model)
-            found = check_target(structure, pipeline.discover(structure, example), config.plan)
+            prepared = prepare(model, batches, config, example=example).without_reference()
+            prepared.check_reach()
+        first = Standing(source, model, prepared.structure, prepared.dense)
         rounds = Rounds(
-            source, batches, example, config, found, memory, max_shard_size, place, progress or QUIET, asked,
-            identity,
+            source, replace(prepared, model=prepared.structure), memory, max_shard_size, place,
+            progress or QUIET, asked, identity,
         )  # fmt: skip
-        first = Standing(source, model, structure, found.groups)
         cuts, done, smaller = all_rounds(rounds, places, first, finished, known, seconds)
         total = reduce(compose, [*plans, *cuts])
         said = {**(results or {}), "offloaded": True, "rounds": len(done)}
@@ -156,7 +156,7 @@ def prune_offloaded(
         manifest = render_manifest(smaller, total, "vanilla", config, provenance, said)
         (folder / MANIFEST).write_text(manifest, encoding="utf-8")
         write_json(folder / CERTIFICATE, {"sha256": hashes(folder), **_vouched(done[-1].verification)})
-    return Offloaded(target, total, found.groups, tuple(done))
+    return Offloaded(target, total, prepared.dense, tuple(done))
 
 
 def checked(config: PruneConfig) -> PruneConfig:
@@ -172,7 +172,7 @@ def checked(config: PruneConfig) -> PruneConfig:
             f"{asked} with less residual width", "its masked twin runs in memory alone",
             "Leave out residual, or prune in memory",
         )  # fmt: skip
-    if "gradients" in pipeline.find_criterion(config.score).needs:
+    if "gradients" in find_criterion(config.score).needs:
         raise CriterionError(
             f"{asked} by {config.score.criterion!r}", "it takes gradients, which need all layers at once",
             "Take a criterion that reads signals or weights, such as innovation",
@@ -215,12 +215,3 @@ def _earlier_plans(source: Path, asked: str) -> list[Plan]:
             "Give the dense model, or a result that plain transformers loads",
         )
     return [read_plan(source)]
-
-
-def _check_finite(weights: Mapping[str, Tensor]) -> None:
-    """Raise a SignalError, naming the tensor, if a parameter or buffer holds NaN or infinity."""
-    for name, tensor in weights.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise SignalError(
-                f"The weights of {name!r}", "found NaN or infinity", "Prune a model whose weights are finite"
-            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from cria_prune.batches import Batch
-from cria_prune.config import PruneConfig
 from cria_prune.dispatched import Weights
 from cria_prune.modules import give_back
 from cria_prune.offload.check import verify_folder
@@ -20,11 +18,10 @@ from cria_prune.offload.repair import repair
 from cria_prune.offload.turns import score_in_turns
 from cria_prune.offload.write import floats, write_model
 from cria_prune.plan import Plan
-from cria_prune.plan import plan as make_plan
 from cria_prune.progress import Progress, clock
 from cria_prune.result import OffloadedRound
 from cria_prune.resume.turns import TurnStore
-from cria_prune.scope import Scope
+from cria_prune.stages import Prepared, plan_cut
 from cria_prune.structure import UnitGroups, shrink
 
 
@@ -67,19 +64,14 @@ class Rounds:
 
     Attributes:
         source: folder of the first model, for its tokenizer and generation settings.
-        batches: calibration batches; example: the first two examples.
-        config: what to remove and how.
-        scope: what may be cut of the first model, which the shares count from.
+        prepared: the first model on the meta device, which the shares count from; batches and configuration.
         memory, max_shard_size, device, progress: see `prune_offloaded`.
         asked: for error texts.
         identity: what makes this pruning this one, where its turns are kept; None keeps nothing.
     """
 
     source: Path
-    batches: Iterable[Batch]
-    example: Batch
-    config: PruneConfig
-    scope: Scope
+    prepared: Prepared
     memory: int
     max_shard_size: int | str
     device: torch.device
@@ -89,11 +81,9 @@ class Rounds:
 
     def plan(self, groups: UnitGroups, scores: Mapping[str, np.ndarray], number: int) -> Plan:
         """Return the plan of a round from its scores, relative to the model before it."""
-        plan = self.config.plan
-        return make_plan(
-            groups, scores, plan, dense=self.scope.groups, target=plan.reduction * number / plan.rounds,
-            allowed=self.scope.allowed,
-        )  # fmt: skip
+        plan = self.prepared.config.plan
+        now = replace(self.prepared, groups=groups)
+        return plan_cut(now, scores, plan.reduction * number / plan.rounds)
 
     def again(self, groups: UnitGroups, known: OffloadedRound) -> tuple[Plan, UnitGroups, OffloadedRound]:
         """Return what a finished round left: its plan, made again, the groups after it, what it did."""
@@ -116,14 +106,12 @@ class Rounds:
         Raises:
             CriaError: each stage's own.
         """
-        structure, groups, config = before.structure, before.groups, self.config
+        structure, groups, example = before.structure, before.groups, self.prepared.example
         weights = Weights(before.model)
         kept = None if self.identity is None else TurnStore(scratch, self.identity)
         with clock(seconds, "score"):
-            importances, spilled, turns = score_in_turns(
-                before.model, groups, self.batches, config, scratch, self.memory, self.example, self.progress,
-                kept,
-            )  # fmt: skip
+            now = replace(self.prepared, model=before.model, groups=groups)
+            importances, spilled, turns = score_in_turns(now, scratch, self.memory, self.progress, kept)
         values = {name: item.scores.numpy() for name, item in importances.items()}
         step = self.plan(groups, values, number)
         with clock(seconds, "repair"):
@@ -135,11 +123,11 @@ class Rounds:
         weights.forget()
         give_back()
         verification = None
-        if config.verify:
+        if self.prepared.config.verify:
             with clock(seconds, "verify"):
                 dtype = torch.float64 if floats(structure) is torch.float64 else torch.float32
                 verification = verify_folder(
-                    before.folder, folder, step, repaired, self.example, scratch, dtype, self.device
+                    before.folder, folder, step, repaired, example, scratch, dtype, self.device
                 )
         done = OffloadedRound(
             number=number,

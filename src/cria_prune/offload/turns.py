@@ -12,12 +12,10 @@ from pathlib import Path
 
 from torch import nn
 
-from cria_prune import one_round, pipeline
 from cria_prune.base.events import passed
 from cria_prune.batches import Batch
 from cria_prune.config import PruneConfig, RecordConfig
-from cria_prune.criteria import score
-from cria_prune.criteria.score import check_telling
+from cria_prune.criteria.score import check_telling, find_criterion
 from cria_prune.dispatched import bytes_of
 from cria_prune.modules import device_of, give_back
 from cria_prune.offload.chain import Chain, outputs
@@ -27,6 +25,7 @@ from cria_prune.record.signals import Collector
 from cria_prune.record.states import reads_of
 from cria_prune.resume.turns import Spilled, TurnStore
 from cria_prune.spectrum import Importance
+from cria_prune.stages import Prepared, rank
 from cria_prune.structure import UnitGroup, UnitGroups
 
 
@@ -44,59 +43,53 @@ class Turn:
 
 
 def score_in_turns(
-    model: nn.Module,
-    groups: UnitGroups,
-    batches: Iterable[Batch],
-    config: PruneConfig,
+    prepared: Prepared,
     scratch: Path,
     memory: int,
-    example: Batch,
     progress: Progress,
     kept: TurnStore | None = None,
 ) -> tuple[dict[str, Importance], Spilled, int]:
     """Record and score every prunable group of a dispatched model.
 
     Args:
-        model: the dispatched model; it is left as it was.
-        groups: its structure.
-        batches: calibration batches, the same in every pass.
-        config: how to record and score; the moments for the repair are kept with `compensate`.
+        prepared: the dispatched model, which is left as it was, and batches that are the same in every pass;
+            the moments for the repair are kept with `compensate`.
         scratch: a folder for moments, and for what goes from block to block.
         memory: bytes for the moments and weights of a turn; a turn has one block at least.
-        example: to try whether the model runs in stretches.
         progress: where to show the turns.
         kept: what is kept of the turns, to go on from; None keeps nothing.
 
     Returns:
         Importances in the order of the network, moments for the repair, and how many turns there were.
     """
-    needs = pipeline.find_criterion(config.score).needs
-    spilled = Spilled(scratch, device_of(model))
-    if not needs and not config.compensate:
-        return score(model, groups, None, config.score), spilled, 0
-    chain, turns = plan_turns(model, groups, config, memory, scratch, example)
-    done, found = (0, {}) if kept is None else kept.read(spilled, chain)
+    model, groups, config = prepared.model, prepared.groups, prepared.config
+    spilled, found = Spilled(scratch, device_of(model)), dict[str, Importance]()
+    if not find_criterion(config.score).needs and not config.compensate:
+        return dict(rank(prepared).importances), spilled, 0
+    chain, turns = plan_turns(model, groups, config, memory, scratch, prepared.example)
+    done = 0
+    if kept is not None:
+        done, found = kept.read(spilled, chain)
     with progress.bar("record", len(turns)) as bar:
         bar.update(done)
         for number, turn in enumerate(turns[done:], done + 1):
             passed("turn", number=number, turns=len(turns))
-            part = replace(groups, groups=turn.groups)
+            part = replace(prepared, groups=replace(groups, groups=turn.groups))
+            ranking = None
             with nullcontext() if turn.blocks is None or chain is None else chain.stretch(*turn.blocks):
                 if turn.groups:
-                    states = one_round.record_for(
-                        needs, model, part, batches, config, consumed=config.compensate
-                    )
+                    ranking = rank(part)
                 else:  # nothing to read there, but the blocks after it need what it gives
-                    states = None
-                    _pass(model, batches, config.record)
-            found |= score(model, part, states, config.score, whole=False)
-            for name, item in ({} if states is None else states.groups).items():
-                spilled.add(name, item.consumed)
+                    _pass(model, prepared.batches, config.record)
+            if ranking is not None:
+                found |= ranking.importances
+                for name, moments in (ranking.consumed or {}).items():
+                    spilled.add(name, moments)
             if kept is not None:
                 kept.write(number, found, spilled, chain)
             if chain is not None:
                 chain.forget()
-            del states
+            del ranking
             give_back()
             bar.update()
     check_telling(config.score.criterion, found)
@@ -172,7 +165,7 @@ def _parts(
 
 def moment_bytes(groups: Sequence[UnitGroup], config: PruneConfig) -> dict[str, int]:
     """Return group -> the bytes of its moments while they are made: the sums, beside the result."""
-    reads = reads_of(pipeline.find_criterion(config.score).needs)
+    reads = reads_of(find_criterion(config.score).needs)
     kept = Collector(groups, config.record, config.compensate, reads).memory()
     return {item.name: item.while_recording + item.afterwards for item in kept}
 

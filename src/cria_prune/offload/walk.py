@@ -89,7 +89,7 @@ def all_rounds(
     Returns:
         The plan of each round, what each did, and the structure of the last model.
     """
-    plans, done, last = list[Plan](), list[OffloadedRound](), rounds.config.plan.rounds
+    plans, done, last = list[Plan](), list[OffloadedRound](), rounds.prepared.config.plan.rounds
     for kept in known:
         step, groups, item = rounds.again(before.groups, kept)
         before = replace(before, groups=groups)

@@ -3,7 +3,7 @@
 from cria_prune.plan.budget import Budget, count_macs, count_parameters, largest_reachable
 from cria_prune.plan.make import compose, identity_plan, make_plan, plan
 from cria_prune.plan.plan import Plan, TensorCut
-from cria_prune.plan.select import check_prunable, check_reachable, check_target, checked_scores, select
+from cria_prune.plan.select import check_prunable, check_reachable, check_share, checked_scores, select
 from cria_prune.plan.stairs import Allowed, Stair, reachable, stairs
 
 __all__ = [
@@ -14,7 +14,7 @@ __all__ = [
     "TensorCut",
     "check_prunable",
     "check_reachable",
-    "check_target",
+    "check_share",
     "checked_scores",
     "compose",
     "count_macs",

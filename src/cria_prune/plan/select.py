@@ -95,7 +95,7 @@ def check_reachable(
         TargetError: the target is not in (0, 1) or beyond that share.
         StructureError: nothing is prunable, or `allowed` does not fit.
     """
-    check_target(target)
+    check_share(target)
     check_prunable(groups)
     most = reachable(groups, config, dense=dense, allowed=allowed)
     if target > most + SLACK:
@@ -113,7 +113,7 @@ def check_reachable(
     return most
 
 
-def check_target(target: float) -> None:
+def check_share(target: float) -> None:
     """Raise a TargetError unless the target is a number strictly between 0 and 1."""
     if not (isinstance(target, Real) and 0 < target < 1):
         raise TargetError(

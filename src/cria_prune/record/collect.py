@@ -8,14 +8,13 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from cria_prune.base.events import passed
-from cria_prune.batches import Batch, batch_size, describe, forward, map_tensors
+from cria_prune.batches import Batch, batch_size, cut, describe, forward, map_tensors
 from cria_prune.config import RecordConfig
 from cria_prune.errors import DataError
 from cria_prune.loss import Loss, cross_entropy
@@ -160,8 +159,3 @@ def limited(batches: Iterable[Batch], examples: int) -> Iterator[Batch]:
         examples -= size
         if examples <= 0:
             return
-
-
-def cut(batch: Any, size: int, examples: int) -> Any:
-    """Return the first examples of a batch: every tensor of leading length `size` is cut."""
-    return map_tensors(batch, lambda item: item[:examples] if item.ndim and len(item) == size else item)

@@ -135,6 +135,15 @@ class Reference:
             self._trace = trace(self.model, self._batch())
         return self._trace
 
+    def take(self, model: nn.Module) -> None:
+        """Hold the weights of another model of the same structure; nothing is captured again."""
+        with torch.no_grad():
+            theirs = named_tensors(model)
+            for name, mine in named_tensors(self.model).items():
+                value = theirs[name].to(mine.device, mine.dtype)
+                if not torch.equal(mine, value):  # a buffer may be a view that cannot be written into
+                    mine.copy_(value)
+
     def compare(self, plan: Plan, smaller: nn.Module) -> Verification:
         """Compare a pruned model, of any type, with the masked twin.
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from cria_prune.base.screen import screenful
+from cria_prune.batches import Batch
 from cria_prune.config import PruneConfig
 from cria_prune.errors import ConfigError, StructureError
-from cria_prune.graph import Moments
+from cria_prune.loss import Loss
 from cria_prune.resume.store import weights_of
 from cria_prune.spectrum import Importance
+from cria_prune.stages import Consumed, Prepared, Ranking, prepare, rank
 from cria_prune.structure import UnitGroups
-
-Consumed = Mapping[str, Mapping[str, Moments]]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -85,6 +85,65 @@ class Scored:
                 raise StructureError(
                     asked, f"group {group.name!r} has {group.size} units, the scores {units}", again
                 )
+
+    def ranking(self, groups: UnitGroups) -> Ranking:
+        """Return the scores of these groups as `rank` returns them."""
+        found = {group.name: self.importances[group.name] for group in groups.prunable}
+        return Ranking(found, self.consumed, seconds={"record": 0.0, "score": 0.0})
+
+
+def score_once(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: PruneConfig | None = None,
+    *,
+    example: Batch | None = None,
+    loss: Loss | None = None,
+    seconds: dict[str, float] | None = None,
+) -> Scored:
+    """Score a model's units once, so that `prune(..., scores=...)` cuts it to any size without recording.
+
+    With `config.compensate` the second moments of what each consumer reads are recorded in the same pass, for
+    the repair.
+
+    Args:
+        model: the trained model; it is left as it was.
+        batches: calibration batches: tensors, (inputs, target) pairs or mappings.
+        config: `record` and `score`, and of `plan` what may be cut: `residual`, `units` and `vanilla`.
+        example: one batch to capture the model with; the first of `batches` by default.
+        loss: (model, batch) to a scalar, for `taylor`; cross-entropy by default.
+        seconds: where wall times are added: `structure`, `record`, `score`.
+
+    Raises:
+        CaptureError, DataError: the model cannot be captured, or does not accept the batches.
+        CriterionError: no such criterion, or it needs targets that the batches lack.
+        SignalError: a weight or a signal holds NaN or infinity.
+
+    Example:
+        >>> import torch
+        >>> from cria_prune import PruneConfig, prune
+        >>> net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+        >>> batches = [torch.randn(32, 4) for _ in range(4)]
+        >>> scored = score_once(net, batches)
+        >>> sizes = [prune(net, batches, PruneConfig(plan={"reduction": share, "rounds": 1}), scores=scored)
+        ...          for share in (0.2, 0.6)]
+        >>> sizes[0].model[0].out_features > sizes[1].model[0].out_features
+        True
+    """
+    config = config or PruneConfig()
+    prepared = prepare(model, batches, config, example=example).without_reference()
+    return scored_of(prepared, loss=loss, seconds=seconds)
+
+
+def scored_of(
+    prepared: Prepared, *, loss: Loss | None = None, seconds: dict[str, float] | None = None
+) -> Scored:
+    """Score the units of a model that is prepared; see `score_once`."""
+    ranking = rank(prepared, loss=loss)
+    spent = {} if seconds is None else seconds
+    for stage, wall in {"structure": prepared.seconds, **ranking.seconds}.items():
+        spent[stage] = spent.get(stage, 0.0) + wall
+    return Scored(ranking.importances, ranking.consumed, prepared.config, hash_of(prepared.model))
 
 
 def hash_of(model: nn.Module) -> str:

@@ -1,0 +1,448 @@
+"""The order of the stages, which no other file knows: prepare, rank, cut (with its repair).
+
+`pipeline.prune` is the loop over them; `score_once`, `cria plan`, the ablation, the pruning of folders layer
+by layer and the importance for Torch-Pruning call the same functions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from cria_prune.batches import Batch, again, describe, first_examples, named_shortage, shortened
+from cria_prune.config import PruneConfig
+from cria_prune.criteria import score
+from cria_prune.criteria.score import find_criterion, graph_settings
+from cria_prune.dispatched import is_dispatched, structure_of
+from cria_prune.errors import CriaError, StructureError
+from cria_prune.graph import Moments, NeuronGraphs, keep_graphs, worth_keeping
+from cria_prune.loss import Loss
+from cria_prune.modules import device_of, digest
+from cria_prune.plan import Allowed, Plan, compose, count_parameters, identity_plan
+from cria_prune.plan import plan as make_plan
+from cria_prune.progress import clock
+from cria_prune.ranks import world
+from cria_prune.record import States, record
+from cria_prune.record.collect import limited
+from cria_prune.record.norms import Remeasured, batch_norms, remeasure
+from cria_prune.record.states import reads_of
+from cria_prune.scope import Scope, check_reach, scope
+from cria_prune.spectrum import Importance
+from cria_prune.structure import UnitGroups, shrink
+from cria_prune.structure import discover as follow
+from cria_prune.structure.trace import canonical_tensors
+from cria_prune.surgery import Reference, Repair, Verification, apply, compensate, settle
+from cria_prune.surgery.verify import LESS
+
+Consumed = Mapping[str, Mapping[str, Moments]]
+"""Group name -> weight of a consumer -> second moments of the features that it reads."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A model that is ready to be ranked and cut; what is found of it once, by `prepare`.
+
+    Attributes:
+        model: the model now: the one that was prepared, or after some rounds a smaller one.
+        groups: its unit groups, frozen where the plan leaves them alone.
+        plan: what is gone already, relative to the model that was prepared.
+        batches: calibration batches, which can be gone through several times.
+        example: the two examples that it was captured with, on the model's device.
+        config: what to remove and how.
+        structure: the model that was prepared; of a dispatched one its twin on the meta device.
+        found: its unit groups, before the plan froze any.
+        dense: the same with what the plan leaves alone frozen: the whole that shares are of.
+        allowed: group name -> numbers of units that may stay; any number for groups not named.
+        reference: the float64 copy of the model that was prepared, which its cuts are compared with; None
+            where nothing will be: each round is compared with its own repaired model then, or not at all.
+        seconds: wall time of the capture and the discovery.
+    """
+
+    model: nn.Module
+    groups: UnitGroups
+    plan: Plan
+    batches: Iterable[Batch]
+    example: Batch
+    config: PruneConfig
+    structure: nn.Module
+    found: UnitGroups
+    dense: UnitGroups
+    allowed: Allowed
+    reference: Reference | None
+    seconds: float
+
+    def __repr__(self) -> str:
+        return f"<{self}>"
+
+    def __str__(self) -> str:
+        units = sum(group.size for group in self.groups.prunable)
+        return (
+            f"{type(self.model).__name__} prepared in {self.seconds:.1f} s: {units:,} units in "
+            f"{len(self.groups.prunable)} of {len(self.groups)} groups may be cut, "
+            f"{count_parameters(self.groups):,.0f} parameters"
+        )
+
+    def check_reach(self) -> None:
+        """Raise a TargetError if the plan's reduction cannot be reached; see `scope.check_reach`."""
+        within = Scope(self.dense, self.allowed)
+        check_reach(self.structure, self.found, self.config.plan, within)
+
+    def with_config(self, config: PruneConfig) -> Prepared:
+        """Return the same model prepared for another configuration; nothing is captured again.
+
+        Raises:
+            StructureError: see `scope.scope`.
+        """
+        within = scope(self.structure, self.found, config.plan)
+        return replace(
+            self, config=config, groups=within.groups, dense=within.groups, allowed=within.allowed,
+            plan=identity_plan(within.groups), reference=self.reference if _compared(config) else None,
+        )  # fmt: skip
+
+    def with_model(self, model: nn.Module, batches: Iterable[Batch] | None = None) -> Prepared:
+        """Return another model of the same structure prepared: the trained one in place of an untrained.
+
+        The copy that cuts are compared with takes its weights over: of the two prepared, use this one.
+
+        Args:
+            model: on the device of the one that was prepared.
+            batches: calibration batches in place of those that were given.
+
+        Raises:
+            StructureError: the model has other parameters, or is elsewhere.
+            DataError: the batches are not batches.
+        """
+        asked, todo = f"Pruning {type(model).__name__}", "Prepare this model itself"
+        if device_of(model) != device_of(self.model):
+            there, here = device_of(self.model), device_of(model)
+            raise StructureError(asked, f"what was prepared is on {there}, the model on {here}", todo)
+        if not _fits(model, self.found):
+            raise StructureError(asked, "what was prepared is of a model with other parameters", todo)
+        reference = self.reference
+        if reference is not None:
+            reference.take(model)
+        return replace(
+            self, model=model, structure=structure_of(model) if is_dispatched(model) else model,
+            batches=self.batches if batches is None else again(batches), reference=reference,
+        )  # fmt: skip
+
+    def without_reference(self) -> Prepared:
+        """Return it without the float64 copy, for what compares nothing."""
+        return replace(self, reference=None)
+
+    def with_reference(self) -> Prepared:
+        """Return it with the float64 copy holding the weights of now, if cuts are compared with it."""
+        if not _compared(self.config):
+            return self.without_reference()
+        if self.reference is None:
+            return replace(self, reference=Reference(self.model, self.example))
+        self.reference.take(self.model)
+        return self
+
+    def after(self, made: Cut) -> Prepared:
+        """Return what the next round begins with."""
+        groups = shrink(self.groups, made.plan.kept)
+        return replace(self, model=made.model, groups=groups, plan=made.total)
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """The scores of a model's units, and what was recorded with them.
+
+    Attributes:
+        importances: group name -> importance of its units, with how far it can be trusted.
+        consumed: what the repair of the consumers needs; None where it was not recorded.
+        graphs: group name -> the graphs of its neurons; None if not asked for or nothing was recorded.
+        seconds: stage (record, score, graphs) -> wall time.
+    """
+
+    importances: Mapping[str, Importance]
+    consumed: Consumed | None = field(default=None, repr=False)
+    graphs: Mapping[str, NeuronGraphs] | None = field(default=None, repr=False)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> dict[str, np.ndarray]:
+        """Group name -> (units,) float64, higher stays."""
+        return {name: item.scores.numpy() for name, item in self.importances.items()}
+
+    @property
+    def diagnosis(self) -> dict[str, dict[str, Any]]:
+        """Group name -> how far the scores can be trusted, plain JSON."""
+        return {name: item.diagnosis.to_dict() for name, item in self.importances.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """What one cut did.
+
+    Attributes:
+        model: the smaller model.
+        plan: what was removed, relative to the model before the cut; `plan.report` has shares and counts.
+        total: what was removed since the model was prepared.
+        repairs: what became of each consumer that was repaired.
+        verification: how far it is from the masked model, before batch norms are measured again; None if
+            not asked for.
+        norms: what became of the batch norms.
+        seconds: stage (plan, compensate, surgery, verify, batch norms) -> wall time.
+    """
+
+    model: nn.Module = field(repr=False)
+    plan: Plan
+    total: Plan = field(repr=False)
+    repairs: tuple[Repair, ...]
+    verification: Verification | None
+    norms: Remeasured = field(repr=False)
+    seconds: Mapping[str, float]
+
+
+def discover(model: nn.Module, example: Batch) -> UnitGroups:
+    """Find what can be removed from a model: its unit groups, and why the frozen ones are frozen.
+
+    Args:
+        model: any module that torch.export can follow; it is left as it was.
+        example: one batch, as its forward takes it; two examples are enough.
+
+    Raises:
+        CaptureError: the operations cannot be captured.
+        DataError: the forward does not accept the example.
+    """
+    if is_dispatched(model):  # its shapes decide, for there is no room for a copy with values
+        model = structure_of(model)
+    return _discover(model, example)[0]
+
+
+def _discover(model: nn.Module, example: Batch) -> tuple[UnitGroups, Reference]:
+    """Find the unit groups by one capture, of the model's copy that the cuts are compared with."""
+    example = shortened(example, device_of(model))
+    reference = Reference(model, example)
+    try:
+        traced = reference.trace()
+    except CriaError:  # it may not run in float64; if it cannot be captured at all, the model itself says so
+        traced = None
+    return settle(model, follow(model, example, traced), example, reference), reference
+
+
+def prepare(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: PruneConfig | None = None,
+    *,
+    example: Batch | None = None,
+) -> Prepared:
+    """Find what a model's pruning needs once: its batches, its structure, and what may be cut of it.
+
+    What is prepared can be ranked and cut several times, for other reductions too (`with_config`), and
+    `prune` takes it, so that a command captures its model once. Whether the reduction can be reached is not
+    looked at: `check_reach` does that.
+
+    Args:
+        model: the model, on the device where the work is to be done; it is left as it was. Of one that
+            accelerate dispatched the shapes alone decide.
+        batches: calibration batches: tensors, (inputs, target) pairs or mappings; an iterator is read into a
+            list. Empty will do with an `example`, until `with_model` gives others.
+        config: what to remove and how; the usual one by default.
+        example: one batch to capture the model with; the first of `batches` by default. MACs are counted at
+            its size.
+
+    Raises:
+        CaptureError: the operations cannot be captured.
+        DataError: the batches are not batches, or the forward does not accept them.
+        StructureError: the plan asks for `vanilla`, and no configuration of transformers describes the model.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+        >>> ready = prepare(net, [torch.randn(32, 4) for _ in range(4)])
+        >>> made = cut(ready, rank(ready), target=0.5)
+        >>> made.model[0].out_features < 16
+        True
+    """
+    start, config = time.perf_counter(), config or PruneConfig()
+    batches, device = again(batches), device_of(model)
+    example = first_examples(batches, device) if example is None else shortened(example, device)
+    structure = structure_of(model) if is_dispatched(model) else model
+    found, reference = _discover(structure, example)
+    within = scope(structure, found, config.plan)
+    return Prepared(
+        model, within.groups, identity_plan(within.groups), batches, example, config, structure, found,
+        within.groups, within.allowed, reference if _compared(config) else None, time.perf_counter() - start,
+    )  # fmt: skip
+
+
+def prepared_of(
+    prepared: Prepared, model: nn.Module, batches: Iterable[Batch], config: PruneConfig
+) -> Prepared:
+    """Return what a caller had prepared, for this configuration, if it is of this model and these batches.
+
+    Raises:
+        StructureError: it is of another model, or of one that was cut already.
+        DataError: it is of other batches.
+    """
+    whole = prepared.groups is prepared.dense  # not cut yet
+    if prepared.model is not model or not whole or not _fits(model, prepared.found):
+        raise StructureError(
+            f"Pruning {type(model).__name__}", "what was prepared is of another model",
+            "Give what prepare() returned for this very model, or use with_model",
+        )  # fmt: skip
+    if batches is not prepared.batches:
+        raise StructureError(
+            f"Pruning {type(model).__name__} on {describe(batches)}",
+            "what was prepared is of other batches",
+            "Give prepared.batches, or use with_model(model, batches)",
+        )
+    return prepared if config == prepared.config else prepared.with_config(config)
+
+
+def rank(prepared: Prepared, *, loss: Loss | None = None, graphs: bool = False) -> Ranking:
+    """Record what the criterion and the repair need, in one pass over the batches, and score the units.
+
+    Args:
+        prepared: its model is read, and run in evaluation mode; it is left as it was. With `compensate` in
+            its configuration the moments for the repair are recorded too.
+        loss: (model, batch) to a scalar, for criteria that take gradients; cross-entropy by default.
+        graphs: keep the neuron graphs of as many groups as `keep_graphs` takes.
+
+    Raises:
+        CriterionError: no such criterion, or it needs targets that the batches lack.
+        DataError: the model fails on a batch, or there is none.
+        SignalError: a weight or a signal holds NaN or infinity.
+    """
+    config, groups, seconds = prepared.config, prepared.groups, dict[str, float]()
+    with clock(seconds, "record"):
+        states = _recorded(prepared, loss, graphs)
+    with clock(seconds, "score"):
+        importances = score(prepared.model, groups, states, config.score)
+    if states is None:
+        return Ranking(importances, seconds=seconds)
+    kept = None
+    if graphs:
+        with clock(seconds, "graphs"):
+            sides = {
+                name: (item.input, item.output)
+                for name, item in states.groups.items()
+                if item.input is not None and item.output.has_pairs
+            }
+            kept = keep_graphs(sides, **graph_settings(config.score))
+    consumed = {name: item.consumed for name, item in states.groups.items()} if config.compensate else None
+    return Ranking(importances, consumed, kept, seconds)
+
+
+def _recorded(prepared: Prepared, loss: Loss | None, graphs: bool) -> States | None:
+    """Record what the criterion and the repair need; None where neither needs anything."""
+    config, groups = prepared.config, prepared.groups
+    needs = find_criterion(config.score).needs
+    if not (needs or config.compensate):
+        return None
+    widths = {group.name: group.size for group in groups.prunable}
+    return record_for(
+        needs, prepared.model, groups, prepared.batches, config, loss=loss, consumed=config.compensate,
+        graphs=worth_keeping(widths, config.score.neighbors) if graphs else (),
+    )  # fmt: skip
+
+
+def record_for(
+    needs: frozenset[str],
+    model: nn.Module,
+    groups: UnitGroups,
+    batches: Iterable[Batch],
+    config: PruneConfig,
+    *,
+    loss: Loss | None = None,
+    consumed: bool = False,
+    graphs: Collection[str] = (),
+) -> States:
+    """Record what a criterion needs, and what the consumers read if it is `consumed`; see `record`."""
+    return record(
+        model, groups, batches, config.record, loss=loss, gradients="gradients" in needs,
+        per_example="examples" in needs, consumed=consumed, reads=reads_of(needs), graphs=graphs,
+        device=device_of(model),
+    )  # fmt: skip
+
+
+def plan_cut(prepared: Prepared, scores: Mapping[str, np.ndarray], target: float | None = None) -> Plan:
+    """Return which units stay, relative to the model now.
+
+    Args:
+        prepared: what may be cut of it, and the whole that the target is a share of.
+        scores: group name -> (units,) importance, higher stays.
+        target: share to be gone after the cut, earlier ones counted in; the plan's reduction by default.
+
+    Raises:
+        TargetError, StructureError, SignalError: see `plan`.
+    """
+    return make_plan(
+        prepared.groups, scores, prepared.config.plan, dense=prepared.dense, target=target,
+        allowed=prepared.allowed,
+    )  # fmt: skip
+
+
+def cut(prepared: Prepared, ranking: Ranking, target: float | None = None, *, last: bool = True) -> Cut:
+    """Choose what leaves, let the rest take its work over, remove it, and prove that it was done right.
+
+    Args:
+        prepared: its model is left as it was.
+        ranking: of that model.
+        target: see `plan_cut`.
+        last: no cut follows: batch norms are measured again, if the configuration says so.
+
+    Raises:
+        TargetError: the target cannot be reached.
+        VerificationError: the cut model and the masked one differ.
+    """
+    config, seconds = prepared.config, dict[str, float]()
+    with clock(seconds, "plan"):
+        step = plan_cut(prepared, ranking.scores, target)
+        total = compose(prepared.plan, step)
+        world().meet("The plan", lambda: digest(str(sorted(step.kept.items())), {}))
+    repairs, source = tuple[Repair, ...](), prepared.model
+    if config.compensate and ranking.consumed is not None:
+        with clock(seconds, "compensate"):
+            source, repairs = repair(prepared, step, ranking.consumed)
+    smaller = remove(source, step, seconds)
+    verification = None
+    if config.verify:
+        with clock(seconds, "verify"):
+            if config.compensate:  # the weights are not the dense ones any more: this cut alone
+                verification = Reference(source, prepared.example).compare(step, smaller)
+            elif prepared.reference is not None:
+                verification = prepared.reference.compare(total, smaller)
+    norms = Remeasured(smaller, 0)
+    if config.batch_norm and last and batch_norms(smaller):
+        with clock(seconds, "batch norms"):
+            norms = remeasure(smaller, limited(prepared.batches, config.record.examples))
+    return Cut(norms.model, step, total, repairs, verification, norms, seconds)
+
+
+def repair(prepared: Prepared, step: Plan, consumed: Consumed) -> tuple[nn.Module, tuple[Repair, ...]]:
+    """Return the model with its consumers repaired for the units that leave, which are still there.
+
+    Every consumer is refitted in closed form, by what was recorded before the cut.
+    """
+    return compensate(prepared.model, prepared.groups, step.kept, consumed)
+
+
+def remove(model: nn.Module, step: Plan, seconds: dict[str, float] | None = None) -> nn.Module:
+    """Return a smaller copy of a model; see `apply`.
+
+    Raises:
+        ResourceError: the memory does not suffice.
+    """
+    with clock({} if seconds is None else seconds, "surgery"), named_shortage("Cutting the model", LESS):
+        return apply(model, step)
+
+
+def _compared(config: PruneConfig) -> bool:
+    """Say whether cuts are compared with the dense model: with repair each has its own repaired one."""
+    return config.verify and not config.compensate
+
+
+def _fits(model: nn.Module, groups: UnitGroups) -> bool:
+    """Say whether a model has the parameters and buffers that its groups were found in."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in canonical_tensors(model).items()}
+    return shapes == groups.shapes
