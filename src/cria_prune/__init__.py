@@ -3,8 +3,9 @@
 One function per step, in the order of the data: `discover` what may be removed, `record` what the
 neurons do, `score` them, `plan` what stays, `apply` the plan, `verify` that masked equals pruned,
 `recover` the task, `save` and `load` the result; `save_pretrained` writes what plain transformers
-loads. `prune` runs discover to verify, round by round; `score_once` keeps scores from which it cuts to any
-size; `prune_offloaded` does without the model in memory; `ablate` measures whether scores are worth anything.
+loads. `prune` runs discover to verify, round by round, and takes what `prepare` found once;
+`score_once` keeps scores from which it cuts to any size; `prune_offloaded` does without the model in
+memory; `ablate` measures whether scores are worth anything.
 """
 
 import sys
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from cria_prune.recover import recover
     from cria_prune.result import PruneResult
     from cria_prune.scores import Scored, score_once
-    from cria_prune.stages import discover
+    from cria_prune.stages import Prepared, discover, prepare
     from cria_prune.structure import UnitGroup, UnitGroups
     from cria_prune.surgery import apply, verify
 
@@ -47,6 +48,7 @@ __all__ = [
     "LoadedCheckpoint",
     "Plan",
     "PlanConfig",
+    "Prepared",
     "PruneConfig",
     "PruneResult",
     "RecordConfig",
@@ -62,6 +64,7 @@ __all__ = [
     "load_scores",
     "plan",
     "predict_memory",
+    "prepare",
     "preset",
     "prune",
     "prune_offloaded",
@@ -95,7 +98,7 @@ _HOMES = {
         "recover": "recover",
         "result": "PruneResult",
         "scores": "Scored score_once",
-        "stages": "discover",
+        "stages": "Prepared discover prepare",
         "structure": "UnitGroup UnitGroups",
         "surgery": "apply verify",
     }.items()

@@ -21,7 +21,7 @@ from cria_prune.ranks import world
 from cria_prune.result import PruneResult, Round
 from cria_prune.resume.pruning import RoundStore
 from cria_prune.scores import Scored
-from cria_prune.stages import Cut, Prepared, Ranking, cut, plan_cut, prepare, prepared_of, rank
+from cria_prune.stages import Cut, Prepared, Ranking, cut, plan_cut, prepare, rank
 
 
 def prune(
@@ -134,7 +134,7 @@ def _ready(
     if prepared is None:
         prepared = prepare(model, batches, config)
     else:
-        prepared = prepared_of(prepared, model, batches, config)
+        prepared = prepared.checked(model, batches, config)
     prepared.check_reach()
     if scores is not None:
         scores.check(model, prepared.dense)

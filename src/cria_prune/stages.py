@@ -131,6 +131,25 @@ class Prepared:
             batches=self.batches if batches is None else again(batches), reference=reference,
         )  # fmt: skip
 
+    def checked(self, model: nn.Module, batches: Iterable[Batch], config: PruneConfig) -> Prepared:
+        """Return it for a call with this configuration, if it is of this model and these batches.
+
+        Raises:
+            StructureError: it is of another model or other batches, or of a model that was cut already.
+        """
+        asked, whole = f"Pruning {type(model).__name__}", self.groups is self.dense
+        if self.model is not model or not whole or not _fits(model, self.found):
+            raise StructureError(
+                asked, "what was prepared is of another model",
+                "Give what prepare() returned for this very model, or use with_model",
+            )  # fmt: skip
+        if batches is not self.batches:
+            raise StructureError(
+                f"{asked} on {describe(batches)}", "what was prepared is of other batches",
+                "Give prepared.batches, or use with_model(model, batches)",
+            )  # fmt: skip
+        return self if config == self.config else self.with_config(config)
+
     def without_reference(self) -> Prepared:
         """Return it without the float64 copy, for what compares nothing."""
         return replace(self, reference=None)
@@ -273,30 +292,6 @@ def prepare(
         model, within.groups, identity_plan(within.groups), batches, example, config, structure, found,
         within.groups, within.allowed, reference if _compared(config) else None, time.perf_counter() - start,
     )  # fmt: skip
-
-
-def prepared_of(
-    prepared: Prepared, model: nn.Module, batches: Iterable[Batch], config: PruneConfig
-) -> Prepared:
-    """Return what a caller had prepared, for this configuration, if it is of this model and these batches.
-
-    Raises:
-        StructureError: it is of another model, or of one that was cut already.
-        DataError: it is of other batches.
-    """
-    whole = prepared.groups is prepared.dense  # not cut yet
-    if prepared.model is not model or not whole or not _fits(model, prepared.found):
-        raise StructureError(
-            f"Pruning {type(model).__name__}", "what was prepared is of another model",
-            "Give what prepare() returned for this very model, or use with_model",
-        )  # fmt: skip
-    if batches is not prepared.batches:
-        raise StructureError(
-            f"Pruning {type(model).__name__} on {describe(batches)}",
-            "what was prepared is of other batches",
-            "Give prepared.batches, or use with_model(model, batches)",
-        )
-    return prepared if config == prepared.config else prepared.with_config(config)
 
 
 def rank(prepared: Prepared, *, loss: Loss | None = None, graphs: bool = False) -> Ranking:
