@@ -135,7 +135,6 @@ def test_help_and_what_is_mistyped_import_nothing_heavy(words: list[str]) -> Non
     assert done.returncode == (0 if words[-1].startswith("--") else 2), done.stderr
 
 
-@pytest.mark.xfail(reason="until `cria_prune/__init__.py` imports its names lazily", strict=False)
 def test_the_whole_command_answers_without_torch() -> None:
     code = (
         "import sys; from cria_prune.cli.main import app\n"
