@@ -20,7 +20,7 @@ from pydantic import BaseModel
 DOCS = Path(__file__).parent
 MADE = re.compile(r"^<!-- made: (\w+) -->$", re.MULTILINE)
 ENTRY = re.compile(r"^::: (cria_prune(?:\.\w+)*)\.(\w+)$", re.MULTILINE)
-OTHER = "Other"
+ARGUMENTS, OPTIONS = "Arguments", "Options"
 
 
 def decisions() -> dict[str, str]:
@@ -53,10 +53,10 @@ def _command(command: Any, name: str) -> str:
         # A hidden option has no record, nor has an argument without help.
         if (record := parameter.get_help_record(context)) and "--help" not in parameter.opts:
             row = f"| `{record[0]}` | {_prose(record[1]).replace('|', '&#124;')} |"
-            groups.setdefault(getattr(parameter, "rich_help_panel", None) or OTHER, []).append(row)
+            title = ARGUMENTS if parameter.param_type_name == "argument" else OPTIONS
+            groups.setdefault(getattr(parameter, "rich_help_panel", None) or title, []).append(row)
     for title, rows in groups.items():
-        head = title if len(groups) > 1 else "Options"
-        text.append("\n".join([f"| {head} | |", "| --- | --- |", *rows]))
+        text.append("\n".join([f"| {title} | |", "| --- | --- |", *rows]))
     return "\n\n".join(text)
 
 
@@ -90,13 +90,16 @@ def settings() -> str:
     named = [(name, getattr(cria_prune, name)) for name in cria_prune.__all__ if name.endswith("Config")]
     parts = []
     for name, config in sorted(named, key=lambda item: item[0] != "PruneConfig"):
-        rows = [f"::: cria_prune.{name}", "", "| field | type | default | |", "| --- | --- | --- | --- |"]
+        rows = [f"::: cria_prune.{name}", "", "| field | values | default | |", "| --- | --- | --- | --- |"]
+        properties = config.model_json_schema()["properties"]
         for key, field in config.model_fields.items():
-            kind = getattr(field.annotation, "__name__", None) if isinstance(field.annotation, type) else None
-            kind = (kind or str(field.annotation)).replace("typing.", "").replace("|", "&#124;")
+            plain = field.annotation.__name__ if isinstance(field.annotation, type) else str(field.annotation)
+            kind = f"<code>{plain.replace('typing.', '').replace('|', '&#124;')}</code>"
+            if choices := properties[key].get("enum"):
+                kind = ", ".join(f"`{choice}`" for choice in choices)
             default: Any = field.get_default(call_default_factory=True)
             shown = f"`{type(default).__name__}()`" if isinstance(default, BaseModel) else f"`{default!r}`"
-            rows.append(f"| `{key}` | <code>{kind}</code> | {shown} | {field.description or ''} |")
+            rows.append(f"| `{key}` | {kind} | {shown} | {field.description or ''} |")
         parts.append("\n".join(rows))
     return "\n\n".join(parts)
 

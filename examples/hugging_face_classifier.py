@@ -8,52 +8,19 @@ A row is a sentence, a tab and a label from 0. Without a folder a tiny BERT is t
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Annotated, Any
 
+import made_up
 import torch
 import typer
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cria_prune import PruneConfig, RecoverConfig, prune, recover, save_pretrained
 from cria_prune.tasks import evaluate
 
-WORDS = ["[PAD]", "[UNK]", "the", "sea", "its", "people", "long", "shadows", "good", "bad", "fine", "dull"]
 TUNING = RecoverConfig(epochs=4, lr=5e-3, optimizer="adamw")  # a pretrained model wants about 2e-5
-
-
-def made_up_rows(count: int) -> list[tuple[str, int]]:
-    """Return sentences of random words; the label says whether "good" is among them."""
-    draw = random.Random(0)
-    texts = [" ".join(draw.choices(WORDS[2:], k=draw.randint(4, 12))) for _ in range(count)]
-    return [(text, int("good" in text)) for text in texts]
-
-
-def make_folder(folder: Path) -> Path:
-    """Write a tiny BERT with fresh weights and its tokenizer, as `save_pretrained` does."""
-    words = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
-        folder
-    )
-    config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    )
-    BertForSequenceClassification(config).save_pretrained(folder)
-    return folder
 
 
 def batches(folder: Path, rows: list[tuple[str, int]]) -> list[dict[str, Any]]:
@@ -75,9 +42,9 @@ def main(
 ) -> None:
     """Print the accuracies of the dense, pruned and recovered classifier."""
     torch.manual_seed(0)
-    source = Path(folder) if folder else make_folder(Path(f"{output}-dense"))
+    source = Path(folder) if folder else made_up.classifier_folder(Path(f"{output}-dense"))
     lines = Path(rows).read_text().splitlines() if rows else []
-    found = [(text, int(label)) for text, label in (line.split("\t") for line in lines)] or made_up_rows(512)
+    found = [(text, int(label)) for text, label in (line.split("\t") for line in lines)] or made_up.rows(512)
     train, test = batches(source, found[: len(found) * 3 // 4]), batches(source, found[len(found) * 3 // 4 :])
     model: nn.Module = AutoModelForSequenceClassification.from_pretrained(source)
     if not folder:

@@ -13,10 +13,11 @@ import math
 from pathlib import Path
 from typing import Annotated
 
+import made_up
 import torch
 import typer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cria_prune import PruneConfig, RecoverConfig, prune, recover, save_pretrained
 
@@ -28,21 +29,6 @@ def sequences(tokens: Tensor) -> list[dict[str, Tensor]]:
     """Cut (tokens,) into batches of 16 sequences; the labels of a language model are its inputs."""
     rows = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
     return [{"input_ids": part, "labels": part} for part in rows.split(16)]
-
-
-def made_up(count: int = 400) -> tuple[nn.Module, Tensor]:
-    """Return a small Llama and tokens of a language in which most tokens follow from the one before."""
-    generator = torch.Generator().manual_seed(0)
-    follows = torch.randperm(64, generator=generator)
-    tokens = torch.randint(64, (count * LENGTH,), generator=generator)
-    for place in range(1, len(tokens)):
-        if place % 5:
-            tokens[place] = follows[tokens[place - 1]]
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    return LlamaForCausalLM(config), tokens
 
 
 @torch.no_grad()
@@ -66,7 +52,7 @@ def main(
             "input_ids"
         ][0]
     else:
-        model, tokens = made_up()
+        model, tokens = made_up.llama(LENGTH)
     batches = sequences(tokens)
     train, test = batches[: -max(1, len(batches) // 5)], batches[-max(1, len(batches) // 5) :]
     if not folder:

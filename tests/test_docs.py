@@ -114,9 +114,10 @@ def test_every_command_and_option_is_on_its_page() -> None:
     prune = text.split("## cria prune\n")[1].split("\n## ")[0]
     for option in ("--calibration", "--reduce", "--criterion", "--no-compensate", "--offload", "--quiet"):
         assert option in prune
-    assert "--epochs" not in prune and "\x1b" not in text
+    assert "| Arguments | |" in prune and "--epochs" not in prune and "\x1b" not in text
     settings = hooks["settings"]()
     assert "| `reduction` | <code>float</code> | `0.5` |" in settings
+    assert "| `ranking` | `uniform`, `global`, `loss` | `'uniform'` |" in settings
     assert "::: cria_prune.RecoverConfig" in settings
     assert hooks["entry"]("cria_prune", "prune").endswith("pipeline.prune")
 
