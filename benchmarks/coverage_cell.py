@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_leaves
 import zoo
 from cria_prune import UnitGroups, apply, discover, verify
 from cria_prune.config import PlanConfig
-from cria_prune.plan.budget import count_parameters, largest_reachable
-from cria_prune.plan.make import make_plan
-from cria_prune.structure import capture, without_residual
+from cria_prune.planning.budget import count_parameters, largest_reachable
+from cria_prune.planning.plan import make_plan
+from cria_prune.structure.capture import capture
+from cria_prune.structure.groups import without_residual
 from staged import Stage, Values, merged, stages
 
 SHARE = 0.5

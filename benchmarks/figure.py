@@ -13,7 +13,7 @@ import json
 import statistics
 from typing import Any
 
-from cria_prune.artifact.intervals import mean_interval
+from cria_prune.report.curves import mean_interval
 from result_cells import ALL, PLAIN, ROOT, Cells, dense_of, pick, read, way
 
 PICTURE = ROOT / "docs" / "pictures" / "tradeoff.png"

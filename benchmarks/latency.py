@@ -24,12 +24,13 @@ import torch
 from torch import nn
 
 from cria_prune import apply, discover, plan, score
-from cria_prune.artifact.provenance import provenance
-from cria_prune.batches import Batch, batch_size, map_tensors, model_inputs, move
+from cria_prune.artifact.manifest import provenance
+from cria_prune.base.batches import Batch, batch_size, map_tensors, model_inputs, move
+from cria_prune.base.errors import CriaError
 from cria_prune.config import PlanConfig, ScoreConfig
-from cria_prune.errors import CriaError
-from cria_prune.structure import without_residual
-from cria_prune.tasks import TASKS, build, task
+from cria_prune.recipes.registry import TASKS, task
+from cria_prune.structure.groups import without_residual
+from cria_prune.tasks.models import build
 from result_files import RESULTS, finished, on, write
 
 SHARES, BATCHES, MULTIPLES = (0.3, 0.5), (1, 64), (1, 8, 16)

@@ -36,10 +36,10 @@ import torch
 from safetensors.torch import save_file
 
 from cria_prune import PruneConfig, prune, prune_offloaded
-from cria_prune.artifact.provenance import provenance
-from cria_prune.dispatched import bytes_of
-from cria_prune.errors import CriaError
-from cria_prune.tasks.pretrained import load_pretrained
+from cria_prune.artifact.manifest import provenance
+from cria_prune.base.dispatched import bytes_of
+from cria_prune.base.errors import CriaError
+from cria_prune.tasks.loading import load_pretrained
 from resident import resident
 from result_files import RESULTS, on, write
 

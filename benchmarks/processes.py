@@ -24,10 +24,10 @@ import torch
 from torch import distributed as dist
 
 from cria_prune import discover, plan, record, score
-from cria_prune.artifact.provenance import provenance
+from cria_prune.artifact.manifest import provenance
 from cria_prune.config import PlanConfig, RecordConfig, ScoreConfig
-from cria_prune.structure import without_residual
-from cria_prune.tasks import TASKS, task
+from cria_prune.recipes.registry import TASKS, task
+from cria_prune.structure.groups import without_residual
 from result_files import RESULTS, write
 
 SIZES = (1, 2, 4)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from coverage_table import table
-from cria_prune.artifact.intervals import mean_interval
-from cria_prune.bench.cell import dense_seed
+from cria_prune.bench.suite import dense_seed
+from cria_prune.report.curves import mean_interval
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cria_prune.artifact.files import write_json
+from cria_prune.base.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 

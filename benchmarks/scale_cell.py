@@ -18,12 +18,16 @@ from torch import Tensor, nn
 
 from cria_prune import discover, record
 from cria_prune.config import RecordConfig
-from cria_prune.graph import Graph, Moments, dead_units, edge_distances, learn_graph, nearest_neighbors
-from cria_prune.record import States
-from cria_prune.spectrum import distortion_embedding, innovation, rank_correlation, solve_pencil
-from cria_prune.spectrum.scoring import _mean_over_neighbors as mean_over_neighbors
-from cria_prune.structure import UnitGroups
-from cria_prune.surgery import compensate
+from cria_prune.graph.graph import Graph, edge_distances, learn_graph, nearest_neighbors
+from cria_prune.graph.moments import Moments, dead_units
+from cria_prune.recording.states import States
+from cria_prune.repair.consumers import compensate
+from cria_prune.spectrum.distortions import _mean_over_neighbors as mean_over_neighbors
+from cria_prune.spectrum.distortions import innovation
+from cria_prune.spectrum.importance import rank_correlation
+from cria_prune.spectrum.pcg import distortion_embedding
+from cria_prune.spectrum.pencil import solve_pencil
+from cria_prune.structure.groups import UnitGroups
 from result_files import finished
 from staged import Values, stages
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from coverage_table import table
-from cria_prune.artifact.intervals import mean_interval
-from cria_prune.bench.cell import dense_seed
+from cria_prune.bench.suite import dense_seed
+from cria_prune.report.curves import mean_interval
 from result_cells import ALL, LLAMA, PLAIN, Cells, dense_of, figures, metric_of, percent, pick, read, way
 
 REPAIR = (True, False, "uniform")

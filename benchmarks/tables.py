@@ -15,7 +15,7 @@ import roundtrip_table
 import scale_table
 from coverage_table import table
 from cria_prune import CRITERIA
-from cria_prune.metrics import metric
+from cria_prune.base.metrics import metric
 from macs_table import macs_table
 from result_cells import (
     LLAMA,

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cria_prune import PruneConfig, RecoverConfig, prune, recover, save_pretrained
-from cria_prune.tasks import evaluate
+from cria_prune.tasks.base import evaluate
 
 TUNING = RecoverConfig(epochs=4, lr=5e-3, optimizer="adamw")  # a pretrained model wants about 2e-5
 

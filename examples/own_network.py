@@ -16,7 +16,7 @@ import typer
 from torch import Tensor, nn
 
 from cria_prune import PruneConfig, RecoverConfig, load, prune, recover, save
-from cria_prune.tasks import evaluate
+from cria_prune.tasks.base import evaluate
 
 Batches = list[tuple[Tensor, Tensor]]
 

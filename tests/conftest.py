@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
-
-from cria_prune.artifact import certify, reload
-from cria_prune.artifact.checkpoint import load
 from elsewhere import Elsewhere
+from hypothesis import HealthCheck, settings
 from slow import is_slow
+
+from cria_prune.artifact import certificate, reload
+from cria_prune.artifact.checkpoint import load
 
 torch.set_num_threads(1)
 # How long an example takes says how busy the machine is, and nothing of the code.
@@ -61,7 +61,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         versions = dict.fromkeys(("python", "torch", "transformers", "safetensors"), "0")
         return {"class": type(model).__name__, "wrong": {}, "seconds": 0.0, "versions": versions}, found
 
-    monkeypatch.setattr(certify, "_there", loaded)
+    monkeypatch.setattr(certificate, "_there", loaded)
 
 
 @pytest.fixture(params=DEVICES)

@@ -13,13 +13,18 @@ from torch import Tensor, nn
 
 import networks
 from cria_prune import stages
-from cria_prune.ablated import Ablation
-from cria_prune.ablation import SHARES, ablate, leaving, removal_orders
-from cria_prune.errors import ConfigError, SignalError, StructureError, TargetError, VerificationError
-from cria_prune.metrics import Metric, metric
-from cria_prune.plan import make_plan
+from cria_prune.ablation import SHARES, Ablation, ablate, leaving, removal_orders
+from cria_prune.base.errors import (
+    ConfigError,
+    SignalError,
+    StructureError,
+    TargetError,
+    VerificationError,
+)
+from cria_prune.base.metrics import Metric, metric
+from cria_prune.planning.plan import make_plan
 from cria_prune.stages import discover
-from cria_prune.structure import without_residual
+from cria_prune.structure.groups import without_residual
 from cria_prune.surgery.verify import mask
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from cria_prune import PruneConfig, preset
-from cria_prune.errors import ConfigError
+from cria_prune.base.errors import ConfigError
 
 
 def test_round_trip_through_json_and_yaml() -> None:

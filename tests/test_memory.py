@@ -10,20 +10,28 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cria_prune import PruneConfig, RecordConfig, ScoreConfig, discover, predict_memory, prune, record
+from cria_prune import (
+    PruneConfig,
+    RecordConfig,
+    ScoreConfig,
+    discover,
+    predict_memory,
+    prune,
+    record,
+)
+from cria_prune.base.errors import CriterionError
+from cria_prune.base.modules import meta_copy
 from cria_prune.cli import plans
-from cria_prune.criteria import CRITERIA, score
 from cria_prune.criteria.evidence import Sizes
-from cria_prune.errors import CriterionError
-from cria_prune.graph import MomentAccumulator
+from cria_prune.criteria.score import score
+from cria_prune.criteria.table import CRITERIA
+from cria_prune.graph.accumulator import MomentAccumulator
 from cria_prune.memory import LiveBytes, amount, carried_on, largest_batch, observe, storages
-from cria_prune.modules import meta_copy
-from cria_prune.record.buffer import BUFFERED, Buffer
-from cria_prune.record.sampler import Sampler
-from cria_prune.record.signals import Collector
-from cria_prune.record.states import GroupStates, reads_of
-from cria_prune.structure import UnitGroups, without_residual
-from cria_prune.tasks import build
+from cria_prune.recording.sampling import BUFFERED, Buffer, Sampler
+from cria_prune.recording.signals import Collector
+from cria_prune.recording.states import GroupStates, reads_of
+from cria_prune.structure.groups import UnitGroups, without_residual
+from cria_prune.tasks.models import build
 from networks import Plain, randomize
 
 PARTS = ("mean", "variance", "covariance", "sketch", "positive")
@@ -103,7 +111,7 @@ def test_what_every_group_keeps_is_exact(
                 )
             return super().states(*arguments)
 
-    monkeypatch.setattr(import_module("cria_prune.record.collect"), "Collector", Watched)
+    monkeypatch.setattr(import_module("cria_prune.recording.collect"), "Collector", Watched)
     states = record(model, groups, [batch, batch], config, consumed=consumed, reads=kept)
     assert len(found) == len(groups.prunable) >= 2
     together = Collector(groups.prunable, config, consumed, kept).memory()

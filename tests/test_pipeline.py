@@ -8,9 +8,25 @@ import pytest
 import torch
 from torch import nn
 
-from cria_prune import CRITERIA, PruneConfig, PruneResult, discover, plan, prune, record, score, verify
-from cria_prune.errors import CriterionError, DataError, SignalError, StructureError, TargetError
-from cria_prune.structure import shrink
+from cria_prune import (
+    CRITERIA,
+    PruneConfig,
+    PruneResult,
+    discover,
+    plan,
+    prune,
+    record,
+    score,
+    verify,
+)
+from cria_prune.base.errors import (
+    CriterionError,
+    DataError,
+    SignalError,
+    StructureError,
+    TargetError,
+)
+from cria_prune.structure.groups import shrink
 from networks import OptionA, Plain, randomize
 
 GENERATOR = torch.Generator().manual_seed(3)

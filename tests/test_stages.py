@@ -12,21 +12,21 @@ from typing import Any
 
 import pytest
 import torch
+from tests.end_to_end.test_folders import SMALL
+from tests.end_to_end.test_folders import made as folders
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from cria_prune import PruneConfig, prune, score_once, stages
+from cria_prune.base.errors import StructureError, TargetError
 from cria_prune.cli.main import app
-from cria_prune.errors import StructureError, TargetError
 from cria_prune.result import PruneResult
 from cria_prune.scores import scored_of
 from cria_prune.stages import cut, prepare, rank
 from cria_prune.surgery.verify import Reference
-from cria_prune.tasks import build
 from cria_prune.tasks.images import ImageTask
+from cria_prune.tasks.models import build
 from networks import Plain, randomize
-from test_folders import SMALL
-from test_folders import made as folders
 
 tracing = sys.modules["cria_prune.structure.trace"]
 made = folders

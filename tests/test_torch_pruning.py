@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import networks
+from cria_prune.base.errors import ConfigError, CriterionError, StructureError
 from cria_prune.config import PruneConfig
-from cria_prune.errors import ConfigError, CriterionError, StructureError
-from cria_prune.plan import make_plan
+from cria_prune.planning.plan import make_plan
 from cria_prune.stages import prepare, rank
-from cria_prune.surgery import apply
+from cria_prune.surgery.removal import apply
 from cria_prune.tasks.models import build
 from cria_prune.torch_pruning import SpectralImportance
 from watching import counted

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from cria_prune import PlanConfig, UnitGroups, apply, discover, plan
-from cria_prune.errors import StructureError
-from cria_prune.plan import compose, make_plan
-from cria_prune.structure import shrink, without_residual
+from cria_prune.base.errors import StructureError
+from cria_prune.planning.plan import compose, make_plan
+from cria_prune.structure.groups import shrink, without_residual
 from cria_prune.vanilla import Holdable, holdable
 
 T = pytest.importorskip("transformers")

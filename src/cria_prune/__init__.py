@@ -8,39 +8,41 @@ loads. `prune` runs discover to verify, round by round, and takes what `prepare`
 memory; `ablate` measures whether scores are worth anything.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     __version__: str
 
     from cria_prune.ablation import ablate
-    from cria_prune.artifact import (
-        LoadedCheckpoint,
-        load,
-        load_scores,
-        save,
-        save_padded,
-        save_pretrained,
-        save_scores,
-    )
+    from cria_prune.artifact.checkpoint import LoadedCheckpoint, load, save
+    from cria_prune.artifact.padded import save_padded
+    from cria_prune.artifact.pretrained import save_pretrained
+    from cria_prune.artifact.scores import load_scores, save_scores
+    from cria_prune.base.errors import CriaError
     from cria_prune.base.events import watch
-    from cria_prune.config import PlanConfig, PruneConfig, RecordConfig, RecoverConfig, ScoreConfig, preset
-    from cria_prune.criteria import CRITERIA, register_criterion, score
-    from cria_prune.errors import CriaError
+    from cria_prune.config import (
+        PlanConfig,
+        PruneConfig,
+        RecordConfig,
+        RecoverConfig,
+        ScoreConfig,
+        preset,
+    )
+    from cria_prune.criteria.score import score
+    from cria_prune.criteria.table import CRITERIA, register_criterion
     from cria_prune.memory import predict_memory
-    from cria_prune.offload import prune_offloaded
+    from cria_prune.offload.prune import prune_offloaded
     from cria_prune.pipeline import prune
-    from cria_prune.plan import Plan, plan
-    from cria_prune.record import record
-    from cria_prune.recover import recover
+    from cria_prune.planning.plan import Plan, plan
+    from cria_prune.recording.collect import record
+    from cria_prune.recovery.tune import recover
     from cria_prune.result import PruneResult
     from cria_prune.scores import Scored, score_once
     from cria_prune.stages import Prepared, discover, prepare
-    from cria_prune.structure import UnitGroup, UnitGroups
-    from cria_prune.surgery import apply, verify
+    from cria_prune.structure.groups import UnitGroup, UnitGroups
+    from cria_prune.surgery.removal import apply
+    from cria_prune.surgery.verify import verify
 
 __all__ = [
     "CRITERIA",
@@ -85,22 +87,27 @@ _HOMES = {
     name: home
     for home, names in {
         "ablation": "ablate",
-        "artifact": "LoadedCheckpoint load load_scores save save_padded save_pretrained save_scores",
-        "config": "PlanConfig PruneConfig RecordConfig RecoverConfig ScoreConfig preset",
+        "artifact.checkpoint": "LoadedCheckpoint load save",
+        "artifact.padded": "save_padded",
+        "artifact.pretrained": "save_pretrained",
+        "artifact.scores": "load_scores save_scores",
+        "base.errors": "CriaError",
         "base.events": "watch",
-        "criteria": "CRITERIA register_criterion score",
-        "errors": "CriaError",
+        "config": "PlanConfig PruneConfig RecordConfig RecoverConfig ScoreConfig preset",
+        "criteria.score": "score",
+        "criteria.table": "CRITERIA register_criterion",
         "memory": "predict_memory",
-        "offload": "prune_offloaded",
+        "offload.prune": "prune_offloaded",
         "pipeline": "prune",
-        "plan": "Plan plan",
-        "record": "record",
-        "recover": "recover",
+        "planning.plan": "Plan plan",
+        "recording.collect": "record",
+        "recovery.tune": "recover",
         "result": "PruneResult",
         "scores": "Scored score_once",
         "stages": "Prepared discover prepare",
-        "structure": "UnitGroup UnitGroups",
-        "surgery": "apply verify",
+        "structure.groups": "UnitGroup UnitGroups",
+        "surgery.removal": "apply",
+        "surgery.verify": "verify",
     }.items()
     for name in names.split()
 }
@@ -127,14 +134,3 @@ if not TYPE_CHECKING:  # a checker that sees it believes in every name
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, "__version__"})
-
-
-class _Package(ModuleType):
-    """Keeps `cria_prune.plan`, `record` and `recover` the functions: a folder has each of these names too."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):  # the import system binds what it imports
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

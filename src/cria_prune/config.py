@@ -24,8 +24,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
-from cria_prune.base.optional import needed
-from cria_prune.errors import ConfigError
+from cria_prune.base.errors import ConfigError, needed
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity: typing keeps what annotates a field in sets

@@ -16,22 +16,19 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cria_prune.batches import Batch, batch_size, forward, map_tensors
+from cria_prune.base.batches import Batch, batch_size, cut, forward, map_tensors
+from cria_prune.base.errors import CriterionError
+from cria_prune.base.metrics import Loss, cross_entropy
+from cria_prune.base.modules import device_of, named_tensors, unchanged
 from cria_prune.config import PruneConfig
 from cria_prune.criteria.evidence import Sizes
 from cria_prune.criteria.score import find_criterion
-from cria_prune.errors import CriterionError
-from cria_prune.graph import worth_keeping
-from cria_prune.loss import Loss, cross_entropy
-from cria_prune.modules import device_of, named_tensors
-from cria_prune.record.collect import cut
-from cria_prune.record.fisher import FisherSums
-from cria_prune.record.keep import unchanged
-from cria_prune.record.norms import batch_norms
-from cria_prune.record.signals import Call, Collector, GroupMemory
-from cria_prune.record.states import reads_of
-from cria_prune.record.taps import Taps
-from cria_prune.record.taylor import TaylorSums
+from cria_prune.graph.sides import worth_keeping
+from cria_prune.recording.gradients import FisherSums, TaylorSums
+from cria_prune.recording.signals import Call, Collector, GroupMemory
+from cria_prune.recording.states import reads_of
+from cria_prune.recording.taps import Taps
+from cria_prune.repair.norms import batch_norms
 from cria_prune.structure.groups import Site, UnitGroup, UnitGroups
 
 UNITS = ((1 << 30, "GB"), (1 << 20, "MB"), (1 << 10, "kB"))

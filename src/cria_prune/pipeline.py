@@ -10,14 +10,20 @@ import numpy as np
 import torch
 from torch import nn
 
+from cria_prune.base.batches import Batch
 from cria_prune.base.events import passed
-from cria_prune.batches import Batch
+from cria_prune.base.modules import (
+    check_finite,
+    check_in_memory,
+    device_of,
+    digest,
+    named_tensors,
+)
+from cria_prune.base.progress import QUIET, Progress
+from cria_prune.base.ranks import world
 from cria_prune.config import PruneConfig
 from cria_prune.criteria.score import find_criterion
-from cria_prune.modules import check_finite, check_in_memory, device_of, digest, named_tensors
-from cria_prune.plan import Plan
-from cria_prune.progress import QUIET, Progress
-from cria_prune.ranks import world
+from cria_prune.planning.plan import Plan
 from cria_prune.result import PruneResult, Round
 from cria_prune.resume.pruning import RoundStore
 from cria_prune.scores import Scored

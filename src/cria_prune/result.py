@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 
 from cria_prune.config import PruneConfig
-from cria_prune.graph import NeuronGraphs
-from cria_prune.plan import Plan
-from cria_prune.structure import UnitGroups
-from cria_prune.surgery import Repair, Verification
+from cria_prune.graph.sides import NeuronGraphs
+from cria_prune.planning.plan import Plan
+from cria_prune.repair.consumers import Repair
+from cria_prune.structure.groups import UnitGroups
+from cria_prune.surgery.verify import Verification
 
 
 @dataclass(frozen=True)

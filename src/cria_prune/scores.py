@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from cria_prune.base.batches import Batch
+from cria_prune.base.errors import ConfigError, StructureError
+from cria_prune.base.metrics import Loss
 from cria_prune.base.screen import screenful
-from cria_prune.batches import Batch
 from cria_prune.config import PruneConfig
-from cria_prune.errors import ConfigError, StructureError
-from cria_prune.loss import Loss
 from cria_prune.resume.store import weights_of
-from cria_prune.spectrum import Importance
+from cria_prune.spectrum.importance import Importance
 from cria_prune.stages import Consumed, Prepared, Ranking, prepare, rank
-from cria_prune.structure import UnitGroups
+from cria_prune.structure.groups import UnitGroups
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -14,30 +14,40 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from cria_prune.batches import Batch, again, describe, first_examples, named_shortage, shortened
+from cria_prune.base.batches import (
+    Batch,
+    again,
+    describe,
+    first_examples,
+    named_shortage,
+    shortened,
+)
+from cria_prune.base.dispatched import is_dispatched, structure_of
+from cria_prune.base.errors import CriaError, StructureError
+from cria_prune.base.metrics import Loss
+from cria_prune.base.modules import device_of, digest
+from cria_prune.base.progress import clock
+from cria_prune.base.ranks import world
 from cria_prune.config import PruneConfig
-from cria_prune.criteria import score
-from cria_prune.criteria.score import find_criterion, graph_settings
-from cria_prune.dispatched import is_dispatched, structure_of
-from cria_prune.errors import CriaError, StructureError
-from cria_prune.graph import Moments, NeuronGraphs, keep_graphs, worth_keeping
-from cria_prune.loss import Loss
-from cria_prune.modules import device_of, digest
-from cria_prune.plan import Allowed, Plan, compose, count_parameters, identity_plan
-from cria_prune.plan import plan as make_plan
-from cria_prune.progress import clock
-from cria_prune.ranks import world
-from cria_prune.record import States, record
-from cria_prune.record.collect import limited
-from cria_prune.record.norms import Remeasured, batch_norms, remeasure
-from cria_prune.record.states import reads_of
-from cria_prune.scope import Scope, check_reach, scope
-from cria_prune.spectrum import Importance
-from cria_prune.structure import UnitGroups, shrink
-from cria_prune.structure import discover as follow
+from cria_prune.criteria.score import find_criterion, graph_settings, score
+from cria_prune.graph.moments import Moments
+from cria_prune.graph.sides import NeuronGraphs, keep_graphs, worth_keeping
+from cria_prune.planning.budget import count_parameters
+from cria_prune.planning.plan import Plan, compose, identity_plan
+from cria_prune.planning.plan import plan as make_plan
+from cria_prune.planning.scope import Scope, check_reach, scope
+from cria_prune.planning.selection import Allowed
+from cria_prune.recording.collect import limited, record
+from cria_prune.recording.states import States, reads_of
+from cria_prune.repair.consumers import Repair, compensate
+from cria_prune.repair.norms import Remeasured, batch_norms, remeasure
+from cria_prune.spectrum.importance import Importance
+from cria_prune.structure.discovery import discover as follow
+from cria_prune.structure.groups import UnitGroups, shrink
 from cria_prune.structure.trace import canonical_tensors
-from cria_prune.surgery import Reference, Repair, Verification, apply, compensate, settle
-from cria_prune.surgery.verify import LESS
+from cria_prune.surgery.removal import apply
+from cria_prune.surgery.trial import settle
+from cria_prune.surgery.verify import LESS, Reference, Verification
 
 Consumed = Mapping[str, Mapping[str, Moments]]
 """Group name -> weight of a consumer -> second moments of the features that it reads."""

@@ -13,9 +13,9 @@ from typing import Any
 from torch import nn
 
 from cria_prune.artifact.certificate import Certificate
-from cria_prune.artifact.folders import is_plain_file
-from cria_prune.modules import named_tensors
-from cria_prune.plan.plan import Plan
+from cria_prune.base.files import is_plain_file
+from cria_prune.base.modules import named_tensors
+from cria_prune.planning.plan import Plan
 
 TAGS = ("cria", "pruned")
 LARGEST = 1 << 20

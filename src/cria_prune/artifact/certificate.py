@@ -1,12 +1,55 @@
-"""What a fresh process found that loaded a folder."""
+"""The reload certificate: a fresh process loads the folder, without Cria if it can, and compares."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from cria_prune.artifact import reload
+from cria_prune.artifact.manifest import Policy
+from cria_prune.base.batches import Batch, model_inputs
+from cria_prune.base.errors import CertificateError, DataError
+from cria_prune.base.events import passed
+from cria_prune.base.files import hashes
+from cria_prune.base.modules import device_of, devices_in_use, shared_copy
+from cria_prune.structure.capture import first_line
+
+
+def distance(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> tuple[float, float]:
+    """Return the largest absolute difference, and the largest relative to the maximum of its output.
+
+    Args:
+        expected, found: outputs by name; the names and shapes in `expected` have to be in `found`.
+    """
+    difference = relative = 0.0
+    for name, one in expected.items():
+        if one.numel():
+            one, other = one.double(), found[name].double()
+            apart = (one - other).abs().masked_fill(one == other, 0.0)  # equal infinities are equal
+            finite = one[one.isfinite()].abs()
+            largest = float(finite.max()) if finite.numel() else 0.0
+            worst = float(apart.nan_to_num(float("inf")).max())
+            difference, relative = max(difference, worst), max(relative, worst / (largest or 1.0))
+    return difference, relative
+
+
+def same_tokens(one: Tensor | None, other: Tensor | None, tokens: int) -> int:
+    """Return for how many of the last steps all examples go on with the same tokens."""
+    if one is None or other is None or one.shape != other.shape:
+        return 0
+    agree = (one == other).all(0)[one.shape[1] - tokens :]
+    return int(agree.int().cumprod(0).sum())
 
 
 @dataclass(frozen=True)
@@ -89,3 +132,203 @@ class Certificate:
     def to_json(self) -> str:
         """Return the certificate as indented JSON."""
         return json.dumps({"format": "cria-certificate", "version": 1, **asdict(self)}, indent=2)
+
+
+TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 2e-2}
+WRITERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+TOKENS, LIMIT = 8, 3600
+"""Tokens that are generated; seconds that the other process may take."""
+
+ADVICE = "Nothing was saved. Check the model, and please report it with its config.json"
+
+
+def certify(
+    folder: Path,
+    model: nn.Module,
+    example: Batch,
+    *,
+    stored: nn.Module,
+    policy: Policy = "vanilla",
+    left_out: tuple[str, ...] = (),
+    notes: tuple[str, ...] = (),
+) -> Certificate:
+    """Load a folder in a fresh process, and compare its outputs with those of the model here.
+
+    Args:
+        folder: what `save_pretrained` of transformers wrote.
+        model: the model that it has to equal; it is left as it was.
+        example: keyword arguments of its forward.
+        stored: the model that was written: `model`, its weights in a container, or padded with zeros.
+        policy: how it was written; a `per-layer` folder is loaded with Cria.
+        left_out, notes: kept in the certificate.
+
+    Raises:
+        CertificateError: it does not load, keys are missing, unexpected or of other shapes, outputs differ by
+            more than the tolerance (relative: 1e-5, in half types 2e-2), or other tokens are generated.
+        DataError: the example is no mapping of tensors.
+    """
+    passed("certify", folder=folder)
+    inputs, dtype = _inputs(model, example), _dtype(model)
+    own, held = (str(cast(Any, item.config).model_type) for item in (model, stored))
+    job = _job(folder, stored, inputs, policy)
+    expected, written = _here(model, job, inputs)
+    with TemporaryDirectory(prefix="cria-") as scratch:
+        answer, found = _there(Path(scratch), job, inputs)
+    _check(answer["class"] == type(stored).__name__, f"it loads as {answer['class']}")
+    written_there = found.pop("generated", None)
+    for name, value in expected.items():
+        there = name in found and found[name].shape == value.shape
+        _check(there, f"its output {name!r} is missing or of another shape")
+    difference, relative = distance(expected, found)
+    tolerance = TOLERANCE.get(dtype, 1e-5)
+    _check(
+        relative <= tolerance,
+        f"its outputs differ by {relative:.2g} relative to the largest, {tolerance:g} is allowed",
+    )
+    equal = all(torch.equal(value, found[name]) for name, value in expected.items())
+    same = same_tokens(written, written_there, job["tokens"])
+    rounded = dtype in TOLERANCE and not equal  # the most likely token may then be another
+    _check(rounded or same == job["tokens"], f"of {job['tokens']} generated tokens {same} are the same")
+    return Certificate(
+        loader=job["loader"],
+        architecture=answer["class"],
+        container=held if held != own else None,
+        outputs=tuple(expected),
+        equal=equal,
+        difference=difference,
+        relative=relative,
+        tolerance=tolerance,
+        tokens=job["tokens"] or None,
+        same_tokens=same if job["tokens"] else None,
+        dtype=str(dtype).removeprefix("torch."),
+        device=job["device"],
+        attention=job["attention"],
+        versions=answer["versions"],
+        sha256=hashes(folder),
+        seconds=answer["seconds"],
+        left_out=left_out,
+        parameters=_count(model),
+        stored=_count(stored),
+        notes=notes,
+    )
+
+
+def loader_of(model: nn.Module) -> str:
+    """Return the name of the Auto class that makes this model of its folder, else of its own class."""
+    from transformers.models.auto import modeling_auto
+
+    kind, config = type(model), type(model.config)
+    names = sorted(name for name in vars(modeling_auto) if name.startswith("AutoModel"))
+    names.sort(key=lambda name: (name not in WRITERS, name == "AutoModelForPreTraining"))
+    for name in names:
+        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", {})
+        found = mapping.get(config, ())
+        if kind in (found if isinstance(found, (tuple, list)) else (found,)):
+            return name
+    return kind.__name__
+
+
+def _job(folder: Path, stored: nn.Module, inputs: Mapping[str, Tensor], policy: Policy) -> dict[str, Any]:
+    """What the fresh process is to do. Prompt and continuation are together as long as the example."""
+    loader = loader_of(stored)
+    length = inputs["input_ids"].shape[1] if loader in WRITERS and "input_ids" in inputs else 0
+    tokens = min(TOKENS, (length + 1) // 2)
+    return {
+        "folder": str(folder.resolve()),
+        "loader": reload.LOAD if policy == "per-layer" else loader,
+        "attention": getattr(stored.config, "_attn_implementation", None),
+        "device": str(device_of(stored)),
+        "threads": torch.get_num_threads(),
+        "precision": torch.get_float32_matmul_precision(),
+        "tokens": tokens,
+        "prompt": max(length - tokens, min(length, 1)),
+        "paths": [path for path in sys.path if path and Path(path).resolve() != Path.cwd()],
+    }
+
+
+def _inputs(model: nn.Module, example: Batch) -> dict[str, Tensor]:
+    """The example on the model's device; floating values of the model's type."""
+    _, inputs = model_inputs(example)
+    if not inputs or not all(isinstance(value, Tensor) for value in inputs.values()):
+        raise DataError(
+            "An example for the reload certificate",
+            f"found {type(example).__name__}",
+            "Give the keyword arguments of the forward as a mapping of tensors",
+        )
+    dtype, device = _dtype(model), device_of(model)
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else value.dtype).contiguous()
+        for name, value in inputs.items()
+    }
+
+
+def _count(model: nn.Module) -> int:
+    return sum(item.numel() for item in model.parameters())
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((item.dtype for item in model.parameters() if item.is_floating_point()), torch.float32)
+
+
+def _here(
+    model: nn.Module, job: Mapping[str, Any], inputs: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Run the model in this process; return outputs and, by the folder's settings, generated tokens."""
+    from transformers import GenerationConfig
+
+    copy: Any = shared_copy(model).eval()  # some forwards keep caches on their module
+    asked, todo = f"Running the {type(model).__name__} to be saved", "Pass an `example` that it can run on"
+    tokens = None
+    try:
+        with torch.random.fork_rng(devices=devices_in_use()):
+            found = reload.outputs(copy, inputs)
+            if job["tokens"]:
+                copy.generation_config = GenerationConfig.from_pretrained(job["folder"])
+                tokens = reload.generated(copy, inputs, job["prompt"], job["tokens"])
+    except Exception as error:  # the model's code
+        raise CertificateError(asked, f"{type(error).__name__}: {first_line(error)}", todo) from error
+    for name, value in found.items():
+        if value.isnan().any():
+            raise CertificateError(asked, f"its output {name!r} holds NaN", todo)
+    return found, tokens
+
+
+def _there(
+    scratch: Path, job: Mapping[str, Any], inputs: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Run `reload.py` in a fresh process; return its answer and the outputs."""
+    save_file({name: value.cpu() for name, value in inputs.items()}, scratch / "inputs.safetensors")
+    (scratch / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    program = Path(reload.__file__).read_text(encoding="utf-8")
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", program, str(scratch)],
+            env={**os.environ, **offline},
+            cwd=scratch,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=LIMIT,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise _failed(f"it is not loaded after {LIMIT} s") from error
+    if done.returncode:
+        said = [line for line in done.stderr.strip().splitlines() if line.strip()] or ["nothing said"]
+        raise _failed(f"the process ends with {done.returncode}: {said[-1][:300]}")
+    answer = json.loads((scratch / "answer.json").read_text(encoding="utf-8"))
+    wrong = [
+        f"{len(names)} {key.replace('_', ' ')} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for key, names in answer["wrong"].items()
+    ]
+    _check(not wrong, "; ".join(wrong))
+    return answer, load_file(scratch / "outputs.safetensors")
+
+
+def _check(good: bool, found: str) -> None:
+    if not good:
+        raise _failed(found)
+
+
+def _failed(found: str) -> CertificateError:
+    return CertificateError("Loading the saved folder in a fresh process", found, ADVICE)

@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn, strided
 
-from cria_prune.artifact.files import atomic, new_folder, refused, sha256, write_text
 from cria_prune.artifact.rebuild import load_folder, replay
-from cria_prune.errors import ArtifactError
-from cria_prune.plan.plan import Plan
-from cria_prune.tasks.pretrained import CONFIG
+from cria_prune.base.errors import ArtifactError
+from cria_prune.base.files import atomic, new_folder, refused, sha256, write_text
+from cria_prune.planning.plan import Plan
+from cria_prune.tasks.loading import CONFIG
 
 FORMAT, VERSION = "cria-checkpoint", 1
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"

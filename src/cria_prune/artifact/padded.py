@@ -17,15 +17,14 @@ from torch import Tensor, nn
 
 from cria_prune.artifact.card import Card
 from cria_prune.artifact.certificate import Certificate
-from cria_prune.artifact.dense import dense_twin, empty_model, fill, structure_of
+from cria_prune.artifact.layers import dense_twin, empty_model, fill, structure_of
 from cria_prune.artifact.pretrained import prepared, write_folder
-from cria_prune.batches import Batch
-from cria_prune.errors import ArtifactError, StructureError
-from cria_prune.modules import device_of, meta_copy
-from cria_prune.plan.make import make_plan
-from cria_prune.plan.plan import Plan
-from cria_prune.structure import UnitGroups, counted_together, freeze
-from cria_prune.tasks.pretrained import find_library, quiet
+from cria_prune.base.batches import Batch
+from cria_prune.base.errors import ArtifactError, StructureError
+from cria_prune.base.modules import device_of, meta_copy
+from cria_prune.planning.plan import Plan, make_plan
+from cria_prune.structure.groups import UnitGroups, counted_together, freeze
+from cria_prune.tasks.loading import find_library, quiet
 from cria_prune.vanilla import Holdable, holdable
 
 

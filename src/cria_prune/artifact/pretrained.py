@@ -1,39 +1,72 @@
-"""A pruned Hugging Face model becomes a folder that transformers loads, or else `cria_prune.load`.
-
-The folder holds safetensors and JSON as transformers writes them, the tokenizer of the dense model, the plan
-(`cria.json`), a model card and the certificate of a fresh process that loaded it. It is there whole, with a
-certificate that holds, or not at all.
-"""
+"""A pruned Hugging Face model becomes a folder that transformers loads, or else `cria_prune.load`."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel
 from safetensors import SafetensorError
 from torch import nn
 
 from cria_prune.artifact.card import Card, render_card
-from cria_prune.artifact.certificate import Certificate
-from cria_prune.artifact.certify import certify
-from cria_prune.artifact.container import container
-from cria_prune.artifact.dense import dense_twin
-from cria_prune.artifact.files import hashes, refused
-from cria_prune.artifact.folders import CARD, CERTIFICATE, GENERATION, MANIFEST, copy_known, whole_folder
-from cria_prune.artifact.layers import layered
+from cria_prune.artifact.certificate import Certificate, certify
+from cria_prune.artifact.layers import check_sizes, dense_twin, layered
 from cria_prune.artifact.manifest import Policy, check_policy, render_manifest
-from cria_prune.artifact.sizes import check_sizes
-from cria_prune.batches import Batch
-from cria_prune.errors import ArtifactError
-from cria_prune.modules import named_tensors, shared_copy
-from cria_prune.plan.plan import Plan
+from cria_prune.base.batches import Batch
+from cria_prune.base.errors import ArtifactError
+from cria_prune.base.files import (
+    CARD,
+    CERTIFICATE,
+    GENERATION,
+    MANIFEST,
+    copy_known,
+    hashes,
+    refused,
+    whole_folder,
+)
+from cria_prune.base.modules import named_tensors, shared_copy
+from cria_prune.planning.plan import Plan
 from cria_prune.structure.capture import first_line
 from cria_prune.tasks.examples import example_inputs
-from cria_prune.tasks.pretrained import find_library, quiet
+from cria_prune.tasks.loading import find_library, quiet
+
+CLASSES = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "Model")
+DROPPED = {"model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp", "sliding_window"}
+
+
+def container(model: nn.Module) -> nn.Module:
+    """Return a model that transformers can save and load, with the very tensors of `model`.
+
+    Returns:
+        `model` itself, or for a Llama without biases whose hidden size its heads do not divide the same
+        network as a Mistral. Their outputs are equal bit for bit.
+    """
+    config: Any = model.config
+    kind = type(model).__name__.removeprefix("Llama")
+    needed = config.model_type == "llama" and config.hidden_size % config.num_attention_heads
+    if not needed or kind not in CLASSES or config.attention_bias or config.mlp_bias:
+        return model
+    import transformers
+
+    said = {key: value for key, value in config.to_dict().items() if key not in DROPPED}
+    held = transformers.MistralConfig(**said, sliding_window=None)
+    held._attn_implementation = config._attn_implementation
+    with torch.device("meta"):
+        mistral: Any = getattr(transformers, f"Mistral{kind}")(held)
+    mistral.load_state_dict(model.state_dict(), strict=True, assign=True)
+    mistral.tie_weights()
+    for name, buffer in model.named_buffers():  # the frequencies of the positions are in no state
+        owner, _, local = name.rpartition(".")
+        mistral.get_submodule(owner)._buffers[local] = buffer
+    if model.can_generate():  # type: ignore[operator]
+        mistral.generation_config = copy.deepcopy(model.generation_config)
+    return mistral.train(model.training)
 
 
 @dataclass(frozen=True)

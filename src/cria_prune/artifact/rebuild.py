@@ -17,15 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cria_prune.artifact.dense import empty_model, fill
-from cria_prune.artifact.files import hashes, refused
-from cria_prune.artifact.folders import CERTIFICATE, GENERATION
-from cria_prune.artifact.layers import unlayered
+from cria_prune.artifact.layers import empty_model, fill, unlayered
 from cria_prune.artifact.manifest import read_manifest
-from cria_prune.errors import ArtifactError, StructureError
-from cria_prune.plan.plan import Plan
-from cria_prune.surgery.apply import apply
-from cria_prune.tasks.pretrained import (
+from cria_prune.base.errors import ArtifactError, StructureError
+from cria_prune.base.files import CERTIFICATE, GENERATION, hashes, refused
+from cria_prune.planning.plan import Plan
+from cria_prune.surgery.removal import apply
+from cria_prune.tasks.loading import (
     INDEX,
     WEIGHTS,
     find_library,

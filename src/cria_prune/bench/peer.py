@@ -16,16 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from cria_prune.base.optional import needed
-from cria_prune.batches import Batch, batch_size, map_tensors, move
+from cria_prune.base.batches import Batch, batch_size, map_tensors, move
+from cria_prune.base.errors import ConfigError, needed
+from cria_prune.base.metrics import cross_entropy
+from cria_prune.base.modules import device_of, devices_in_use, modes_kept
 from cria_prune.config import PruneConfig
-from cria_prune.errors import ConfigError
-from cria_prune.loss import cross_entropy
-from cria_prune.modules import device_of, devices_in_use, modes_kept
-from cria_prune.plan.budget import count_macs
+from cria_prune.planning.budget import count_macs
 from cria_prune.stages import prepare
-from cria_prune.structure import UnitGroups
-from cria_prune.structure import discover as structure
+from cria_prune.structure.discovery import discover as structure
+from cria_prune.structure.groups import UnitGroups
 
 IMPORTANCES = {
     "tp-magnitude": "GroupMagnitudeImportance",

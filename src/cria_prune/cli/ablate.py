@@ -7,25 +7,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cria_prune.ablated import COLUMNS, Ablation
-from cria_prune.ablation import SHARES, check_seeds, check_shares
+from cria_prune.ablation import COLUMNS, SHARES, Ablation, check_seeds, check_shares
 from cria_prune.ablation import ablate as sweep
-from cria_prune.artifact.files import write_json
-from cria_prune.artifact.plots_metric import plot_ablation
-from cria_prune.artifact.provenance import provenance
-from cria_prune.batches import Batch, batch_size
+from cria_prune.artifact.manifest import provenance
+from cria_prune.base.batches import Batch, batch_size
+from cria_prune.base.errors import ConfigError
+from cria_prune.base.files import write_json
+from cria_prune.base.progress import clock
 from cria_prune.cli import target
 from cria_prune.cli.folder import claimed, interrupts_wait
+from cria_prune.cli.inspect import check_measured
 from cria_prune.cli.job import rounded
-from cria_prune.cli.looks import check_measured
-from cria_prune.cli.reports import picture
+from cria_prune.cli.report import picture
 from cria_prune.cli.request import Ablate
 from cria_prune.cli.settings import pick_device, prune_config, texts_of
 from cria_prune.cli.talk import Talk
 from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig
-from cria_prune.errors import ConfigError
-from cria_prune.progress import clock
+from cria_prune.report.curves import plot_ablation
 from cria_prune.stages import prepare, rank
 
 RESULT, PICTURE = "ablation.json", "ablation.png"

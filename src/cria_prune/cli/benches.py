@@ -6,16 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cria_prune.artifact.cells import Bench, Setting, read_bench
-from cria_prune.artifact.files import write_text
-from cria_prune.artifact.report_bench import render_bench, setting_title, with_interval
-from cria_prune.bench import Grid, cells, file_name, read_suite, run_grids
+from cria_prune.base.errors import ConfigError
+from cria_prune.base.files import write_text
+from cria_prune.base.metrics import metric as metric_of
+from cria_prune.bench.run import run_grids
+from cria_prune.bench.suite import Grid, cells, file_name, read_suite
 from cria_prune.cli.folder import REPORT
 from cria_prune.cli.request import Bench as Request
 from cria_prune.cli.settings import pick_device
 from cria_prune.cli.talk import Kept, Talk
-from cria_prune.errors import ConfigError
-from cria_prune.metrics import metric as metric_of
+from cria_prune.report.bench_page import (
+    Bench,
+    Setting,
+    read_bench,
+    render_bench,
+    setting_title,
+    with_interval,
+)
 
 NARROWED = ("criteria", "reductions", "seeds")
 """Lists of a grid that can be narrowed: the fields of the request have the same names."""

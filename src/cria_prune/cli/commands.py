@@ -1,30 +1,124 @@
-"""What the commands do that cut or train: run, prune, recover; heavy imports begin here."""
+"""What the commands do that cut or train: run, prune, recover; how each begins and ends."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from cria_prune.artifact.folders import check_free
-from cria_prune.batches import model_inputs, move
-from cria_prune.cli import reports, show, target
-from cria_prune.cli.begin import dense_model, finish, job_of, prepared_for, saved_as
-from cria_prune.cli.flow import prune_stage, recover_stage
-from cria_prune.cli.job import PRUNED, RECOVERED, Job
-from cria_prune.cli.request import Prune, Recover, Run
+from cria_prune.artifact.manifest import peak_memory
+from cria_prune.base.batches import model_inputs, move
+from cria_prune.base.errors import ConfigError, PackageError
+from cria_prune.base.files import check_free, write_text
+from cria_prune.base.metrics import logits_of
+from cria_prune.base.progress import clock
+from cria_prune.base.ranks import world
+from cria_prune.cli import report, show, target
+from cria_prune.cli.folder import REPORT, claimed
+from cria_prune.cli.job import PRUNED, RECOVERED, Job, padded_folder, prune_stage, recover_stage, rounded
+from cria_prune.cli.request import Prune, Recover, Resuming, Run
 from cria_prune.cli.scores import config_from, given_scores
 from cria_prune.cli.settings import pick_device, prune_config, recover_config, texts_of
-from cria_prune.cli.talk import Kept
+from cria_prune.cli.talk import Kept, Talk
+from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig, RecoverConfig
-from cria_prune.errors import ConfigError
-from cria_prune.loss import logits_of
-from cria_prune.ranks import world
+from cria_prune.report.folder import folder_page
+from cria_prune.result import PruneResult
 from cria_prune.scores import Scored
-from cria_prune.stages import Prepared
+from cria_prune.stages import Prepared, prepare
+
+
+def saved_as(config: PruneConfig) -> target.Policy:
+    """Return how a model of transformers that was pruned like this can be saved."""
+    return "vanilla" if config.plan.vanilla else "per-layer"
+
+
+@contextmanager
+def job_of(
+    found: Target, suffix: str, request: Resuming, kept: Kept, several: bool = False, padded: bool = False
+) -> Iterator[Job]:
+    """Claim the output folder, for `several` results a folder of folders, and begin a job; see `claimed`.
+
+    With `padded` the folder beside it is for the padded twin.
+    """
+    device = pick_device(request.device)
+    resume, output = request.resume, request.output
+    if resume and output is None:
+        raise ConfigError("Resuming", "no --output was given", "Name the folder of the interrupted run")
+    job = Job(
+        found, output or Path(), device, request.base_seed, Talk(request.quiet), kept, request.command,
+        padded, resume, request.overwrite,
+    )  # fmt: skip
+    left = resume and (several or job.may_replace() or job.holds_result())
+    with claimed(output, found.task.name + suffix, request.overwrite or left) as folder:
+        job.output = folder
+        if found.pretrained and not several and world().first:  # known before the long work
+            for path in (folder, *([padded_folder(folder)] if padded else [])):
+                check_free(path, job.may_replace() or left)
+        job.begin()
+        yield job
+
+
+def dense_model(job: Job) -> nn.Module:
+    """Return the model to prune and print its metric: the recipe's dense one, or the checkpoint's."""
+    if job.target.recipe and job.target.checkpoint is None:
+        job.talk.note(f"dense model of {job.target.task.name}: loaded, or trained here")
+    with clock(job.seconds, "model"):
+        model = job.target.model(job.device, job.seed, job.talk.progress)
+    if job.target.checkpoint is None:
+        job.measure(model, "dense")
+    else:
+        job.measure(model, "before")
+        job.inherit_dense()
+    return model
+
+
+def finish(job: Job, result: PruneResult | None = None, before: Any = None) -> None:
+    """Keep the run and write its report, if there is a pruning to report on, now or `before`.
+
+    The states of the rounds and the recovery are not needed any more.
+    """
+    world().lead("The report", lambda: _finish(job, result, before))
+
+
+def _finish(job: Job, result: PruneResult | None, before: Any) -> None:
+    job.forget()
+    job.results |= {"seconds": rounded(job.seconds), "memory": peak_memory(job.device)}
+    if result is not None:
+        report.keep_run(job, result)
+    elif before is not None:
+        report.keep_recovered(job, before)
+    else:
+        return
+    try:
+        page = folder_page(job.output).html
+    except PackageError as error:
+        job.talk.say(f"no report now: {error}, then run cria report {job.output}")
+        return
+    job.talk.say(f"report {write_text(Path(job.output) / REPORT, page)}")
+
+
+def prepared_for(
+    found: Target, config: PruneConfig, device: torch.device, calibrated: bool = True
+) -> Prepared:
+    """Prepare a target's network before a dense model is trained, to see what can be reached.
+
+    A network that has to be trained first is prepared untrained, and the trained one takes its place later
+    (`Prepared.with_model`).
+
+    Args:
+        calibrated: read the calibration batches already, and capture the model with the first of them; else
+            the task's example is taken, and there are no batches yet.
+    """
+    task, model = found.task, found.untrained().to(device)
+    if calibrated:
+        return prepare(model, task.calibration(config.record.examples, config.record.seed), config)
+    return prepare(model, (), config, example=task.example)
+
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -178,7 +272,7 @@ def recover(request: Recover, kept: Kept) -> None:
             return
         job.results |= {name: found.results[name] for name in inherited if name in found.results}
         job.inherit_dense()
-        before = reports.earlier_run(job) if world().first else None
+        before = report.earlier_run(job) if world().first else None
         counts = ("parameters_dense", "parameters", "macs_dense", "macs")
         job.results |= {name: found.plan.report[name] for name in counts if name in found.plan.report}
         model = found.model(job.device, job.seed, job.talk.progress)

@@ -13,13 +13,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from cria_prune.errors import ArtifactError
-from cria_prune.ranks import world
+from cria_prune.base.errors import ArtifactError
+from cria_prune.base.ranks import world
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from cria_prune.plan import Plan
+    from cria_prune.planning.plan import Plan
 
 REPORT = "report.html"
 
@@ -86,7 +86,7 @@ def keep(folder: Path, model: nn.Module, plan: Plan, **described: Any) -> None:
         ArtifactError: the system refuses, or something is no JSON.
     """
     from cria_prune.artifact.checkpoint import MANIFEST, WEIGHTS, save
-    from cria_prune.artifact.history import FILES
+    from cria_prune.report.history import FILES
 
     try:
         with (
@@ -137,8 +137,8 @@ def _first_free(name: str) -> Path:
 
 def _asked_for(folder: Path, overwrite: bool) -> Path:
     from cria_prune.artifact.checkpoint import MANIFEST, WEIGHTS
-    from cria_prune.artifact.files import new_folder
-    from cria_prune.artifact.folders import MANIFEST as PRETRAINED
+    from cria_prune.base.files import MANIFEST as PRETRAINED
+    from cria_prune.base.files import new_folder
 
     asked = f"Writing to the folder {folder}"
     if folder.resolve() == Path.cwd():
@@ -162,6 +162,6 @@ def _asked_for(folder: Path, overwrite: bool) -> Path:
 
 
 def _refused(folder: Path, error: OSError) -> ArtifactError:
-    from cria_prune.artifact.files import refused
+    from cria_prune.base.files import refused
 
     return refused(f"Writing to the folder {folder}", error)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-from cria_prune.errors import ConfigError, RankError
+from cria_prune.base.errors import ConfigError, RankError
 
 NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT = "CRIA_TIMEOUT"
@@ -76,7 +76,7 @@ def sharing(several: bool) -> AbstractContextManager[None]:
         raise ConfigError(
             "This command", f"{size()} processes were launched for it", "Start it alone, without torchrun"
         )
-    from cria_prune.ranks import world
+    from cria_prune.base.ranks import world
 
     return world().together("The command")
 

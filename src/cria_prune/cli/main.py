@@ -55,9 +55,9 @@ def run(request: asked.Run, kept: Kept) -> None:
 @command(app)
 def inspect(request: asked.Inspect, kept: Kept) -> None:
     """Show what can be removed from a network, what a unit costs, and why the rest cannot."""
-    from cria_prune.cli import looks
+    from cria_prune.cli import inspect
 
-    looks.inspect(request)
+    inspect.inspect(request)
 
 
 @command(app, several=True)
@@ -125,9 +125,9 @@ def recover(request: asked.Recover, kept: Kept) -> None:
 @command(app)
 def report(request: asked.Report, kept: Kept) -> None:
     """Make one HTML page of a run or a bench, from the files in its folder."""
-    from cria_prune.cli import reports
+    from cria_prune.cli import report
 
-    reports.report(request)
+    report.report(request)
 
 
 @command(app)
@@ -141,6 +141,6 @@ def bench(request: asked.Bench, kept: Kept) -> None:
 @command(app, name="eval")
 def evaluate(request: asked.Evaluate, kept: Kept) -> None:
     """Evaluate a recipe's dense model or a checkpoint on the test split, any language model on a text."""
-    from cria_prune.cli import looks
+    from cria_prune.cli import inspect
 
-    looks.evaluate(request)
+    inspect.evaluate(request)

@@ -6,7 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from cria_prune.artifact.provenance import peak_memory, provenance
+from cria_prune.artifact.manifest import peak_memory, provenance
+from cria_prune.base.errors import ConfigError
+from cria_prune.base.metrics import Metric, metric
+from cria_prune.base.ranks import world
 from cria_prune.cli import show
 from cria_prune.cli.folder import claimed
 from cria_prune.cli.job import PRUNED, rounded
@@ -14,14 +17,10 @@ from cria_prune.cli.request import Prune
 from cria_prune.cli.settings import pick_device, prune_config, texts_of
 from cria_prune.cli.talk import Kept, Talk
 from cria_prune.config import PruneConfig
-from cria_prune.errors import ConfigError
-from cria_prune.metrics import Metric, metric
-from cria_prune.offload import Offloaded, prune_offloaded
-from cria_prune.offload.prune import checked
-from cria_prune.ranks import world
-from cria_prune.tasks import TASKS, FolderTask, folder_task
-from cria_prune.tasks.hub import find_folder
-from cria_prune.tasks.pretrained import CONFIG, load_pretrained
+from cria_prune.offload.prune import Offloaded, checked, prune_offloaded
+from cria_prune.recipes.registry import TASKS, folder_task
+from cria_prune.tasks.folder import FolderTask
+from cria_prune.tasks.loading import CONFIG, find_folder, load_pretrained
 
 UNUSED = {
     "export": "padding", "scores": "kept scores", "watch": "a metric for every round",

@@ -10,10 +10,10 @@ import typer
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
+from cria_prune.base.errors import ConfigError
 from cria_prune.cli.request import GROUPS, OUTPUT, RUNNING, Request, Scoring, extra_of, flags_of
 from cria_prune.cli.talk import Kept, answering
 from cria_prune.config import Choices, StageConfig
-from cria_prune.errors import ConfigError
 
 EPILOG = "The defaults are Cria's own; those of a recipe, of --preset and of --config come before them."
 FIRST_COLUMN = 30  # characters of --help for the option itself

@@ -1,14 +1,76 @@
-"""The groups of a model as a table: what can be removed, what stays and why, and how much that is."""
+"""The groups of a model as a table or along its modules: what can be removed, what stays and why."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
-from cria_prune.cli.inventory import Inventory
+from torch import nn
+
 from cria_prune.cli.talk import Talk, percent
 from cria_prune.config import OF
-from cria_prune.structure.fold import Fold, Row, fold
-from cria_prune.structure.table import FLOW, FROZEN, LOOSE, flow, sections
+from cria_prune.planning.budget import Budget, count_macs, count_parameters, largest_reachable
+from cria_prune.structure.groups import UnitGroups, without_residual
+from cria_prune.structure.table import FLOW, FROZEN, LOOSE, Fold, Row, flow, fold, merged, sections
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
+
+SHARES = ("parameters", "prunable", "macs")
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Everything that `inspect` prints about the structure of a model.
+
+    Attributes:
+        rows: one per group, in the order of the network.
+        parameters: of the model, tied ones once.
+        macs: multiply-accumulates of its weights per example.
+        floor: share of each group's units that always stays.
+        removable: cost (parameters, prunable, macs) -> largest share that can leave, without the
+            residual widths.
+        removable_with_residual: the same with them.
+    """
+
+    rows: tuple[Row, ...]
+    parameters: int
+    macs: float
+    floor: float
+    removable: Mapping[str, float]
+    removable_with_residual: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain JSON values, `rows` under the key `groups`."""
+        plain = asdict(self)
+        return {"groups": plain.pop("rows"), **plain}
+
+
+def inventory(groups: UnitGroups, floor: float) -> Inventory:
+    """Return what `inspect` prints of the groups of a model.
+
+    Args:
+        groups: as `discover` found them, with their residual widths.
+        floor: share of each group's units that always stays.
+    """
+    inner = without_residual(groups)
+    return Inventory(
+        rows=groups.rows(),
+        parameters=count_parameters(groups),
+        macs=count_macs(groups),
+        floor=floor,
+        removable=_shares(inner, floor),
+        removable_with_residual=_shares(groups, floor),
+    )
+
+
+def _shares(groups: UnitGroups, floor: float) -> dict[str, float]:
+    """Return cost -> largest share that can leave; a cost of which the model has none is left at 0."""
+    return {
+        of: largest_reachable(groups, floor, of) if Budget(groups, of).total > 0 else 0.0 for of in SHARES
+    }
 
 
 def outline(talk: Talk, found: Inventory, everything: bool = False) -> None:
@@ -47,3 +109,146 @@ def shares(talk: Talk, found: Inventory) -> None:
         rows.append(["with it (--residual)", *map(percent, found.removable_with_residual.values())])
     talk.table(["can be removed at most", *(OF.texts[of] for of in found.removable)], rows)
     talk.say(f"{found.floor * 100:g} % of the units of each group always stay (--floor)")
+
+
+PLURALS = {"channel": "channels", "neuron": "neurons", "gated": "gated neurons", "head": "heads"}
+PLURALS |= {"kv group": "kv groups", "residual": "residual width"}
+STYLES = {"prunable": "green", "residual": "yellow", "frozen": "dim"}
+
+
+@dataclass(frozen=True)
+class Made:
+    """A group that a module makes: `text` names it, `status` is as in `Row`."""
+
+    text: str
+    status: str
+
+
+@dataclass(frozen=True)
+class Node:
+    """A module with parameters.
+
+    Attributes:
+        name: in its parent, a range where equal ones are folded; `` for the model.
+        kind: its class.
+        parameters: in it and below it; one that several modules share counts for the first alone.
+        makes: groups whose units it makes.
+        children: modules below it that have parameters.
+        count: how many equal ones it stands for.
+    """
+
+    name: str
+    kind: str
+    parameters: int
+    makes: tuple[Made, ...] = ()
+    children: tuple[Node, ...] = field(default=(), repr=False)
+    count: int = 1
+
+
+def module_tree(model: nn.Module, rows: Sequence[Row], everything: bool = False) -> Node:
+    """Return the modules of a model that have parameters, with the groups that they make.
+
+    Args:
+        model: the model.
+        rows: its groups.
+        everything: show every one of equal neighbours in place of one for all.
+    """
+    made: dict[str, list[Made]] = {}
+    streams = sum(row.kind == "residual" for row in rows)
+    for row in rows:
+        for path in dict.fromkeys(tensor.rpartition(".")[0] for tensor in row.producers):
+            made.setdefault(path, []).append(_made(row, path, streams > 1))
+    sizes: dict[str, int] = {}
+    for tensor, parameter in model.named_parameters():
+        parts = tensor.split(".")[:-1]
+        for depth in range(len(parts) + 1):
+            path = ".".join(parts[:depth])
+            sizes[path] = sizes.get(path, 0) + parameter.numel()
+    return _node(model, "", "", sizes, made, everything)
+
+
+def drawn(node: Node) -> Tree:
+    """Return the tree as rich draws it."""
+    from rich.text import Text
+    from rich.tree import Tree
+
+    def label(item: Node) -> Text:
+        text = Text.assemble((item.name, "bold"), "  " if item.name else "", item.kind)
+        text.append(f" × {item.count}" if item.count > 1 else "")
+        text.append(f"  {item.parameters:,}" if item.parameters else "  shared")
+        text.append(" each" if item.count > 1 else "")
+        if len(item.makes) == 1:
+            text.append("  ").append_text(arrow(item.makes[0]))
+        return text
+
+    def arrow(made: Made) -> Text:
+        return Text(f"→ {made.text}", STYLES[made.status])
+
+    def grow(item: Node, tree: Tree) -> Tree:
+        for made in item.makes if len(item.makes) > 1 else ():
+            tree.add(arrow(made))
+        for child in item.children:
+            grow(child, tree.add(label(child)))
+        return tree
+
+    return grow(node, Tree(label(node)))
+
+
+def _made(row: Row, path: str, several_streams: bool) -> Made:
+    text = f"{row.units:,} {PLURALS.get(row.kind, row.kind)}"
+    if row.kind == "residual":
+        text = f"{PLURALS[row.kind]} {row.units:,}" + (f" of {row.name}" if several_streams else "")
+    elif row.name.partition("#")[0] != path:
+        text += f" of {_relative(row.name, path)}"
+    return Made(f"{text}, frozen" if row.status == "frozen" else text, row.status)
+
+
+def _relative(name: str, path: str) -> str:
+    """Return a name without the modules that it shares with a path, if the rest has no layer's number."""
+    own, other = name.split("."), path.split(".")
+    shared = 0
+    while shared < min(len(own), len(other)) - 1 and own[shared] == other[shared]:
+        shared += 1
+    rest = own[shared:]
+    return name if any(part.isdecimal() for part in rest) else ".".join(rest)
+
+
+def _node(
+    module: nn.Module,
+    path: str,
+    name: str,
+    sizes: Mapping[str, int],
+    made: Mapping[str, list[Made]],
+    everything: bool,
+) -> Node:
+    children = tuple(
+        _node(child, f"{path}.{key}" if path else key, key, sizes, made, everything)
+        for key, child in module.named_children()
+        if any(True for _ in child.parameters())
+    )
+    return Node(
+        name=name,
+        kind=type(module).__name__,
+        parameters=sizes.get(path, 0),
+        makes=tuple(made.get(path, ())),
+        children=children if everything else _folded(children),
+    )
+
+
+def _folded(children: Sequence[Node]) -> tuple[Node, ...]:
+    """Equal neighbours as one, if their names differ in a number alone."""
+    result: list[Node] = []
+    for _, equal in groupby(children, key=_content):
+        run = list(equal)
+        names = merged([child.name for child in run])
+        if len(run) > 1 and len(names) == 1:
+            result.append(replace(run[0], name=names[0], count=len(run)))
+        else:
+            result += run
+    return tuple(result)
+
+
+def _content(node: Node) -> Hashable:
+    """Return what makes two neighbours equal: everything but their own names."""
+    inside = tuple((child.name, _content(child)) for child in node.children)
+    return node.kind, node.parameters, node.makes, node.count, inside

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from cria_prune.artifact.files import write_json
-from cria_prune.artifact.provenance import peak_memory
-from cria_prune.batches import batch_size
+from cria_prune.artifact.manifest import peak_memory
+from cria_prune.base.batches import batch_size
+from cria_prune.base.files import write_json
+from cria_prune.base.progress import clock
 from cria_prune.cli import target
-from cria_prune.cli.begin import prepared_for
+from cria_prune.cli.commands import prepared_for
 from cria_prune.cli.folder import check_file
 from cria_prune.cli.job import rounded
 from cria_prune.cli.request import Plan as Request
@@ -21,10 +22,16 @@ from cria_prune.cli.settings import pick_device, prune_config, texts_of
 from cria_prune.cli.talk import Talk, percent
 from cria_prune.cli.target import Target
 from cria_prune.config import OF, PruneConfig
-from cria_prune.memory import MemoryPrediction, amount, batch_bytes, largest_batch, predict_memory
-from cria_prune.plan import Plan, count_macs, count_parameters, reachable
-from cria_prune.plan.stairs import fewest, stairs
-from cria_prune.progress import clock
+from cria_prune.memory import (
+    MemoryPrediction,
+    amount,
+    batch_bytes,
+    largest_batch,
+    predict_memory,
+)
+from cria_prune.planning.budget import count_macs, count_parameters
+from cria_prune.planning.plan import Plan
+from cria_prune.planning.selection import fewest, reachable, stairs
 from cria_prune.stages import Prepared, plan_cut, rank
 
 CGROUP = Path("/sys/fs/cgroup/memory.max")

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cria_prune.artifact.provenance import provenance
+from cria_prune.artifact.manifest import provenance
 from cria_prune.artifact.scores import load_scores, save_scores
+from cria_prune.base.errors import ConfigError
+from cria_prune.base.progress import clock
+from cria_prune.base.ranks import world
 from cria_prune.cli import show, target
 from cria_prune.cli.folder import claimed
 from cria_prune.cli.job import rounded
@@ -16,9 +19,6 @@ from cria_prune.cli.settings import pick_device, prune_config, texts_of
 from cria_prune.cli.talk import Talk
 from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig
-from cria_prune.errors import ConfigError
-from cria_prune.progress import clock
-from cria_prune.ranks import world
 from cria_prune.scores import Scored, score_once
 
 

@@ -6,14 +6,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cria_prune.base.errors import ConfigError
 from cria_prune.cli.request import POLICIES, Data, Recover, Run, Scoring
-from cria_prune.config import PlanConfig, PruneConfig, RecordConfig, RecoverConfig, ScoreConfig, preset
-from cria_prune.errors import ConfigError
+from cria_prune.config import (
+    PlanConfig,
+    PruneConfig,
+    RecordConfig,
+    RecoverConfig,
+    ScoreConfig,
+    preset,
+)
 
 if TYPE_CHECKING:
     import torch
 
-    from cria_prune.tasks import Texts
+    from cria_prune.tasks.folder import Texts
 
 SECTIONS = {"record": RecordConfig, "score": ScoreConfig, "plan": PlanConfig}
 
@@ -32,7 +39,7 @@ def prune_config(request: Scoring, defaults: Mapping[str, Any] | None = None, **
         TargetError: the reduction is not between 0 and 1.
     """
     from cria_prune.criteria.score import find_criterion
-    from cria_prune.plan.select import check_share
+    from cria_prune.planning.selection import check_share
 
     layers: list[dict[str, Any]] = [dict(defaults or {})]
     if request.preset is not None:
@@ -65,7 +72,7 @@ def recover_config(request: Recover | Run, defaults: RecoverConfig) -> RecoverCo
     Raises:
         ConfigError: a value is not valid, or the processes and the device cannot train so.
     """
-    from cria_prune.recover.fit import check_possible
+    from cria_prune.recovery.tune import check_possible
 
     seed = {} if request.seed is None else {"seed": request.seed}
     config = RecoverConfig(**{**defaults.model_dump(), **seed, **request.tune.given()})
@@ -102,7 +109,7 @@ def _read(path: Path) -> PruneConfig:
 
 def texts_of(request: Data) -> Texts:
     """Return the data that were given."""
-    from cria_prune.tasks import Texts
+    from cria_prune.tasks.folder import Texts
 
     if request.calibration is not None and request.dataset is not None:
         raise ConfigError(

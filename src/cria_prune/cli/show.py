@@ -6,16 +6,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cria_prune.batches import Batch, model_inputs
+from cria_prune.base.batches import Batch, model_inputs
+from cria_prune.base.metrics import Metric, metric
 from cria_prune.cli.talk import Talk, percent
 from cria_prune.config import OF
-from cria_prune.metrics import Metric, metric
 from cria_prune.result import PruneResult, Round
 
 if TYPE_CHECKING:
-    from cria_prune.cli.inventory import Inventory
-    from cria_prune.cli.sources import Source
-    from cria_prune.structure import UnitGroups
+    from cria_prune.cli.outline import Inventory
+    from cria_prune.cli.target import Source
+    from cria_prune.structure.groups import UnitGroups
 
 
 def rounds(talk: Talk, done: Sequence[Round], metric: Metric) -> None:

@@ -7,24 +7,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cria_prune.artifact.files import write_json
-from cria_prune.artifact.folders import check_free
-from cria_prune.artifact.plots_metric import plot_tradeoff
 from cria_prune.artifact.scores import SCORES, load_scores
+from cria_prune.base.errors import ConfigError, TargetError
+from cria_prune.base.files import check_free, write_json
+from cria_prune.base.progress import clock
+from cria_prune.base.ranks import world
 from cria_prune.cli import show, target
-from cria_prune.cli.begin import dense_model, job_of, prepared_for, saved_as
-from cria_prune.cli.commands import member_name, whole_pruning
+from cria_prune.cli.commands import dense_model, job_of, member_name, prepared_for, saved_as, whole_pruning
 from cria_prune.cli.folder import interrupts_wait
 from cria_prune.cli.job import PRUNED, Job
-from cria_prune.cli.reports import picture
+from cria_prune.cli.report import picture
 from cria_prune.cli.request import Sweep
 from cria_prune.cli.scores import config_from, given_scores, keep_scores
 from cria_prune.cli.settings import pick_device, texts_of
 from cria_prune.cli.talk import Kept
 from cria_prune.config import PruneConfig
-from cria_prune.errors import ConfigError, TargetError
-from cria_prune.progress import clock
-from cria_prune.ranks import world
+from cria_prune.report.curves import plot_tradeoff
 from cria_prune.scores import Scored, hash_of, scored_of
 from cria_prune.stages import Prepared
 

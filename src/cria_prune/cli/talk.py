@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,14 +12,53 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from cria_prune.base.errors import CriaError
 from cria_prune.cli import launch
-from cria_prune.errors import CriaError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+    from rich.measure import Measurement
     from rich.tree import Tree
 
-    from cria_prune.progress import Progress
+    from cria_prune.base.progress import Progress
+
+PIECE = re.compile(r"\S+?(?:\.(?=[^\W\d]))|\S+\s*")
+FURTHER = 2
+
+
+class Breakable:
+    """A text for a rich table that may be broken at spaces and after dots; further lines are indented.
+
+    Args:
+        text: one line; spaces in front of it are kept on every line.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.pieces = PIECE.findall(text)
+        self.margin = " " * (len(text) - len(text.lstrip()))
+        self.width = len(text)
+
+    def lines(self, width: int) -> Iterator[str]:
+        """Return the text in lines of at most `width` characters, if no piece is longer."""
+        line = self.margin
+        for number, piece in enumerate(self.pieces):
+            if number and len(line) + len(piece.rstrip()) > width:
+                yield line.rstrip()
+                line = self.margin + " " * FURTHER
+            line += piece
+        yield line.rstrip()
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        from rich.measure import Measurement
+
+        longest = max((len(piece.rstrip()) for piece in self.pieces), default=0)
+        return Measurement(min(self.width, len(self.margin) + FURTHER + longest), max(self.width, 1))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.text import Text
+
+        yield Text("\n".join(self.lines(options.max_width)), overflow="fold")
+
 
 WIDTH, GAP, INDENT, MARK = 120, 3, "    ", "\ue000"
 
@@ -40,7 +80,7 @@ class Talk:
     @property
     def progress(self) -> Progress:
         """Where long steps show how far they are: stderr, or nowhere."""
-        from cria_prune.progress import Progress
+        from cria_prune.base.progress import Progress
 
         return Progress(quiet=self.quiet)
 
@@ -79,8 +119,6 @@ class Talk:
             return
         from rich import box
         from rich.table import Table
-
-        from cria_prune.cli.wrap import Breakable
 
         drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="")
         beside, below = _placed(columns, rows, remarks or [], self._width)

@@ -1,23 +1,33 @@
-"""What a command works on: a recipe's dense model, a saved checkpoint, or a Hugging Face model."""
+"""What a command works on: a recipe's dense model, a checkpoint, a Hugging Face model, a function's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from cria_prune.errors import ArtifactError, ConfigError
-from cria_prune.metrics import Metric, metric
+import torch
+from torch import nn
+
+from cria_prune.base.batches import Batch
+from cria_prune.base.errors import ArtifactError, ConfigError
+from cria_prune.base.metrics import Metric, metric
+from cria_prune.tasks.examples import example_inputs
+from cria_prune.tasks.loading import CONFIG, load_pretrained
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from cria_prune.artifact.manifest import Policy
-    from cria_prune.plan import Plan
-    from cria_prune.progress import Progress
-    from cria_prune.tasks import Task, Texts
+    from cria_prune.base.progress import Progress
+    from cria_prune.planning.plan import Plan
+    from cria_prune.tasks.base import Task
+    from cria_prune.tasks.folder import Texts
 
 
 @dataclass
@@ -106,9 +116,8 @@ def find(name: str, texts: Texts | None = None) -> Target:
         ConfigError: there is nothing of that name, or texts were given to what brings its own.
         ArtifactError: the folder holds no whole model, or one whose recipe is unknown.
     """
-    from cria_prune.tasks import TASKS
-    from cria_prune.tasks.hub import HUB_NAME, find_folder
-    from cria_prune.tasks.pretrained import CONFIG
+    from cria_prune.recipes.registry import TASKS
+    from cria_prune.tasks.loading import CONFIG, HUB_NAME, find_folder
 
     if name not in TASKS and not Path(name).is_dir() and not HUB_NAME.fullmatch(name):
         raise ConfigError(
@@ -132,7 +141,7 @@ def recipe(name: str, **options: Any) -> Target:
     Raises:
         ConfigError: no such recipe, or it has no such option.
     """
-    from cria_prune.tasks import TASKS, task
+    from cria_prune.recipes.registry import TASKS, task
 
     if name not in TASKS:
         raise ConfigError("A recipe", f"found {name!r}", f"Known recipes: {', '.join(TASKS)}")
@@ -147,7 +156,7 @@ def checkpoint(name: str) -> Target:
         ArtifactError: the folder holds no whole checkpoint, or one whose recipe is unknown.
     """
     from cria_prune.artifact.checkpoint import load
-    from cria_prune.tasks import TASKS, task
+    from cria_prune.recipes.registry import TASKS, task
 
     loaded = load(name)
     results = _mapping(loaded.manifest.get("results"))
@@ -165,9 +174,10 @@ def checkpoint(name: str) -> Target:
 def _pretrained(folder: Path, name: str, texts: Texts | None) -> Target:
     """Return a Hugging Face model; what Cria saved goes on with its recipe, if no other texts are given."""
     from cria_prune.artifact.checkpoint import load
-    from cria_prune.artifact.folders import MANIFEST
-    from cria_prune.tasks import TASKS, Texts, folder_task, task, with_weights
-    from cria_prune.tasks.hub import HUB_NAME
+    from cria_prune.base.files import MANIFEST
+    from cria_prune.recipes.registry import TASKS, folder_task, task
+    from cria_prune.tasks.folder import Texts, with_weights
+    from cria_prune.tasks.loading import HUB_NAME
 
     texts = texts or Texts()
     base = name if HUB_NAME.fullmatch(name) and not Path(name).is_dir() else None
@@ -188,3 +198,148 @@ def _pretrained(folder: Path, name: str, texts: Texts | None) -> Target:
 
 def _mapping(value: Any) -> dict[str, Any]:
     return dict(value) if isinstance(value, dict) else {}
+
+
+Kind = Literal["recipe", "checkpoint", "hugging-face", "factory"]
+FACTORY = "a function without arguments that returns a module, or (module, example)"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model and what its forward takes.
+
+    Attributes:
+        model: in eval mode, on the CPU, the meta device or where the function put it; a recipe's is
+            untrained.
+        example: one batch, on the CPU or where the function made it.
+        name: as the user typed it.
+        kind: `recipe`, `checkpoint`, `hugging-face` or `factory`.
+        target: task and plan of a recipe or checkpoint; None for the others.
+    """
+
+    model: nn.Module = field(repr=False)
+    example: Batch = field(repr=False)
+    name: str
+    kind: Kind
+    target: Target | None = field(default=None, repr=False)
+
+
+def load_source(text: str, example: Sequence[int] | None = None, meta: bool = False) -> Source:
+    """Return the model that a text names, with an example of its inputs.
+
+    Args:
+        text: a recipe (`digits`), a folder (of a Cria checkpoint, or with the config.json of a Hugging
+            Face model), or `package.module:function`, which is imported and called without arguments;
+            modules in the current folder are found too.
+        example: shape of the model's (main) input, in place of the one that comes with the model.
+        meta: leave the weights; every tensor is on the meta device and takes no memory.
+
+    Raises:
+        ConfigError: the text names nothing of these, or the function does not give a model and example.
+        ArtifactError: a folder holds no model that can be read.
+        DataError: the example's shape does not suit the model.
+    """
+    from cria_prune.recipes.registry import TASKS
+
+    folder = Path(text)
+    if text not in TASKS and folder.is_dir() and (folder / CONFIG).is_file():
+        model = load_pretrained(folder, meta)
+        return Source(model, example_inputs(model, example), text, "hugging-face")
+    if text not in TASKS and not folder.is_dir() and ":" in text:
+        model, given = _from_factory(text, meta)
+        return Source(model, _example(text, given, example), text, "factory")
+    if text not in TASKS and not folder.is_dir():
+        raise ConfigError(
+            "A model",
+            f"found {text!r}, which is no recipe and no folder",
+            f"Give a recipe ({', '.join(TASKS)}), the folder of a checkpoint or of a Hugging Face model, "
+            "or package.module:function",
+        )
+    found = find(text)
+    model = found.untrained()
+    return Source(
+        model.to("meta") if meta else model,
+        _example(text, found.task.example, example),
+        text,
+        "recipe" if found.checkpoint is None else "checkpoint",
+        found,
+    )
+
+
+def parse_shape(text: str | None) -> tuple[int, ...] | None:
+    """Return the sizes of `1,3,32,32`; None stays None.
+
+    Raises:
+        ConfigError: it is no list of positive whole numbers.
+    """
+    if text is None:
+        return None
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise ConfigError("The shape of an example", f"found {text!r}", "Give sizes like 1,3,32,32")
+    return tuple(int(word) for word in words)
+
+
+def _example(text: str, given: Batch | None, shape: Sequence[int] | None) -> Batch:
+    if shape is not None:
+        return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0))
+    if given is None:
+        raise ConfigError(
+            f"An example of the inputs of {text}",
+            "the function gave none",
+            "Pass its shape, as in --example 1,3,32,32, or return (model, example) from the function",
+        )
+    return given
+
+
+def _from_factory(text: str, meta: bool) -> tuple[nn.Module, Batch | None]:
+    """Import and call `package.module:function`; the error says which of the steps failed."""
+    asked = f"The model {text}"
+    with _current_folder_importable():
+        factory = _imported(text, asked)
+        try:
+            with torch.device("meta") if meta else nullcontext():
+                made = factory if isinstance(factory, nn.Module) else factory()
+        except Exception as error:  # the user's code
+            raise ConfigError(asked, f"the function raised {_named(error)}", f"Give {FACTORY}") from error
+    model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(asked, f"the function returned {type(made).__name__}", f"Give {FACTORY}")
+    return (model.to("meta") if meta else model).eval(), example
+
+
+def _imported(text: str, asked: str) -> Any:
+    module, _, path = text.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise ConfigError(asked, f"importing {module!r} raised {_named(error)}", "Install it") from error
+        raise ConfigError(
+            asked, f"there is no module {error.name!r}", "Run from the folder that holds it, or install it"
+        ) from error
+    except Exception as error:  # the user's code
+        raise ConfigError(asked, f"importing {module!r} raised {_named(error)}", "Mend the module") from error
+    for name in path.split("."):
+        if not hasattr(found, name):
+            raise ConfigError(asked, f"{module!r} has no {path!r}", f"Name {FACTORY}")
+        found = getattr(found, name)
+    if not callable(found):
+        raise ConfigError(asked, f"{path!r} is {type(found).__name__}", f"Name {FACTORY}")
+    return found
+
+
+@contextmanager
+def _current_folder_importable() -> Iterator[None]:
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        if folder in sys.path:
+            sys.path.remove(folder)
+
+
+def _named(error: Exception) -> str:
+    text = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".")
+    return f"{type(error).__name__}: {text}"

@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cria_prune.errors import CriterionError, SignalError, StructureError
-from cria_prune.graph import Moments
-from cria_prune.graph.moments import DOUBLE, SINGLE
-from cria_prune.record.features import FeatureMoments
+from cria_prune.base.errors import CriterionError, SignalError, StructureError
+from cria_prune.graph.moments import DOUBLE, SINGLE, Moments
+from cria_prune.recording.states import FeatureMoments
 from cria_prune.structure.groups import ParameterSlice, UnitGroup
 
 Steps = dict[str, int]

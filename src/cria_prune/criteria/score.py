@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from cria_prune.base.dispatched import values_of
+from cria_prune.base.errors import CriterionError, StructureError
 from cria_prune.base.events import passed
+from cria_prune.base.ranks import World, world
 from cria_prune.config import ScoreConfig
 from cria_prune.criteria.evidence import Evidence, UnitWeights
 from cria_prune.criteria.table import CRITERIA, Criterion
-from cria_prune.dispatched import values_of
-from cria_prune.errors import CriterionError, StructureError
-from cria_prune.ranks import World, world
-from cria_prune.record.states import EVERYTHING, GroupStates, States
-from cria_prune.spectrum import Diagnosis, Importance, rank_correlation
+from cria_prune.recording.states import EVERYTHING, GroupStates, States
+from cria_prune.spectrum.importance import Diagnosis, Importance, rank_correlation
 from cria_prune.structure.groups import UnitGroup, UnitGroups
 
 FEW, MANY = 3, 5

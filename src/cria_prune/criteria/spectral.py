@@ -13,12 +13,12 @@ import torch
 from cria_prune.config import ScoreConfig
 from cria_prune.criteria.evidence import Evidence, Sizes, Steps
 from cria_prune.graph.moments import DOUBLE, SINGLE
-from cria_prune.spectrum import Importance
-from cria_prune.spectrum import distortion as spectral_distortion
-from cria_prune.spectrum import grounded_distortion as spectral_grounded_distortion
-from cria_prune.spectrum import innovation as spectral_innovation
+from cria_prune.spectrum.distortions import distortion as spectral_distortion
+from cria_prune.spectrum.distortions import distortion_bytes as spectral_bytes
+from cria_prune.spectrum.distortions import grounded_distortion as spectral_grounded_distortion
+from cria_prune.spectrum.distortions import innovation as spectral_innovation
+from cria_prune.spectrum.importance import Importance
 from cria_prune.spectrum.precision import unpredicted_bytes
-from cria_prune.spectrum.scoring import distortion_bytes as spectral_bytes
 
 
 def _options(evidence: Evidence, config: ScoreConfig) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cria_prune.base.errors import CriterionError
 from cria_prune.config import SETTINGS, ScoreConfig, Setting
 from cria_prune.criteria import baselines, spectral
 from cria_prune.criteria.evidence import Evidence, Sizes, Steps
-from cria_prune.errors import CriterionError
-from cria_prune.record.states import EVERYTHING, Read
-from cria_prune.spectrum import Importance
+from cria_prune.recording.states import EVERYTHING, Read
+from cria_prune.spectrum.importance import Importance
 
 Need = Literal["states", "gradients", "examples"] | Read
 NEEDS = frozenset({"states", "gradients", "examples"}) | EVERYTHING

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cria_prune.errors import SignalError
+from cria_prune.base.errors import SignalError
 from cria_prune.graph.moments import DOUBLE, SINGLE, Moments, positive_samples
 
 ROWS = 128  # of a Gram matrix at a time

@@ -14,8 +14,7 @@ import torch
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from cria_prune.graph.graph import Graph
-from cria_prune.graph.learn import learn_graph, most_edges
+from cria_prune.graph.graph import Graph, learn_graph, most_edges
 from cria_prune.graph.moments import Moments, dead_units
 
 KEPT_UNITS = 2048

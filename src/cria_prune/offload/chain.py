@@ -24,10 +24,10 @@ from torch.utils._pytree import (
     treespec_loads,
 )
 
-from cria_prune.batches import Batch, map_tensors, model_inputs
-from cria_prune.dispatched import bytes_of
-from cria_prune.errors import StructureError
-from cria_prune.modules import cache_off, offloading_hooks
+from cria_prune.base.batches import Batch, map_tensors, model_inputs
+from cria_prune.base.dispatched import bytes_of
+from cria_prune.base.errors import StructureError
+from cria_prune.base.modules import cache_off, offloading_hooks
 
 
 class Chain:

@@ -10,24 +10,23 @@ from typing import Any
 
 import torch
 
-from cria_prune.artifact.files import hashes, write_json
-from cria_prune.artifact.folders import CERTIFICATE, MANIFEST, whole_folder
 from cria_prune.artifact.manifest import read_manifest, read_plan, render_manifest
-from cria_prune.batches import Batch, again, first_examples
+from cria_prune.base.batches import Batch, again, first_examples
+from cria_prune.base.dispatched import Weights
+from cria_prune.base.errors import ArtifactError, ConfigError, CriterionError
+from cria_prune.base.files import CERTIFICATE, MANIFEST, hashes, whole_folder, write_json
+from cria_prune.base.modules import check_finite
+from cria_prune.base.progress import QUIET, Progress, clock
 from cria_prune.config import PlanConfig, PruneConfig
 from cria_prune.criteria.score import find_criterion
-from cria_prune.dispatched import Weights
-from cria_prune.errors import ArtifactError, ConfigError, CriterionError
-from cria_prune.modules import check_finite
-from cria_prune.offload.check import load_dispatched
-from cria_prune.offload.rounds import OffloadedRound, Rounds, Standing
-from cria_prune.offload.walk import Places, all_rounds, work_folder
-from cria_prune.plan import Plan, compose
-from cria_prune.progress import QUIET, Progress, clock
+from cria_prune.offload.rounds import Places, Rounds, Standing, all_rounds, work_folder
+from cria_prune.offload.write import load_dispatched
+from cria_prune.planning.plan import Plan, compose
+from cria_prune.result import OffloadedRound
 from cria_prune.resume.turns import FinishedRounds, identity_of
 from cria_prune.stages import prepare
-from cria_prune.structure import UnitGroups
-from cria_prune.surgery import Verification
+from cria_prune.structure.groups import UnitGroups
+from cria_prune.surgery.verify import Verification
 
 MEMORY = 2**31
 """Bytes for the moments and weights of a turn of recording, unless other is asked for."""

@@ -12,21 +12,21 @@ from pathlib import Path
 
 from torch import nn
 
+from cria_prune.base.batches import Batch
+from cria_prune.base.dispatched import bytes_of
 from cria_prune.base.events import passed
-from cria_prune.batches import Batch
+from cria_prune.base.modules import device_of, give_back
+from cria_prune.base.progress import Progress
 from cria_prune.config import PruneConfig, RecordConfig
 from cria_prune.criteria.score import check_telling, find_criterion
-from cria_prune.dispatched import bytes_of
-from cria_prune.modules import device_of, give_back
 from cria_prune.offload.chain import Chain, outputs
-from cria_prune.progress import Progress
-from cria_prune.record.collect import limited
-from cria_prune.record.signals import Collector
-from cria_prune.record.states import reads_of
+from cria_prune.recording.collect import limited
+from cria_prune.recording.signals import Collector
+from cria_prune.recording.states import reads_of
 from cria_prune.resume.turns import Spilled, TurnStore
-from cria_prune.spectrum import Importance
+from cria_prune.spectrum.importance import Importance
 from cria_prune.stages import Prepared, rank
-from cria_prune.structure import UnitGroup, UnitGroups
+from cria_prune.structure.groups import UnitGroup, UnitGroups
 
 
 @dataclass(frozen=True)

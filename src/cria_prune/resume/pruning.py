@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from cria_prune.batches import Batch
+from cria_prune.base.batches import Batch
+from cria_prune.base.errors import CriaError
+from cria_prune.base.modules import digest
 from cria_prune.config import PruneConfig
-from cria_prune.errors import CriaError
-from cria_prune.modules import digest
-from cria_prune.plan import Plan, compose
+from cria_prune.planning.plan import Plan, compose
 from cria_prune.result import PruneResult, Round
 from cria_prune.resume.rounds import graph_tensors, graphs_of, parts_of, ridges_of, rounds_of
 from cria_prune.resume.store import Facts, State, Store, TypedStore, code_version, weights_of
-from cria_prune.structure import shrink
-from cria_prune.surgery import apply
+from cria_prune.structure.groups import shrink
+from cria_prune.surgery.removal import apply
 
 FORMAT = "cria-rounds-1"
 NAME = "rounds.safetensors"

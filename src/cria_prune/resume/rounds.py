@@ -21,10 +21,12 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from cria_prune.graph import Graph, Moments, NeuronGraphs
+from cria_prune.graph.graph import Graph
+from cria_prune.graph.moments import Moments
+from cria_prune.graph.sides import NeuronGraphs
 from cria_prune.result import Round
 from cria_prune.resume.store import State
-from cria_prune.spectrum import Diagnosis, Importance
+from cria_prune.spectrum.importance import Diagnosis, Importance
 
 Facts = dict[str, Any]
 Some = TypeVar("Some", bound=Round)

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cria_prune.errors import ArtifactError
-from cria_prune.modules import digest
+from cria_prune.base.errors import ArtifactError
+from cria_prune.base.modules import digest
 
 ANOTHER = "Pass another folder, or remove this one to start anew"
 

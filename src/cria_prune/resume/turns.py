@@ -11,10 +11,10 @@ from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cria_prune.batches import Batch
+from cria_prune.base.batches import Batch
+from cria_prune.base.errors import ArtifactError
 from cria_prune.config import PruneConfig
-from cria_prune.errors import ArtifactError
-from cria_prune.graph import Moments
+from cria_prune.graph.moments import Moments
 from cria_prune.result import OffloadedRound
 from cria_prune.resume.pruning import asked_of
 from cria_prune.resume.rounds import (
@@ -26,7 +26,7 @@ from cria_prune.resume.rounds import (
     rounds_of,
 )
 from cria_prune.resume.store import Facts, Store, TypedStore
-from cria_prune.spectrum import Importance
+from cria_prune.spectrum.importance import Importance
 
 WORK = "pruning layer by layer"
 

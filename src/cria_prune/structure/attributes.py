@@ -17,7 +17,7 @@ import numpy as np
 from torch import nn
 
 from cria_prune.structure.groups import Count, UnitGroup
-from cria_prune.structure.rules import Counted
+from cria_prune.structure.rules.core import Counted
 
 HEADS = re.compile(r"(^|_)n?heads?$")
 WIDTHS = {"all_head_size", "inner_dim", "attn_dim", "split_size", "attention_dim", "proj_size", "qkv_dim"}

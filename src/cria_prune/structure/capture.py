@@ -13,11 +13,11 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from cria_prune.attention import plain_attention
+from cria_prune.base.attention import plain_attention
+from cria_prune.base.batches import SMALLER, Batch, check_memory, model_inputs
+from cria_prune.base.errors import CaptureError, DataError
 from cria_prune.base.events import passed
-from cria_prune.batches import SMALLER, Batch, check_memory, model_inputs
-from cria_prune.errors import CaptureError, DataError
-from cria_prune.modules import cache_off, shared_copy
+from cria_prune.base.modules import cache_off, shared_copy
 
 
 def capture(model: nn.Module, example: Batch) -> ExportedProgram:

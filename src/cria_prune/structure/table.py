@@ -1,11 +1,172 @@
-"""The groups of a model as rows of a table, repeated layers said once; the table as plain text."""
+"""Unit groups as a table that fits a screen: repeated layers said once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import astuple, dataclass, replace
+from typing import Literal
 
 from cria_prune.base.screen import screenful
-from cria_prune.structure.fold import Fold, Row, braced, fold, merged
+
+NUMBER = re.compile(r"(?:(?<=[._])|^)\d+(?=\.|$)")
+"""The number of a layer in its name: `layers.0.mlp`, `encoder_layer_0.mlp`; not that of `conv1`."""
+MEASURED = re.compile(r"\d+(?:\.\d+)?(?:e[+-]\d+)|\d+\.\d+")
+HOLE = "\0"
+Status = Literal["prunable", "residual", "frozen"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A unit group as `inspect --json` prints it; the attributes are the keys.
+
+    Attributes:
+        name: of the group: the module that makes its first slice.
+        kind: channel, neuron, gated, head, kv group or residual.
+        units: how many there are.
+        status: `prunable`; `residual`, which is pruned only with --residual; or `frozen`.
+        frozen: why it cannot be pruned, or None.
+        parameters_per_unit: parameters that leave when one unit leaves and nothing else; None if frozen.
+        macs_per_unit: multiply-accumulates per example that leave with it; None if frozen.
+        producers: parameters whose output dimension the units are.
+        consumers: parameters that sum over the units.
+    """
+
+    name: str
+    kind: str
+    units: int
+    status: Status
+    frozen: str | None
+    parameters_per_unit: int | None
+    macs_per_unit: float | None
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Groups that are alike in consecutive copies of a layer.
+
+    Attributes:
+        row: the group, with a range in place of the number in all of its names.
+        layer: the name of the repeated layer with that range, such as `model.layers.0-31`; `` for one group.
+        count: how many groups it stands for.
+    """
+
+    row: Row
+    layer: str = ""
+    count: int = 1
+
+
+def fold(rows: Sequence[Row]) -> list[Fold]:
+    """Return the rows with repeated ones folded, in the order of their first; each row is in one fold."""
+    alike: dict[Hashable, list[tuple[str, int]]] = {}
+    for index, row in enumerate(rows):
+        for found in NUMBER.finditer(row.name):
+            layer = row.name[: found.end()]
+            same = _renamed(row, layer, row.name[: found.start()] + HOLE)
+            same = replace(same, frozen=MEASURED.sub(HOLE, same.frozen or ""))
+            alike.setdefault(astuple(same), []).append((layer, index))
+    folds: dict[int, Fold] = {}
+    taken: set[int] = set()
+    for members in sorted(alike.values(), key=len, reverse=True):
+        left = [(layer, index) for layer, index in members if index not in taken]
+        if len(left) > 1:
+            layer, first = left[0]
+            span = merged([item for item, _ in left])[0]
+            one = replace(rows[first], frozen=_spread([rows[index].frozen for _, index in left]))
+            folds[first] = Fold(_renamed(one, layer, span), span, len(left))
+            taken |= {index for _, index in left}
+    singles = {index: Fold(row) for index, row in enumerate(rows) if index not in taken}
+    return [item for _, item in sorted({**folds, **singles}.items())]
+
+
+def merged(names: Iterable[str]) -> list[str]:
+    """Return the names with those that differ in one number written as one.
+
+    >>> merged(["embed", "layers.0.mlp", "layers.1.mlp", "layers.3.mlp"])
+    ['embed', 'layers.0-1,3.mlp']
+    """
+    names = list(dict.fromkeys(names))
+    alike: dict[tuple[str, str], dict[int, str]] = {}
+    for name in names:
+        for found in NUMBER.finditer(name):
+            alike.setdefault((name[: found.start()], name[found.end() :]), {})[int(found[0])] = name
+    replaced: dict[str, str] = {}
+    for (start, end), numbered in sorted(alike.items(), key=lambda item: len(item[1]), reverse=True):
+        left = {number: name for number, name in numbered.items() if name not in replaced}
+        if len(left) > 1:
+            replaced |= dict.fromkeys(left.values(), f"{start}{ranges(left)}{end}")
+    return list(dict.fromkeys(replaced.get(name, name) for name in names))
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Return numbers as ranges.
+
+    >>> ranges([0, 1, 2, 5])
+    '0-2,5'
+    """
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in spans)
+
+
+def braced(names: Sequence[str]) -> list[str]:
+    """Return the names with those of one parent written as one.
+
+    >>> braced(["attn.q", "attn.k", "mlp.up", "head"])
+    ['attn.{q, k}', 'mlp.up', 'head']
+    """
+    children: dict[str, list[str]] = {}
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        children.setdefault(parent or name, []).append(last if parent else "")
+    return [
+        parent if items == [""] else f"{parent}.{items[0]}" if len(items) == 1 else _braces(parent, items)
+        for parent, items in children.items()
+    ]
+
+
+def _braces(parent: str, items: Sequence[str]) -> str:
+    inside = [item for item in items if item]
+    braces = f"{parent}.{{{', '.join(inside)}}}" if len(inside) > 1 else f"{parent}.{inside[0]}"
+    return braces if len(inside) == len(items) else f"{parent}, {braces}"
+
+
+def _spread(reasons: Sequence[str | None]) -> str | None:
+    """Return the first reason, each measured number in it as the range of all."""
+    first = reasons[0]
+    if first is None:
+        return None
+    columns = zip(*(MEASURED.findall(reason or "") for reason in reasons), strict=True)
+    texts = iter([sorted(set(column), key=float) for column in columns])
+
+    def span(_: re.Match[str]) -> str:
+        numbers = next(texts)
+        return numbers[0] if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+
+    return MEASURED.sub(span, first)
+
+
+def _renamed(row: Row, layer: str, new: str) -> Row:
+    """Return the row with `layer` renamed wherever it begins a module's name."""
+    pattern = re.compile(rf"(?<![\w.]){re.escape(layer)}(?!\w)")
+
+    def rename(text: str) -> str:
+        return pattern.sub(lambda _: new, text)
+
+    return replace(
+        row,
+        name=rename(row.name),
+        frozen=None if row.frozen is None else rename(row.frozen),
+        producers=tuple(map(rename, row.producers)),
+        consumers=tuple(map(rename, row.consumers)),
+    )
+
 
 LOOSE = ("group", "kind", "units", "params/unit", "MACs/unit")
 FLOW = "producers → consumers"

@@ -11,17 +11,10 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
-from cria_prune.batches import Batch
-from cria_prune.structure import (  # noqa: F401  (they register their rules)
-    rules_attention,
-    rules_layers,
-    rules_norms,
-    rules_select,
-    rules_shape,
-)
+from cria_prune.base.batches import Batch
 from cria_prune.structure.axes import Resolved, Units
 from cria_prune.structure.capture import capture, operation_name
-from cria_prune.structure.rules import RULES, Context, freeze_all, no_rule
+from cria_prune.structure.rules.core import RULES, Context, freeze_all, no_rule
 
 LAYERS = {
     "linear",

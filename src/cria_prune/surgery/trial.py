@@ -15,15 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from cria_prune.batches import Batch, map_tensors, model_inputs, named_shortage
-from cria_prune.errors import CriaError, ResourceError
-from cria_prune.modules import cache_off, device_of, meta_copy, shared_copy
-from cria_prune.plan.make import make_plan
-from cria_prune.plan.plan import Plan
-from cria_prune.structure.alike import alike
+from cria_prune.base.batches import Batch, map_tensors, model_inputs, named_shortage
+from cria_prune.base.errors import CriaError, ResourceError
+from cria_prune.base.modules import cache_off, device_of, meta_copy, shared_copy
+from cria_prune.planning.plan import Plan, make_plan
 from cria_prune.structure.capture import first_line
-from cria_prune.structure.groups import UnitGroups
-from cria_prune.surgery.apply import apply
+from cria_prune.structure.groups import UnitGroups, alike
+from cria_prune.surgery.removal import apply
 from cria_prune.surgery.verify import LESS, Reference
 
 

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
-from cria_prune.batches import Batch, model_inputs
-from cria_prune.plan.plan import Plan
+from cria_prune.base.batches import Batch, model_inputs
+from cria_prune.planning.plan import Plan
 from cria_prune.structure.capture import operation_name
-from cria_prune.structure.rules import argument
-from cria_prune.structure.rules_norms import STATISTICS, reduced_dims
+from cria_prune.structure.rules.core import argument
+from cria_prune.structure.rules.layers import STATISTICS, reduced_dims
 from cria_prune.structure.trace import Trace, live_nodes, wrapped_graph
 
 

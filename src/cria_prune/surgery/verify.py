@@ -16,11 +16,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from cria_prune.base.batches import (
+    Batch,
+    map_tensors,
+    model_inputs,
+    move,
+    named_shortage,
+    ran_out,
+)
+from cria_prune.base.errors import VerificationError
 from cria_prune.base.events import passed
-from cria_prune.batches import Batch, map_tensors, model_inputs, move, named_shortage, ran_out
-from cria_prune.errors import VerificationError
-from cria_prune.modules import cache_off, copy_of, device_of, named_tensors, shared_copy
-from cria_prune.plan.plan import Plan
+from cria_prune.base.modules import cache_off, copy_of, device_of, named_tensors, shared_copy
+from cria_prune.planning.plan import Plan
 from cria_prune.structure.capture import first_line
 from cria_prune.structure.trace import Trace, trace
 from cria_prune.surgery.twin import Twin

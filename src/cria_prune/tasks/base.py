@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cria_prune.base.batches import Batch, batch_target, describe, model_inputs, move
+from cria_prune.base.errors import DataError
 from cria_prune.base.events import passed
-from cria_prune.batches import Batch, batch_target, describe, model_inputs, move
+from cria_prune.base.metrics import logits_of
+from cria_prune.base.modules import device_of, modes_kept
+from cria_prune.base.progress import Progress, track
 from cria_prune.config import RecoverConfig
-from cria_prune.errors import DataError
-from cria_prune.loss import logits_of
-from cria_prune.modules import device_of, modes_kept
-from cria_prune.progress import Progress, track
-from cria_prune.recover.guard import channels_last
+from cria_prune.recovery.guard import channels_last
 from cria_prune.tasks.models import build
 
 EpochBatches = Callable[[int], Iterable[Batch]]

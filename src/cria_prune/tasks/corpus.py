@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cria_prune.base.optional import needed
-from cria_prune.errors import DataError
+from cria_prune.base.errors import DataError, needed
 
 TEXTS = ("sentence", "text", "content", "document", "review")
 LABELS = ("label", "labels")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cria_prune.errors import DataError
+from cria_prune.base.errors import DataError
 
 EXAMPLES, LENGTH, WAVE = 2, 16, 8000
 """Examples in a batch, tokens in a text, samples in a wave (half a second at 16 kHz)."""

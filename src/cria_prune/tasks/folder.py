@@ -1,4 +1,4 @@
-"""A Hugging Face folder and the user's texts as a task: what a text and labelled rows share."""
+"""A Hugging Face folder and the user's texts as a task: perplexity on a text, accuracy on labelled rows."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from cria_prune.batches import Batch
-from cria_prune.errors import ArtifactError, DataError
-from cria_prune.modules import device_of
-from cria_prune.progress import Progress
+from cria_prune.base.batches import Batch
+from cria_prune.base.errors import ArtifactError, ConfigError, DataError
+from cria_prune.base.modules import device_of
+from cria_prune.base.progress import Progress
+from cria_prune.config import RecoverConfig
 from cria_prune.tasks.base import Task
 from cria_prune.tasks.corpus import Corpus, read_dataset, read_text
 from cria_prune.tasks.examples import example_inputs
-from cria_prune.tasks.hub import has_tokenizer
-from cria_prune.tasks.pretrained import find_library, load_pretrained, quiet
+from cria_prune.tasks.language import SHORT, SPLITS, LanguageTask, conventions, perplexities, places
+from cria_prune.tasks.loading import find_library, has_tokenizer, load_pretrained, quiet
+from cria_prune.tasks.sentences import LONGEST, SentenceTask
+from cria_prune.tasks.text import Sentences, encode
 
 HELD = 0.05
 """Share of the texts that is kept apart to measure on where no other data are given."""
@@ -157,3 +161,208 @@ class FolderTask(Task):
                 f"it writes token {largest}, and the model knows {config.vocab_size} tokens",
                 "Copy the tokenizer of this very model into the folder",
             )
+
+
+SPLIT_SEED, HELD_ROWS = 0, 1000
+
+
+@dataclass(eq=False)
+class SentenceFolder(FolderTask, SentenceTask):
+    """Accuracy of a sequence classifier on labelled rows.
+
+    Measured are the labelled splits validation or test of the data set; else 5 % of its rows, at most 1,000,
+    which are then not used for anything else. A text file is one sentence per line, without labels: it
+    serves for the calibration alone.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.texts.text is not None:
+            raise ConfigError(
+                f"A text to measure {self.name} on",
+                "it classifies sentences",
+                "Give labelled rows with --dataset in place of --text",
+            )
+        self.recover_defaults = RecoverConfig(epochs=1, lr=5e-5, **TUNING)
+
+    @cached_property
+    def _splits(self) -> dict[str, Sentences]:
+        source, other = self.parts()
+        rows = self._sentences(source)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SPLIT_SEED))
+        held = max(1, min(HELD_ROWS, round(HELD * len(rows))))
+        if len(rows) < 4 * held:
+            raise DataError(
+                f"Sentences for {self.name}", f"found {len(rows)}", "Give four at least, better hundreds"
+            )
+        test = None if other is None or other.labels is None else self._sentences(other)
+        first = 0 if test is not None else held
+        return {
+            "train": rows.rows(order[first + held :]),
+            "validation": rows.rows(order[first : first + held]),
+            "test": rows.rows(order[:held]) if test is None else test,
+        }
+
+    def _sentences(self, corpus: Corpus) -> Sentences:
+        texts = [text.strip() for text in corpus.texts]
+        labels = (
+            None if corpus.labels is None else torch.tensor([self._label(item) for item in corpus.labels])
+        )
+        if labels is None:
+            texts = [text for text in texts if text]
+        found = self.tokenised(texts, labels)
+        self.check_vocabulary(max((max(tokens, default=0) for tokens in found.tokens), default=0))
+        return found
+
+    @property
+    def padding(self) -> int:
+        """The token that fills up a batch: the model's own, for it may look for the last other one.
+
+        Raises:
+            ConfigError: neither configuration nor tokenizer says one.
+        """
+        config: Any = self.model.config
+        said = getattr(config, "pad_token_id", None)
+        said = self.tokenizer.pad_token_id if said is None else said
+        if said is None:
+            raise ConfigError(
+                f"Batches of sentences for {self.name}",
+                "neither its configuration nor its tokenizer has a padding token",
+                "Set pad_token_id in config.json, to a token that the model was trained with",
+            )
+        config.pad_token_id = int(said)
+        return int(said)
+
+    @property
+    def longest_sentence(self) -> int:
+        """Tokens per sentence: 128, or what the model's positions allow."""
+        return min(LONGEST, places(self.model) or LONGEST)
+
+    def _label(self, label: int | str | None) -> int:
+        """Return a label's number by the model's configuration."""
+        config: Any = self.model.config
+        number = config.label2id.get(label) if isinstance(label, str) else label
+        if not isinstance(number, int) or not 0 <= number < config.num_labels:
+            raise DataError(
+                f"The labels for {self.name}",
+                f"found {label!r}, and the model knows {', '.join(map(repr, config.label2id))}",
+                f"Give numbers from 0 to {config.num_labels - 1}, or these names",
+            )
+        return number
+
+    @property
+    def measured(self) -> bool:
+        """Whether there are labels to measure on."""
+        return self._splits["test"].labels is not None
+
+    @property
+    def tested_on(self) -> str:
+        """What the test split is, in words."""
+        return f"{len(self.split('test')):,} sentences that were kept apart"
+
+    def split(self, name: str) -> Sentences:
+        """Return the sentences of a split; see the class for where they come from."""
+        if name not in self._splits:
+            raise DataError(f"A split of {self.name}", f"found {name!r}", f"Known: {', '.join(self._splits)}")
+        return self._splits[name]
+
+    def calibration(self, examples: int, seed: int = 0) -> list[Batch]:
+        """Return `examples` random sentences, or all where there are fewer."""
+        return super().calibration(min(examples, len(self.split("train"))), seed)
+
+
+HELD_BLOCKS, TRAINED = 512, 512
+"""Blocks that are held out at most; tokens per block of a fine-tune at most."""
+
+
+@dataclass(eq=False)
+class TextFolder(FolderTask, LanguageTask):
+    """Perplexity of a causal language model on a text.
+
+    Measured is the file `texts.text`; else the split test or validation of the data set; else the last 5 %
+    of the text, at most 512 blocks, which are then not used for anything else. The validation split is the
+    last 5 % of what is left.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        most = conventions(self.model)[-1]
+        self.short, self.longest = min(SHORT, most), min(TRAINED, most)
+        self.metric = f"perplexity-{self.short}"
+        self.recover_defaults = RecoverConfig(epochs=1, lr=5e-5, **TUNING)
+
+    @cached_property
+    def _tokens(self) -> dict[str, Tensor]:
+        if self.texts.text is not None and self.texts.calibration is None and self.texts.dataset is None:
+            return {"test": self._encoded(read_text(self.texts.text), 1)}
+        source, held = self.parts()
+        train = self._encoded(_joined(source), 4)
+        if self.texts.text is not None:
+            test = self._encoded(read_text(self.texts.text), 1)
+        elif held is not None:
+            test = self._encoded(_joined(held), 1)
+        else:
+            train, test = self._cut(train)
+        train, validation = self._cut(train)
+        return {"train": train, "validation": validation, "test": test}
+
+    def _cut(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the last blocks of a text apart."""
+        count = len(tokens) // self.short
+        held = max(1, min(HELD_BLOCKS, round(HELD * count))) * self.short
+        return tokens[:-held], tokens[-held:]
+
+    def _encoded(self, text: str, least: int) -> Tensor:
+        tokens = encode(self.tokenizer, text)
+        if len(tokens) < least * self.short:
+            raise DataError(
+                f"A text for {self.name}",
+                f"it has {len(tokens)} tokens; {least} sequences of {self.short} are needed at least",
+                "Give a longer text",
+            )
+        self.check_vocabulary(int(tokens.max()))
+        return tokens
+
+    def tokens(self, split: str) -> Tensor:
+        """Return the tokens of a split, (tokens,) int64; see the class for where they come from."""
+        if split not in self._tokens and split in SPLITS:
+            raise DataError(
+                f"A text to calibrate {self.name} on",
+                "only one to measure on was given",
+                "Give --calibration",
+            )
+        if split not in self._tokens:
+            raise DataError(
+                f"A split of {self.name}", f"found {split!r}", f"Known: {', '.join(self._tokens)}"
+            )
+        return self._tokens[split]
+
+    def calibration(self, examples: int, seed: int = 0) -> list[Batch]:
+        """Return `examples` random blocks of `short` tokens, or all where the text has fewer."""
+        return super().calibration(min(examples, len(self.tokens("train")) // self.short), seed)
+
+    def further(self, model: nn.Module, progress: Progress | None = None) -> dict[str, float | str]:
+        """Return the perplexity in the other convention: 2,048 tokens, or the most that the model reads."""
+        most, tokens = conventions(model)[-1], self.tokens("test")
+        if most == self.short:
+            return {}
+        if len(tokens) < most:
+            return {"note": f"perplexity-{most} is not measured: the text has {len(tokens)} tokens"}
+        return dict(perplexities(model, tokens, [most], progress))
+
+    def fingerprint(self, *splits: str) -> str:
+        """Return the SHA-256, in hex, of the splits' tokens (of all that there are if none is named)."""
+        return super().fingerprint(*(splits or self._tokens))
+
+    @property
+    def tested_on(self) -> str:
+        """What the test split is, in words."""
+        if self.texts.text is not None:
+            return self.texts.text.name
+        return f"{len(self.tokens('test')):,} tokens that were kept apart"
+
+
+def _joined(corpus: Corpus) -> str:
+    """Return the rows as one text, each on lines of its own."""
+    ends = [text if text.endswith("\n") else f"{text}\n" for text in corpus.texts]
+    return "".join(ends)

@@ -24,10 +24,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from cria_prune.base.optional import needed
-from cria_prune.errors import ArtifactError, ConfigError, DataError
-from cria_prune.modules import copy_of, device_of, devices_in_use, shared_copy
-from cria_prune.tasks.pretrained import find_library, quiet
+from cria_prune.base.errors import ArtifactError, ConfigError, DataError, needed
+from cria_prune.base.modules import copy_of, device_of, devices_in_use, shared_copy
+from cria_prune.tasks.loading import find_library, quiet
 
 BOOTSTRAP = 1000
 """Draws for a standard error that has no formula (perplexity, F1)."""

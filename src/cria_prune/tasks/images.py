@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cria_prune.base.batches import Batch
+from cria_prune.base.errors import DataError
 from cria_prune.base.events import passed
-from cria_prune.batches import Batch
+from cria_prune.base.progress import Progress
 from cria_prune.config import RecoverConfig
-from cria_prune.errors import DataError
-from cria_prune.progress import Progress
 from cria_prune.tasks.base import EpochBatches, Task, fingerprint
 
 SPLITS = ("train", "validation", "test")

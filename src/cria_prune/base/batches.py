@@ -1,0 +1,239 @@
+"""What a batch is: a tensor, a (inputs, target) pair, or a mapping of keyword arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from cria_prune.base.errors import CriaError, DataError, ResourceError
+
+Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+
+EXAMPLES = 2
+"""Examples in the batch that captures and verifies a model."""
+
+SMALLER = "Pass smaller batches or shorter inputs, or run on a device with more memory"
+
+LABEL_KEYS = ("labels", "label", "target", "targets")
+
+
+def model_inputs(batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """Split a batch into the positional and keyword arguments of the model's forward.
+
+    A tensor is the one input. Of a tuple or list the first item is the input and the
+    second, if any, the target. A mapping is passed by keyword, without its labels.
+
+    Raises:
+        DataError: the batch is of another type or empty.
+    """
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, Mapping):
+        if batch:
+            return (), {key: value for key, value in batch.items() if key not in LABEL_KEYS}
+    elif isinstance(batch, (tuple, list)) and 1 <= len(batch) <= 2 and isinstance(batch[0], Tensor):
+        return (batch[0],), {}
+    raise DataError(
+        "A batch for the model",
+        f"found {describe(batch)}",
+        "Pass a tensor, an (inputs, target) pair of tensors, or a mapping of keyword arguments "
+        "(for several inputs)",
+    )
+
+
+def forward(model: Callable[..., Any], batch: Batch, step: Callable[[Batch], Any] | None = None) -> None:
+    """Run a model on a calibration batch, or `step` on the batch, which runs it in its own way.
+
+    Raises:
+        DataError: the model raised; its own text is kept.
+        ResourceError: the memory does not suffice.
+    """
+    args, kwargs = model_inputs(batch)
+    try:
+        if step is None:
+            model(*args, **kwargs)
+        else:
+            step(batch)
+    except CriaError:
+        raise
+    except Exception as error:
+        shapes = [describe(value) for value in (*args, *kwargs.values())]
+        asked = f"Running {type(model).__name__} on a calibration batch ({', '.join(shapes)})"
+        check_memory(error, asked, SMALLER)
+        raise DataError(
+            asked,
+            f"{type(error).__name__}: {error}",
+            "Pass batches that the model's forward accepts",
+        ) from error
+
+
+def ran_out(error: BaseException) -> bool:
+    """Say whether an error means that a device or the machine has no memory left."""
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or "DefaultCPUAllocator" in str(error)  # the CPU has no class of its own
+
+
+def check_memory(error: Exception, asked: str, mend: str) -> None:
+    """Raise a ResourceError where an error means that memory is lacking, for it says nothing of a model.
+
+    Raises:
+        ResourceError: that is so.
+    """
+    if isinstance(error, ResourceError):
+        raise error
+    if ran_out(error):
+        raise ResourceError(asked, short_of(error), mend) from error
+
+
+@contextmanager
+def named_shortage(asked: str, mend: str) -> Iterator[None]:
+    """Name what was asked, where memory is lacking inside; other errors pass.
+
+    Raises:
+        ResourceError: that is so.
+    """
+    try:
+        yield
+    except Exception as error:
+        check_memory(error, asked, mend)
+        raise
+
+
+def short_of(error: BaseException) -> str:
+    """Return what an error for which `ran_out` holds says, in a line."""
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    return f"the memory does not suffice ({said[0].rstrip('.')})"
+
+
+def batch_target(batch: Batch) -> Tensor | None:
+    """Return the target of a batch, or None where it has none."""
+    if isinstance(batch, Mapping):
+        return next((batch[key] for key in LABEL_KEYS if key in batch), None)
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor):
+        return batch[1]
+    return None
+
+
+def batch_size(batch: Batch) -> int:
+    """Return the number of examples in a batch (the first dimension of its first tensor)."""
+    args, kwargs = model_inputs(batch)
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if not tensors or tensors[0].ndim == 0:
+        raise DataError(
+            "The number of examples in a batch",
+            f"found {describe(batch)}",
+            "The first tensor of a batch needs a leading batch dimension",
+        )
+    return int(tensors[0].shape[0])
+
+
+def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Return the batch with `function` applied to every tensor; a tuple or list keeps its kind."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: map_tensors(value, function) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(map_tensors(value, function) for value in batch)
+    return batch
+
+
+def joined(batches: Iterable[Batch], least: int) -> Iterator[Batch]:
+    """Yield the inputs of batches, without targets, in batches of at least `least` examples.
+
+    Smaller ones are joined where it is plain that they belong together: the same names, shapes, types and
+    devices, and all that is not per example equal. The last may be smaller.
+    """
+    waiting: Batch | None = None
+    for batch in batches:
+        args, kwargs = model_inputs(batch)
+        # The map makes plain dictionaries of inner mappings, which alone can be taken apart and compared.
+        inputs: Batch = map_tensors(kwargs, lambda item: item) if kwargs else args[0]
+        whole = inputs if waiting is None else _together(waiting, inputs)
+        if whole is None:
+            assert waiting is not None
+            yield waiting
+            whole = inputs
+        waiting = whole
+        if batch_size(whole) >= least:
+            yield whole
+            waiting = None
+    if waiting is not None:
+        yield waiting
+
+
+def _together(one: Batch, other: Batch) -> Any:
+    """Return two batches' inputs as one; None where they do not plainly belong together."""
+    (ours, structure), (theirs, same) = tree_flatten(one), tree_flatten(other)
+    if structure != same:
+        return None
+    sizes, leaves = (batch_size(one), batch_size(other)), list[Any]()
+    for left, right in zip(ours, theirs, strict=True):
+        if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
+            if isinstance(left, Tensor) or isinstance(right, Tensor) or left != right:
+                return None
+            leaves.append(left)
+            continue
+        alike = (left.dtype, left.device, left.shape[1:]) == (right.dtype, right.device, right.shape[1:])
+        if not alike or left.ndim != right.ndim:
+            return None
+        equal = left.shape == right.shape and torch.equal(left, right)
+        per_example = left.ndim > 0 and (len(left), len(right)) == sizes
+        if per_example and (not equal or not any(isinstance(item, Tensor) for item in leaves)):
+            leaves.append(torch.cat([left, right]))
+        elif equal and not per_example:
+            leaves.append(left)
+        else:  # a table of the batch's length, or something of each batch's own
+            return None
+    return tree_unflatten(leaves, structure)
+
+
+def move(batch: Any, device: torch.device | str) -> Any:
+    """Return the batch with every tensor on `device`."""
+    return map_tensors(batch, lambda tensor: tensor.to(device))
+
+
+def describe(value: Any) -> str:
+    """Name a value's type, and for containers the types inside, for an error text."""
+    name = type(value).__name__
+    if isinstance(value, (tuple, list)):
+        return f"{name} of {len(value)}: ({', '.join(type(item).__name__ for item in value[:4])})"
+    return f"{name} {tuple(value.shape)}" if isinstance(value, Tensor) else name
+
+
+def cut(batch: Any, size: int, examples: int) -> Any:
+    """Return the first examples of a batch: every tensor of leading length `size` is cut."""
+    return map_tensors(batch, lambda item: item[:examples] if item.ndim and len(item) == size else item)
+
+
+def shortened(batch: Batch, device: torch.device) -> Batch:
+    """Return the first two examples of a batch, on the device."""
+    return move(cut(batch, batch_size(batch), EXAMPLES), device)
+
+
+def again(batches: Iterable[Batch]) -> Iterable[Batch]:
+    """Return batches that can be gone through once per round; an iterator is read into a list."""
+    if isinstance(batches, (Tensor, str, Mapping)) or not isinstance(batches, Iterable):
+        raise DataError(
+            "Calibration batches", f"found {describe(batches)}", "Pass a list or loader of batches"
+        )
+    return list(batches) if iter(batches) is batches else batches
+
+
+def first_examples(batches: Iterable[Batch], device: torch.device) -> Batch:
+    """Return the first examples of the first batch, on the device.
+
+    Raises:
+        DataError: there is no batch.
+    """
+    with torch.random.fork_rng(devices=[]):  # a shuffling loader draws from the global generator
+        for batch in batches:
+            return shortened(batch, device)
+    raise DataError(
+        "Calibration batches", "found none", "Pass at least one batch; a used-up iterator has none"
+    )

@@ -1,0 +1,297 @@
+"""Files and folders that are whole or absent: written under a temporary name, flushed, then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+
+from cria_prune.base.errors import ArtifactError, CriaError
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Give a temporary name beside `path`; on leaving, what was written there becomes `path`.
+
+    When the body raises, the temporary file is removed and an old `path` stays as it was.
+
+    Raises:
+        ArtifactError: the system refuses (read-only, full disk, ...); the text is the system's.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, path)
+        with suppress(OSError):  # some file systems cannot flush a folder
+            _flush(path.parent)
+    except OSError as error:
+        raise refused(f"Writing {path}", error) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def reading(asked: str, todo: str) -> Iterator[None]:
+    """Say what was asked and what to do where a file cannot be read, or holds something else than it should.
+
+    Raises:
+        ArtifactError: what is done inside fails for the system or for what the file holds.
+    """
+    try:
+        yield
+    except ArtifactError:
+        raise
+    except OSError as error:
+        raise ArtifactError(asked, f"the system refused, {error}", todo) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ArtifactError(asked, f"its {where!r} is damaged, {first['msg']}", todo) from error
+    except (SafetensorError, CriaError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise ArtifactError(asked, f"it is damaged, {error!r}", todo) from error
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a text file in UTF-8, whole or not at all, and return its path.
+
+    Raises:
+        ArtifactError: the system refuses.
+    """
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+    return Path(path)
+
+
+def write_json(path: str | Path, values: Mapping[str, Any], *, allow_nan: bool = True) -> Path:
+    """Write a JSON file that people read too, whole or not at all, and return its path.
+
+    Args:
+        path: the file.
+        values: what it holds.
+        allow_nan: write NaN and infinity as Python does; otherwise they are a ValueError.
+
+    Raises:
+        ArtifactError: the system refuses.
+    """
+    return write_text(path, json.dumps(values, indent=1, allow_nan=allow_nan) + "\n")
+
+
+def new_folder(path: str | Path, overwrite: bool = False) -> Path:
+    """Make a folder, parents too, and return its path.
+
+    Args:
+        path: the folder; it may exist if it is empty.
+        overwrite: accept a folder that holds files. None of them is removed here.
+
+    Raises:
+        ArtifactError: the folder holds files, the path is a file, or the system refuses.
+    """
+    path = Path(path)
+    asked = f"Writing to the folder {path}"
+    try:
+        if path.exists() and not path.is_dir():
+            raise ArtifactError(asked, "found a file of that name", "Choose another name")
+        path.mkdir(parents=True, exist_ok=True)
+        found = sorted(entry.name for entry in path.iterdir())
+    except OSError as error:
+        raise refused(asked, error) from error
+    if found and not overwrite:
+        names = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        raise ArtifactError(
+            asked, f"it is not empty ({names})", "Choose another folder, or pass overwrite=True"
+        )
+    return path
+
+
+def sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Return file name -> SHA-256 of the weights and the configuration in a model's folder."""
+    return {
+        path.name: sha256(path) for path in sorted((*folder.glob("*.safetensors"), folder / "config.json"))
+    }
+
+
+def refused(asked: str, error: Exception) -> ArtifactError:
+    """Return the error that says that the system refused, in the system's words."""
+    return ArtifactError(
+        asked,
+        f"the system refused, {error}",
+        "Check that the place exists, that you may use it and that the disk has room",
+    )
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+MANIFEST, CERTIFICATE, CARD = "cria.json", "certificate.json", "README.md"
+GENERATION = "generation_config.json"
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("source.spm", "target.spm", "normalizer.json", "tekken.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+COPIED = (*TOKENIZER, *PROCESSOR, GENERATION)
+"""What is taken from a source folder: no code, no weights, no pickles."""
+
+OURS = (
+    *COPIED,
+    *("config.json", "*.safetensors", "model.safetensors.index.json"),
+    *(MANIFEST, CERTIFICATE, CARD, "report.html", "run.json", "run.tensors"),
+)
+"""What a folder may hold to be replaced."""
+
+
+@contextmanager
+def whole_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Give a temporary folder beside `path`; on leaving, it becomes `path`.
+
+    When the body raises, nothing is left of it, and an old `path` stays as it was.
+
+    Args:
+        path: the folder; it may exist if it is empty. Of a link, the folder that it leads to.
+        overwrite: replace a folder that Cria wrote: one with `cria.json` and no files of others.
+
+    Raises:
+        ArtifactError: the place is taken, or the system refuses.
+    """
+    target = Path(path).resolve()
+    token = secrets.token_hex(4)
+    temporary, old = (target.with_name(f".{target.name}.{token}.{end}") for end in ("tmp", "old"))
+    made = [parent for parent in target.parents if not parent.exists()]
+    try:
+        check_free(target, overwrite)
+        temporary.mkdir(parents=True)
+        yield temporary
+        _flush_folder(temporary)
+        check_free(target, overwrite)  # somebody may have come first
+        _put(temporary, target, old)
+    except OSError as error:
+        raise refused(f"Writing the folder {path}", error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # not empty: it is used
+                parent.rmdir()
+
+
+def check_free(target: Path, overwrite: bool) -> None:
+    """Raise an ArtifactError unless a folder may be written here; see `whole_folder`."""
+    asked = f"Writing the folder {target}"
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ArtifactError(asked, "found a file of that name", "Choose another name")
+    found = sorted(entry.name for entry in target.iterdir())
+    if found and not overwrite:
+        names = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        raise ArtifactError(
+            asked, f"it is not empty ({names})", "Choose another folder, or pass overwrite=True"
+        )
+    strange = [
+        name
+        for name in found
+        if (target / name).is_dir() or not any(fnmatch(name, pattern) for pattern in OURS)
+    ]
+    if strange or (found and MANIFEST not in found):
+        reason = f"it holds {', '.join(strange[:3])}" if strange else f"it has no {MANIFEST}"
+        raise ArtifactError(
+            f"Replacing the folder {target}",
+            f"{reason}, so not all of it was written by Cria",
+            "Choose another folder, or remove this one yourself",
+        )
+
+
+def _put(temporary: Path, target: Path, old: Path) -> None:
+    """Rename the new folder to its place; where that fails the old one is back."""
+    try:
+        if target.exists():
+            os.replace(target, old)
+        os.replace(temporary, target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        raise
+    with suppress(OSError):  # some file systems cannot flush a folder
+        _flush_one(target.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    for entry in sorted(folder.iterdir()):
+        _flush_one(entry)
+    with suppress(OSError):
+        _flush_one(folder)
+
+
+def _flush_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def copy_known(source: Path, folder: Path) -> tuple[str, ...]:
+    """Copy the tokenizer's and processor's files and the generation settings of a model's folder.
+
+    Only the names in `COPIED` are looked at, and only what `is_plain_file` says is one is copied.
+
+    Returns:
+        What was left out, each with the reason.
+
+    Raises:
+        ArtifactError: `source` is no folder, or the system refuses.
+    """
+    if not source.is_dir():
+        raise ArtifactError(
+            f"Copying the tokenizer from {source}", "it is no folder", "Give the folder of the dense model"
+        )
+    left = []
+    for name in COPIED:
+        found = source / name
+        try:
+            if is_plain_file(found):
+                shutil.copyfile(found, folder / name)
+            elif found.is_symlink() or found.exists():
+                left.append(f"{name} ({'a link' if found.is_symlink() else 'no regular file'})")
+        except OSError as error:
+            raise refused(f"Copying {found}", error) from error
+    return tuple(left)
+
+
+def is_plain_file(path: Path) -> bool:
+    """Say whether a path is a regular file and no link that leads out of its folder.
+
+    In a snapshot of the Hugging Face cache the files are links to the `blobs` of the same repository: they
+    count as its own.
+    """
+    if not path.is_symlink():
+        return path.is_file()
+    snapshots, found = path.parent.resolve().parent, path.resolve()
+    return snapshots.name == "snapshots" and found.parent == snapshots.parent / "blobs" and found.is_file()

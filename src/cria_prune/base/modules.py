@@ -1,0 +1,183 @@
+"""Modules as they are: devices, tensors, copies; modes, gradients and generators put back."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import hashlib
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cria_prune.base.attention import plain_attention
+from cria_prune.base.errors import SignalError, StructureError
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and buffer of a model under all of its names."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter; the CPU where it has none.
+
+    Of a model that accelerate offloads it is the device on which its layers run.
+    """
+    first = next(model.parameters(), None)
+    if first is not None and first.is_meta:
+        hooks = (hook for module in model.modules() for hook in offloading_hooks(module))
+        running = next(hooks, None)
+        return first.device if running is None else torch.device(running.execution_device)
+    return torch.device("cpu") if first is None else first.device
+
+
+def devices_in_use() -> Sequence[int]:
+    """Return the CUDA devices whose generators a fork of the random states has to hold."""
+    return range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+
+
+def offloading_hooks(module: nn.Module) -> Iterator[Any]:
+    """Yield the hooks of accelerate on a module that load its weights for each forward."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    for item in getattr(hook, "hooks", (hook,)):
+        if getattr(item, "offload", False) and getattr(item, "weights_map", None) is not None:
+            yield item
+
+
+def copy_of(model: nn.Module, replaced: dict[int, Any] | None = None) -> nn.Module:
+    """Return a deep copy of a model; tensors whose id is in `replaced` come from there instead.
+
+    Raises:
+        StructureError: the model holds something that cannot be copied, such as a computed tensor.
+    """
+    try:
+        return copy.deepcopy(model, dict(replaced or {}))
+    except Exception as error:  # whatever the model's parts raise
+        computed = "graph leaves" in str(error)
+        raise StructureError(
+            f"A copy of {type(model).__name__}",
+            (str(error).strip().splitlines() or [type(error).__name__])[0],
+            "Undo the old weight_norm with torch.nn.utils.remove_weight_norm, or detach computed tensors"
+            if computed
+            else "Keep what cannot be copied (locks, files, handles) off the model, or give it __deepcopy__",
+        ) from error
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise a SignalError, naming the tensor, if a parameter or buffer holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise SignalError(
+                f"The weights of {name!r}", "found NaN or infinity", "Prune a model whose weights are finite"
+            )
+
+
+def check_in_memory(model: nn.Module) -> None:
+    """Raise a StructureError, naming the tensor, if one has no values, as in a model that is offloaded."""
+    for name, tensor in named_tensors(model).items():
+        if tensor.is_meta:
+            raise StructureError(
+                f"Pruning {type(model).__name__} in memory", f"{name!r} has no values there",
+                "Load the model into memory, or prune its folder with prune_offloaded (cria prune --offload)",
+            )  # fmt: skip
+
+
+def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of a text and of tensors with their names, dtypes and shapes."""
+    total = hashlib.sha256(text.encode())
+    for name, value in sorted(tensors.items()):
+        total.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        total.update(flat.view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def shared_copy(model: nn.Module, replaced: dict[int, Any] | None = None) -> nn.Module:
+    """Return a copy of a model that shares its parameters: what its forward leaves on itself (caches,
+    counters, running statistics) stays off the original.
+
+    Raises:
+        StructureError: see `copy_of`.
+    """
+    tensors: dict[int, Any] = {id(tensor): tensor for tensor in model.parameters()}
+    return copy_of(model, {**tensors, **(replaced or {})})
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a model on the meta device: shapes without values."""
+
+    def on_meta(tensor: Tensor) -> Tensor:
+        empty = tensor.detach().to("meta")
+        return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+    return copy_of(model, {id(tensor): on_meta(tensor) for tensor in named_tensors(model).values()})
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Put the train/eval mode of every single module back on leaving."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def cache_off(model: nn.Module) -> Iterator[None]:
+    """Switch off the key-value cache of every configuration that has one, and put it back on leaving.
+
+    A decoder's cache objects are in its output, and torch.export cannot follow them.
+    """
+    modules = model.modules()
+    configs = {id(config): config for module in modules if (config := getattr(module, "config", None))}
+    cached = [
+        (config, config.use_cache) for config in configs.values() if getattr(config, "use_cache", False)
+    ]
+    try:
+        for config, _ in cached:
+            config.use_cache = False
+        yield
+    finally:
+        for config, before in cached:
+            config.use_cache = before
+
+
+def give_back() -> None:
+    """Hand freed memory back to the system, where the C library keeps it and can (glibc).
+
+    Blocks of up to 32 MB stay with the process once they were freed, hundreds of megabytes between two
+    stages that ask for other sizes.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """On leaving, also by an exception, restore what recording changes.
+
+    That is: train or eval mode of every submodule, `requires_grad` and `.grad` of every parameter,
+    and the global generators of torch (CPU, and CUDA once in use), NumPy and Python.
+    """
+    grads = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    python, numpy = random.getstate(), np.random.get_state()
+    forked = torch.random.fork_rng(devices=devices_in_use())
+    with modes_kept(model), cache_off(model), plain_attention(model), forked:
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            for parameter, requires_grad, grad in grads:
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = grad

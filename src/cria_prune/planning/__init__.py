@@ -1,0 +1,1 @@
+"""Scores, groups and a budget -> what stays. Pure: no model, no files."""

@@ -1,0 +1,1 @@
+"""What the neurons do: the signals of every unit group over calibration batches."""

@@ -1,0 +1,159 @@
+"""One pass over the calibration batches: the moments of every group's signals, in bounded memory.
+
+Legend: B = examples of a batch, n = features of an activation, S = samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from cria_prune.base.batches import Batch, batch_size, cut, describe, forward, map_tensors
+from cria_prune.base.errors import DataError
+from cria_prune.base.events import passed
+from cria_prune.base.metrics import Loss, cross_entropy
+from cria_prune.base.modules import digest, named_tensors, unchanged
+from cria_prune.base.ranks import world
+from cria_prune.config import RecordConfig
+from cria_prune.recording.gradients import FisherSums, TaylorSums
+from cria_prune.recording.signals import Collector
+from cria_prune.recording.states import EVERYTHING, Read, States, reads_of
+from cria_prune.recording.taps import Taps
+from cria_prune.structure.groups import UnitGroups
+
+
+def record(
+    model: nn.Module,
+    groups: UnitGroups,
+    batches: Iterable[Batch],
+    config: RecordConfig | None = None,
+    *,
+    loss: Loss | None = None,
+    gradients: bool = False,
+    consumed: bool = False,
+    per_example: bool = False,
+    reads: frozenset[Read] = EVERYTHING,
+    graphs: Collection[str] = (),
+    device: torch.device | str = "cpu",
+) -> States:
+    """Run the model over calibration batches and return what its prunable units do.
+
+    With several processes (`cria_prune.ranks`) all go through the same batches and each runs its share of
+    them; all get the same states, those of one process up to the rounding of sums.
+
+    The model runs in evaluation mode; afterwards, also after an exception, its modes, gradients and
+    the global random generators are as before.
+
+    Args:
+        model: the live model, already on `device`.
+        groups: its unit groups; frozen ones are passed over.
+        batches: tensors, (inputs, target) pairs or mappings; at most `config.examples` examples are
+            used, the last batch is cut. Positions where a mapping's `attention_mask` is 0 are left out.
+        config: examples, positions, tokens, sketches and the seed.
+        loss: (model, batch) to a scalar, for `gradients`; cross-entropy by default.
+        gradients: also take first-order Taylor importances, by one backward pass per batch.
+        consumed: also keep the second moments of the features that each consumer reads, for `compensate`.
+        per_example: with `gradients`, which it switches on, also take Fisher importances, from the
+            gradients of each example; the loss is then a mean over the batch. It holds a copy of every
+            input-side signal of a batch.
+        reads: what to keep beyond the outputs' means and variances: `input`, the input side; `output`, the
+            second moments between the units on the output side; `positive`, the share of outputs above 0.
+            Criteria say what they read; second moments are most of the work.
+        graphs: names of groups of which both sides are kept in any case.
+        device: where the batches go.
+
+    Returns:
+        The states of every prunable group: per side its moments, and those of the even and the odd
+        examples apart. The draw of positions and tokens depends only on the seed and the example's index.
+
+    Raises:
+        DataError: no batches, batches of a wrong kind, or the model fails on one.
+        SignalError: a signal holds NaN or infinity, or a group was never reached.
+        CriterionError: `gradients` without a target or a usable loss; `per_example` where a batch's
+            examples share a signal.
+        StructureError: the groups are those of another model.
+        RankError: another process failed, is gone, or has other weights or batches.
+    """
+    passed("record", model=model, groups=groups)
+    config = config or RecordConfig()
+    gradients = gradients or per_example
+    reads |= reads_of(frozenset({"examples"})) if per_example else frozenset()
+    start = time.perf_counter()
+    examples = count = 0
+    here, seen = world(), hashlib.sha256()
+    with unchanged(model), torch.set_grad_enabled(gradients):
+        model.eval()
+        with here.together("Recording", seen.hexdigest):
+            if here.size > 1:
+                seen.update(digest("", named_tensors(model)).encode())
+            collector = Collector(groups.prunable, config, consumed, reads, graphs)
+            taylor = TaylorSums(model, groups.prunable, loss or cross_entropy) if gradients else None
+            fisher = FisherSums(groups.prunable) if per_example else None
+            with_taps = Taps(model, collector.wanted, collector.receive, fisher.watch if fisher else None)
+            for batch in limited(batches, config.examples):
+                size, first = batch_size(batch), examples
+                examples, count = examples + size, count + 1
+                if here.size > 1:
+                    seen.update(_first_example(batch, size))
+                if not here.mine(count - 1):
+                    continue
+                mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                collector.begin(first, size, mask)
+                if fisher:
+                    fisher.begin(size)
+                # A copy: a forward may write into its input, and the next round needs it as it was.
+                batch = map_tensors(batch, lambda item: item.to(device, copy=True))
+                with with_taps:
+                    forward(model, batch, taylor.add if taylor else None)
+                if fisher:
+                    fisher.finish()
+                passed("batch", number=count, examples=examples)
+        if here.size > 1:
+            collector.pool(here.total, device)
+            for sums in (taylor.sums if taylor else {}, fisher.sums if fisher else {}):
+                sums.update({name: here.total(value) for name, value in sums.items()})
+    if not count:
+        raise DataError("Recording the model's signals", "the batches are empty", "Pass two examples or more")
+    return States(
+        groups=collector.states(taylor.sums if taylor else {}, fisher.sums if fisher else {}),
+        examples=examples,
+        batches=count,
+        positions=config.positions,
+        seed=config.seed,
+        seconds=time.perf_counter() - start,
+        device=str(device),
+        gradients=gradients,
+        per_example=per_example,
+        reads=reads,
+    )
+
+
+def _first_example(batch: Batch, size: int) -> bytes:
+    """Return what tells a batch from others: its size, and a digest of its first example."""
+    tensors = [item for item in tree_leaves(cut(batch, size, 1)) if isinstance(item, Tensor)]
+    return digest(str(size), {str(number): item for number, item in enumerate(tensors)}).encode()
+
+
+def limited(batches: Iterable[Batch], examples: int) -> Iterator[Batch]:
+    """Yield batches until `examples` examples have come; the last batch is cut.
+
+    Raises:
+        DataError: the batches are not an iterable of batches.
+    """
+    if isinstance(batches, (Tensor, str, Mapping)) or not isinstance(batches, Iterable):
+        raise DataError(
+            "Calibration batches",
+            f"found {describe(batches)}",
+            "Pass an iterable of batches, such as a DataLoader",
+        )
+    for batch in batches:
+        size = batch_size(batch)
+        yield batch if size <= examples else cut(batch, size, examples)
+        examples -= size
+        if examples <= 0:
+            return

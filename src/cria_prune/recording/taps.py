@@ -1,0 +1,166 @@
+"""Reads the signals of unit groups while the model runs, without touching the model.
+
+Every call of a layer function (`linear`, `conv2d`, `batch_norm`, ...) is looked at, and told apart
+by the identity of its weight. So functional calls, shared modules and any class of module are read
+alike, and nothing is registered on the model that could stay behind. See docs/decisions/0002. The weights
+that accelerate loads for each forward have no identity that lasts: they are told by their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from cria_prune.base.dispatched import Place, first_names, is_dispatched, places
+from cria_prune.base.errors import StructureError
+from cria_prune.base.modules import named_tensors
+from cria_prune.structure.groups import Site
+
+
+class Argument(NamedTuple):
+    """An argument of a function: its place among the positional ones, and its name."""
+
+    place: int
+    name: str
+
+    def of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Return the argument's value in a call, or None where it is left out."""
+        return args[self.place] if self.place < len(args) else kwargs.get(self.name)
+
+
+class Signature(NamedTuple):
+    """Where a layer function takes its data, and the tensors that may name the call."""
+
+    data: Argument
+    keys: tuple[Argument, ...]
+    rows: bool = False  # an embedding: its result is the signal at the site `rows`
+
+
+def _signatures() -> dict[Any, Signature]:
+    """Return the layer functions that are read, by the function objects that a mode sees."""
+    weighted = Signature(Argument(0, "input"), (Argument(1, "weight"),))
+    table: dict[Any, Signature] = dict.fromkeys(
+        (
+            functional.linear,
+            functional.conv1d,
+            functional.conv2d,
+            functional.conv3d,
+            functional.conv_transpose1d,
+            functional.conv_transpose2d,
+            functional.conv_transpose3d,
+            torch.convolution,
+        ),
+        weighted,
+    )
+    function: Any
+    for function in (torch.addmm, Tensor.addmm):
+        table[function] = Signature(Argument(1, "mat1"), (Argument(2, "mat2"),))
+    for function in (torch.mm, Tensor.mm):
+        table[function] = Signature(Argument(0, "input"), (Argument(1, "mat2"),))
+    for function in (torch.matmul, Tensor.matmul, Tensor.__matmul__):
+        table[function] = Signature(Argument(0, "input"), (Argument(1, "other"),))
+    rows = Signature(Argument(0, "input"), (Argument(1, "weight"),), rows=True)
+    table[functional.embedding] = rows
+    table[functional.batch_norm] = Signature(
+        Argument(0, "input"), (Argument(3, "weight"), Argument(1, "running_mean"))
+    )
+    table[torch.batch_norm] = Signature(
+        Argument(0, "input"), (Argument(1, "weight"), Argument(3, "running_mean"))
+    )
+    return table
+
+
+SIGNATURES = _signatures()
+
+
+class Taps(TorchFunctionMode):
+    """Inside `with Taps(...):`, hands over the data that flows into and out of the wanted operations.
+
+    An activation is handed over before any later operation can overwrite it in place; the receiver
+    copies what it keeps at once. It may be a view of live memory and must not be written to.
+
+    Args:
+        model: the live model; it is only looked at.
+        wanted: (name of a parameter or buffer, site) pairs, as `Tap` has them.
+        receive: called with (name, site, activation), the activation detached.
+        watch: called, after `receive`, with what an operation made, still in the graph of gradients; the
+            model goes on with what it returns.
+
+    Raises:
+        StructureError: the model has no tensor of a wanted name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        wanted: Iterable[tuple[str, Site]],
+        receive: Callable[[str, Site, Tensor], None],
+        watch: Callable[[str, Site, Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self._watch = watch
+        tensors = named_tensors(model)
+        self._receive = receive
+        self._sites: dict[int, list[tuple[str, Site]]] = {}
+        self._alive: list[Tensor] = []  # an id means something only as long as its tensor lives
+        self._places: list[tuple[Place, list[tuple[str, Site]]]] = []  # of weights without a lasting identity
+        for name, site in dict.fromkeys(wanted):
+            if name not in tensors:
+                raise StructureError(
+                    f"Reading the signal at {name!r}",
+                    f"{type(model).__name__} has no parameter or buffer of that name",
+                    "Discover the unit groups of this model again",
+                )
+            self._alive.append(tensors[name])
+            self._sites.setdefault(id(tensors[name]), []).append((name, site))
+        if is_dispatched(model):
+            first = first_names(model)
+            held = {first[name]: sites for sites in self._sites.values() for name, _ in sites}
+            self._places = [
+                (place, held[first[name]]) for name, place in places(model).items() if first[name] in held
+            ]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run `func` as it is; if a wanted tensor names the call, hand its data over."""
+        kwargs = kwargs or {}
+        signature = SIGNATURES.get(func)
+        sites = self._wanted(signature, args, kwargs) if signature else ()
+        if signature:
+            sites = [item for item in sites if (item[1] == "rows") == signature.rows]
+        if not signature or not sites:
+            return func(*args, **kwargs)
+        for name, site in sites:
+            if site == "input":
+                self._receive(name, site, signature.data.of(args, kwargs).detach())
+        result = func(*args, **kwargs)
+        for name, site in sites:
+            if site != "input":
+                self._receive(name, site, result.detach())
+                if self._watch is not None:
+                    result = self._watch(name, site, result)
+        return result
+
+    def _wanted(
+        self, signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Sequence[tuple[str, Site]]:
+        """Return the (name, site) pairs of the call's first key that is a wanted tensor, or its transpose."""
+        for key in signature.keys:
+            tensor = key.of(args, kwargs)
+            if isinstance(tensor, Tensor):
+                base = tensor._base
+                whole = tensor if base is None or base.numel() != tensor.numel() else base
+                found = self._sites.get(id(tensor)) or self._sites.get(id(whole))
+                for place, sites in self._places:
+                    if found:
+                        break
+                    found = sites if place.holds(tensor) or place.holds(whole) else None
+                if found:
+                    return found
+        return ()

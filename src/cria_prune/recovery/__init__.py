@@ -1,0 +1,1 @@
+"""One fine-tune of the smaller model, optionally with soft targets from the dense one."""

@@ -1,0 +1,143 @@
+"""The loss of a fine-tune: the task's own and soft targets from a teacher; compiled where that is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cria_prune.base.batches import Batch, model_inputs
+from cria_prune.base.errors import ConfigError, DataError
+from cria_prune.base.metrics import Loss, logits_of
+
+SHAPES = 64
+"""Shapes of a batch that are compiled for, at most; torch's own limit, 8, counts all models of a class."""
+
+
+def compiled(model: nn.Module, device: torch.device) -> Callable[..., Any]:
+    """Return the compiled forward of a model.
+
+    On CUDA the kernels of a step are kept as graphs: a small network spends most of a step on starting
+    them. Batches of another shape are compiled anew, from the second on for any length.
+    """
+    return torch.compile(model.forward, mode="reduce-overhead" if device.type == "cuda" else "default")
+
+
+@contextmanager
+def forward_of(model: nn.Module, forward: Callable[..., Any] | None) -> Iterator[None]:
+    """Let a model run another forward inside; None changes nothing.
+
+    It stays the object that it is, with its hooks, and with the names of its forward's arguments.
+    """
+    if forward is None:
+        yield
+        return
+    own = vars(model).get("forward")
+    try:
+        model.forward = forward
+        yield
+    finally:
+        vars(model).pop("forward", None)
+        if own is not None:
+            model.forward = own
+
+
+@contextmanager
+def compiling(model: nn.Module) -> Iterator[None]:
+    """Compile inside for as many shapes as a fine-tune has; forget on leaving all that torch has compiled.
+
+    Raises:
+        ConfigError: torch cannot compile a step.
+    """
+    import torch._dynamo.config
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import InductorError
+
+    try:
+        with torch._dynamo.config.patch(recompile_limit=SHAPES):
+            yield
+    except (TorchDynamoException, InductorError) as error:
+        raise ConfigError(
+            f"A fine-tune of {type(model).__name__} with compile",
+            f"torch.compile fails with {type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            "It needs a C++ compiler, on CUDA Triton, and a forward to trace; or train without compile",
+        ) from error
+    finally:
+        torch.compiler.reset()  # or its graphs keep the memory of a GPU
+
+
+def soft_targets(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return T^2 KL(teacher || student) at temperature T, in nats per prediction.
+
+    Both logits are (..., classes); Hinton, Vinyals and Dean 2015, section 2.
+
+    Raises:
+        DataError: the shapes differ.
+    """
+    if student.shape != teacher.shape:
+        raise DataError(
+            "Distillation",
+            f"the logits are {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}",
+            "Pass as teacher the dense model of the same task",
+        )
+    classes = student.shape[-1]
+    goal = functional.log_softmax(teacher.reshape(-1, classes) / temperature, dim=-1)
+    found = functional.log_softmax(student.reshape(-1, classes) / temperature, dim=-1)
+    return temperature**2 * functional.kl_div(found, goal, reduction="batchmean", log_target=True)
+
+
+class Distilled:
+    """(1 - weight) * loss + weight * soft targets, from one forward of the model.
+
+    The model's output is taken while `loss` runs it, by a hook that is released at once.
+
+    Args:
+        loss: the loss on the targets.
+        teacher: a model in eval mode on the batches' device; its outputs are not differentiated.
+        weight: share of the soft targets, from 0 to 1.
+        temperature: divides both logits.
+        forward: what the teacher runs in place of its own forward, such as that one compiled.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        teacher: nn.Module,
+        weight: float,
+        temperature: float,
+        forward: Callable[..., Any] | None = None,
+    ) -> None:
+        self.loss, self.teacher, self.weight, self.temperature = loss, teacher, weight, temperature
+        self.forward = forward
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the combined loss of a batch, a scalar in nats."""
+        outputs: list[Any] = []
+        handle = model.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+        try:
+            hard = self.loss(model, batch)
+        finally:
+            handle.remove()
+        if not outputs:
+            raise DataError("Distillation", "the loss did not call the model", "Call model(...) in the loss")
+        args, kwargs = model_inputs(batch)
+        with torch.no_grad(), forward_of(self.teacher, self.forward):
+            goal = logits_of(self.teacher(*args, **kwargs))
+        found = logits_of(outputs[-1])
+        soft = soft_targets(without_padding(found, batch), without_padding(goal, batch), self.temperature)
+        return (1 - self.weight) * hard + self.weight * soft
+
+
+def without_padding(logits: Tensor, batch: Batch) -> Tensor:
+    """Return the logits of the tokens that the batch's `attention_mask` keeps; (batch, classes) as they are.
+
+    Args:
+        logits: (batch, classes) or (batch, tokens, classes).
+        batch: where its mask is not (batch, tokens), all tokens stay.
+    """
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return logits[mask.bool()] if mask is not None and mask.shape == logits.shape[:-1] else logits

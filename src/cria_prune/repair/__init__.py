@@ -1,0 +1,1 @@
+"""Without training: consumers refitted after a cut, batch norms measured again."""

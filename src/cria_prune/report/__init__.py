@@ -1,0 +1,1 @@
+"""One page of a run or a bench, from the files in its folder; and its pictures."""

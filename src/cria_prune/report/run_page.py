@@ -1,0 +1,398 @@
+"""A run as one HTML page that holds everything: no scripts, no other files, no network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cria_prune.base.files import write_text
+from cria_prune.base.metrics import metric
+from cria_prune.config import OF
+from cria_prune.graph.graph import Graph
+from cria_prune.graph.sides import largest_piece
+from cria_prune.report.curves import plot_ablation, plot_tradeoff
+from cria_prune.report.html import (
+    brief,
+    count,
+    few,
+    figure,
+    json_text,
+    metric_text,
+    number,
+    origin,
+    page,
+    pictures,
+    seconds_text,
+    share,
+    table,
+)
+from cria_prune.report.pictures import (
+    DRAWN_EDGES,
+    plot_neuron_graph,
+    plot_rounds,
+    plot_scores,
+    plot_spectrum,
+    plot_widths,
+)
+
+Sections = Mapping[str, Any]
+PLOTS = 48  # small pictures of a kind; further layers are left out, and the page says so
+SMALL = (2.0, 1.3)  # inches: two side by side on a telephone, and their numbers still legible
+OPEN = 12  # so many are seen at once, the others unfold
+
+
+def all_scores(result: Sections) -> str:
+    """Return how the scores of every layer are spread, and where the cut lies."""
+    groups = result.get("scores") or {}
+    if not groups:
+        return ""
+    chosen, said = spread(list(groups), PLOTS)
+    found = [_score_picture(name, groups[name], escape(str(name))) for name in chosen]
+    legend = (
+        "<p>Units by score: <span class=kept>kept</span>, <span class=gone>removed</span>; "
+        f"the dashed line is the lowest score that stays.{said}</p>"
+    )
+    return legend + folded(found)
+
+
+def all_spectra(result: Sections) -> str:
+    """Return the top of every layer's spectrum."""
+    spectra = {name: found for name, found in (result.get("spectra") or {}).items() if any(found.values())}
+    if not spectra:
+        return ""
+    chosen, said = spread(list(spectra), PLOTS)
+    found = [_spectrum_picture(name, spectra[name]) for name in chosen]
+    rounds = dict.fromkeys(title for found in spectra.values() for title in found)
+    titles = "; ".join(f"{mark} {title}" for mark, title in zip("●×", rounds, strict=False)) + "."
+    words = (
+        "<p>The largest eigenvalues z of L<sub>in</sub> v = z L<sub>out</sub> v, at most 32: how much a "
+        "direction among the neurons is stretched between the graph before the activation and the graph "
+        f"after it. On the dotted line, z = 1, nothing changes. {titles}{said}</p>"
+    )
+    return words + folded(found)
+
+
+def one_layer(result: Sections) -> str:
+    """Return one layer looked at closely.
+
+    `result["layer"]` holds `name`, `graphs` (NeuronGraphs or None), `removed` (units that left in the end,
+    of the dense layer) and `rounds` (one entry per round: `scores`, `kept`).
+    """
+    layer = result.get("layer")
+    if not layer:
+        return ""
+    parts = []
+    graphs, removed = layer["graphs"], set(layer["removed"])
+    if graphs is not None:
+        gone = [place for place, unit in enumerate(graphs.units.tolist()) if unit in removed]
+        sides = (("before", graphs.input), ("after", graphs.output))
+        parts.append(
+            "<p>Its neurons in the dense network, at the first two eigenvectors of their graph's Laplacian "
+            "(taken against the degrees, after the constant one): what fires alike stands together. "
+            f"Of each neuron the {DRAWN_EDGES} strongest edges are drawn.</p>"
+        )
+        drawn = [_graph_picture(side, graph, gone, layer["name"]) for side, graph in sides]
+        parts.append(pictures("pair", drawn))
+        dead = layer["units"] - len(graphs.units)
+        if dead:
+            who = "1 dead unit" if dead == 1 else f"{dead} dead units"
+            parts.append(f"<p>In no graph: {who} (constant after the activation).</p>")
+    rounds = layer["rounds"]
+    if rounds:
+        parts.append("<p>Its scores, round by round.</p>")
+        named = [(f"round {number}", entry) for number, entry in enumerate(rounds, start=1)]
+        parts.append(folded([_score_picture(layer["name"], entry, title) for title, entry in named]))
+    return "".join(parts)
+
+
+def ablation_curves(result: Sections) -> str:
+    """Return what taking units out of the network by their scores does; nothing where it was not measured."""
+    ablation = result.get("ablation")
+    if not ablation:
+        return ""
+    drawn = figure(partial(plot_ablation, ablation), (4.2, 2.9), "Metric against the share removed")
+    curves = ablation["curves"].items()
+    seeds = {name: max((len(found) for _, found in curve), default=0) for name, curve in curves}
+    said = ", ".join(f"{escape(str(name))} {number}" for name, number in seeds.items())
+
+    def said_of(key: str, otherwise: str) -> str:
+        return escape(str(ablation.get(key) or otherwise))
+
+    words = (
+        f"<p>Units taken out of {said_of('target', 'the trained network')} by their score (criterion "
+        f"{said_of('criterion', 'not known')}), no training after it, measured on "
+        f"{said_of('tested_on', 'what the file does not say')}. Seeds: {said}. "
+        "Lines are means, bands their 95 % t-intervals where there are at least two seeds. A criterion is "
+        "worth its name where its lowest scores first lies above random, and highest first below it "
+        "(the other way round where lower is better).</p>"
+    )
+    return words + pictures("pair", [drawn, f"<div>{origin(ablation.get('provenance'))}</div>"])
+
+
+def spread(names: Sequence[str], most: int) -> tuple[list[str], str]:
+    """Return at most `most` names, evenly over the depth, and the sentence that says so."""
+    if len(names) <= most:
+        return list(names), ""
+    places = np.linspace(0, len(names) - 1, most).round().astype(int)
+    text = f" {most} of {len(names)} layers are shown, evenly over the depth; --layer shows any other."
+    return [names[place] for place in places], text
+
+
+def folded(found: Sequence[str]) -> str:
+    """Return small pictures; those beyond the first dozen unfold."""
+    rest = len(found) - OPEN
+    more = f"<details><summary>{rest} more</summary>{pictures('many', found[OPEN:])}</details>"
+    return pictures("many", found[:OPEN]) + (more if rest > 0 else "")
+
+
+def _score_picture(name: str, entry: Mapping[str, Any], title: str) -> str:
+    """A histogram; `title` is HTML."""
+    kept, size = len(entry["kept"]), len(entry["scores"])
+    draw = partial(plot_scores, entry["scores"], entry["kept"])
+    return figure(draw, SMALL, f"Scores of {name}", f"<b>{title}</b><br>{kept} of {size} stay")
+
+
+def _spectrum_picture(name: str, values: Mapping[str, Sequence[float]]) -> str:
+    known = {title: found for title, found in values.items() if len(found)}
+    top = max(found[0] for found in known.values())
+    caption = f"<b>{escape(str(name))}</b><br>largest z {top:.4g}"
+    draw = partial(plot_spectrum, known, names=False)
+    return figure(draw, SMALL, f"Spectrum of {name}", caption)
+
+
+def _graph_picture(side: str, graph: Graph, gone: Sequence[int], name: str) -> str:
+    outside = graph.units - len(largest_piece(graph))
+    left = f"; {count(outside)} units outside its largest piece are not drawn" if outside else ""
+    caption = (
+        f"<b>{side} the activation</b><br>{count(graph.units)} neurons, {count(len(graph.rows))} edges{left}"
+    )
+    label = f"Neuron graph of {name} {side} the activation"
+    return figure(partial(plot_neuron_graph, graph, gone), (4.2, 3.6), label, caption)
+
+
+Result = Mapping[str, Any]
+ROWS = 60  # layers in one picture of widths
+
+
+def write_report(path: str | Path, result: Result) -> Path:
+    """Write the report of a run and return the path of the page.
+
+    Args:
+        path: the file, or an existing folder that gets `report.html`.
+        result: `title`, `metric` (its name), `dense`, `pruned`, `recovered` (its values; accuracy as
+            a share), `parameters_dense`, `parameters`, `macs_dense`, `macs`, `reduction`, `asked`,
+            `reachable` (shares) and `of`, `rounds` (a list of `round`, `parameters`, `reduction`,
+            `metric`, `seconds`), `widths` (group -> before, after), `scores` (group -> `scores`,
+            `kept`), `spectra` (group -> name of a round -> z), `layer` (see `one_layer`), `ablation`,
+            `frozen` (group -> reason), `seconds` (stage -> seconds), `memory` (what -> bytes at most),
+            `provenance`, `earlier` (provenances of the runs before), `config` and `missing` (what is not on
+            the page, and why). A part whose keys are missing is left out.
+
+    Raises:
+        ArtifactError: the system refuses to write.
+    """
+    path = Path(path)
+    return write_text(path / "report.html" if path.is_dir() else path, render(result))
+
+
+def render(result: Result) -> str:
+    """Return the page as text; see `write_report`."""
+    layer = result.get("layer") or {}
+    parts: list[tuple[str, Callable[[Result], str]]] = [
+        ("Result", _outcome),
+        ("Rounds", _rounds),
+        ("Units of every layer", _widths),
+        ("Scores of the last round", all_scores),
+        ("Spectrum of every layer", all_spectra),
+        (f"One layer: {layer.get('name')}", one_layer),
+        ("Ablation", ablation_curves),
+        ("Time and memory", _times),
+        ("What could not be pruned", _frozen),
+        ("Provenance", _provenance),
+        ("Configuration", _config),
+        ("Not on this page", _missing),
+    ]
+    title = str(result.get("title") or "Pruning report")
+    return page(title, _lead(result), [(heading, part(result)) for heading, part in parts])
+
+
+def _lead(result: Result) -> str:
+    of = str(result.get("of") or "parameters")
+    cost = escape(OF.texts.get(of, of))
+    said = [
+        f"{word} <b>{share(result[key])}</b>"
+        for key, word in (("asked", "asked"), ("reduction", "removed"), ("reachable", "at most possible"))
+        if number(result.get(key)) is not None
+    ]
+    lines = [f"Share of the {cost}: {', '.join(said)}."] if said else []
+    if result.get("changed"):
+        lines.append(f"Without training: {escape(str(result['changed']))}.")
+    return f"<p class=lead>{' '.join(lines)}</p>" if lines else ""
+
+
+def _outcome(result: Result) -> str:
+    metric = str(result.get("metric") or "metric")
+    before = (result.get("parameters_dense"), result.get("macs_dense"))
+    after = (result.get("parameters"), result.get("macs"))
+    rows = [
+        [name, metric_text(result.get(key), metric), count(counts[0]), brief(counts[1])]
+        for name, key, counts in (
+            ("dense", "dense", before),
+            ("pruned", "pruned", after),
+            ("recovered", "recovered", after),
+        )
+        if number(result.get(key)) is not None or (name != "recovered" and any(counts))
+    ]
+    if not rows:
+        return ""
+    if all(number(value) for value in (*before, *after)):
+        left = [share(new / old) for old, new in zip(before, after, strict=True)]  # type: ignore[operator]
+        rows.append(["to dense", _left_metric(result), *left])
+    return pictures(
+        "pair", [f"<div>{table(['', metric, 'parameters', 'MACs'], rows)}</div>", _tradeoff(result)]
+    )
+
+
+def _tradeoff(result: Result) -> str:
+    """The metric against the size; a single model would make no picture."""
+    known = str(result.get("metric") or "metric")
+    series: dict[str, list[tuple[float, float]]] = {}
+    for name, key in (("dense", "parameters_dense"), ("pruned", "parameters"), ("recovered", "parameters")):
+        size, value = number(result.get(key)), number(result.get(name))
+        if size is not None and value is not None:
+            series[name] = [(size, value)]
+    watched = [
+        (row["parameters"], row["metric"])
+        for row in _round_rows(result)
+        if number(row.get("metric")) is not None and number(row.get("parameters")) is not None
+    ]
+    if watched:
+        series["after a round (validation)"] = watched
+    if sum(map(len, series.values())) < 2:
+        return ""
+    return figure(partial(plot_tradeoff, series, metric=known), (4.2, 2.7), f"{known} against parameters")
+
+
+def _round_rows(result: Result) -> list[Mapping[str, Any]]:
+    return [row for row in result.get("rounds") or [] if isinstance(row, Mapping)]
+
+
+def _left_metric(result: Result) -> str:
+    """Difference of the last metric to the dense one."""
+    dense = number(result.get("dense"))
+    last = number(result.get("recovered", result.get("pruned")))
+    if dense is None or last is None:
+        return ""
+    return metric(str(result.get("metric") or "metric")).change(dense, last)
+
+
+def _rounds(result: Result) -> str:
+    rounds = _round_rows(result)
+    if not rounds:
+        return ""
+    metric = str(result.get("metric") or "metric")
+    history: list[Mapping[str, Any]] = list(rounds)
+    if number(result.get("parameters_dense")) is not None:
+        dense = {"round": "dense", "parameters": result["parameters_dense"], "metric": result.get("dense")}
+        history.insert(0, dense)
+    if number(result.get("pruned")) is not None:
+        history[-1] = {**history[-1], "metric": result["pruned"]}
+    if number(result.get("recovered")) is not None:
+        last = {
+            "round": "recovered",
+            "parameters": rounds[-1].get("parameters"),
+            "metric": result["recovered"],
+        }
+        history.append(last)
+    rows = [
+        [
+            str(row.get("round", "")),
+            few(row.get("parameters")),
+            share(row.get("reduction")),
+            metric_text(row.get("metric"), metric),
+            seconds_text(sum(_stages(row).values())) if _stages(row) else "–",
+        ]
+        for row in rounds
+    ]
+    head = ["round", "parameters", "removed", metric, "time"]
+    if all(number(row.get("metric")) is None for row in rounds):  # no round was measured: no empty column
+        head, rows = [*head[:3], head[4]], [[*row[:3], row[4]] for row in rows]
+    figures = table(head, rows)
+    picture = figure(
+        partial(plot_rounds, history, metric=metric), (4.2, 2.7), "Parameters and metric over rounds"
+    )
+    return f"<div class=pair>{picture}<div>{figures}</div></div>"
+
+
+def _widths(result: Result) -> str:
+    widths = result.get("widths")
+    if not widths:
+        return ""
+    # Two columns of at most half the layers each stay readable on a telephone; very many are folded away.
+    names = list(widths)
+    half = len(names) if len(names) <= 16 else min(ROWS, math.ceil(len(names) / 2))
+    found = []
+    for start in range(0, len(names), half):
+        chosen = {name: widths[name] for name in names[start : start + half]}
+        size = (4.2, 0.7 + 0.19 * max(len(chosen), 2))
+        found.append(figure(partial(plot_widths, chosen), size, "Units before and after"))
+    rest = pictures("pair", found[2:])
+    more = f"<details><summary>{len(names) - 2 * half} more layers</summary>{rest}</details>" if rest else ""
+    return pictures("pair", found[:2]) + more
+
+
+def _times(result: Result) -> str:
+    stages = _stages(result)
+    if not stages:
+        for row in result.get("rounds") or []:
+            for stage, seconds in _stages(row).items():
+                stages[stage] = stages.get(stage, 0.0) + seconds
+    if not stages:
+        return ""
+    longest, total = max(stages.values()), sum(stages.values())
+    rows = [
+        f"<tr><th>{escape(stage)}</th><td>{seconds_text(seconds)}</td>"
+        f'<td class=wide><i style="width:{100 * seconds / (longest or 1):.1f}%"></i></td></tr>'
+        for stage, seconds in stages.items()
+    ]
+    rows.append(f"<tr><th>together</th><td>{seconds_text(total)}</td><td></td></tr>")
+    memory = [[what, brief(size, "B")] for what, size in (result.get("memory") or {}).items()]
+    peak = f"<p>Memory at most:</p>{table(['', ''], memory)}" if memory else ""
+    return f"<div class=scroll><table class=times>{''.join(rows)}</table></div>{peak}"
+
+
+def _frozen(result: Result) -> str:
+    frozen = result.get("frozen") or {}
+    return (
+        table(["group", "reason"], [[name, reason] for name, reason in frozen.items()], "words")
+        if frozen
+        else ""
+    )
+
+
+def _provenance(result: Result) -> str:
+    before = "".join(f"<p>Of the run before:</p>{origin(item)}" for item in result.get("earlier") or [])
+    return origin(result.get("provenance")) + before
+
+
+def _config(result: Result) -> str:
+    config = result.get("config")
+    if not config:
+        return ""
+    return f"<details><summary>JSON</summary><pre>{escape(json_text(config, 2))}</pre></details>"
+
+
+def _missing(result: Result) -> str:
+    said = "".join(f"<li>{escape(str(words))}</li>" for words in result.get("missing") or [])
+    return f"<ul>{said}</ul>" if said else ""
+
+
+def _stages(row: Mapping[str, Any]) -> dict[str, float]:
+    seconds = row.get("seconds") or {}
+    return {str(stage): float(value) for stage, value in seconds.items() if number(value) is not None}

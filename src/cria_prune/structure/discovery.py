@@ -1,0 +1,234 @@
+"""From a model and one example batch to its unit groups.
+
+The rules follow the units through the captured operations; here the connected components are
+read back as groups: units that touch the same dimensions of the same tensors in the same way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import cast, get_args
+
+import numpy as np
+from torch import nn
+from torch.fx import Node
+
+from cria_prune.base.batches import Batch, batch_size
+from cria_prune.base.events import passed
+from cria_prune.structure.attributes import with_counts
+from cria_prune.structure.axes import Resolved
+from cria_prune.structure.capture import operation_name
+from cria_prune.structure.groups import ParameterSlice, Role, Site, Tap, UnitGroup, UnitGroups
+from cria_prune.structure.rules.core import Context, WeightUse
+from cria_prune.structure.trace import Trace, trace
+
+
+@dataclass(frozen=True)
+class Place:
+    """A dimension where units lie: a slice of a tensor, or a tap. `atoms` is (n,)."""
+
+    tensor: str
+    dim: int
+    kind: Role | Site
+    atoms: np.ndarray
+
+
+def discover(model: nn.Module, example: Batch, traced: Trace | None = None) -> UnitGroups:
+    """Find the unit groups of a model.
+
+    Args:
+        model: any module that torch.export can follow; it is left as it was.
+        example: one batch of inputs, as the model's forward takes it.
+        traced: its trace, if there is one already.
+
+    Raises:
+        CaptureError: the operations cannot be captured.
+        DataError: the forward does not accept the example.
+    """
+    passed("discover", model=model)
+    traced = traced or trace(model, example)
+    context, tensors = traced.context, traced.tensors
+    roles: dict[tuple[str, int], set[Role]] = {}
+    for use in context.uses:
+        for dim, kind in _dims(use):
+            roles.setdefault((use.weight, dim), set()).add(kind)
+    slices = [
+        Place(name, dim, kind, atoms)
+        for name, dims in context.labels.items()
+        for dim, atoms in enumerate(dims)
+        for kind in sorted(roles.get((name, dim), {"follows"}), reverse=True)
+    ]
+    positions: dict[str, float] = {}
+    for use in context.uses:
+        positions[use.weight] = positions.get(use.weight, 0.0) + use.per_element / batch_size(example)
+    resolved = traced.resolved
+    groups, atoms = _groups([*slices, *_taps(context).values()], resolved, _kinds(context))
+    return UnitGroups(
+        groups=tuple(with_counts(model, groups, atoms, context.counted, resolved.classes)),
+        shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        parameters=tuple(name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)),
+        positions=positions,
+        embeddings=_embeddings(traced),
+    )
+
+
+def _embeddings(traced: Trace) -> tuple[str, ...]:
+    """Name the parameters that rows are picked from, and an output layer as large as the longest of them."""
+    context, tensors, frozen = traced.context, traced.tensors, traced.resolved.frozen
+    picked = {use.weight for use in context.uses if operation_name(use.node) == "embedding"}
+    tokens = max((tuple(tensors[name].shape) for name in picked), default=())
+    for use in context.uses:
+        if tuple(tensors[use.weight].shape) == tokens and use.out_dim is not None:
+            units = traced.resolved.classes[context.labels[use.weight][use.out_dim]]
+            if all(int(unit) in frozen for unit in units):
+                picked.add(use.weight)
+    return tuple(name for name in tensors if name in picked and isinstance(tensors[name], nn.Parameter))
+
+
+def _dims(use: WeightUse) -> list[tuple[int, Role]]:
+    pairs: list[tuple[int | None, Role]] = [(use.out_dim, "produces"), (use.in_dim, "consumes")]
+    return [(dim, role) for dim, role in pairs if dim is not None]
+
+
+def _kinds(context: Context) -> dict[str, str]:
+    return {
+        use.weight: "channel" if operation_name(use.node).startswith("conv") else "neuron"
+        for use in context.uses
+    }
+
+
+def _taps(context: Context) -> dict[tuple[str, Site], Place]:
+    """Input-side signals leave a producer (or its batch norm); output-side ones enter a consumer."""
+    taps: dict[tuple[str, Site], Place] = {}
+    for use in context.uses:
+        if use.out_dim is not None and use.leaving is not None:
+            norm = _own_batch_norm(use.node)
+            statistics = next((context.tensors[item] for item in norm if item in context.tensors), None)
+            name = statistics or use.weight
+            site: Site = "rows" if operation_name(use.node) == "embedding" else "output"
+            taps.setdefault((name, site), Place(name, use.channel, site, use.leaving))
+        if use.in_dim is not None and use.entering is not None:
+            taps.setdefault((use.weight, "input"), Place(use.weight, use.channel, "input", use.entering))
+    return taps
+
+
+def _own_batch_norm(node: Node) -> tuple[Node, ...]:
+    """Return weight and running mean of the batch norm that alone reads this output."""
+    users = list(node.users)
+    if len(users) == 1 and operation_name(users[0]) == "batch_norm" and users[0].args[0] is node:
+        return tuple(item for item in (users[0].args[1], users[0].args[3]) if isinstance(item, Node))
+    return ()
+
+
+def _signatures(places: list[Place], classes: np.ndarray, units: int) -> np.ndarray:
+    """Return (units,) hashes: equal where units touch the same places with the same multiplicity."""
+    random = np.random.default_rng(0)
+    signature = np.zeros(units, dtype=np.uint64)
+    for place in places:
+        members, counts = np.unique(classes[place.atoms], return_counts=True)
+        salt = random.integers(1, 2**63, dtype=np.uint64)
+        signature[members] += salt * counts.astype(np.uint64)
+    return signature
+
+
+@dataclass(frozen=True)
+class Touched:
+    """Where one group's units lie at one place: `units` (k,) ascending, `positions` (k, width)."""
+
+    place: Place
+    units: np.ndarray
+    positions: np.ndarray
+
+
+def _groups(
+    places: list[Place], resolved: Resolved, kinds: dict[str, str]
+) -> tuple[list[UnitGroup], dict[str, np.ndarray]]:
+    """Collect units of equal signature into groups, in the order of the network; and their classes."""
+    classes = resolved.classes
+    signature = _signatures(places, classes, int(classes.max(initial=-1)) + 1)
+    reasons = list(dict.fromkeys(resolved.frozen.values()))
+    salts = dict(
+        zip(
+            reasons,
+            np.random.default_rng(1).integers(1, 2**63, size=len(reasons), dtype=np.uint64),
+            strict=True,
+        )
+    )
+    for unit, reason in resolved.frozen.items():
+        signature[[unit]] += salts[reason]
+    touched: dict[int, list[Touched]] = {}
+    for place in places:
+        units = classes[place.atoms]
+        for key in np.unique(signature[units]).tolist():
+            positions = np.flatnonzero(signature[units] == key)
+            order = np.argsort(units[positions], kind="stable")
+            members = np.unique(units[positions])
+            rows = positions[order].reshape(len(members), -1).astype(np.int64)
+            touched.setdefault(key, []).append(Touched(place, members, rows))
+    rank = {weight: index for index, weight in enumerate(kinds)}
+    found = [_group(items, resolved, rank, kinds) for items in touched.values()]
+    ranked = [item for item in found if item is not None]
+    ranked.sort(key=lambda item: (rank[item[0].producers[0].tensor], item[0].frozen is not None))
+    groups = _unique_names([group for group, _ in ranked])
+    return groups, {group.name: units for group, (_, units) in zip(groups, ranked, strict=True)}
+
+
+def _group(
+    items: list[Touched], resolved: Resolved, rank: dict[str, int], kinds: dict[str, str]
+) -> tuple[UnitGroup, np.ndarray] | None:
+    """Build a group; its units are ordered by their position in the first producer. None without one."""
+    made = [item for item in items if item.place.kind == "produces"]
+    if not made:
+        return None
+    made.sort(key=lambda item: rank[item.place.tensor])
+    order = np.argsort(made[0].positions[:, 0], kind="stable")
+    units = made[0].units[order].tolist()
+    slices = [
+        ParameterSlice(item.place.tensor, item.place.dim, item.positions[order], cast(Role, item.place.kind))
+        for item in [*made, *(item for item in items if item.place.kind in ("consumes", "follows"))]
+    ]
+    taps = {
+        site: tuple(
+            Tap(item.place.tensor, cast(Site, site), item.place.dim, item.positions[order])
+            for item in items
+            if item.place.kind == site
+        )
+        for site in get_args(Site)
+    }
+    reason = resolved.frozen.get(units[0])
+    if reason is None and not any(item.role == "consumes" for item in slices):
+        reason = "no layer with weights reads it"
+    first = made[0].place.tensor
+    group = UnitGroup(
+        name=first.rsplit(".", 1)[0] if "." in first else first,
+        kind=_kind(kinds[first], units, made, resolved),
+        size=len(units),
+        original_size=len(units),
+        slices=tuple(slices),
+        inputs=(*taps["output"], *taps["rows"]),
+        outputs=taps["input"],
+        frozen=reason,
+        assumes=tuple(dict.fromkeys(text for unit in units for text in resolved.assumed.get(unit, ()))),
+        normed=resolved.marked(units, "normed"),
+    )
+    return group, np.asarray(units)
+
+
+def _kind(kind: str, units: list[int], made: list[Touched], resolved: Resolved) -> str:
+    """Say what a group's units are, from the kind of its first producer and the marks of the rules."""
+    if resolved.marked(units, "head"):
+        return "kv group" if resolved.marked(units, "grouped") else "head"
+    if resolved.marked(units, "residual"):
+        return "residual"
+    gated = resolved.marked(units, "gated") and kind == "neuron"
+    return "gated" if gated and (len(made) > 1 or made[0].positions.shape[1] > 1) else kind
+
+
+def _unique_names(groups: list[UnitGroup]) -> list[UnitGroup]:
+    seen: dict[str, int] = {}
+    result = []
+    for group in groups:
+        seen[group.name] = seen.get(group.name, 0) + 1
+        number = seen[group.name]
+        result.append(group if number == 1 else replace(group, name=f"{group.name}#{number}"))
+    return result

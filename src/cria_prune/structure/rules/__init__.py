@@ -1,0 +1,1 @@
+"""One small rule per operation: how units pass through it."""

@@ -1,0 +1,154 @@
+"""Rules of products: matmul, bmm, einsum, and scaled-dot-product attention."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+from torch.fx import Node
+
+from cria_prune.structure.axes import Axes, Dim
+from cria_prune.structure.rules.core import (
+    Context,
+    argument,
+    broadcast,
+    freeze_all,
+    no_rule,
+    rule,
+    shape,
+    tensor_arguments,
+)
+from cria_prune.structure.rules.layers import MODEL_INPUT
+
+
+@rule("matmul", "mm", "bmm")
+def matmul(node: Node, context: Context) -> Any:
+    """A weight is used as in a linear; two activations: the summed dimension is fixed, batches meet."""
+    left, right = cast(tuple[Node, Node], node.args[:2])
+    return product(node, left, right, context)
+
+
+@rule("baddbmm")
+def baddbmm(node: Node, context: Context) -> Any:
+    """A product with something added."""
+    added, left, right = cast(tuple[Node, Node, Node], node.args[:3])
+    result = product(node, left, right, context)
+    items = [(result, shape(node)), (context.of(added), shape(added))]
+    return broadcast(items, len(shape(node)), node, context)
+
+
+def product(node: Node, left: Node, right: Node, context: Context) -> Any:
+    """Return the axes of left @ right."""
+    if len(shape(left)) < 2 or len(shape(right)) < 2:
+        return no_rule(node, context)
+    first, second = context.of(left), context.of(right)
+    if right in context.tensors and len(second) == 2:
+        context.units.tie(first[-1], second[0], MODEL_INPUT)
+        context.use(node, right, (0, 1), -1, first[-1], second[1], float(np.prod(shape(node)[:-1])))
+        return [*first[:-1], second[1]]
+    reason = f"is summed over by {context.where(node)}"
+    fix_sum(context, [first[-1], second[-2]], reason)
+    batch = meet_batches(node, context, (first[:-2], shape(left)[:-2]), (second[:-2], shape(right)[:-2]))
+    return [*batch, first[-2], second[-1]]
+
+
+def fix_sum(context: Context, dims: list[Dim], reason: str) -> None:
+    """Fix dimensions that two activations are summed over: part of a unit, or none at all."""
+    for dim in dims:
+        context.units.fix(dim, reason)
+
+
+def meet_batches(node: Node, context: Context, *items: tuple[Axes, list[int]]) -> Axes:
+    """Tie batch dimensions; where two activations have units along them, the units are heads."""
+    batch = broadcast(list(items), max(len(sizes) for _, sizes in items), node, context)
+    for back in range(1, len(batch) + 1):
+        along = [axes[-back] for axes, sizes in items if back <= len(sizes)]
+        held = [item for item in along if item is not None]
+        if len(held) > 1:
+            context.units.mark(held[0], "head")
+            if len({len(np.unique(item)) for item in held}) > 1:
+                context.units.mark(held[0], "grouped")
+    return batch
+
+
+@rule("scaled_dot_product_attention")
+def attention(node: Node, context: Context) -> Axes:
+    """Queries, keys and values meet along the heads; with grouped KV a KV head meets its query heads."""
+    query, key, value = cast(tuple[Node, Node, Node], node.args[:3])
+    q, k, v = (context.of(item) for item in (query, key, value))
+    sizes = [shape(item) for item in (query, key, value)]
+    if argument(node, 7, "enable_gqa", False):
+        for axes, size in ((k, sizes[1]), (v, sizes[2])):
+            repeats = sizes[0][-3] // size[-3]
+            axes[-3] = None if axes[-3] is None else np.repeat(axes[-3], repeats)
+            size[-3] *= repeats
+    fix_sum(context, [q[-1], k[-1]], f"is summed over by {context.where(node)}")
+    fix_sum(context, [q[-2], k[-2], v[-2]], f"is a sequence in {context.where(node)}")
+    batch = meet_batches(
+        node, context, *((axes[:-2], size[:-2]) for axes, size in zip((q, k, v), sizes, strict=True))
+    )
+    mask = argument(node, 3, "attn_mask")
+    if isinstance(mask, Node):
+        scores = ([*batch, None, None], [*shape(node)[:-1], sizes[1][-2]])
+        batch = broadcast([scores, (context.of(mask), shape(mask))], len(batch) + 2, node, context)[:-2]
+    return [*batch, None, v[-1]]
+
+
+@rule("einsum")
+def einsum(node: Node, context: Context) -> Any:
+    """Letters that meet are tied; a summed letter is a weight's input, or fixed."""
+    equation = str(node.args[0]).replace(" ", "")
+    items = tensor_arguments(node)
+    if "." in equation or "->" not in equation or len(cast(list[Any], node.args[1])) != len(items):
+        return no_rule(node, context)
+    terms, result = equation.split("->")[0].split(","), equation.split("->")[1]
+    met: dict[str, Dim] = {}
+    for letter in dict.fromkeys("".join(terms)):
+        held = [
+            context.axes[item][place]
+            for item, term in zip(items, terms, strict=True)
+            for place, other in enumerate(term)
+            if other == letter and shape(item)[place] != 1
+        ]
+        met[letter] = held[0] if held else None
+        for other in held[1:]:
+            reason = f"meets a tensor of fixed size in {context.where(node)}"
+            met[letter] = context.units.tie(met[letter], other, reason)
+    if not _einsum_weight(node, items, terms, result, context):
+        for letter, dim in met.items():
+            if letter not in result:
+                context.units.fix(dim, f"is summed over by {context.where(node)}")
+            elif (
+                sum(letter in term for term, item in zip(terms, items, strict=True) if item in context.data)
+                > 1
+            ):
+                context.units.mark(dim, "head")
+    return [met[letter] for letter in result]
+
+
+def _einsum_weight(node: Node, items: list[Node], terms: list[str], result: str, context: Context) -> bool:
+    """Note the use of a weight: activation × two-dimensional parameter with one summed letter."""
+    if len(items) != 2 or len(set(terms[0])) != len(terms[0]) or len(set(terms[1])) != len(terms[1]):
+        return False
+    place = next((index for index in (0, 1) if items[index] in context.tensors), None)
+    if place is None or items[1 - place] not in context.data:
+        return False
+    weight, data = terms[place], terms[1 - place]
+    summed = [letter for letter in weight if letter in data and letter not in result]
+    made = [letter for letter in weight if letter not in data and letter in result]
+    if len(weight) != 2 or len(summed) != 1 or len(made) != 1:
+        return False
+    entering = context.axes[items[1 - place]][data.index(summed[0])]
+    leaving = context.axes[items[place]][weight.index(made[0])]
+    positions = float(
+        np.prod([size for size, letter in zip(shape(node), result, strict=True) if letter != made[0]])
+    )
+    dims = (weight.index(summed[0]), weight.index(made[0]))
+    if data[-1] != summed[0] or result[-1] != made[0]:  # its signals do not lie along the last dimension
+        freeze_all(
+            [entering, leaving],
+            context,
+            f"lies along another than the last dimension in {context.where(node)}",
+        )
+    context.use(node, items[place], dims, -1, entering, leaving, positions)
+    return True

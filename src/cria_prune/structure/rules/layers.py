@@ -1,0 +1,326 @@
+"""Rules of the layers: what sums over weights, pools, resizes, normalises or reduces."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+from torch.fx import Node
+
+from cria_prune.structure.axes import Axes, Dim
+from cria_prune.structure.capture import operation_name
+from cria_prune.structure.rules.core import (
+    RULES,
+    Context,
+    argument,
+    argument_shape,
+    dim_argument,
+    elementwise,
+    freeze_all,
+    no_rule,
+    rule,
+    shape,
+)
+
+MODEL_INPUT = "is part of the model's input"
+
+
+@rule("linear")
+def linear(node: Node, context: Context) -> Axes:
+    """y = x W^T + b over the last dimension."""
+    data, weight = cast(tuple[Node, Node], node.args[:2])
+    axes, weights = context.of(data), context.of(weight)
+    context.units.tie(axes[-1], weights[1], MODEL_INPUT)
+    follow_units(context, node, weights[0], argument(node, 2, "bias"))
+    context.use(node, weight, (1, 0), -1, axes[-1], weights[0], float(np.prod(shape(node)[:-1])))
+    return [*axes[:-1], weights[0]]
+
+
+@rule("addmm")
+def addmm(node: Node, context: Context) -> Any:
+    """y = b + x W, as in GPT-2's Conv1D."""
+    bias, data, weight = cast(tuple[Node, Node, Node], node.args[:3])
+    if weight not in context.tensors:
+        return no_rule(node, context)
+    axes, weights = context.of(data), context.of(weight)
+    context.units.tie(axes[1], weights[0], MODEL_INPUT)
+    follow_units(context, node, weights[1], bias)
+    context.use(node, weight, (0, 1), -1, axes[1], weights[1], float(shape(node)[0]))
+    return [axes[0], weights[1]]
+
+
+@rule("embedding")
+def embedding(node: Node, context: Context) -> Axes:
+    """Rows of a table, picked by the data: its columns are produced."""
+    weight, indices = cast(tuple[Node, Node], node.args[:2])
+    rows, columns = context.of(weight)
+    context.units.fix(rows, "are the rows of an embedding, picked by the data")
+    context.use(node, weight, (None, 1), -1, None, columns, 0.0)
+    freeze_all(context.of(indices), context, f"picks rows in {context.where(node)}")
+    return [*[None] * len(shape(indices)), columns]
+
+
+@rule("conv1d", "conv2d", "conv3d")
+def convolution(node: Node, context: Context) -> Axes:
+    """Sum over input channels and window; grouped: the same positions leave every group."""
+    data, weight = cast(tuple[Node, Node], node.args[:2])
+    groups = int(argument(node, 6, "groups", 1))
+    axes, weights = context.of(data), context.of(weight)
+    if weights[0] is None or weights[1] is None:  # a constant, or computed by an operation without a rule
+        return no_rule(node, context)
+    spatial = len(weights) - 2
+    channel = len(axes) - spatial - 1
+    entering, leaving = axes[channel], weights[0]
+    freeze_all(axes[channel + 1 :], context, f"is a spatial dimension of {context.where(node)}")
+    freeze_all(weights[2:], context, "is a window of a convolution")
+    dims: tuple[int | None, int | None] = (1, 0)
+    if groups > 1 and argument_shape(node, 1)[1] == 1:
+        # Depthwise: each input channel makes its own outputs, so both leave together.
+        multiplier = len(leaving) // groups
+        repeated = None if entering is None else np.repeat(entering, multiplier)
+        context.units.tie(repeated, leaving, MODEL_INPUT)
+        context.units.freeze(weights[1], "is the single input of a depthwise filter")
+        dims = (None, None)
+    elif groups > 1:
+        context.units.tie(entering, np.tile(weights[1], groups), MODEL_INPUT)
+        rows = leaving.reshape(groups, -1)
+        context.units.tie(np.tile(rows[0], groups), leaving, MODEL_INPUT)
+    else:
+        context.units.tie(entering, weights[1], MODEL_INPUT)
+    follow_units(context, node, leaving, argument(node, 2, "bias"))
+    context.use(node, weight, dims, channel, entering, leaving, _positions(shape(node), channel))
+    return [*axes[:channel], leaving, *[None] * spatial]
+
+
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def transposed_convolution(node: Node, context: Context) -> Any:
+    """Like a convolution with the weight's first two dimensions exchanged."""
+    if int(argument(node, 6, "groups", 1)) > 1:
+        return no_rule(node, context)
+    data, weight = cast(tuple[Node, Node], node.args[:2])
+    axes, weights = context.of(data), context.of(weight)
+    if weights[0] is None or weights[1] is None:
+        return no_rule(node, context)
+    spatial = len(weights) - 2
+    channel = len(axes) - spatial - 1
+    reason = f"is a spatial dimension of {context.where(node)}"
+    freeze_all([*axes[channel + 1 :], *weights[2:]], context, reason)
+    context.units.tie(axes[channel], weights[0], MODEL_INPUT)
+    follow_units(context, node, weights[1], argument(node, 2, "bias"))
+    positions = _positions(argument_shape(node), channel)
+    context.use(node, weight, (0, 1), channel, axes[channel], weights[1], positions)
+    return [*axes[:channel], weights[1], *[None] * spatial]
+
+
+def _positions(sizes: list[int], channel: int) -> float:
+    return float(np.prod(sizes[:channel] + sizes[channel + 1 :]))
+
+
+def follow_units(context: Context, node: Node, units: Dim, *parameters: Any) -> None:
+    """Tie one-dimensional parameters (biases, statistics, slopes) to the units they belong to."""
+    for item in parameters:
+        if isinstance(item, Node) and np.prod(shape(item)) != 1:  # a single number is broadcast
+            reason = f"meets a fixed tensor in {context.where(node)}"
+            context.units.tie(units, context.of(item)[-1], reason)
+
+
+@rule("prelu")
+def prelu(node: Node, context: Context) -> Axes:
+    """A slope per channel follows the channels; a single slope is free."""
+    axes = context.of(node.args[0])
+    follow_units(context, node, axes[1], node.args[1])
+    return axes
+
+
+@rule(
+    *[f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp") for n in (1, 2, 3)],
+    *[f"max_pool{n}d_with_indices" for n in (1, 2, 3)],
+)
+def pooling(node: Node, context: Context) -> Any:
+    """Spatial dimensions are reduced; channels pass. Some maxima give values and indices."""
+    axes = context.of(node.args[0])
+    spatial = int(operation_name(node).split("pool")[1][0])
+    freeze_all(axes[-spatial:], context, f"is a spatial dimension of {context.where(node)}")
+    result = [*axes[:-spatial], *[None] * spatial]
+    return [result, list(result)] if isinstance(node.meta["val"], tuple) else result
+
+
+@rule(
+    *["upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact2d"],
+    *["upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d"],
+    *["_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"],
+)
+def resize(node: Node, context: Context) -> Axes:
+    """Spatial dimensions are resized; channels pass."""
+    axes = context.of(node.args[0])
+    freeze_all(axes[2:], context, f"is a spatial dimension of {context.where(node)}")
+    return [*axes[:2], *[None] * (len(axes) - 2)]
+
+
+@rule("pixel_shuffle", "pixel_unshuffle")
+def pixel_shuffle(node: Node, context: Context) -> Axes:
+    """Channels × r² become space, or back: the r² positions of a channel leave together."""
+    axes, before, after = context.of(node.args[0]), argument_shape(node), shape(node)
+    freeze_all(axes[-2:], context, f"is a spatial dimension of {context.where(node)}")
+    ratio = max(before[-3], after[-3]) // min(before[-3], after[-3])
+    units = axes[-3]
+    if units is not None:
+        if before[-3] > after[-3]:
+            rows = units.reshape(-1, ratio)
+            context.units.tie(np.repeat(rows[:, 0], ratio), units, "")
+            units = rows[:, 0]
+        else:
+            units = np.repeat(units, ratio)
+    return [*axes[:-3], units, None, None]
+
+
+@rule("im2col")
+def windows(node: Node, context: Context) -> Axes:
+    """Each channel appears once per position of the window."""
+    axes = context.of(node.args[0])
+    freeze_all(axes[-2:], context, f"is a spatial dimension of {context.where(node)}")
+    units = axes[-3]
+    repeated = None if units is None else np.repeat(units, shape(node)[-2] // len(units))
+    return [*axes[:-3], repeated, None]
+
+
+@rule("batch_norm", "instance_norm")
+def batch_norm(node: Node, context: Context) -> Axes:
+    """Per channel: weight, bias and running statistics follow the channels."""
+    axes = context.of(node.args[0])
+    follow_units(context, node, axes[1], *node.args[1:5])
+    if axes[1] is not None:
+        context.count(node, len(axes[1]), axes[1], "num_features")
+    if operation_name(node) == "instance_norm":
+        freeze_all(axes[2:], context, f"is reduced over by {context.where(node)}")
+    return axes
+
+
+@rule("layer_norm", "rms_norm")
+def layer_norm(node: Node, context: Context) -> Axes:
+    """Over the last dimension: weight and bias follow it. Over several: they are frozen."""
+    axes = context.of(node.args[0])
+    depth = len(argument(node, 1, "normalized_shape"))
+    parameters = [argument(node, 2, "weight"), argument(node, 3, "bias") if len(node.args) > 3 else None]
+    if depth == 1:
+        follow_units(context, node, axes[-1], *(item for item in parameters if isinstance(item, Node)))
+        context.units.mark(axes[-1], "normed")
+        context.count(node, shape(node)[-1], axes[-1], "normalized_shape")
+        return axes
+    reason = f"is one of several dimensions that are normalised by {context.where(node)}"
+    freeze_all(axes[-depth:], context, reason)
+    for item in parameters:
+        if isinstance(item, Node):
+            freeze_all(context.of(item), context, reason)
+    return axes
+
+
+@rule("group_norm")
+def group_norm(node: Node, context: Context) -> Axes:
+    """Groups are normalised apart: a whole group leaves at a time; a single group is a layer norm."""
+    axes, groups = context.of(node.args[0]), int(argument(node, 1, "num_groups"))
+    freeze_all(axes[2:], context, f"is reduced over by {context.where(node)}")
+    channels = axes[1]
+    parameters = (argument(node, 2, "weight"), argument(node, 3, "bias"))
+    follow_units(context, node, channels, *(item for item in parameters if isinstance(item, Node)))
+    if channels is None:
+        return axes
+    if groups == 1:
+        context.units.mark(channels, "normed")
+    else:
+        rows = channels.reshape(groups, -1)
+        context.units.tie(np.repeat(rows[:, 0], rows.shape[1]), channels, "")
+        context.count(node, groups, rows[:, 0], "num_groups", "groups")
+    context.count(node, len(channels), channels, "num_channels")
+    return axes
+
+
+@rule(
+    *["mean", "sum", "amax", "amin", "var", "std", "logsumexp", "linalg_vector_norm", "norm", "any", "all"],
+    *["prod", "nansum", "var_mean", "std_mean", "max", "min", "argmax", "argmin"],
+)
+def reduction(node: Node, context: Context) -> Any:
+    """A reduced dimension of units is frozen, but for the statistic of a hand-written normalisation."""
+    axes = context.of(node.args[0])
+    if isinstance(argument(node, 1, "other"), Node):  # max(x, y)
+        return freeze_pair(node, context)
+    name = operation_name(node)
+    reduced = reduced_dims(node, len(axes))
+    normalises = len(reduced) == 1 and name in STATISTICS and _is_broadcast_back(node, *reduced)
+    for dim in reduced:
+        if normalises:
+            context.units.mark(axes[dim], "normed")
+            if axes[dim] is not None:
+                context.statistics[node] = (dim - len(axes), np.asarray(axes[dim]))
+        else:
+            context.units.freeze(axes[dim], f"is reduced over by {context.where(node)}")
+    value = node.meta["val"]
+    first = value[0] if isinstance(value, (tuple, list)) else value
+    if len(first.shape) == len(axes):
+        result: Axes = [None if dim in reduced else item for dim, item in enumerate(axes)]
+    else:
+        result = [item for dim, item in enumerate(axes) if dim not in reduced]
+    return [list(result) for _ in value] if isinstance(value, (tuple, list)) else result
+
+
+def reduced_dims(node: Node, rank: int) -> set[int]:
+    """Return the dimensions that a reduction takes, counted from the front."""
+    dims = argument(node, 2 if operation_name(node) in {"linalg_vector_norm", "norm"} else 1, "dim")
+    if isinstance(dims, bool):  # std(x, unbiased): the second argument is no dimension
+        dims = None
+    dims = range(rank) if dims is None else [dims] if isinstance(dims, int) else list(dims)
+    reduced = {int(dim) % rank for dim in dims} if rank else set()
+    return reduced or set(range(rank))
+
+
+def freeze_pair(node: Node, context: Context) -> Axes:
+    """Freeze both tensors of an operation that is used as an elementwise maximum."""
+    for item in node.all_input_nodes:
+        freeze_all(context.of(item), context, f"no rule for the operation {context.where(node)}")
+    return [None] * len(shape(node))
+
+
+STATISTICS = {"mean", "var", "std", "sum", "amax", "amin", "linalg_vector_norm", "norm"}
+
+
+def _is_broadcast_back(node: Node, dim: int) -> bool:
+    """Say whether a statistic over `dim` (kept with size one) only ever meets that dimension again.
+
+    So it is in a hand-written normalisation, x / sqrt(mean(x²)): nothing else reads the statistic.
+    """
+    if any(item == 0 for item in shape(node)) or len(shape(node)) != len(shape(node.all_input_nodes[0])):
+        return False
+    back = dim - len(shape(node))
+    waiting = [node]
+    while waiting:
+        for user in waiting.pop().users:
+            if operation_name(user) == "_assert_tensor_metadata":
+                continue
+            meets = RULES.get(operation_name(user)) is elementwise or operation_name(user) == "expand_as"
+            if not meets or len(shape(user)) < -back:
+                return False
+            if shape(user)[back] == 1:
+                waiting.append(user)
+    return True
+
+
+@rule("softmax", "log_softmax", "_softmax", "cumsum", "cumprod", "logcumsumexp")
+def along(node: Node, context: Context) -> Axes:
+    """One dimension is reduced over or accumulated, and frozen; the others pass."""
+    axes = context.of(node.args[0])
+    dim = dim_argument(node, 1, "dim", len(axes))
+    context.units.freeze(axes[dim], f"is reduced over by {context.where(node)}")
+    return axes
+
+
+@rule("glu")
+def glu(node: Node, context: Context) -> Axes:
+    """The first half times the sigmoid of the second: the same positions leave both."""
+    axes = context.of(node.args[0])
+    dim = dim_argument(node, 1, "dim", len(axes), -1)
+    units = axes[dim]
+    if units is not None:
+        first, second = np.split(units, 2)
+        axes[dim] = context.units.tie(first, second, "")
+        context.units.mark(first, "gated")
+    return axes

@@ -1,0 +1,210 @@
+"""model + Plan -> smaller model: every check first, every change after."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from cria_prune.base.attention import MultiheadAttention
+from cria_prune.base.errors import StructureError
+from cria_prune.base.events import passed
+from cria_prune.base.modules import copy_of, named_tensors, shared_copy
+from cria_prune.planning.plan import Plan
+
+
+def slice_tensor(tensor: Tensor, cuts: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
+    """Return a contiguous copy of `tensor` that keeps the given positions of each named dimension.
+
+    A parameter stays a parameter with the same `requires_grad`; its gradient is dropped. Works on
+    the meta device too.
+
+    >>> slice_tensor(torch.arange(6).reshape(2, 3), [(1, [0, 2])])
+    tensor([[0, 2],
+            [3, 5]])
+    """
+    smaller = tensor.detach()
+    for dim, kept in cuts:
+        smaller = smaller.index_select(dim, torch.as_tensor(kept, dtype=torch.long, device=tensor.device))
+    smaller = smaller.clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(smaller, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else smaller
+
+
+# Instance norms derive from the same class and have no weight unless asked for.
+CHANNEL_NORMS = (nn.modules.batchnorm._NormBase,)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def restate(module: nn.Module, before: Mapping[str, tuple[int, ...]], depthwise: bool) -> None:
+    """Make what a module says of its own tensors true again.
+
+    Args:
+        module: with its smaller tensors.
+        before: local name -> shape of the cut tensors before.
+        depthwise: the filters of the weight left with the channels they read.
+    """
+    if isinstance(module, CHANNEL_NORMS):
+        statistics = module.weight if module.weight is not None else module.running_mean
+        assert statistics is not None
+        module.num_features = int(statistics.shape[0])
+    elif isinstance(module, nn.MultiheadAttention):
+        _restate_attention(module)
+    elif "weight" not in before:
+        return
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = int(module.weight.shape[0])
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        module.normalized_shape = tuple(module.weight.shape)
+    elif isinstance(module, nn.GroupNorm):
+        module.num_channels = int(module.weight.shape[0])
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = map(int, module.weight.shape)
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = map(int, module.weight.shape)
+    elif isinstance(module, TRANSPOSED):
+        module.in_channels, module.out_channels = int(module.weight.shape[0]), int(module.weight.shape[1])
+    elif isinstance(module, CONVOLUTIONS):
+        if module.groups > 1 and depthwise:
+            multiplier = before["weight"][0] // module.groups
+            module.groups = int(module.weight.shape[0]) // multiplier
+        module.in_channels = int(module.weight.shape[1]) * module.groups
+        module.out_channels = int(module.weight.shape[0])
+    elif {"nf", "nx"} <= vars(module).keys():  # the transposed linear of GPT-2
+        weight = cast(Tensor, module.weight)
+        for name, size in zip(("nx", "nf"), weight.shape, strict=True):
+            setattr(module, name, int(size))
+
+
+def _restate_attention(module: nn.MultiheadAttention) -> None:
+    """Give a cut attention the class that reads its sizes off its parameters."""
+    packed = module.in_proj_weight
+    widths = (
+        [packed] * 3
+        if packed is not None
+        else [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
+    )
+    module.embed_dim, module.kdim, module.vdim = (int(item.shape[1]) for item in widths)
+    module._qkv_same_embed_dim = False  # what the fused kernels of the layers around it ask for
+    if type(module) is nn.MultiheadAttention:
+        module.__class__ = MultiheadAttention
+
+
+def check_attributes(model: nn.Module, plan: Plan) -> None:
+    """Check that the model says what the plan's edits start from.
+
+    Raises:
+        StructureError: a module or attribute is missing or says something else.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for edit in plan.attributes:
+        found: Any = modules.get(edit.module)
+        for name in edit.name.split("."):
+            found = vars(found).get(name) if hasattr(found, "__dict__") else None
+        found = found[0] if isinstance(found, tuple) and len(found) == 1 else found
+        if found != edit.before or not isinstance(found, int):
+            raise StructureError(
+                f"A plan that restates {edit.name!r} of {edit.module!r} from {edit.before} to {edit.after}",
+                f"the model says {found!r}",
+                "Apply a plan to the model that it was made for",
+            )
+
+
+def restate_attributes(model: nn.Module, plan: Plan) -> None:
+    """Set every attribute that the plan edits.
+
+    A configuration that several modules share is set if all that say the number agree. Where they do
+    not, each module that changes gets a copy of its own, and the shared one stays as it is.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    edits = [(modules[edit.module], edit) for edit in plan.attributes]
+    agreed: dict[tuple[int, str], set[int]] = {}
+    for module, edit in edits:
+        if edit.name.startswith("config."):
+            agreed.setdefault((id(module.config), edit.name), set()).add(edit.after)
+    own: dict[int, Any] = {}
+    for module, edit in edits:
+        if not edit.name.startswith("config."):
+            as_tuple = isinstance(getattr(module, edit.name), tuple)  # the shape of a norm
+            setattr(module, edit.name, (edit.after,) if as_tuple else edit.after)
+            continue
+        config: Any = own.get(id(module), module.config)
+        if len(agreed.get((id(config), edit.name), ())) > 1 and edit.before != edit.after:
+            config = own[id(module)] = copy.copy(config)
+            module.config = config
+        if edit.before != edit.after:
+            setattr(config, edit.name.removeprefix("config."), edit.after)
+
+
+def apply(model: nn.Module, plan: Plan, *, inplace: bool = False, share: bool = False) -> nn.Module:
+    """Remove the units that the plan does not keep.
+
+    Args:
+        model: the model that the plan was made for.
+        plan: what stays.
+        inplace: cut `model` itself; otherwise it is untouched and a copy is returned, made
+            without first copying what is cut away.
+        share: the copy shares the tensors that are not cut with `model`.
+
+    Returns:
+        The smaller model. Parameters that shared a tensor still share it, and modules say their
+        new sizes (`out_channels`, `in_features`, `groups`, `num_features`).
+
+    Raises:
+        StructureError: the plan names a tensor or size that the model does not have; nothing is changed.
+    """
+    passed("cut", model=model, plan=plan)
+    tensors = named_tensors(model)
+    cuts = check(tensors, plan)
+    check_attributes(model, plan)
+    smaller = {name: slice_tensor(tensors[name], items) for name, items in cuts.items()}
+    replaced = {id(tensors[name]): tensor for name, tensor in smaller.items()}
+    before = {id(tensors[name]): tuple(tensors[name].shape) for name in cuts}
+    # A depthwise filter follows its channel; the outputs of a grouped convolution are produced.
+    following = {id(tensors[cut.tensor]) for cut in plan.cuts if cut.role == "follows" and cut.dim == 0}
+    owners = _owners(model, before)
+    target = model
+    if not inplace:
+        target = (shared_copy if share else copy_of)(model, replaced)
+        names = {path: shapes for path, (_, shapes) in owners.items()}
+        owners = {path: (target.get_submodule(path), shapes) for path, shapes in names.items()}
+    for module, shapes in owners.values():
+        for local, (key, _) in shapes.items():
+            setattr(module, local, replaced[key])
+        depthwise = shapes.get("weight", (0, ()))[0] in following
+        restate(module, {local: shape for local, (_, shape) in shapes.items()}, depthwise)
+    restate_attributes(target, plan)
+    return target
+
+
+def check(tensors: Mapping[str, Tensor], plan: Plan) -> dict[str, list[tuple[int, tuple[int, ...]]]]:
+    """Return tensor name -> (dim, kept) cuts that remove something, all valid for these tensors."""
+    cuts: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
+    for cut in plan.cuts:
+        tensor = tensors.get(cut.tensor)
+        found = None if tensor is None else tuple(tensor.shape)
+        if found is None or cut.dim >= len(found) or found[cut.dim] != cut.size:
+            raise StructureError(
+                f"A plan that cuts {cut.tensor!r} along dimension {cut.dim} of size {cut.size}",
+                "the model has no such tensor" if found is None else f"the model's tensor has shape {found}",
+                "Apply a plan to the model that it was made for",
+            )
+        if len(cut.kept) < cut.size:
+            cuts.setdefault(cut.tensor, []).append((cut.dim, cut.kept))
+    return cuts
+
+
+def _owners(
+    model: nn.Module, cut: Mapping[int, tuple[int, ...]]
+) -> dict[str, tuple[nn.Module, dict[str, tuple[int, tuple[int, ...]]]]]:
+    """Return module path -> (module, local name -> (tensor id, shape before)) for each cut tensor."""
+    owners: dict[str, tuple[nn.Module, dict[str, tuple[int, tuple[int, ...]]]]] = {}
+    for path, module in model.named_modules():
+        local = {**module._parameters, **module._buffers}
+        shapes = {name: (id(item), cut[id(item)]) for name, item in local.items() if id(item) in cut}
+        if shapes:
+            owners[path] = (module, shapes)
+    return owners

@@ -1,0 +1,214 @@
+"""A Hugging Face folder or a hub name -> its model: from JSON and safetensors, never from code or pickles."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from cria_prune.base.errors import ArtifactError, CriaError, needed
+from cria_prune.base.events import passed
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+TOKENIZERS = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json"),
+    "sentencepiece.bpe.model",
+)
+FETCHED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md")
+
+
+def find_folder(name: str) -> Path:
+    """Return the folder of a model: the folder of that name, or a snapshot of the hub's repository.
+
+    Raises:
+        ArtifactError: it is neither, or the hub cannot be reached.
+        PackageError: huggingface_hub is not installed.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    asked = f"The model {name}"
+    if not HUB_NAME.fullmatch(name):
+        raise ArtifactError(
+            asked, "there is no such folder", "Give a folder, or a name of the hub like organisation/model"
+        )
+    with needed("hf", asked):
+        from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(FETCHED)))
+    except Exception as error:  # whatever a server can make another library raise
+        text = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".")
+        raise ArtifactError(
+            asked,
+            f"there is no such folder, and the hub gives {type(error).__name__}: {text}",
+            f"Fetch it where there is a network (hf download {name} --local-dir FOLDER) and give that folder",
+        ) from error
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Say whether a folder holds the files of a tokenizer."""
+    return any((folder / name).is_file() for name in TOKENIZERS)
+
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def load_pretrained(folder: Path, meta: bool = False, **options: Any) -> nn.Module:
+    """Return the model of a Hugging Face folder in eval mode, on the CPU or without values.
+
+    The class is the first of `architectures` in config.json that transformers has, else the base model of
+    the configuration (`AutoModel`). Code in the folder is not run and nothing is asked of a server.
+
+    Args:
+        folder: holds config.json, and the weights as safetensors if there are any.
+        meta: leave the weights and make every tensor on the meta device: shapes without memory. A
+            folder without weights is read like this too.
+        options: further ones of `from_pretrained`, such as `device_map`.
+
+    Raises:
+        ArtifactError: transformers is missing or does not know the model, the weights are pickles, are
+            quantized or are not those of the model, or a file is damaged.
+    """
+    asked = f"Reading the Hugging Face model in {folder}"
+    library = find_library(asked)
+    weights = not meta and _has_weights(folder, asked)
+    if weights and not options:
+        passed("weights", folder=folder)
+    with reading(library, asked):
+        config = read_config(library, folder)
+        known = known_class(library, config)
+        if weights:
+            return _with_values(known or library.AutoModel, folder, config, asked, options).eval()
+        with torch.device("meta"):
+            model: nn.Module = known(config) if known else library.AutoModel.from_config(config)
+        return model.eval()
+
+
+@contextmanager
+def reading(library: ModuleType, asked: str) -> Iterator[None]:
+    """Keep transformers quiet; what a file makes it raise becomes an ArtifactError about what was asked."""
+    with quiet(library):
+        try:
+            yield
+        except CriaError:
+            raise
+        except Exception as error:  # whatever a file can make another library raise
+            text = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".")
+            raise ArtifactError(
+                asked,
+                f"transformers {library.__version__} stops with {type(error).__name__}: {text}",
+                "Check config.json and the weights; models whose code lies in their folder are not run",
+            ) from error
+
+
+def read_config(library: ModuleType, folder: Path) -> Any:
+    """Return the configuration in a folder; neither code in it nor a kernel that it names is used."""
+    config = library.AutoConfig.from_pretrained(
+        str(folder.resolve()), local_files_only=True, trust_remote_code=False
+    )
+    config._attn_implementation = None  # the file may name a kernel on a server
+    return config
+
+
+def find_library(asked: str) -> ModuleType:
+    """Return the module transformers. Raises a PackageError, about what was asked, where it is missing."""
+    with needed("hf", asked):
+        import transformers
+    return transformers
+
+
+def _has_weights(folder: Path, asked: str) -> bool:
+    """Say whether there are safetensors. Raises an ArtifactError where there are pickles instead."""
+    if (folder / "adapter_config.json").exists():
+        raise ArtifactError(
+            asked, "it holds an adapter beside or in place of the model", "Merge it into the model and save"
+        )
+    if (folder / WEIGHTS).exists():
+        return True
+    if (folder / INDEX).exists():
+        shards(folder / INDEX, asked)
+        return True
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise ArtifactError(
+            asked,
+            f"the weights are pickles ({pickles[0]}), which can run code when they are read",
+            "If you trust the file, convert it once: AutoModel.from_pretrained(FOLDER), with the class that "
+            "you need, then .save_pretrained(NEW) writes safetensors. Or pass --meta to inspect shapes only",
+        )
+    return False
+
+
+def shards(path: Path, asked: str) -> list[str]:
+    """Return the files that an index names. Raises an ArtifactError for all but safetensors beside it."""
+    try:
+        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        wrong = sorted(
+            str(name) for name in names if Path(name).name != name or Path(name).suffix != ".safetensors"
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(asked, f"{path.name} cannot be read, {error}", "Copy the folder again") from error
+    if wrong:
+        raise ArtifactError(
+            asked, f"{path.name} names {wrong[0]!r}", "Only safetensors in the folder itself are read"
+        )
+    return sorted(names)
+
+
+def known_class(library: ModuleType, config: Any) -> Any:
+    """Return the first of the `architectures` of a configuration that transformers has, or None."""
+    for name in config.architectures or ():
+        found = getattr(library, str(name), None)
+        if isinstance(found, type) and issubclass(found, library.PreTrainedModel):
+            return found
+    return None
+
+
+def _with_values(kind: Any, folder: Path, config: Any, asked: str, options: Mapping[str, Any]) -> nn.Module:
+    if getattr(config, "quantization_config", None) is not None:
+        raise ArtifactError(
+            asked,
+            "its weights are quantized",
+            "Give the weights as floats, or pass --meta to see shapes only",
+        )
+    model, info = kind.from_pretrained(
+        str(folder.resolve()),
+        config=config,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+        **options,
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 2} more" if len(missing) > 2 else ""
+        raise ArtifactError(
+            asked,
+            f"the weights lack {', '.join(missing[:2])}{more}, which {type(model).__name__} needs",
+            "Complete the weights, or pass --meta to see shapes only",
+        )
+    return model
+
+
+@contextmanager
+def quiet(library: ModuleType) -> Iterator[None]:
+    """Keep the progress bars and warnings of transformers away; its settings are put back."""
+    logging = library.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
