@@ -21,7 +21,7 @@ from cria_prune.recording.states import EVERYTHING, GroupStates, States
 from cria_prune.spectrum.importance import Diagnosis, Importance, rank_correlation
 from cria_prune.structure.groups import UnitGroup, UnitGroups
 
-FEW, MANY = 3, 5
+FEW, MANY = 3, 16
 """Live units of a group from which on equal scores count, and are an error in a single group."""
 NOTHING = (0.0, 1e-30)
 """Scores of units without any effect; `spectrum` keeps those of live ones above 0."""
@@ -83,10 +83,11 @@ def score(
 def check_telling(criterion: str, importances: Mapping[str, Importance], whole: bool = True) -> None:
     """Check that scores tell units from one another: a cut by equal ones would be the cut of a coin.
 
-    A group of five live units or more whose scores are all the same is refused, and a whole network where no
-    group of three or more has two different ones. What may be alike is: the scores of smaller groups, for two
-    units are as far from each other as the other way round, and ranks of a few may add up to the same; and
-    scores of nothing (dead units, weights of 0), where no choice is worse than another.
+    A group of 16 live units or more whose scores are all the same is refused, and a whole network where no
+    group of three or more has two different ones. What may be alike is: the scores of smaller groups beside
+    others, for two units are as far from each other as the other way round, ranks of a few may add up to the
+    same, and a few units may all be on for every sample; and scores of nothing (dead units, weights of 0),
+    where no choice is worse than another.
 
     Raises:
         CriterionError: they do not.
