@@ -350,7 +350,8 @@ def test_a_model_that_is_no_chain_of_blocks_is_recorded_as_a_whole(tmp_path: Pat
     assert (chain is None) is skips
     assert [turn.blocks for turn in found] == [None if skips else (place, place) for place in range(4)]
     expected = score(plain, groups, record(plain, groups, signals(), config.record))
-    scores, spilled, count = score_in_turns(prepare(dispatched, signals(), config), tmp_path, 1, QUIET)
+    prepared = prepare(dispatched, signals(), PruneConfig(record=config.record, score=config.score))
+    scores, spilled, count = score_in_turns(prepared, tmp_path, 1, QUIET)
     assert count == 4 and list(scores) == list(expected)
     assert all(torch.equal(scores[name].scores, expected[name].scores) for name in expected)
     moments = spilled.get("blocks.1.up", "blocks.1.down.weight")
