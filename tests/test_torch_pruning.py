@@ -14,16 +14,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from watching import counted
 
 import networks
-from cria_prune.base.errors import ConfigError, CriterionError, StructureError
+from cria_prune.base.errors import CriterionError, PackageError, StructureError
 from cria_prune.config import PruneConfig
 from cria_prune.planning.plan import make_plan
 from cria_prune.stages import prepare, rank
 from cria_prune.surgery.removal import apply
 from cria_prune.tasks.models import build
 from cria_prune.torch_pruning import SpectralImportance
-from watching import counted
 
 tp = pytest.importorskip("torch_pruning", reason="torch-pruning is not installed (pip install torch-pruning)")
 
@@ -236,7 +236,7 @@ def test_bad_input_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StructureError, match="the same model"):
         pruner(other, batches[0][:2], SpectralImportance(net, batches, "l2"), pruning_ratio=0.5).step()
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
-    with pytest.raises(ConfigError, match="pip install torch-pruning"):
+    with pytest.raises(PackageError, match=r"not installed.*pip install 'cria-prune\[torch-pruning\]'"):
         SpectralImportance(net, batches)
 
 

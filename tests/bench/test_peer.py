@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 import torch
 
-from cria_prune.base.errors import ConfigError
+from cria_prune.base.errors import ConfigError, PackageError
 from cria_prune.bench import peer as module
 from cria_prune.bench.peer import IMPORTANCES, PeerResult, prune_by_peer
 from cria_prune.bench.suite import Grid, cells, config_of
@@ -143,9 +144,6 @@ def test_what_cannot_be_compared_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ConfigError, match=r"the nearest that Torch-Pruning frees is 0\.0%"):  # nothing at all
         prune_by_peer("tp-lamp", network(), batches(4), hardly)
 
-    def missing(name: str) -> Any:
-        raise ImportError(name)
-
-    monkeypatch.setattr(module, "import_module", missing)
-    with pytest.raises(ConfigError, match="torch-pruning is not installed"):
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    with pytest.raises(PackageError, match="torch-pruning is not installed"):
         prune_by_peer("tp-lamp", network(), batches(4), config)

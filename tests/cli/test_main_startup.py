@@ -9,24 +9,13 @@ import sys
 import pytest
 
 import cria_prune
+from cria_prune.cli.main import app
 
 HEAVY = ("torch", "numpy", "scipy", "transformers", "matplotlib", "sklearn", "pyarrow", "yaml")
 AFTER = f"""
 print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]), file=sys.__stdout__)
 """
-COMMANDS = [
-    "run",
-    "inspect",
-    "score",
-    "plan",
-    "ablate",
-    "prune",
-    "sweep",
-    "recover",
-    "report",
-    "bench",
-    "eval",
-]
+COMMANDS = [item.name or item.callback.__name__ for item in app.registered_commands if item.callback]
 
 
 def loaded(code: str) -> list[str]:

@@ -35,6 +35,7 @@ from cria_prune.base.dispatched import (
 from cria_prune.base.errors import (
     ArtifactError,
     CriaError,
+    PackageError,
     SignalError,
     StructureError,
     VerificationError,
@@ -646,7 +647,7 @@ def test_without_accelerate_the_text_says_what_to_install(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(ArtifactError, match=r"accelerate is not installed.*cria-prune\[offload\]"):
+    with pytest.raises(PackageError, match=r"accelerate is not installed.*cria-prune\[offload\]"):
         write.load_dispatched(made / "llama", tmp_path, torch.device("cpu"))
 
 

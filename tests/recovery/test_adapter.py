@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cria_prune import PruneConfig, prune
-from cria_prune.base.errors import ConfigError
+from cria_prune.base.errors import ConfigError, PackageError
 from cria_prune.base.metrics import cross_entropy
 from cria_prune.config import RecoverConfig
 from cria_prune.recovery.adapter import adapters, linear_layers
@@ -340,7 +340,7 @@ def test_what_it_cannot_do_is_told(monkeypatch):
     with pytest.raises(ConfigError, match=r"lora: Input should be greater"):
         RecoverConfig(lora=-1)
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ConfigError, match=r"peft is missing.*pip install 'cria-prune\[lora\]'"):
+    with pytest.raises(PackageError, match=r"peft is not installed.*pip install 'cria-prune\[lora\]'"):
         recover(mlp(), vectors(), CONFIG)
 
 

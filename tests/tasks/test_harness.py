@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from cria_prune.base.errors import ArtifactError, ConfigError, DataError
+from cria_prune.base.errors import ArtifactError, ConfigError, DataError, PackageError
 from cria_prune.tasks.harness import harness
 from cria_prune.tasks.language import train_tokenizer
 
@@ -263,5 +263,5 @@ def test_what_has_to_be_there(
         with pytest.raises(ArtifactError, match=r"datasets 3\.6\.0 can run code .* Install datasets 4"):
             harness(model, tokenizer, ["animals"], folder=folder)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ArtifactError, match=r"lm-eval is not installed .*pip install 'cria-prune\[eval\]'"):
+    with pytest.raises(PackageError, match=r"lm-eval is not installed.*pip install 'cria-prune\[eval\]'"):
         harness(model, tokenizer, ["animals"], folder=folder)
