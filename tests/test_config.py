@@ -1,14 +1,25 @@
 """Configurations: frozen, round trips, clear errors, presets."""
 
+import sys
+
 import pytest
 
 from cria_prune import PruneConfig, preset
-from cria_prune.base.errors import ConfigError
+from cria_prune.base.errors import ConfigError, PackageError
 
 
 def test_round_trip_through_json_and_yaml() -> None:
     config = PruneConfig(plan={"reduction": 0.3, "of": "macs"}, score={"pairs": 0.25})
     assert PruneConfig.from_text(config.to_json()) == config == PruneConfig.from_text(config.to_yaml())
+
+
+def test_json_is_read_without_pyyaml(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    config = PruneConfig(plan={"reduction": 0.3})
+    assert PruneConfig.from_text(config.to_json()) == config
+    for call in (config.to_yaml, lambda: PruneConfig.from_text("verify: true")):
+        with pytest.raises(PackageError, match=r"pyyaml is not installed.*'cria-prune\[recipes\]'"):
+            call()
 
 
 def test_unknown_keys_and_bad_values_name_the_known_ones() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -534,3 +535,31 @@ def test_a_training_that_cannot_be_is_refused_before_the_work(tmp_path: Path) ->
     done = cria("run", "digits", "--fsdp", "--output", str(tmp_path / "out"), *SMALL)
     assert done.exit_code == 2 and "A fine-tune by FSDP: this is one process" in done.stderr
     assert "dense accuracy" not in done.stdout and not list(tmp_path.iterdir())
+
+
+def test_without_matplotlib_it_prunes_and_says_what_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    install = "matplotlib is not installed. Install it with pip install 'cria-prune[report]'"
+    cut = cria("prune", "digits", "--rounds", "1", "--examples", "64", "--criterion", "l2", "--output", "a")
+    assert answer(cut)["output"] == "a" and Path("a/model.safetensors").exists()
+    assert f"no report now: The pictures of a report: {install}, then run cria report a" in cut.stdout
+    assert not Path("a/report.html").exists()
+    assert install in error("report", "a")
+    words = (
+        "--shares",
+        "0.5",
+        "--limit",
+        "50",
+        "--examples",
+        "64",
+        "--criterion",
+        "l2",
+        "--random-seeds",
+        "2",
+    )
+    measured = cria("ablate", "digits", *words, "--output", "b")
+    assert answer(measured)["output"] == "b" and sorted(os.listdir("b")) == ["ablation.json"]
+    assert f"result b/ablation.json, left out: The picture b/ablation.png: {install}" in measured.stdout
+    words = ("--reduce", "0.3", "--criterion", "l2", "--examples", "64", "--output", "c")
+    assert install in cria("sweep", "digits", *words).stdout and Path("c/sweep.json").exists()
