@@ -267,6 +267,7 @@ def test_no_module_is_reached_through_another_one() -> None:
 
 STAGES = {
     "cria_prune.stages": "it is the order",
+    "cria_prune.offload.write": "repairs and cuts a folder layer by layer, where the stages do it in memory",
     "cria_prune.artifact.layers": "replays a plan on shapes and looks at what they then are: nothing is cut",
 }
 """Who may know several stages, and why."""

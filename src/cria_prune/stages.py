@@ -304,7 +304,9 @@ def prepare(
     )  # fmt: skip
 
 
-def rank(prepared: Prepared, *, loss: Loss | None = None, graphs: bool = False) -> Ranking:
+def rank(
+    prepared: Prepared, *, loss: Loss | None = None, graphs: bool = False, whole: bool = True
+) -> Ranking:
     """Record what the criterion and the repair need, in one pass over the batches, and score the units.
 
     Args:
@@ -312,6 +314,7 @@ def rank(prepared: Prepared, *, loss: Loss | None = None, graphs: bool = False) 
             its configuration the moments for the repair are recorded too.
         loss: (model, batch) to a scalar, for criteria that take gradients; cross-entropy by default.
         graphs: keep the neuron graphs of as many groups as `keep_graphs` takes.
+        whole: the groups are all that will be cut; of a part the scores may be alike.
 
     Raises:
         CriterionError: no such criterion, or it needs targets that the batches lack.
@@ -322,7 +325,7 @@ def rank(prepared: Prepared, *, loss: Loss | None = None, graphs: bool = False) 
     with clock(seconds, "record"):
         states = _recorded(prepared, loss, graphs)
     with clock(seconds, "score"):
-        importances = score(prepared.model, groups, states, config.score)
+        importances = score(prepared.model, groups, states, config.score, whole=whole)
     if states is None:
         return Ranking(importances, seconds=seconds)
     kept = None

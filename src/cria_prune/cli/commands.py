@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cria_prune.artifact.manifest import peak_memory
+from cria_prune.artifact.manifest import Policy, peak_memory
 from cria_prune.base.batches import model_inputs, move
 from cria_prune.base.errors import ConfigError, PackageError
 from cria_prune.base.files import check_free, write_text
@@ -32,7 +32,7 @@ from cria_prune.scores import Scored
 from cria_prune.stages import Prepared, prepare
 
 
-def saved_as(config: PruneConfig) -> target.Policy:
+def saved_as(config: PruneConfig) -> Policy:
     """Return how a model of transformers that was pruned like this can be saved."""
     return "vanilla" if config.plan.vanilla else "per-layer"
 

@@ -78,7 +78,7 @@ def score_in_turns(
             ranking = None
             with nullcontext() if turn.blocks is None or chain is None else chain.stretch(*turn.blocks):
                 if turn.groups:
-                    ranking = rank(part)
+                    ranking = rank(part, whole=False)
                 else:  # nothing to read there, but the blocks after it need what it gives
                     _pass(model, prepared.batches, config.record)
             if ranking is not None:
