@@ -17,7 +17,7 @@ from pathlib import Path
 
 import zoo
 from coverage_table import PEER_LIMIT, result_path
-from cria_prune.artifact.manifest import provenance
+from cria_prune.artifact.rebuild import provenance
 from result_files import RESULTS, write
 from staged import collect
 

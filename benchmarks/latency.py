@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from cria_prune import apply, discover, plan, score
-from cria_prune.artifact.manifest import provenance
+from cria_prune.artifact.rebuild import provenance
 from cria_prune.base.batches import Batch, batch_size, map_tensors, model_inputs, move
 from cria_prune.base.errors import CriaError
 from cria_prune.config import PlanConfig, ScoreConfig

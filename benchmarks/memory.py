@@ -29,12 +29,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cria_prune import PruneConfig, UnitGroups, discover, predict_memory
-from cria_prune.artifact.manifest import provenance
+from cria_prune.artifact.rebuild import provenance
 from cria_prune.base.batches import Batch, move
 from cria_prune.base.modules import give_back
 from cria_prune.criteria.score import find_criterion, score
 from cria_prune.memory import largest_batch
-from cria_prune.planning.scope import scope
+from cria_prune.planning.selection import scope
 from cria_prune.recipes.registry import task
 from cria_prune.stages import record_for
 from resident import resident

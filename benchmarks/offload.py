@@ -36,7 +36,7 @@ import torch
 from safetensors.torch import save_file
 
 from cria_prune import PruneConfig, prune, prune_offloaded
-from cria_prune.artifact.manifest import provenance
+from cria_prune.artifact.rebuild import provenance
 from cria_prune.base.dispatched import bytes_of
 from cria_prune.base.errors import CriaError
 from cria_prune.tasks.loading import load_pretrained

@@ -23,11 +23,11 @@ import torch
 from torch import nn
 
 from cria_prune import PruneConfig, UnitGroups, discover
-from cria_prune.artifact.manifest import provenance
+from cria_prune.artifact.rebuild import provenance
 from cria_prune.base.batches import Batch, forward, move
 from cria_prune.base.modules import device_of
 from cria_prune.criteria.score import find_criterion, score
-from cria_prune.planning.scope import scope
+from cria_prune.planning.selection import scope
 from cria_prune.recipes.registry import task
 from cria_prune.stages import record_for
 from result_files import RESULTS, finished, on, write

@@ -24,7 +24,7 @@ import torch
 from torch import distributed as dist
 
 from cria_prune import discover, plan, record, score
-from cria_prune.artifact.manifest import provenance
+from cria_prune.artifact.rebuild import provenance
 from cria_prune.config import PlanConfig, RecordConfig, ScoreConfig
 from cria_prune.recipes.registry import TASKS, task
 from cria_prune.structure.groups import without_residual

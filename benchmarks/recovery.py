@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 
 from cria_prune import recover
-from cria_prune.artifact.manifest import provenance
+from cria_prune.artifact.rebuild import provenance
 from cria_prune.config import RecoverConfig
 from resident import resident
 from result_files import RESULTS, write

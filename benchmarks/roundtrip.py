@@ -30,12 +30,11 @@ from torch import nn
 
 from coverage_cell import moved
 from cria_prune import UnitGroups, apply, discover, plan, save_pretrained, verify
-from cria_prune.artifact.manifest import provenance
+from cria_prune.artifact.rebuild import provenance
 from cria_prune.config import PlanConfig
 from cria_prune.planning.selection import reachable
 from cria_prune.structure.groups import counted_together, without_residual
-from cria_prune.tasks.examples import example_inputs
-from cria_prune.tasks.loading import find_library, quiet
+from cria_prune.tasks.loading import example_inputs, find_library, quiet
 from cria_prune.vanilla import Holdable, holdable
 from result_files import RESULTS, write
 from roundtrip_families import FAMILIES, SEED, UNEVEN, build

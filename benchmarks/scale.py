@@ -22,7 +22,7 @@ import os
 import sys
 from pathlib import Path
 
-from cria_prune.artifact.manifest import provenance
+from cria_prune.artifact.rebuild import provenance
 from result_files import RESULTS, on, write
 from scale_cell import SEED, THREADS
 from staged import Values, collect

@@ -25,7 +25,7 @@ from cria_prune.cli import plans
 from cria_prune.criteria.evidence import Sizes
 from cria_prune.criteria.score import score
 from cria_prune.criteria.table import CRITERIA
-from cria_prune.graph.accumulator import MomentAccumulator
+from cria_prune.graph.moments import MomentAccumulator
 from cria_prune.memory import LiveBytes, amount, carried_on, largest_batch, observe, storages
 from cria_prune.recording.sampling import BUFFERED, Buffer, Sampler
 from cria_prune.recording.signals import Collector

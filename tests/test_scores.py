@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.resume.test_pruning import data, network
+from tests.resume.test_rounds_pruning import data, network
 from torch import nn
 from watching import never
 

@@ -23,7 +23,7 @@ from cria_prune.base.modules import device_of, named_tensors, unchanged
 from cria_prune.config import PruneConfig
 from cria_prune.criteria.evidence import Sizes
 from cria_prune.criteria.score import find_criterion
-from cria_prune.graph.sides import worth_keeping
+from cria_prune.graph.graph import worth_keeping
 from cria_prune.recording.gradients import FisherSums, TaylorSums
 from cria_prune.recording.signals import Call, Collector, GroupMemory
 from cria_prune.recording.states import reads_of

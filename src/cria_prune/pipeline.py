@@ -25,7 +25,7 @@ from cria_prune.config import PruneConfig
 from cria_prune.criteria.score import find_criterion
 from cria_prune.planning.plan import Plan
 from cria_prune.result import PruneResult, Round
-from cria_prune.resume.pruning import RoundStore
+from cria_prune.resume.rounds import RoundStore
 from cria_prune.scores import Scored
 from cria_prune.stages import Cut, Prepared, Ranking, cut, plan_cut, prepare, rank
 

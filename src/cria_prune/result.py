@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from cria_prune.config import PruneConfig
-from cria_prune.graph.sides import NeuronGraphs
+from cria_prune.graph.graph import NeuronGraphs
 from cria_prune.planning.plan import Plan
 from cria_prune.repair.consumers import Repair
 from cria_prune.structure.groups import UnitGroups

@@ -30,13 +30,12 @@ from cria_prune.base.progress import clock
 from cria_prune.base.ranks import world
 from cria_prune.config import PruneConfig
 from cria_prune.criteria.score import find_criterion, graph_settings, score
+from cria_prune.graph.graph import NeuronGraphs, keep_graphs, worth_keeping
 from cria_prune.graph.moments import Moments
-from cria_prune.graph.sides import NeuronGraphs, keep_graphs, worth_keeping
 from cria_prune.planning.budget import count_parameters
 from cria_prune.planning.plan import Plan, compose, identity_plan
 from cria_prune.planning.plan import plan as make_plan
-from cria_prune.planning.scope import Scope, check_reach, scope
-from cria_prune.planning.selection import Allowed
+from cria_prune.planning.selection import Allowed, Scope, check_reach, scope
 from cria_prune.recording.collect import limited, record
 from cria_prune.recording.states import States, reads_of
 from cria_prune.repair.consumers import Repair, compensate

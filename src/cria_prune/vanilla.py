@@ -15,7 +15,7 @@ from torch import nn
 
 from cria_prune.base.errors import StructureError
 from cria_prune.base.modules import named_tensors
-from cria_prune.structure.attributes import held_numbers
+from cria_prune.structure.discovery import held_numbers
 from cria_prune.structure.groups import (
     UnitGroup,
     UnitGroups,

@@ -21,7 +21,7 @@ from torch import nn
 
 from cria_prune.artifact import checkpoint, rebuild
 from cria_prune.artifact.checkpoint import load, save
-from cria_prune.artifact.manifest import provenance
+from cria_prune.artifact.rebuild import provenance
 from cria_prune.base.errors import ArtifactError, StructureError
 from cria_prune.base.files import atomic, new_folder, sha256, write_text
 from cria_prune.config import PlanConfig
@@ -418,9 +418,9 @@ def test_provenance_without_git(monkeypatch):
 def test_a_result_is_dirty_when_code_differs_not_when_results_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cria_prune.artifact.manifest import provenance as module
+    from cria_prune.artifact.rebuild import provenance as module
 
-    place = sys.modules["cria_prune.artifact.manifest"]
+    place = sys.modules["cria_prune.artifact.rebuild"]
     code, result = tmp_path / "code.py", tmp_path / "result.json"
     for path in (code, result):
         path.write_text("1\n")

@@ -27,16 +27,15 @@ from cria_prune import discover
 from cria_prune.artifact import certificate, pretrained, reload
 from cria_prune.artifact.card import Card, parameter_counts, source_metadata
 from cria_prune.artifact.certificate import Certificate, loader_of
-from cria_prune.artifact.manifest import read_plan
 from cria_prune.artifact.pretrained import container, save_pretrained
+from cria_prune.artifact.rebuild import read_plan
 from cria_prune.base import files
 from cria_prune.base.errors import ArtifactError, CertificateError, DataError
 from cria_prune.base.files import copy_known
 from cria_prune.cli.main import app
 from cria_prune.planning.plan import Plan, make_plan
 from cria_prune.surgery.removal import apply
-from cria_prune.tasks.examples import example_inputs
-from cria_prune.tasks.loading import load_pretrained
+from cria_prune.tasks.loading import example_inputs, load_pretrained
 
 transformers = pytest.importorskip("transformers")
 

@@ -29,7 +29,7 @@ from cria_prune.planning.plan import Plan, make_plan
 from cria_prune.structure.groups import UnitGroups, without_residual
 from cria_prune.surgery.removal import apply
 from cria_prune.surgery.verify import mask
-from cria_prune.tasks.examples import example_inputs
+from cria_prune.tasks.loading import example_inputs
 
 transformers = pytest.importorskip("transformers")
 

@@ -16,8 +16,7 @@ import torch
 import worker
 
 from cria_prune.base.ranks import World
-from cria_prune.graph.accumulator import MomentAccumulator
-from cria_prune.graph.moments import Moments
+from cria_prune.graph.moments import MomentAccumulator, Moments
 
 SCRIPT = Path(worker.__file__)
 

@@ -27,8 +27,7 @@ from cria_prune.stages import discover
 from cria_prune.structure.groups import shrink
 from cria_prune.structure.table import Row, fold, merged
 from cria_prune.surgery.removal import apply
-from cria_prune.tasks.examples import example_inputs
-from cria_prune.tasks.loading import load_pretrained
+from cria_prune.tasks.loading import example_inputs, load_pretrained
 from networks import Mixed, Plain, randomize
 
 transformers = pytest.importorskip("transformers")

@@ -12,11 +12,10 @@ from torch import nn
 from cria_prune import discover
 from cria_prune.config import RecordConfig, ScoreConfig
 from cria_prune.criteria.score import score
-from cria_prune.graph.accumulator import MomentAccumulator
-from cria_prune.graph.moments import Moments
+from cria_prune.graph.moments import MomentAccumulator, Moments
 from cria_prune.recording.collect import record
+from cria_prune.spectrum.distortions import channel_independence
 from cria_prune.spectrum.importance import rank_correlation
-from cria_prune.spectrum.precision import channel_independence
 
 
 def scored(model, groups, states, criterion, name):

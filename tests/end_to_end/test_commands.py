@@ -18,7 +18,7 @@ from watching import counted, interrupted_at, never
 from cria_prune.artifact.checkpoint import load
 from cria_prune.artifact.scores import load_scores
 from cria_prune.cli.main import app
-from cria_prune.cli.request import GROUPS, extra_of, flags_of
+from cria_prune.cli.settings import GROUPS, extra_of, flags_of
 from cria_prune.config import (
     Choices,
     PlanConfig,

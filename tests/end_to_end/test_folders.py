@@ -26,7 +26,7 @@ from cria_prune.recipes.registry import folder_task
 from cria_prune.tasks import loading
 from cria_prune.tasks.corpus import read_dataset
 from cria_prune.tasks.folder import Texts
-from cria_prune.tasks.language import train_tokenizer
+from cria_prune.tasks.text import train_tokenizer
 
 transformers = pytest.importorskip("transformers")
 

@@ -17,21 +17,24 @@ from typing import Any
 
 import pytest
 import torch
+from cria_prune.tasks.registry import task
 from torch import Tensor, nn
 
 from cria_prune import PruneConfig, prune
 from cria_prune.tasks.base import Task
 from cria_prune.tasks.models import build
-from cria_prune.tasks.registry import task
 
 BEFORE = Path(__file__).parents[1] / "data" / "same_bits.json"
 LLAMA = {"reduction": 0.3, "rounds": 1, "of": "non-embedding"}
 CASES: dict[str, dict[str, Any]] = {
     "digits innovation": {"plan": {"reduction": 0.5, "rounds": 2}},
     "digits paper": {"criterion": "distortion", "plan": {"reduction": 0.4, "rounds": 2}, "repair": False},
-    "digits random global": {"criterion": "random", "plan": {"reduction": 0.4, "rounds": 1, "ranking": "global"}},
+    "digits random global": {
+        "criterion": "random", "plan": {"reduction": 0.4, "rounds": 1, "ranking": "global"},
+    },
     "digits grounded macs": {
-        "criterion": "grounded-distortion", "plan": {"reduction": 0.3, "rounds": 1, "of": "macs"}, "examples": 128,
+        "criterion": "grounded-distortion", "examples": 128,
+        "plan": {"reduction": 0.3, "rounds": 1, "of": "macs"},
     },
     "resnet20 innovation": {"plan": {"reduction": 0.5, "rounds": 2}, "examples": 128},
     "resnet20 magnitude global": {

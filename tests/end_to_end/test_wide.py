@@ -17,11 +17,9 @@ from cria_prune import PlanConfig, PruneConfig, discover, prune, record, spectru
 from cria_prune.config import RecordConfig, ScoreConfig
 from cria_prune.criteria.score import score
 from cria_prune.criteria.table import CRITERIA
-from cria_prune.graph.accumulator import MomentAccumulator
-from cria_prune.graph.moments import Moments
-from cria_prune.spectrum.distortions import innovation
+from cria_prune.graph.moments import MomentAccumulator, Moments
+from cria_prune.spectrum.distortions import SKETCH_RIDGE, innovation, unpredicted
 from cria_prune.spectrum.importance import rank_correlation
-from cria_prune.spectrum.precision import SKETCH_RIDGE, unpredicted
 
 UNITS = 2100
 """More than a block of neighbours or of distances (1,024), so that a block is no square."""

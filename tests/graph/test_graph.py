@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from cria_prune.base.errors import SignalError
-from cria_prune.graph.accumulator import MomentAccumulator
 from cria_prune.graph.graph import Graph, learn_graph, nearest_neighbors, refine_graph
-from cria_prune.graph.moments import Moments
+from cria_prune.graph.moments import MomentAccumulator, Moments
 
 
 def signals(d, M, seed=0):

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from cria_prune.base.errors import SignalError
-from cria_prune.graph.accumulator import MomentAccumulator
-from cria_prune.graph.moments import Moments, dead_units
+from cria_prune.graph.moments import MomentAccumulator, Moments, dead_units
 
 
 def signals(d, M, seed=0):

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from watching import counted, interrupted_at, never
 
 from cria_prune import PruneConfig, discover, load, prune, prune_offloaded, record, score, watch
-from cria_prune.artifact.manifest import read_plan
+from cria_prune.artifact.rebuild import read_plan
 from cria_prune.base.batches import Batch
 from cria_prune.base.dispatched import (
     Weights,
@@ -49,8 +49,8 @@ from cria_prune.offload.prune import Offloaded
 from cria_prune.offload.turns import plan_turns, score_in_turns
 from cria_prune.result import PruneResult
 from cria_prune.stages import Prepared, prepare
-from cria_prune.tasks.language import train_tokenizer
 from cria_prune.tasks.loading import load_pretrained
+from cria_prune.tasks.text import train_tokenizer
 
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")

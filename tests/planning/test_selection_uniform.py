@@ -15,7 +15,14 @@ from cria_prune.config import PlanConfig
 from cria_prune.planning.budget import Budget, largest_reachable, least_kept
 from cria_prune.planning.plan import compose, identity_plan, make_plan, plan
 from cria_prune.planning.selection import reachable, select, stairs
-from cria_prune.structure.groups import Count, UnitGroup, UnitGroups, alike, counted_together, shrink
+from cria_prune.structure.groups import (
+    Count,
+    UnitGroup,
+    UnitGroups,
+    alike,
+    counted_together,
+    shrink,
+)
 
 KINDS = ("neuron", "gated", "channel", "head", "kv group")
 

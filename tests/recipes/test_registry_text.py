@@ -27,9 +27,8 @@ from cria_prune.recipes.sst2 import classifier, encoder_folder, read_sentences
 from cria_prune.structure.groups import without_residual
 from cria_prune.tasks.base import evaluate
 from cria_prune.tasks.dense import cache_file, cache_root
-from cria_prune.tasks.language import train_tokenizer
 from cria_prune.tasks.models import ARCHITECTURES, build
-from cria_prune.tasks.text import SentenceBatches, by_length
+from cria_prune.tasks.text import SentenceBatches, by_length, train_tokenizer
 
 transformers = pytest.importorskip("transformers")
 PRAISE, BLAME = ("good", "fine", "moving"), ("bad", "dull", "empty")

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cria_prune.graph.accumulator import MomentAccumulator
-from cria_prune.graph.moments import Moments
+from cria_prune.graph.moments import MomentAccumulator, Moments
 from cria_prune.repair.consumers import RIDGES, Lines, repair_from_sketch
 
 

@@ -14,11 +14,9 @@ from torch import nn
 
 from cria_prune import PruneConfig, prune, save
 from cria_prune.base.errors import ArtifactError, ConfigError
-from cria_prune.graph.graph import Graph
-from cria_prune.graph.sides import NeuronGraphs
+from cria_prune.graph.graph import Graph, NeuronGraphs
 from cria_prune.report.bench_page import read_bench
-from cria_prune.report.folder import folder_page
-from cria_prune.report.history import RUN, TENSORS, read_run, write_run
+from cria_prune.report.folder import RUN, TENSORS, folder_page, read_run, write_run
 from cria_prune.result import Round
 
 

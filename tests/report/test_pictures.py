@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from cria_prune.graph.graph import Graph
+from cria_prune.graph.graph import Graph, choose_layer, keep_graphs, largest_piece, worth_keeping
 from cria_prune.graph.moments import Moments
-from cria_prune.graph.sides import choose_layer, keep_graphs, largest_piece, worth_keeping
 from cria_prune.report.curves import mean_interval, plot_ablation, plot_bench, plot_tradeoff
 from cria_prune.report.pictures import plot_neuron_graph, plot_spectrum, strongest_edges, styles
 from cria_prune.spectrum.embedding import laplacian_embedding
@@ -52,7 +51,7 @@ def test_when_edges_run_short_the_widest_that_can_be_drawn_comes_first() -> None
 
 
 def test_layers_without_two_live_units_or_too_many_keep_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cria_prune.graph.sides.KEPT_UNITS", 8)
+    monkeypatch.setattr("cria_prune.graph.graph.KEPT_UNITS", 8)
     assert list(keep_graphs({**sides(wide=9, one=1, good=8), "dead": (moments(3), moments(3, dead=2))})) == [
         "good"
     ]

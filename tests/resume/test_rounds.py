@@ -14,14 +14,13 @@ from torch import nn
 
 from cria_prune import PruneConfig, prune
 from cria_prune.bench import run as bench
-from cria_prune.graph.graph import Graph
+from cria_prune.graph.graph import Graph, NeuronGraphs
 from cria_prune.graph.moments import Moments
-from cria_prune.graph.sides import NeuronGraphs
 from cria_prune.planning.plan import identity_plan
 from cria_prune.repair.consumers import Repair
-from cria_prune.report import history
+from cria_prune.report import folder
 from cria_prune.result import OffloadedRound, PruneResult, Round
-from cria_prune.resume import pruning, turns
+from cria_prune.resume import rounds, turns
 from cria_prune.resume.rounds import (
     graph_tensors,
     graphs_of,
@@ -91,7 +90,7 @@ def filled(result: PruneResult, kind: type[Round], later: Mapping[str, Any]) -> 
 
 def in_the_state(result: PruneResult, folder: Path) -> Round:
     """Write the rounds of a result as `prune(state=...)` does, and read them."""
-    store = pruning.RoundStore(folder, network(), CONFIG, BATCHES[0])
+    store = rounds.RoundStore(folder, network(), CONFIG, BATCHES[0])
     store.write(result)
 
     def planner(before: PruneResult, scores: Any, number: int) -> Any:
@@ -110,8 +109,8 @@ def in_the_offloaded_state(result: PruneResult, folder: Path) -> Round:
 
 
 def in_the_history(result: PruneResult, folder: Path) -> Round:
-    history.write_run(folder, {}, result.rounds, {})
-    kept = history.read_run(folder)
+    folder.write_run(folder, {}, result.rounds, {})
+    kept = folder.read_run(folder)
     assert kept is not None
     (found,) = kept.rounds
     return found
@@ -148,7 +147,7 @@ def test_a_round_comes_back_from_each_kind_of_file(name: str, pruned: PruneResul
 def test_a_field_that_is_added_to_a_round_is_in_each_kind_of_file(
     name: str, pruned: PruneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (pruning, history):
+    for module in (rounds, folder):
         monkeypatch.setattr(module, "Round", LaterRound)
     monkeypatch.setattr(turns, "OffloadedRound", LaterOffloadedRound)
     kind, before = (LaterOffloadedRound, OffloadedRound) if name == "offloaded" else (LaterRound, Round)

@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from cria_prune import PruneConfig, RecoverConfig, load, load_scores, prune, recover
 from cria_prune.base.errors import ArtifactError
-from cria_prune.graph.sides import NeuronGraphs
-from cria_prune.report.folder import folder_page
-from cria_prune.report.history import read_run, write_run
+from cria_prune.graph.graph import NeuronGraphs
+from cria_prune.report.folder import folder_page, read_run, write_run
 from cria_prune.result import PruneResult, Round
-from cria_prune.resume import pruning, turns
+from cria_prune.resume import rounds, turns
 from cria_prune.resume.store import Store
 
 BEFORE = Path(__file__).parents[1] / "data" / "files-of-before"
@@ -81,7 +80,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_pruning_goes_on_after_the_round_that_was_kept(unchecked: None, tmp_path: Path) -> None:
     shutil.copytree(BEFORE / "prune", tmp_path / "state")
-    store = Store(tmp_path / "state", pruning.NAME, pruning.FORMAT, "pruning")
+    store = Store(tmp_path / "state", rounds.NAME, rounds.FORMAT, "pruning")
     kept: Any = store.read()
     result = gone_on(tmp_path / "state")
     assert result.rounds[0].seconds == kept[0]["rounds"][0]["seconds"]  # it was not run again
@@ -100,10 +99,10 @@ def test_a_state_of_before_is_refused_for_its_code_and_nothing_else(tmp_path: Pa
     shutil.copytree(BEFORE / "prune", tmp_path / "state")
     with pytest.raises(ArtifactError, match="its state is of another one"):
         gone_on(tmp_path / "state")
-    kept: Any = Store(tmp_path / "state", pruning.NAME, pruning.FORMAT, "pruning").read()
+    kept: Any = Store(tmp_path / "state", rounds.NAME, rounds.FORMAT, "pruning").read()
     found = kept[0]["identity"]
     said = {"data": "d" * 8, "device": "cpu", "graphs": True, "scores": None, "metric of every round": True}
-    asked = pruning.RoundStore(tmp_path, network(), CONFIG, data()[0][:2], **said).store.identity
+    asked = rounds.RoundStore(tmp_path, network(), CONFIG, data()[0][:2], **said).store.identity
     for part in ("record", "plan"):  # of `score` it depends on the criterion what is said
         assert found["config"][part].items() <= asked["config"][part].items()
     differing = {key for key in {*found, *asked} if found.get(key) != asked.get(key)}

@@ -9,9 +9,8 @@ import torch
 from tests.graph.test_graph import signals
 
 from cria_prune.base.errors import CriterionError, SignalError
-from cria_prune.graph.accumulator import MomentAccumulator
 from cria_prune.graph.graph import Graph, learn_graph
-from cria_prune.graph.moments import Moments
+from cria_prune.graph.moments import MomentAccumulator, Moments
 from cria_prune.spectrum import distortions
 from cria_prune.spectrum.distortions import distortion, grounded_distortion, innovation
 from cria_prune.spectrum.importance import rank_correlation

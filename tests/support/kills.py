@@ -41,7 +41,7 @@ def at_call(number, function, original):
 
 
 def signals_of(module, *arguments, before=""):
-    """Call `children(*arguments)` of a test module, such as `tests.resume.test_pruning`, in a fresh process.
+    """Call `children(*arguments)` of a test module, such as `tests.recovery.test_loop`, in a fresh process.
 
     Args:
         before: statements that come first.

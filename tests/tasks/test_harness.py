@@ -19,7 +19,7 @@ from torch import nn
 
 from cria_prune.base.errors import ArtifactError, ConfigError, DataError, PackageError
 from cria_prune.tasks.harness import harness
-from cria_prune.tasks.language import train_tokenizer
+from cria_prune.tasks.text import train_tokenizer
 
 transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")

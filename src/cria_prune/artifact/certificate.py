@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cria_prune.artifact import reload
-from cria_prune.artifact.manifest import Policy
+from cria_prune.artifact.rebuild import Policy
 from cria_prune.base.batches import Batch, model_inputs
 from cria_prune.base.errors import CertificateError, DataError
 from cria_prune.base.events import passed

@@ -18,7 +18,13 @@ from cria_prune.base.modules import meta_copy
 from cria_prune.planning.plan import Plan
 from cria_prune.structure.capture import first_line
 from cria_prune.structure.discovery import discover as follow
-from cria_prune.structure.groups import Count, UnitGroup, UnitGroups, said_values, without_residual
+from cria_prune.structure.groups import (
+    Count,
+    UnitGroup,
+    UnitGroups,
+    said_values,
+    without_residual,
+)
 from cria_prune.surgery.removal import apply
 from cria_prune.vanilla import config_parts
 

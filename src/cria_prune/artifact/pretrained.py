@@ -17,7 +17,7 @@ from torch import nn
 from cria_prune.artifact.card import Card, render_card
 from cria_prune.artifact.certificate import Certificate, certify
 from cria_prune.artifact.layers import check_sizes, dense_twin, layered
-from cria_prune.artifact.manifest import Policy, check_policy, render_manifest
+from cria_prune.artifact.rebuild import Policy, check_policy, render_manifest
 from cria_prune.base.batches import Batch
 from cria_prune.base.errors import ArtifactError
 from cria_prune.base.files import (
@@ -33,8 +33,7 @@ from cria_prune.base.files import (
 from cria_prune.base.modules import named_tensors, shared_copy
 from cria_prune.planning.plan import Plan
 from cria_prune.structure.capture import first_line
-from cria_prune.tasks.examples import example_inputs
-from cria_prune.tasks.loading import find_library, quiet
+from cria_prune.tasks.loading import example_inputs, find_library, quiet
 
 CLASSES = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "Model")
 DROPPED = {"model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp", "sliding_window"}

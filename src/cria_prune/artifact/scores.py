@@ -13,7 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cria_prune.base.errors import ArtifactError
-from cria_prune.base.files import atomic, is_plain_file, new_folder, reading, refused, sha256, write_json
+from cria_prune.base.files import (
+    atomic,
+    is_plain_file,
+    new_folder,
+    reading,
+    refused,
+    sha256,
+    write_json,
+)
 from cria_prune.config import PruneConfig, score_of_before
 from cria_prune.resume.rounds import diagnoses_of, importances_of, moment_tensors, moments_of
 from cria_prune.scores import Scored

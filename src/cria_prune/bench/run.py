@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cria_prune.artifact.manifest import provenance
+from cria_prune.artifact.rebuild import provenance
 from cria_prune.base.errors import ArtifactError, CriaError
 from cria_prune.base.events import passed
 from cria_prune.base.files import write_json

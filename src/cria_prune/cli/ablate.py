@@ -9,7 +9,7 @@ from typing import Any
 
 from cria_prune.ablation import COLUMNS, SHARES, Ablation, check_seeds, check_shares
 from cria_prune.ablation import ablate as sweep
-from cria_prune.artifact.manifest import provenance
+from cria_prune.artifact.rebuild import provenance
 from cria_prune.base.batches import Batch, batch_size
 from cria_prune.base.errors import ConfigError
 from cria_prune.base.files import write_json
@@ -19,8 +19,7 @@ from cria_prune.cli.folder import claimed, interrupts_wait
 from cria_prune.cli.inspect import check_measured
 from cria_prune.cli.job import rounded
 from cria_prune.cli.report import picture
-from cria_prune.cli.request import Ablate
-from cria_prune.cli.settings import pick_device, prune_config, texts_of
+from cria_prune.cli.settings import Ablate, pick_device, prune_config, texts_of
 from cria_prune.cli.talk import Talk
 from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig

@@ -12,7 +12,7 @@ from cria_prune.base.metrics import metric as metric_of
 from cria_prune.bench.run import run_grids
 from cria_prune.bench.suite import Grid, cells, file_name, read_suite
 from cria_prune.cli.folder import REPORT
-from cria_prune.cli.request import Bench as Request
+from cria_prune.cli.settings import Bench as Request
 from cria_prune.cli.settings import pick_device
 from cria_prune.cli.talk import Kept, Talk
 from cria_prune.report.bench_page import (

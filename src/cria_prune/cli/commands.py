@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cria_prune.artifact.manifest import Policy, peak_memory
+from cria_prune.artifact.rebuild import Policy, peak_memory
 from cria_prune.base.batches import model_inputs, move
 from cria_prune.base.errors import ConfigError, PackageError
 from cria_prune.base.files import check_free, write_text
@@ -19,10 +19,26 @@ from cria_prune.base.progress import clock
 from cria_prune.base.ranks import world
 from cria_prune.cli import report, show, target
 from cria_prune.cli.folder import REPORT, claimed
-from cria_prune.cli.job import PRUNED, RECOVERED, Job, padded_folder, prune_stage, recover_stage, rounded
-from cria_prune.cli.request import Prune, Recover, Resuming, Run
+from cria_prune.cli.job import (
+    PRUNED,
+    RECOVERED,
+    Job,
+    padded_folder,
+    prune_stage,
+    recover_stage,
+    rounded,
+)
 from cria_prune.cli.scores import config_from, given_scores
-from cria_prune.cli.settings import pick_device, prune_config, recover_config, texts_of
+from cria_prune.cli.settings import (
+    Prune,
+    Recover,
+    Resuming,
+    Run,
+    pick_device,
+    prune_config,
+    recover_config,
+    texts_of,
+)
 from cria_prune.cli.talk import Kept, Talk
 from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig, RecoverConfig

@@ -86,7 +86,7 @@ def keep(folder: Path, model: nn.Module, plan: Plan, **described: Any) -> None:
         ArtifactError: the system refuses, or something is no JSON.
     """
     from cria_prune.artifact.checkpoint import MANIFEST, WEIGHTS, save
-    from cria_prune.report.history import FILES
+    from cria_prune.report.folder import FILES
 
     try:
         with (

@@ -13,8 +13,7 @@ from cria_prune.base.progress import clock
 from cria_prune.cli import show, target
 from cria_prune.cli.job import rounded
 from cria_prune.cli.outline import drawn, folded, frozen, inventory, module_tree, outline, shares
-from cria_prune.cli.request import Evaluate, Inspect
-from cria_prune.cli.settings import pick_device, texts_of
+from cria_prune.cli.settings import Evaluate, Inspect, pick_device, texts_of
 from cria_prune.cli.talk import Talk
 from cria_prune.cli.target import Target, load_source, parse_shape
 from cria_prune.stages import discover

@@ -16,9 +16,9 @@ from torch import nn
 
 from cria_prune.artifact.card import Card
 from cria_prune.artifact.checkpoint import load
-from cria_prune.artifact.manifest import provenance
 from cria_prune.artifact.padded import save_padded
 from cria_prune.artifact.pretrained import save_pretrained
+from cria_prune.artifact.rebuild import provenance
 from cria_prune.base.batches import Batch, batch_size, model_inputs, move
 from cria_prune.base.errors import ArtifactError
 from cria_prune.base.metrics import logits_of

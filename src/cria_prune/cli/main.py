@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cria_prune.cli import request as asked
+from cria_prune.cli import settings as asked
 from cria_prune.cli.launch import launched
 from cria_prune.cli.options import command
 from cria_prune.cli.talk import Kept

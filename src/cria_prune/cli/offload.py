@@ -6,15 +6,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from cria_prune.artifact.manifest import peak_memory, provenance
+from cria_prune.artifact.rebuild import peak_memory, provenance
 from cria_prune.base.errors import ConfigError
 from cria_prune.base.metrics import Metric, metric
 from cria_prune.base.ranks import world
 from cria_prune.cli import show
 from cria_prune.cli.folder import claimed
 from cria_prune.cli.job import PRUNED, rounded
-from cria_prune.cli.request import Prune
-from cria_prune.cli.settings import pick_device, prune_config, texts_of
+from cria_prune.cli.settings import Prune, pick_device, prune_config, texts_of
 from cria_prune.cli.talk import Kept, Talk
 from cria_prune.config import PruneConfig
 from cria_prune.offload.prune import Offloaded, checked, prune_offloaded

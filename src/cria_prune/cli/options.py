@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
 from cria_prune.base.errors import ConfigError
-from cria_prune.cli.request import GROUPS, OUTPUT, RUNNING, Request, Scoring, extra_of, flags_of
+from cria_prune.cli.settings import GROUPS, OUTPUT, RUNNING, Request, Scoring, extra_of, flags_of
 from cria_prune.cli.talk import Kept, answering
 from cria_prune.config import Choices, StageConfig
 

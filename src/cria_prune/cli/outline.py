@@ -13,7 +13,17 @@ from cria_prune.cli.talk import Talk, percent
 from cria_prune.config import OF
 from cria_prune.planning.budget import Budget, count_macs, count_parameters, largest_reachable
 from cria_prune.structure.groups import UnitGroups, without_residual
-from cria_prune.structure.table import FLOW, FROZEN, LOOSE, Fold, Row, flow, fold, merged, sections
+from cria_prune.structure.table import (
+    FLOW,
+    FROZEN,
+    LOOSE,
+    Fold,
+    Row,
+    flow,
+    fold,
+    merged,
+    sections,
+)
 
 if TYPE_CHECKING:
     from rich.tree import Tree

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cria_prune.artifact.manifest import peak_memory
+from cria_prune.artifact.rebuild import peak_memory
 from cria_prune.base.batches import batch_size
 from cria_prune.base.files import write_json
 from cria_prune.base.progress import clock
@@ -17,7 +17,7 @@ from cria_prune.cli import target
 from cria_prune.cli.commands import prepared_for
 from cria_prune.cli.folder import check_file
 from cria_prune.cli.job import rounded
-from cria_prune.cli.request import Plan as Request
+from cria_prune.cli.settings import Plan as Request
 from cria_prune.cli.settings import pick_device, prune_config, texts_of
 from cria_prune.cli.talk import Talk, percent
 from cria_prune.cli.target import Target

@@ -10,10 +10,9 @@ from cria_prune.base.errors import ArtifactError, PackageError
 from cria_prune.base.files import write_text
 from cria_prune.cli import show
 from cria_prune.cli.folder import REPORT, check_file
-from cria_prune.cli.request import Report
+from cria_prune.cli.settings import Report
 from cria_prune.cli.talk import Talk
-from cria_prune.report.folder import folder_page
-from cria_prune.report.history import History, read_run, write_run
+from cria_prune.report.folder import History, folder_page, read_run, write_run
 from cria_prune.report.html import is_page
 from cria_prune.report.pictures import write_picture
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cria_prune.artifact.manifest import provenance
+from cria_prune.artifact.rebuild import provenance
 from cria_prune.artifact.scores import load_scores, save_scores
 from cria_prune.base.errors import ConfigError
 from cria_prune.base.progress import clock
@@ -14,8 +14,7 @@ from cria_prune.base.ranks import world
 from cria_prune.cli import show, target
 from cria_prune.cli.folder import claimed
 from cria_prune.cli.job import rounded
-from cria_prune.cli.request import Score, Scoring
-from cria_prune.cli.settings import pick_device, prune_config, texts_of
+from cria_prune.cli.settings import Score, Scoring, pick_device, prune_config, texts_of
 from cria_prune.cli.talk import Talk
 from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig

@@ -1,19 +1,25 @@
-"""From the options of a command to the configurations of its stages."""
+"""The requests of the commands, section by section, and the configurations that they give."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 from cria_prune.base.errors import ConfigError
-from cria_prune.cli.request import POLICIES, Data, Recover, Run, Scoring
 from cria_prune.config import (
+    PRESETS,
+    Choices,
     PlanConfig,
     PruneConfig,
     RecordConfig,
     RecoverConfig,
     ScoreConfig,
+    StageConfig,
+    option,
     preset,
 )
 
@@ -21,6 +27,303 @@ if TYPE_CHECKING:
     import torch
 
     from cria_prune.tasks.folder import Texts
+
+CONFIGS = (PlanConfig, ScoreConfig, RecordConfig, PruneConfig, RecoverConfig)
+REMOVE, SCORE, DATA, REPAIR, RECOVER = (config.group for config in CONFIGS)
+MODEL, MEASURE, START = "Model", "What to measure", "Settings to start from"
+RUNNING, OUTPUT = "Running", "Output"
+GROUPS = ("Arguments", REMOVE, SCORE, DATA, REPAIR, RECOVER, MODEL, MEASURE, START, RUNNING, OUTPUT)
+"""Headings of --help, in their order."""
+
+POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "uniform": (
+        "alike layers stay alike, so that plain from_pretrained loads it",
+        {"vanilla": True, "uniform": True},
+    ),
+    "per-layer": (
+        "layers compete, cria_prune.load loads it",
+        {"vanilla": False, "uniform": False, "ranking": "global"},
+    ),
+}
+"""Policy -> what it means, and what it says of the plan."""
+POLICY = Choices({name: text for name, (text, _) in POLICIES.items()}, "policies")
+PRESET = Choices({name: name for name in PRESETS}, "presets")
+EXPORT = Choices({"padded": "filled up with zeros, it loads everywhere"}, "exports")
+
+
+def extra_of(field: FieldInfo) -> dict[str, Any]:
+    """Return what was said of a field besides what pydantic knows: of its option, or that it is none."""
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+
+
+def flags_of(name: str, field: FieldInfo) -> list[str]:
+    """Return how an option is spelled, first as it is written in full."""
+    return extra_of(field)["option"]["flags"] or [f"--{name.replace('_', '-')}"]
+
+
+def argument(text: str) -> Any:
+    """Return the field of what a command works on."""
+    return Field(..., description=text, json_schema_extra={"argument": True})
+
+
+def options(config: type[StageConfig], *only: str, but: tuple[str, ...] = ()) -> Any:
+    """Return the field for the options of a configuration: all, `only` some, or all `but` some."""
+    names = [
+        name
+        for name, field in config.model_fields.items()
+        if "option" in extra_of(field) and name in (only or config.model_fields) and name not in but
+    ]
+    return Field(config.model_construct(), json_schema_extra={"options": list[Any](names)})
+
+
+def several(section: type[StageConfig | Request], name: str, text: str, shown: str = "") -> Any:
+    """Return the field of an option that is given once or more, spelled and grouped as that of a section."""
+    return option((), text, *flags_of(name, section.model_fields[name]), shown=shown, group=section.group)
+
+
+class Request(BaseModel):
+    """What a command was asked.
+
+    Attributes:
+        group: under which heading of --help the options are that a class adds; Output where it says nothing.
+        command: the command with the options that were given, as it would be typed.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    group: ClassVar[str] = OUTPUT
+
+    command: list[str] = []
+    quiet: bool = option(False, "Print the last line, the JSON object, and nothing else", "--quiet", "-q")
+
+
+class OfTarget(Request):
+    """What most commands work on."""
+
+    target: str = argument(
+        "A recipe, the folder of a checkpoint or of a Hugging Face model, or a model of the hub."
+    )
+
+
+class Data(Request):
+    """The user's own data."""
+
+    group = DATA
+
+    calibration: Path | None = option(None, "File of plain text for a Hugging Face model to look at")
+    dataset: str | None = option(
+        None, "Parquet file, folder of parquet files, or data set of the hub, in place of --calibration"
+    )
+    text: Path | None = option(
+        None, "File of plain text to measure the perplexity on", shown="the end of the other, kept apart"
+    )
+
+
+class OnDevice(Request):
+    """Where the work is done."""
+
+    group = RUNNING
+
+    device: str = option("auto", "One of cpu, cuda, cuda:1, ..., or auto: cuda where there is one")
+
+
+class Running(OnDevice):
+    """Where the work is done, with which random numbers."""
+
+    group = RUNNING
+
+    seed: int | None = option(None, "Of every random choice, the training of digits included", shown="0")
+
+    @property
+    def base_seed(self) -> int:
+        """The seed of the dense training, and of what the configurations do not seed."""
+        return self.seed or 0
+
+
+class Saving(Request):
+    """What is written."""
+
+    output: Path | None = option(
+        None, "Folder for the results", shown="the first free of runs/NAME, runs/NAME-2, ..."
+    )
+    overwrite: bool = option(False, "Replace results that are there already")
+
+
+class Resuming(Saving, Running):
+    """A long work, which can be gone on with."""
+
+    resume: bool = option(False, "Go on with what an interrupted run of the same command left for --output")
+
+
+class Watching(Request):
+    """A look at every round."""
+
+    group = RUNNING
+
+    watch: bool = option(False, "Evaluate after every round, on the validation split")
+
+
+class Scoring(Running):
+    """Recording and scoring; what only a pruning is asked is there, and empty."""
+
+    group = START
+
+    reductions: tuple[float, ...] = ()
+    plan: PlanConfig = options(PlanConfig, "residual")
+    policy: str | None = None
+    score: ScoreConfig = options(ScoreConfig)
+    scores: Path | None = None
+    record: RecordConfig = options(RecordConfig)
+    repair: PruneConfig = PruneConfig.model_construct()
+    preset: Annotated[str | None, PRESET] = option(None, "A named configuration")
+    config: Path | None = option(None, "YAML or JSON file of a PruneConfig; options given here win over it")
+
+
+class Pruning(Scoring):
+    """All that a pruning can be asked."""
+
+    plan: PlanConfig = options(PlanConfig)
+    policy: Annotated[str | None, POLICY] = option(
+        None, "How a model of transformers is cut and saved",
+        shown="uniform for a folder, what suits the recipe else", group=REMOVE,
+    )  # fmt: skip
+    repair: PruneConfig = options(PruneConfig)
+
+
+class FromScores(Pruning):
+    """Pruning, by scores that were kept too."""
+
+    scores: Path | None = option(
+        None, "Folder of cria score: prune by these scores, in one round, without recording again",
+        group=SCORE,
+    )  # fmt: skip
+
+
+class Tuning(Request):
+    """The fine-tune."""
+
+    tune: RecoverConfig = options(RecoverConfig)
+
+
+class Run(Pruning, Tuning, Watching, Resuming):
+    """What `cria run` was asked."""
+
+    recipe: str = argument("digits, cifar10-resnet20, cifar10-resnet56, sst2-minilm or llama-shakespeare.")
+    reductions: tuple[float, ...] = several(
+        PlanConfig, "reduction", "Share to remove, between 0 and 1; several make a family", "the recipe's"
+    )
+    plan: PlanConfig = options(PlanConfig, but=("reduction",))
+    quick: bool = option(
+        False, "Train the dense model for less: 8,000 sentences, or one epoch of text", group=MODEL
+    )
+    base: str | None = option(
+        None, "Folder or hub name of the pretrained encoder of sst2-minilm", group=MODEL
+    )
+
+
+class Inspect(Request):
+    """What `cria inspect` was asked."""
+
+    model: str = argument(
+        "A recipe, the folder of a checkpoint or of a Hugging Face model, or package.module:function "
+        "(without arguments, gives a module or (module, example))."
+    )
+    example: str | None = option(
+        None, "Shape of the (main) input, like 1,3,32,32", shown="what suits the model", group=MODEL
+    )
+    meta: bool = option(False, "Shapes alone: leave the weights, take no memory for them", group=MODEL)
+    plan: PlanConfig = options(PlanConfig, "floor")
+    tree: bool = option(False, "Along the modules in place of a table")
+    all: bool = option(False, "Every group by itself, repeated layers too, names in full")
+    as_json: bool = option(False, "Print everything as one JSON object, and no table", "--json")
+
+
+class Score(OfTarget, Data, Scoring, Saving):
+    """What `cria score` was asked."""
+
+    repair: PruneConfig = options(PruneConfig, "compensate")
+    output: Path | None = option(
+        None, "Folder to keep the scores in, for cria prune --scores and cria sweep --scores"
+    )
+
+
+class Plan(OfTarget, Data, Pruning, Saving):
+    """What `cria plan` was asked."""
+
+    dry_run: bool = option(
+        False, "Predict memory and passes, and say what is reachable; score nothing", group=RUNNING
+    )
+    output: Path | None = option(None, "JSON file for the plan, or with --dry-run for what was predicted")
+
+
+class Ablate(OfTarget, Data, Scoring, Saving):
+    """What `cria ablate` was asked."""
+
+    group = MEASURE
+
+    shares: str | None = option(
+        None, "Shares of every group's units to remove, separated by commas", shown="0.1 to 0.9 by 0.1"
+    )
+    random_seeds: int = option(3, "Random orders to compare with")
+    limit: int | None = option(None, "Test examples at most, for a quick look; results say so", shown="all")
+
+
+class Prune(OfTarget, Data, FromScores, Watching, Resuming):
+    """What `cria prune` was asked."""
+
+    offload: bool = option(
+        False, "For a folder whose model is larger than the memory: layer by layer, in one round unless "
+        "--rounds says more", group=RUNNING,
+    )  # fmt: skip
+    export: Annotated[str | None, EXPORT] = option(None, "Also write a twin in OUTPUT-padded")
+
+
+class Sweep(OfTarget, Data, FromScores, Resuming):
+    """What `cria sweep` was asked."""
+
+    reductions: tuple[float, ...] = several(
+        PlanConfig, "reduction", "Share to remove, between 0 and 1; one size for each", "0.1 to 0.7 by 0.1"
+    )
+    plan: PlanConfig = options(PlanConfig, but=("reduction", "rounds"))
+
+
+class Recover(Data, Tuning, Resuming):
+    """What `cria recover` was asked."""
+
+    checkpoint: str = argument("The folder of a checkpoint.")
+    teacher: str | None = option(None, "Folder or hub name of the dense model, for --distill", group=RECOVER)
+
+
+class Report(Saving):
+    """What `cria report` was asked."""
+
+    folder: Path = argument("What cria run or cria prune wrote, or a folder of a bench's result files.")
+    layer: str | None = option(
+        None, "Whose neuron graphs are drawn", shown="the widest of at most 256 units that lost any"
+    )
+    output: Path | None = option(None, "HTML file for the page", shown="report.html in the folder")
+
+
+class Bench(OnDevice):
+    """What `cria bench` was asked."""
+
+    suite: str = argument(
+        "digits, resnet20, resnet56, sst2-minilm or llama-shakespeare, or a folder of YAML files."
+    )
+    criteria: tuple[str, ...] = several(ScoreConfig, "criterion", "Only these criteria of the suite")
+    reductions: tuple[float, ...] = several(PlanConfig, "reduction", "Only these reductions of the suite")
+    seeds: tuple[int, ...] = several(Running, "seed", "Only these seeds of the suite")
+    output: Path | None = option(None, "Folder for the result files", shown="bench/NETWORK", group=OUTPUT)
+
+
+class Evaluate(OfTarget, Data, Running):
+    """What `cria eval` was asked."""
+
+    group = MEASURE
+
+    tasks: str | None = option(None, "Tasks of lm-eval, separated by commas, in place of a text")
+    task_folder: Path | None = option(None, "Folder with further task files of lm-eval")
+    limit: int | None = option(None, "Examples per task of lm-eval at most", shown="all")
+
 
 SECTIONS = {"record": RecordConfig, "score": ScoreConfig, "plan": PlanConfig}
 

@@ -13,13 +13,19 @@ from cria_prune.base.files import check_free, write_json
 from cria_prune.base.progress import clock
 from cria_prune.base.ranks import world
 from cria_prune.cli import show, target
-from cria_prune.cli.commands import dense_model, job_of, member_name, prepared_for, saved_as, whole_pruning
+from cria_prune.cli.commands import (
+    dense_model,
+    job_of,
+    member_name,
+    prepared_for,
+    saved_as,
+    whole_pruning,
+)
 from cria_prune.cli.folder import interrupts_wait
 from cria_prune.cli.job import PRUNED, Job
 from cria_prune.cli.report import picture
-from cria_prune.cli.request import Sweep
 from cria_prune.cli.scores import config_from, given_scores, keep_scores
-from cria_prune.cli.settings import pick_device, texts_of
+from cria_prune.cli.settings import Sweep, pick_device, texts_of
 from cria_prune.cli.talk import Kept
 from cria_prune.config import PruneConfig
 from cria_prune.report.curves import plot_tradeoff

@@ -16,14 +16,13 @@ from torch import nn
 from cria_prune.base.batches import Batch
 from cria_prune.base.errors import ArtifactError, ConfigError
 from cria_prune.base.metrics import Metric, metric
-from cria_prune.tasks.examples import example_inputs
-from cria_prune.tasks.loading import CONFIG, load_pretrained
+from cria_prune.tasks.loading import CONFIG, example_inputs, load_pretrained
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from cria_prune.artifact.manifest import Policy
+    from cria_prune.artifact.rebuild import Policy
     from cria_prune.base.progress import Progress
     from cria_prune.planning.plan import Plan
     from cria_prune.tasks.base import Task

@@ -14,8 +14,8 @@ from cria_prune.base.errors import CriterionError
 from cria_prune.config import ScoreConfig
 from cria_prune.criteria.evidence import Evidence, Sizes, Steps
 from cria_prune.graph.moments import DOUBLE
+from cria_prune.spectrum.distortions import channel_independence, independence_bytes
 from cria_prune.spectrum.importance import Diagnosis, Importance
-from cria_prune.spectrum.precision import channel_independence, independence_bytes
 
 DISTANCE_ROWS = 1024  # units whose distances to all others are held at a time
 

@@ -17,8 +17,8 @@ from cria_prune.spectrum.distortions import distortion as spectral_distortion
 from cria_prune.spectrum.distortions import distortion_bytes as spectral_bytes
 from cria_prune.spectrum.distortions import grounded_distortion as spectral_grounded_distortion
 from cria_prune.spectrum.distortions import innovation as spectral_innovation
+from cria_prune.spectrum.distortions import unpredicted_bytes
 from cria_prune.spectrum.importance import Importance
-from cria_prune.spectrum.precision import unpredicted_bytes
 
 
 def _options(evidence: Evidence, config: ScoreConfig) -> dict[str, Any]:

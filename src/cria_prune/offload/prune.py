@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cria_prune.artifact.manifest import read_manifest, read_plan, render_manifest
+from cria_prune.artifact.rebuild import read_manifest, read_plan, render_manifest
 from cria_prune.base.batches import Batch, again, first_examples
 from cria_prune.base.dispatched import Weights
 from cria_prune.base.errors import ArtifactError, ConfigError, CriterionError

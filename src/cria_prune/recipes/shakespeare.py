@@ -17,9 +17,8 @@ from cria_prune.base.progress import Progress
 from cria_prune.config import RecoverConfig
 from cria_prune.tasks.base import data_file
 from cria_prune.tasks.dense import trained
-from cria_prune.tasks.language import SHORT, LanguageTask, perplexities, sample_text, train_tokenizer
 from cria_prune.tasks.models import LONGEST, VOCABULARY, build
-from cria_prune.tasks.text import encode
+from cria_prune.tasks.text import SHORT, LanguageTask, encode, perplexities, sample_text, train_tokenizer
 
 TEXT = "data/tinyshakespeare.txt"
 LAYOUT = (

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cria_prune.base.errors import SignalError
 from cria_prune.config import RecordConfig
-from cria_prune.graph.accumulator import MomentAccumulator
+from cria_prune.graph.moments import MomentAccumulator
 
 SPAN = 2**36  # numbers of one stream, about
 STREAMS = 2**27

@@ -19,8 +19,7 @@ from cria_prune.base.batches import SMALLER, named_shortage
 from cria_prune.base.errors import SignalError, StructureError
 from cria_prune.base.modules import give_back
 from cria_prune.config import RecordConfig
-from cria_prune.graph.accumulator import MomentAccumulator, Total
-from cria_prune.graph.moments import SINGLE, Moments
+from cria_prune.graph.moments import SINGLE, MomentAccumulator, Moments, Total
 from cria_prune.recording.sampling import Buffer, Origin, Sampler, unit_signals
 from cria_prune.recording.states import EVERYTHING, FeatureSums, GroupStates, Read, reads_for
 from cria_prune.structure.groups import Site, Tap, UnitGroup

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from cria_prune.base.screen import screenful
-from cria_prune.graph.accumulator import Total
-from cria_prune.graph.moments import DOUBLE, Moments
+from cria_prune.graph.moments import DOUBLE, Moments, Total
 
 PIECE = 2**20  # numbers that are looked at as float64 at a time
 

@@ -14,8 +14,7 @@ import numpy as np
 from cria_prune.base.files import write_text
 from cria_prune.base.metrics import metric
 from cria_prune.config import OF
-from cria_prune.graph.graph import Graph
-from cria_prune.graph.sides import largest_piece
+from cria_prune.graph.graph import Graph, largest_piece
 from cria_prune.report.curves import plot_ablation, plot_tradeoff
 from cria_prune.report.html import (
     brief,

@@ -1,34 +1,34 @@
-"""A round, an importance, moments and neuron graphs to and from a file: in this module alone.
-
-Each becomes plain JSON (its facts) and tensors. The files differ in where they put these and in what else
-they hold: the states of `prune` and `prune_offloaded`, the scores that are kept, what a run keeps for its
-report, a bench's cell. The fields are read off the classes. One that is added to `Round`, `Verification`,
-`Repair`, `Diagnosis` or `Moments` is therefore in all of these files without a line here, and where it has a
-default, files from before it are still read.
-
-Legend: d = units of a group.
-"""
+"""A round to and from a file, once; and the finished rounds of a pruning, from which a killed one goes on."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from pydantic import TypeAdapter
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from cria_prune.graph.graph import Graph
+from cria_prune.base.batches import Batch
+from cria_prune.base.errors import CriaError
+from cria_prune.base.modules import digest
+from cria_prune.config import PruneConfig
+from cria_prune.graph.graph import Graph, NeuronGraphs
 from cria_prune.graph.moments import Moments
-from cria_prune.graph.sides import NeuronGraphs
-from cria_prune.result import Round
-from cria_prune.resume.store import State
+from cria_prune.planning.plan import Plan, compose
+from cria_prune.result import PruneResult, Round
+from cria_prune.resume.store import Facts, State, Store, TypedStore, code_version, weights_of
 from cria_prune.spectrum.importance import Diagnosis, Importance
+from cria_prune.structure.groups import shrink
+from cria_prune.surgery.removal import apply
 
-Facts = dict[str, Any]
+RoundFacts = dict[str, Any]
 Some = TypeVar("Some", bound=Round)
 
 NUMBERS = ("scores", "kept")
@@ -38,7 +38,7 @@ PARTS = tuple(item.name for item in dataclasses.fields(Moments) if item.name != 
 TINY = float(np.finfo(np.float32).tiny)  # a weight below it would come back from 32 bits as none
 
 
-def facts_of(item: Round, leave_out: Collection[str] = ()) -> Facts:
+def facts_of(item: Round, leave_out: Collection[str] = ()) -> RoundFacts:
     """Return what a round says beside its tensors, as plain JSON.
 
     Args:
@@ -46,7 +46,7 @@ def facts_of(item: Round, leave_out: Collection[str] = ()) -> Facts:
         leave_out: fields that the file has no room for.
     """
     # A whole number in a report is none of the type's `float | str`, and is written as it is.
-    facts: Facts = _form(type(item)).dump_python(  # type: ignore[arg-type]
+    facts: RoundFacts = _form(type(item)).dump_python(  # type: ignore[arg-type]
         item, mode="json", exclude={*NUMBERS, *leave_out}, warnings=False
     )
     return facts
@@ -83,7 +83,7 @@ def round_of(
     return dataclasses.replace(item, **numbers)
 
 
-def parts_of(rounds: Iterable[Round]) -> tuple[list[Facts], dict[str, State]]:
+def parts_of(rounds: Iterable[Round]) -> tuple[list[RoundFacts], dict[str, State]]:
     """Return the facts of rounds, and their tensors as parts of a state: `scores1`, `kept1`, `scores2`..."""
     rounds = list(rounds)
     parts = {
@@ -92,7 +92,7 @@ def parts_of(rounds: Iterable[Round]) -> tuple[list[Facts], dict[str, State]]:
     return [facts_of(item) for item in rounds], parts
 
 
-def rounds_of(facts: Sequence[Facts], parts: Mapping[str, State], kind: type[Some]) -> list[Some]:
+def rounds_of(facts: Sequence[RoundFacts], parts: Mapping[str, State], kind: type[Some]) -> list[Some]:
     """Return the rounds that `parts_of` was given; errors as in `round_of`."""
     return [
         round_of(known, parts.get(f"scores{number}", {}), parts.get(f"kept{number}", {}), kind)
@@ -100,12 +100,14 @@ def rounds_of(facts: Sequence[Facts], parts: Mapping[str, State], kind: type[Som
     ]
 
 
-def diagnoses_of(found: Mapping[str, Importance]) -> dict[str, Facts]:
+def diagnoses_of(found: Mapping[str, Importance]) -> dict[str, RoundFacts]:
     """Return what importances say beside their scores: group name -> plain JSON."""
     return {name: item.diagnosis.to_dict() for name, item in found.items()}
 
 
-def importances_of(diagnoses: Mapping[str, Facts], scores: Mapping[str, Tensor]) -> dict[str, Importance]:
+def importances_of(
+    diagnoses: Mapping[str, RoundFacts], scores: Mapping[str, Tensor]
+) -> dict[str, Importance]:
     """Return the importances of `diagnoses_of` and their scores, group name -> (d,) float64.
 
     Raises:
@@ -184,3 +186,121 @@ def graphs_of(ridges: Sequence[float], tensors: Mapping[str, Tensor], place: str
 def _form(kind: Any) -> TypeAdapter[Any]:
     """Return what reads the fields of a class off it and checks them; it takes some milliseconds to make."""
     return TypeAdapter(kind)
+
+
+FORMAT = "cria-rounds-1"
+NAME = "rounds.safetensors"
+
+Planner = Callable[[PruneResult, Mapping[str, np.ndarray], int], Plan]
+"""(result before, scores by group, number of the round) -> the plan of that round."""
+
+
+class PruningFacts(Facts):
+    """What a state says of its rounds, and the ridges of the graphs; None where none are kept."""
+
+    rounds: list[dict[str, Any]]
+    ridges: dict[str, tuple[float, float]] | None
+
+
+class RoundStore:
+    """Keeps the finished rounds of one pruning in a folder.
+
+    Args:
+        folder: of this pruning alone; made when the first round is over.
+        model: the dense model.
+        config: what is asked.
+        example: the first examples of the calibration data.
+        further: what else makes the pruning this one, plain JSON.
+
+    Raises:
+        ArtifactError: the state of the model holds something else than tensors.
+    """
+
+    def __init__(
+        self, folder: str | Path, model: nn.Module, config: PruneConfig, example: Batch, **further: Any
+    ) -> None:
+        identity = {**asked_of(config, example), **further, **weights_of({"model": model}, "pruning")}
+        self.store = TypedStore(Store(folder, NAME, FORMAT, "pruning"), PruningFacts, identity)
+
+    def write(self, result: PruneResult) -> None:
+        """Keep the rounds so far; errors as in `Store.write`."""
+        facts, parts = parts_of(result.rounds)
+        parts["weights"] = _weights(result.model)
+        for number, both in enumerate((result.graphs or {}).values()):
+            parts[f"graph{number}"] = graph_tensors(both)
+        ridges = None
+        if result.graphs is not None:
+            ridges = {name: ridges_of(both) for name, both in result.graphs.items()}
+        self.store.write(parts, rounds=facts, ridges=ridges)
+
+    def resume(self, start: PruneResult, planner: Planner) -> PruneResult:
+        """Return the result after the rounds that are kept; `start` itself where there are none.
+
+        Args:
+            start: the result before the first round.
+            planner: makes the plan of a round again from its scores.
+
+        Raises:
+            ArtifactError: the state is damaged, or of another pruning.
+        """
+        found = self.store.read()
+        if found is None:
+            return start
+        try:
+            return _restored(start, *found, planner)
+        except (CriaError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise self.store.store.damaged(f"it does not fit the model: {error}") from error
+
+
+def _restored(
+    start: PruneResult, facts: PruningFacts, parts: Mapping[str, State], planner: Planner
+) -> PruneResult:
+    result = start
+    for item in rounds_of(facts.rounds, parts, Round):
+        scores = {name: np.array(found) for name, found in item.scores.items()}
+        step = planner(result, scores, item.number)
+        if item.kept != dict(step.kept):
+            raise ValueError(f"the scores of round {item.number} do not give the units that it kept")
+        groups = shrink(result.groups, step.kept)
+        result = replace(
+            result, plan=compose(result.plan, step), groups=groups, rounds=(*result.rounds, item)
+        )
+    model = apply(start.model, result.plan)
+    _put_back(model, parts["weights"])
+    if facts.ridges is None:
+        return replace(result, model=model, graphs=None)
+    graphs = {}
+    for number, (name, ridges) in enumerate(facts.ridges.items()):
+        # Cria 0.1 wrote "in rows" where it is "in/rows" now.
+        tensors = {part.replace(" ", "/"): value for part, value in parts[f"graph{number}"].items()}
+        graphs[name] = graphs_of(ridges, tensors)
+    return replace(result, model=model, graphs=graphs)
+
+
+def asked_of(config: PruneConfig, example: Batch) -> dict[str, Any]:
+    """Return what is asked, of which data, by which code: part of what makes a pruning this one."""
+    leaves = [item for item in tree_leaves(example) if isinstance(item, Tensor)]
+    return {
+        "config": config.model_dump(mode="json"),
+        "first examples": digest("", {str(place): item for place, item in enumerate(leaves)}),
+        "torch": torch.__version__,
+        "code": code_version(),
+    }
+
+
+def _weights(model: nn.Module) -> State:
+    """Return copies of the state, a tensor of several names under the first."""
+    seen: set[tuple[Any, ...]] = set()
+    found: State = {}
+    for name, value in model.state_dict().items():
+        place = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else (name,)
+        if place not in seen:
+            seen.add(place)
+            found[name] = value.detach().clone(memory_format=torch.contiguous_format)
+    return found
+
+
+def _put_back(model: nn.Module, state: State) -> None:
+    if state.keys() != _weights(model).keys():
+        raise LookupError("its weights have other names")
+    model.load_state_dict(state, strict=False)  # further names of one tensor are left out

@@ -16,8 +16,8 @@ from cria_prune.base.errors import ArtifactError
 from cria_prune.config import PruneConfig
 from cria_prune.graph.moments import Moments
 from cria_prune.result import OffloadedRound
-from cria_prune.resume.pruning import asked_of
 from cria_prune.resume.rounds import (
+    asked_of,
     diagnoses_of,
     importances_of,
     moment_tensors,

@@ -7,8 +7,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from cria_prune.graph.graph import Graph
-from cria_prune.graph.sides import largest_piece
+from cria_prune.graph.graph import Graph, largest_piece
 
 
 def laplacian_embedding(graph: Graph, dimensions: int = 2) -> Tensor:

@@ -18,11 +18,18 @@ from cria_prune.base.progress import Progress
 from cria_prune.config import RecoverConfig
 from cria_prune.tasks.base import Task
 from cria_prune.tasks.corpus import Corpus, read_dataset, read_text
-from cria_prune.tasks.examples import example_inputs
-from cria_prune.tasks.language import SHORT, SPLITS, LanguageTask, conventions, perplexities, places
-from cria_prune.tasks.loading import find_library, has_tokenizer, load_pretrained, quiet
+from cria_prune.tasks.loading import example_inputs, find_library, has_tokenizer, load_pretrained, quiet
 from cria_prune.tasks.sentences import LONGEST, SentenceTask
-from cria_prune.tasks.text import Sentences, encode
+from cria_prune.tasks.text import (
+    SHORT,
+    SPLITS,
+    LanguageTask,
+    Sentences,
+    conventions,
+    encode,
+    perplexities,
+    places,
+)
 
 HELD = 0.05
 """Share of the texts that is kept apart to measure on where no other data are given."""

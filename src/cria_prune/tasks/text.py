@@ -1,16 +1,27 @@
-"""Text as batches: its tokens made a piece at a time, sentences padded, blocks of a long text."""
+"""Text as batches, and causal language models on it: tokens, perplexity in both conventions, a sample."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
+from cria_prune.base.batches import Batch, batch_target, describe, model_inputs, move
 from cria_prune.base.errors import DataError
+from cria_prune.base.events import passed
+from cria_prune.base.metrics import logits_of
+from cria_prune.base.modules import cache_off, device_of, modes_kept
+from cria_prune.base.progress import Progress, track
+from cria_prune.tasks.base import EpochBatches, Task, fingerprint
+from cria_prune.tasks.loading import find_library
 
 PIECE, OVERLAP, COMPARED = 2**18, 2**12, 64
 """Characters that are tokenised at a time, for a tokenizer needs some 200 bytes for each; characters that two
@@ -198,3 +209,241 @@ def blocks(tokens: Tensor, length: int) -> Tensor:
             "Give a longer text, or ask for shorter sequences",
         )
     return tokens[: len(tokens) // length * length].view(-1, length)
+
+
+SHORT, LONG = 128, 2048
+"""Tokens per sequence in the two conventions; the second is cut to what the model can read."""
+
+BATCH_TOKENS = 4096
+"""Tokens in a batch of the evaluation: 4,096 x 32,000 logits take half a gigabyte."""
+
+IGNORED = -100
+END = "<|endoftext|>"
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> float:
+    """Return exp of the mean negative log-likelihood, in nats, of every token that has one before it.
+
+    In a sequence of L tokens the tokens 2 to L are predicted from those before them in the same
+    sequence, so each gives L - 1 predictions; all predictions of all batches weigh the same. The model
+    runs in eval mode without a cache; the log-likelihoods are summed in float64.
+
+    Args:
+        model: maps batches to logits (batch, tokens, vocabulary).
+        batches: mappings with `input_ids` (batch, tokens). Where they have `labels`, tokens of label -100
+            are not counted; where they have an `attention_mask`, tokens that it hides are not.
+        device: where the batches go; where the model is if None. The model is not moved.
+        progress: where to show how far it is; silent if None.
+
+    Raises:
+        DataError: nothing is predicted, or a batch has no `input_ids`.
+    """
+    passed("evaluate", model=model)
+    place = torch.device(device or device_of(model))
+    total, count = 0.0, 0
+    with modes_kept(model), cache_off(model):
+        model.eval()
+        for batch in track(batches, label="evaluate", progress=progress):
+            batch = move(batch, place)
+            labels = _labels(batch)[:, 1:].flatten()
+            args, kwargs = model_inputs(batch)
+            logits = logits_of(model(*args, **kwargs))[:, :-1].flatten(0, 1)
+            losses = functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
+            total += float(losses.double().sum())
+            count += int((labels != IGNORED).sum())
+    if not count:
+        raise DataError("A perplexity", "found nothing to predict", "Pass sequences of two tokens or more")
+    mean = total / count
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def perplexities(
+    model: nn.Module,
+    tokens: Tensor,
+    lengths: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Return the perplexity of a text in both conventions, each under a name that says its length.
+
+    The text is one line of tokens, as its tokenizer gives it, cut into blocks of L tokens that do not
+    overlap; the last short block is dropped; see `perplexity` for what is summed. `perplexity-128` is
+    the convention of LLM-Pruner and FLAP, `perplexity-2048` that of SparseGPT, Wanda and SliceGPT;
+    figures of different lengths cannot be compared.
+
+    Args:
+        model: a causal language model of transformers.
+        tokens: (tokens,) int64.
+        lengths: tokens per sequence; 128, and 2,048 or the most that the model reads, if None.
+        progress: where to show how far it is; silent if None.
+
+    Raises:
+        DataError: the text is too short for one sequence of one of the lengths.
+    """
+    wanted = conventions(model) if lengths is None else tuple(lengths)
+    parts = {
+        f"perplexity-{length}": BlockBatches(tokens, length, max(1, BATCH_TOKENS // length))
+        for length in wanted
+    }
+    return {name: perplexity(model, batches, progress=progress) for name, batches in parts.items()}
+
+
+def conventions(model: nn.Module) -> tuple[int, ...]:
+    """Return 128 and 2,048 tokens, each cut to the most that the model reads; one length if they agree."""
+    most = places(model)
+    return tuple(dict.fromkeys(min(length, most or length) for length in (SHORT, LONG)))
+
+
+def places(model: nn.Module) -> int | None:
+    """Return how many tokens a model reads at most, by its table of positions; None if nothing says it."""
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    tables = (item for name, item in model.named_modules() if name.endswith("position_embeddings"))
+    padding = getattr(next(tables, None), "padding_idx", None)  # RoBERTa counts from its padding on
+    return None if not most else int(most) - (0 if padding is None else int(padding) + 1)
+
+
+def train_tokenizer(text: str, vocabulary: int) -> Any:
+    """Return a byte-level BPE tokenizer of at most `vocabulary` tokens, learned from a text.
+
+    Any text can be written in it, for the 256 bytes are tokens; token 0 is the end of a text, and padding.
+    The same text gives the same tokenizer.
+
+    Returns:
+        A `transformers.PreTrainedTokenizerFast`.
+
+    Raises:
+        ArtifactError: transformers is not installed.
+    """
+    library = find_library("A tokenizer")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    made.train_from_iterator(text.splitlines(keepends=True), trainer)
+    return library.PreTrainedTokenizerFast(tokenizer_object=made, bos_token=END, eos_token=END, pad_token=END)
+
+
+def sample_text(model: Any, tokenizer: Any, prompt: str, tokens: int = 60, seed: int = 0) -> str:
+    """Return the prompt with `tokens` more, drawn from the model's 50 likeliest at temperature 0.8.
+
+    The same seed gives the same text; torch's global generators are put back.
+
+    Raises:
+        DataError: the prompt is empty.
+    """
+    ids = encode(tokenizer, prompt)[None]
+    if not ids.numel():
+        raise DataError("A sample of text", "the prompt is empty", "Give at least one word to go on from")
+    place = device_of(model)
+    devices = [place] if place.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), modes_kept(model), torch.no_grad():
+        torch.manual_seed(seed)
+        model.eval()
+        out = model.generate(
+            ids.to(place), attention_mask=torch.ones_like(ids).to(place), max_new_tokens=tokens,
+            do_sample=True, top_k=50, temperature=0.8, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+    return str(tokenizer.decode(out[0], skip_special_tokens=True))
+
+
+def _labels(batch: Batch) -> Tensor:
+    """Return what is to be predicted, (batch, tokens), `IGNORED` where nothing is."""
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        raise DataError("A perplexity", f"found {describe(batch)}", "Pass mappings with input_ids")
+    labels = batch_target(batch)
+    labels = batch["input_ids"] if labels is None else labels
+    mask = batch.get("attention_mask")
+    return labels if mask is None else labels.masked_fill(mask == 0, IGNORED)
+
+
+SPLITS = ("train", "validation", "test")
+AT_ONCE = 32
+"""Blocks per batch of the calibration."""
+
+
+class LanguageTask(Task):
+    """Perplexity of a causal language model, by blocks that do not overlap.
+
+    Attributes:
+        batch_size: blocks per batch of the fine-tune.
+        longest: tokens per block of the fine-tune.
+        short: tokens per block of the calibration and the evaluation; `metric` names it.
+    """
+
+    pretrained = True
+    batch_size = 4
+    longest: int
+    short = SHORT
+
+    @abstractmethod
+    def tokens(self, split: str) -> Tensor:
+        """Return the tokens of a split, (tokens,) int64.
+
+        Raises:
+            DataError: no such split, or the text is missing or too short.
+        """
+
+    def pretrained_source(self, scratch: Path) -> Path | None:
+        """Return `scratch` with the tokenizer's files."""
+        self.tokenizer.save_pretrained(scratch)
+        return scratch
+
+    def train_batches(
+        self,
+        seed: int = 0,
+        batch_size: int | None = None,
+        augment: bool = True,
+        device: torch.device | str = "cpu",
+    ) -> EpochBatches:
+        """Return epoch -> shuffled blocks of `longest` tokens; with `augment` each epoch cuts elsewhere."""
+        size = batch_size or self.batch_size
+
+        def epoch_batches(epoch: int) -> Iterable[Batch]:
+            generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+            tokens = self.tokens("train")
+            # Always as many blocks: the schedule counts on equal epochs.
+            count = len(blocks(tokens, self.longest)) - 1
+            start = int(torch.randint(self.longest, (), generator=generator)) if augment else 0
+            order = torch.randperm(max(count, 1), generator=generator)
+            return BlockBatches(tokens, self.longest, size, order, start if count > 0 else 0)
+
+        return epoch_batches
+
+    def calibration(self, examples: int, seed: int = 0) -> list[Batch]:
+        """Return `examples` random blocks of `short` tokens of the train split, 32 per batch."""
+        tokens = self.tokens("train")
+        order = self.drawn(len(blocks(tokens, self.short)), examples, seed)
+        return list(BlockBatches(tokens, self.short, AT_ONCE, order))
+
+    def validation_batches(self, limit: int | None = None) -> Iterable[Batch]:
+        """Return the validation split, or its first `limit` blocks of `short` tokens, in order."""
+        return self._in_order("validation", limit)
+
+    def test_batches(self, limit: int | None = None) -> Iterable[Batch]:
+        """Return the test split, or its first `limit` blocks of `short` tokens, in order."""
+        return self._in_order("test", limit)
+
+    def _in_order(self, split: str, limit: int | None) -> Iterable[Batch]:
+        tokens = self.tokens(split)
+        order = torch.arange(len(blocks(tokens, self.short)))[:limit]
+        return BlockBatches(tokens, self.short, max(1, BATCH_TOKENS // self.short), order)
+
+    def fingerprint(self, *splits: str) -> str:
+        """Return the SHA-256, in hex, of the splits' tokens (of all three if none is named)."""
+        return fingerprint(*(self.tokens(split) for split in splits or SPLITS))
+
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch], progress: Progress | None = None) -> float:
+        """Return the perplexity of the model on the batches."""
+        return perplexity(model, batches, progress=progress)

@@ -15,7 +15,7 @@ from watching import at, counted, interrupted_at
 
 from cria_prune import PruneConfig, discover, prune
 from cria_prune.base.errors import ArtifactError
-from cria_prune.resume import pruning as rounds
+from cria_prune.resume import rounds as rounds
 from cria_prune.resume import store
 
 ROUNDS = 3
@@ -119,9 +119,9 @@ def children(folder, threads):
 def killed(tmp_path_factory):
     """A folder with what the killed processes left."""
     folder = tmp_path_factory.mktemp("killed")
-    assert signals_of("tests.resume.test_pruning", str(folder), torch.get_num_threads()) == dict.fromkeys(
-        KILLS, signal.SIGKILL
-    )
+    assert signals_of(
+        "tests.resume.test_rounds_pruning", str(folder), torch.get_num_threads()
+    ) == dict.fromkeys(KILLS, signal.SIGKILL)
     return folder
 
 

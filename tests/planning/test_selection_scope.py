@@ -10,9 +10,9 @@ from torch import nn
 
 from cria_prune import PlanConfig, PruneConfig, discover, prune
 from cria_prune.base.errors import ConfigError, TargetError
-from cria_prune.planning.scope import check_reach, scope
+from cria_prune.planning.selection import check_reach, scope
 from cria_prune.structure.groups import UnitGroups
-from cria_prune.tasks.examples import example_inputs
+from cria_prune.tasks.loading import example_inputs
 
 transformers = pytest.importorskip("transformers")
 

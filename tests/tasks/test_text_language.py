@@ -13,14 +13,19 @@ from torch import Tensor, nn
 from cria_prune.base.errors import DataError
 from cria_prune.base.metrics import metric
 from cria_prune.tasks import text as encoding
-from cria_prune.tasks.language import (
+from cria_prune.tasks.text import (
+    BlockBatches,
+    SentenceBatches,
+    Sentences,
+    blocks,
+    by_length,
     conventions,
+    encode,
     perplexities,
     perplexity,
     sample_text,
     train_tokenizer,
 )
-from cria_prune.tasks.text import BlockBatches, SentenceBatches, Sentences, blocks, by_length, encode
 
 transformers = pytest.importorskip("transformers")
 TEXT = "".join(f"the {a} sees the {b}.\n" for a in ("cat", "dog", "llama") for b in ("sun", "moon")) * 30
