@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "resume": BASE | {"graph", "planning", "result", "spectrum", "structure", "surgery"},
     "memory": BASE | {"structure", "graph", "recording", "criteria", "repair"},
     "stages": BASE
-    | {"structure", "recording", "graph", "spectrum", "criteria", "planning", "surgery", "repair"},
+    | {"result", "structure", "recording", "graph", "spectrum", "criteria", "planning", "surgery", "repair"},
     "scores": BASE | {"resume", "stages", "spectrum", "structure"},
     "pipeline": BASE | {"criteria", "planning", "result", "resume", "scores", "stages"},
     "ablation": BASE | {"stages", "structure", "planning", "surgery"},

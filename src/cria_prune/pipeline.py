@@ -27,7 +27,7 @@ from cria_prune.planning.plan import Plan
 from cria_prune.result import PruneResult, Round
 from cria_prune.resume.rounds import RoundStore
 from cria_prune.scores import Scored
-from cria_prune.stages import Cut, Prepared, Ranking, cut, plan_cut, prepare, rank
+from cria_prune.stages import Prepared, cut, plan_cut, prepare, rank, said, target_of
 
 
 def prune(
@@ -93,7 +93,7 @@ def prune(
     )
 
     def planned(before: PruneResult, values: Mapping[str, np.ndarray], number: int) -> Plan:
-        return plan_cut(replace(ready, groups=before.groups), values, _target(config, number))
+        return plan_cut(replace(ready, groups=before.groups), values, target_of(config, number))
 
     store = None
     if state is not None:
@@ -147,11 +147,6 @@ def _ready(
     return prepared.with_reference()
 
 
-def _target(config: PruneConfig, number: int) -> float:
-    """Return the share that is to be gone after a round."""
-    return config.plan.reduction * number / config.plan.rounds
-
-
 def _round(
     now: Prepared,
     before: PruneResult,
@@ -163,7 +158,7 @@ def _round(
     """Do a round: rank the units, or take the scores that were given, and cut."""
     drawn = before.graphs is not None and number == 1
     ranking = rank(now, loss=loss, graphs=drawn) if scores is None else scores.ranking(now.groups)
-    made = cut(now, ranking, _target(now.config, number), last=number == now.config.plan.rounds)
+    made = cut(now, ranking, target_of(now.config, number), last=number == now.config.plan.rounds)
     metric = None
     if evaluate is not None:
         metric = world().lead("Evaluating", lambda: float(evaluate(made.model)))
@@ -173,25 +168,8 @@ def _round(
         model=after.model,
         plan=after.plan,
         groups=after.groups,
-        rounds=(*before.rounds, _said(number, ranking, made, metric)),
+        rounds=(*before.rounds, said(Round, number, ranking, made, metric)),
         graphs=before.graphs if ranking.graphs is None else ranking.graphs,
-    )
-
-
-def _said(number: int, ranking: Ranking, made: Cut, metric: float | None) -> Round:
-    """Return what a round did."""
-    return Round(
-        number=number,
-        report=made.plan.report,
-        seconds={**ranking.seconds, **made.seconds},
-        scores={name: tuple(item.tolist()) for name, item in ranking.scores.items()},
-        kept=dict(made.plan.kept),
-        diagnosis=ranking.diagnosis,
-        verification=made.verification,
-        metric=metric,
-        repairs=made.repairs,
-        batch_norms=made.norms.norms,
-        batch_norms_kept=made.norms.reason,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from torch import nn
@@ -40,6 +40,7 @@ from cria_prune.recording.collect import limited, record
 from cria_prune.recording.states import States, reads_of
 from cria_prune.repair.consumers import Repair, compensate
 from cria_prune.repair.norms import Remeasured, batch_norms, remeasure
+from cria_prune.result import Round
 from cria_prune.spectrum.importance import Importance
 from cria_prune.structure.discovery import discover as follow
 from cria_prune.structure.groups import UnitGroups, shrink
@@ -389,7 +390,51 @@ def plan_cut(prepared: Prepared, scores: Mapping[str, np.ndarray], target: float
     )  # fmt: skip
 
 
-def cut(prepared: Prepared, ranking: Ranking, target: float | None = None, *, last: bool = True) -> Cut:
+class InMemory:
+    """How a cut changes a model: whole, in memory. `offload.rounds.OnDisk` does the same layer by layer.
+
+    Attributes:
+        times: stage -> under which name its wall time is kept.
+    """
+
+    times: ClassVar[Mapping[str, str]] = {"repair": "compensate", "remove": "surgery"}
+
+    def repair(self, prepared: Prepared, step: Plan, ranking: Ranking) -> tuple[Any, tuple[Repair, ...]]:
+        """Return the model with its consumers repaired for the units that leave, which are still there.
+
+        Every consumer is refitted in closed form, by what was recorded before the cut.
+        """
+        assert ranking.consumed is not None
+        return compensate(prepared.model, prepared.groups, step.kept, ranking.consumed)
+
+    def remove(self, source: Any, step: Plan) -> nn.Module:
+        """Return the smaller model; `source` is the model, repaired where that was asked for."""
+        return remove(source, step)
+
+    def verify(
+        self, prepared: Prepared, step: Plan, total: Plan, source: Any, smaller: nn.Module
+    ) -> Verification | None:
+        """Compare the cut with the masked model."""
+        if prepared.config.compensate:  # the weights are not the dense ones any more: this cut alone
+            return Reference(source, prepared.example).compare(step, smaller)
+        return None if prepared.reference is None else prepared.reference.compare(total, smaller)
+
+    def norms(self, prepared: Prepared, smaller: nn.Module, seconds: dict[str, float]) -> Remeasured:
+        """Measure the batch norms again, for what stays is fed by fewer units."""
+        if not batch_norms(smaller):
+            return Remeasured(smaller, 0)
+        with clock(seconds, "batch norms"):
+            return remeasure(smaller, limited(prepared.batches, prepared.config.record.examples))
+
+
+def cut(
+    prepared: Prepared,
+    ranking: Ranking,
+    target: float | None = None,
+    *,
+    last: bool = True,
+    hands: InMemory | None = None,
+) -> Cut:
     """Choose what leaves, let the rest take its work over, remove it, and prove that it was done right.
 
     Args:
@@ -397,51 +442,70 @@ def cut(prepared: Prepared, ranking: Ranking, target: float | None = None, *, la
         ranking: of that model.
         target: see `plan_cut`.
         last: no cut follows: batch norms are measured again, if the configuration says so.
+        hands: what repairs, removes and verifies; in memory by default.
 
     Raises:
         TargetError: the target cannot be reached.
         VerificationError: the cut model and the masked one differ.
     """
-    config, seconds = prepared.config, dict[str, float]()
+    config, seconds, hands = prepared.config, dict[str, float](), hands or InMemory()
     with clock(seconds, "plan"):
         step = plan_cut(prepared, ranking.scores, target)
         total = compose(prepared.plan, step)
         world().meet("The plan", lambda: digest(str(sorted(step.kept.items())), {}))
-    repairs, source = tuple[Repair, ...](), prepared.model
+    repairs, source, verification = tuple[Repair, ...](), prepared.model, None
+    # Before the cut, while the units that leave are still there to be predicted from those that stay.
     if config.compensate and ranking.consumed is not None:
-        with clock(seconds, "compensate"):
-            source, repairs = repair(prepared, step, ranking.consumed)
-    smaller = remove(source, step, seconds)
-    verification = None
+        with clock(seconds, hands.times["repair"]):
+            source, repairs = hands.repair(prepared, step, ranking)
+    with clock(seconds, hands.times["remove"]):
+        smaller = hands.remove(source, step)
+    # Before the batch norms, which make another function of the network than the masked one.
     if config.verify:
         with clock(seconds, "verify"):
-            if config.compensate:  # the weights are not the dense ones any more: this cut alone
-                verification = Reference(source, prepared.example).compare(step, smaller)
-            elif prepared.reference is not None:
-                verification = prepared.reference.compare(total, smaller)
+            verification = hands.verify(prepared, step, total, source, smaller)
     norms = Remeasured(smaller, 0)
-    if config.batch_norm and last and batch_norms(smaller):
-        with clock(seconds, "batch norms"):
-            norms = remeasure(smaller, limited(prepared.batches, config.record.examples))
+    if config.batch_norm and last:
+        norms = hands.norms(prepared, smaller, seconds)
     return Cut(norms.model, step, total, repairs, verification, norms, seconds)
 
 
-def repair(prepared: Prepared, step: Plan, consumed: Consumed) -> tuple[nn.Module, tuple[Repair, ...]]:
-    """Return the model with its consumers repaired for the units that leave, which are still there.
-
-    Every consumer is refitted in closed form, by what was recorded before the cut.
-    """
-    return compensate(prepared.model, prepared.groups, step.kept, consumed)
-
-
-def remove(model: nn.Module, step: Plan, seconds: dict[str, float] | None = None) -> nn.Module:
+def remove(model: nn.Module, step: Plan) -> nn.Module:
     """Return a smaller copy of a model; see `apply`.
 
     Raises:
         ResourceError: the memory does not suffice.
     """
-    with clock({} if seconds is None else seconds, "surgery"), named_shortage("Cutting the model", LESS):
+    with named_shortage("Cutting the model", LESS):
         return apply(model, step)
+
+
+def target_of(config: PruneConfig, number: int) -> float:
+    """Return the share that is to be gone after a round, from 1: the same share more in each."""
+    return config.plan.reduction * number / config.plan.rounds
+
+
+Kind = TypeVar("Kind", bound=Round)
+
+
+def said(
+    kind: type[Kind], number: int, ranking: Ranking, made: Cut, metric: float | None = None, **more: Any
+) -> Kind:
+    """Return what a round did, for its number from 1; `more` are further fields of its kind."""
+    return kind(
+        number=number,
+        report=made.plan.report,
+        seconds={**ranking.seconds, **made.seconds},
+        scores={name: tuple(item.tolist()) for name, item in ranking.scores.items()},
+        kept=dict(made.plan.kept),
+        diagnosis=ranking.diagnosis,
+        verification=made.verification,
+        metric=metric,
+        repairs=made.repairs,
+        batch_norms=made.norms.norms,
+        batch_norms_kept=made.norms.reason,
+        **more,
+    )
 
 
 def _compared(config: PruneConfig) -> bool:

@@ -142,13 +142,13 @@ def prune_offloaded(
         with clock(seconds, "structure"):
             prepared = prepare(model, batches, config, example=example).without_reference()
             prepared.check_reach()
-        first = Standing(source, model, prepared.structure, prepared.dense)
+        first = Standing(source, model, prepared.structure, prepared.dense, prepared.plan)
         rounds = Rounds(
             source, replace(prepared, model=prepared.structure), memory, max_shard_size, place,
             progress or QUIET, asked, identity,
         )  # fmt: skip
-        cuts, done, smaller = all_rounds(rounds, places, first, finished, known, seconds)
-        total = reduce(compose, [*plans, *cuts])
+        gone, done, smaller = all_rounds(rounds, places, first, finished, known, seconds)
+        total = reduce(compose, [*plans, gone])
         said = {**(results or {}), "offloaded": True, "rounds": len(done)}
         if config.verify:
             said["masked_equals_pruned"] = _largest(done)

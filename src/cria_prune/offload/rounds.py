@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,12 +19,22 @@ from cria_prune.base.events import passed
 from cria_prune.base.modules import give_back
 from cria_prune.base.progress import Progress, clock
 from cria_prune.offload.turns import score_in_turns
-from cria_prune.offload.write import floats, load_dispatched, repair, verify_folder, write_model
-from cria_prune.planning.plan import Plan
+from cria_prune.offload.write import (
+    Repaired,
+    floats,
+    load_dispatched,
+    repair,
+    verify_folder,
+    write_model,
+)
+from cria_prune.planning.plan import Plan, compose
+from cria_prune.repair.consumers import Repair
+from cria_prune.repair.norms import Remeasured
 from cria_prune.result import OffloadedRound
-from cria_prune.resume.turns import FinishedRounds, TurnStore
-from cria_prune.stages import Prepared, plan_cut
+from cria_prune.resume.turns import FinishedRounds, Spilled, TurnStore
+from cria_prune.stages import InMemory, Prepared, Ranking, cut, plan_cut, said, target_of
 from cria_prune.structure.groups import UnitGroups, shrink
+from cria_prune.surgery.verify import Verification
 
 
 @dataclass(frozen=True)
@@ -36,28 +46,18 @@ class Standing:
         model: with all of its weights on disk.
         structure: the same on the meta device, without hooks.
         groups: its unit groups.
+        plan: what is gone already, relative to the first model.
     """
 
     folder: Path
     model: nn.Module
     structure: nn.Module
     groups: UnitGroups
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What a round leaves to the next one.
-
-    Attributes:
-        plan: what was removed, relative to the model before the round.
-        structure: the smaller model on the meta device; groups: its unit groups.
-        done: what the round did.
-    """
-
     plan: Plan
-    structure: nn.Module
-    groups: UnitGroups
-    done: OffloadedRound
+
+    def after(self, step: Plan) -> Standing:
+        """Return it with what a cut leaves of the groups; the model is still the one before."""
+        return replace(self, groups=shrink(self.groups, step.kept), plan=compose(self.plan, step))
 
 
 @dataclass(frozen=True)
@@ -81,69 +81,94 @@ class Rounds:
     asked: str
     identity: Mapping[str, Any] | None = None
 
-    def plan(self, groups: UnitGroups, scores: Mapping[str, np.ndarray], number: int) -> Plan:
-        """Return the plan of a round from its scores, relative to the model before it."""
-        plan = self.prepared.config.plan
-        now = replace(self.prepared, groups=groups)
-        return plan_cut(now, scores, plan.reduction * number / plan.rounds)
-
-    def again(self, groups: UnitGroups, known: OffloadedRound) -> tuple[Plan, UnitGroups, OffloadedRound]:
-        """Return what a finished round left: its plan, made again, the groups after it, what it did."""
-        values = {name: np.array(found) for name, found in known.scores.items()}
-        step = self.plan(groups, values, known.number)
-        return step, shrink(groups, step.kept), replace(known, kept=dict(step.kept))
+    def again(self, before: Standing, known: OffloadedRound) -> tuple[Standing, OffloadedRound]:
+        """Return what a finished round left: its plan is made again from its scores."""
+        scores = {name: np.array(found) for name, found in known.scores.items()}
+        now = replace(self.prepared, groups=before.groups)
+        step = plan_cut(now, scores, target_of(now.config, known.number))
+        return before.after(step), replace(known, kept=dict(step.kept))
 
     def cut(
         self, before: Standing, number: int, folder: Path, scratch: Path, seconds: dict[str, float]
-    ) -> Cut:
-        """Record, score, plan, repair, write and verify.
+    ) -> tuple[Standing, OffloadedRound, nn.Module]:
+        """Rank and cut.
 
         Args:
             before: the model.
             number: of the round, from 1.
             folder: where the smaller model goes; it is there, and empty but for hidden folders.
             scratch: for all else; what is left in it is of no use after the round.
-            seconds: stage -> wall time, added to.
+            seconds: stage -> wall time, of what came before.
+
+        Returns:
+            What the next round begins with, but for the model; what this one did; the smaller model on the
+            meta device.
 
         Raises:
             CriaError: each stage's own.
         """
-        structure, groups, example = before.structure, before.groups, self.prepared.example
-        weights = Weights(before.model)
+        now = replace(self.prepared, model=before.model, groups=before.groups, plan=before.plan)
         kept = None if self.identity is None else TurnStore(scratch, self.identity)
         with clock(seconds, "score"):
-            now = replace(self.prepared, model=before.model, groups=groups)
             importances, spilled, turns = score_in_turns(now, scratch, self.memory, self.progress, kept)
-        values = {name: item.scores.numpy() for name, item in importances.items()}
-        step = self.plan(groups, values, number)
-        with clock(seconds, "repair"):
-            repaired, repairs = repair(structure, groups, step.kept, spilled, weights, scratch)
-        with clock(seconds, "save"):
-            smaller = write_model(
-                folder, structure, step, repaired, self.source, self.max_shard_size, self.asked
-            )
-        weights.forget()
-        give_back()
-        verification = None
-        if self.prepared.config.verify:
-            with clock(seconds, "verify"):
-                dtype = torch.float64 if floats(structure) is torch.float64 else torch.float32
-                verification = verify_folder(
-                    before.folder, folder, step, repaired, example, scratch, dtype, self.device
-                )
-        done = OffloadedRound(
-            number=number,
-            report=step.report,
-            seconds=seconds,
-            scores={name: tuple(item.tolist()) for name, item in values.items()},
-            kept=dict(step.kept),
-            diagnosis={name: item.diagnosis.to_dict() for name, item in importances.items()},
-            verification=verification,
-            metric=None,
-            repairs=repairs,
-            turns=turns,
+        ranking = Ranking(importances, {}, seconds=seconds)  # what the repair needs waits on disk
+        hands = OnDisk(self, before, folder, scratch, spilled)
+        made = cut(now, ranking, target_of(now.config, number), hands=hands)
+        return before.after(made.plan), said(OffloadedRound, number, ranking, made, turns=turns), made.model
+
+
+class OnDisk(InMemory):
+    """How a cut changes a model whose weights stay on disk; batch norms are not measured again.
+
+    Args:
+        rounds: what stays the same.
+        before: the model, dispatched.
+        folder: where the smaller model goes.
+        scratch: for repaired weights, and those that transformers stores otherwise than the model holds them.
+        spilled: moments of what the consumers read.
+    """
+
+    times: ClassVar = {"repair": "repair", "remove": "save"}
+
+    def __init__(
+        self, rounds: Rounds, before: Standing, folder: Path, scratch: Path, spilled: Spilled
+    ) -> None:
+        self._rounds, self._before, self._folder, self._scratch = rounds, before, folder, scratch
+        self._dense, self._spilled = Weights(before.model), spilled
+        self._weights = Repaired(self._dense, scratch)
+
+    def repair(self, prepared: Prepared, step: Plan, ranking: Ranking) -> tuple[Any, tuple[Repair, ...]]:
+        """Return the weights, some of them repaired, and what became of each consumer."""
+        structure, groups = self._before.structure, prepared.groups
+        self._weights, repairs = repair(
+            structure, groups, step.kept, self._spilled, self._dense, self._scratch
         )
-        return Cut(step, smaller, shrink(groups, step.kept), done)
+        return self._weights, repairs
+
+    def remove(self, source: Any, step: Plan) -> nn.Module:
+        """Write the smaller model shard by shard, and return it on the meta device."""
+        rounds = self._rounds
+        smaller = write_model(
+            self._folder, self._before.structure, step, self._weights, rounds.source, rounds.max_shard_size,
+            rounds.asked,
+        )  # fmt: skip
+        self._dense.forget()
+        give_back()
+        return smaller
+
+    def verify(
+        self, prepared: Prepared, step: Plan, total: Plan, source: Any, smaller: nn.Module
+    ) -> Verification:
+        """Compare the folder with the masked model, both loaded layer by layer."""
+        dtype = torch.float64 if floats(self._before.structure) is torch.float64 else torch.float32
+        return verify_folder(
+            self._before.folder, self._folder, step, self._weights, prepared.example, self._scratch, dtype,
+            self._rounds.device,
+        )  # fmt: skip
+
+    def norms(self, prepared: Prepared, smaller: nn.Module, seconds: dict[str, float]) -> Remeasured:
+        """Leave the batch norms as they are."""
+        return Remeasured(smaller, 0)
 
 
 @contextmanager
@@ -202,7 +227,7 @@ def all_rounds(
     finished: FinishedRounds | None,
     known: Sequence[OffloadedRound],
     seconds: dict[str, float],
-) -> tuple[list[Plan], list[OffloadedRound], nn.Module]:
+) -> tuple[Plan, list[OffloadedRound], nn.Module]:
     """Do the rounds that are left, of which the last is always one.
 
     Args:
@@ -211,35 +236,34 @@ def all_rounds(
         seconds: what the first round to be done took so far.
 
     Returns:
-        The plan of each round, what each did, and the structure of the last model.
+        What is gone of the first model, what each round did, and the structure of the last model.
     """
-    plans, done, last = list[Plan](), list[OffloadedRound](), rounds.prepared.config.plan.rounds
+    done, last = list[OffloadedRound](), rounds.prepared.config.plan.rounds
     for kept in known:
-        step, groups, item = rounds.again(before.groups, kept)
-        before = replace(before, groups=groups)
-        plans.append(step)
+        before, item = rounds.again(before, kept)
         done.append(item)
     if done:
         seconds = {}
-        before = _standing(places, len(done), before.groups, rounds.device, seconds)
+        before = _standing(places, len(done), before, rounds.device, seconds)
     while True:
         number = len(done) + 1
-        cut = rounds.cut(before, number, places.fresh(number), places.scratch(number), seconds)
-        plans.append(cut.plan)
-        done.append(cut.done)
+        after, item, smaller = rounds.cut(
+            before, number, places.fresh(number), places.scratch(number), seconds
+        )
+        done.append(item)
         if finished is not None and number < last:
             finished.write(done)
         passed("round", number=number, rounds=last)
         if number == last:
-            return plans, done, cut.structure
+            return after.plan, done, smaller
         seconds = {}
-        before = _standing(places, number, cut.groups, rounds.device, seconds, cut.structure)
+        before = _standing(places, number, after, rounds.device, seconds, smaller)
 
 
 def _standing(
     places: Places,
     number: int,
-    groups: UnitGroups,
+    after: Standing,
     device: torch.device,
     seconds: dict[str, float],
     structure: nn.Module | None = None,
@@ -248,6 +272,5 @@ def _standing(
     with clock(seconds, "model"):
         model = load_dispatched(places.model(number), places.scratch(number + 1) / "weights", device)
     places.clear(number)
-    return Standing(
-        places.model(number), model, structure_of(model) if structure is None else structure, groups
-    )
+    structure = structure_of(model) if structure is None else structure
+    return replace(after, folder=places.model(number), model=model, structure=structure)
