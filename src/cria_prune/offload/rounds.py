@@ -108,6 +108,8 @@ class Rounds:
         Raises:
             CriaError: each stage's own.
         """
+        # The order is that of `stages.cut`, by way of the disk:
+        # each step reads what the one before it has written.
         structure, groups, example = before.structure, before.groups, self.prepared.example
         weights = Weights(before.model)
         kept = None if self.identity is None else TurnStore(scratch, self.identity)
@@ -122,6 +124,8 @@ class Rounds:
             smaller = write_model(
                 folder, structure, step, repaired, self.source, self.max_shard_size, self.asked
             )
+        # The last weight, and what the C library has kept,
+        # would stand beside the two models that are compared.
         weights.forget()
         give_back()
         verification = None
@@ -156,6 +160,7 @@ def work_folder(folder: Path, state: str | Path | None) -> Iterator[Path]:
     root = Path(state)
     root.mkdir(parents=True, exist_ok=True)
     yield root
+    # Not in a `finally`: after an error or a kill the state is what the next call goes on from.
     shutil.rmtree(root, ignore_errors=True)
 
 
@@ -215,6 +220,8 @@ def all_rounds(
     """
     plans, done, last = list[Plan](), list[OffloadedRound](), rounds.prepared.config.plan.rounds
     for kept in known:
+        # The structure of a round is not kept. Its scores give
+        # its plan again, and the plan the groups after it.
         step, groups, item = rounds.again(before.groups, kept)
         before = replace(before, groups=groups)
         plans.append(step)
@@ -227,6 +234,9 @@ def all_rounds(
         cut = rounds.cut(before, number, places.fresh(number), places.scratch(number), seconds)
         plans.append(cut.plan)
         done.append(cut.done)
+        # Noted before the model before it goes (in `_standing`): a kill between
+        # leaves a model too many, never one too few. The last round is never noted:
+        # its folder is the result, which stands only when all of it is written.
         if finished is not None and number < last:
             finished.write(done)
         passed("round", number=number, rounds=last)
