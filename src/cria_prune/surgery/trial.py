@@ -59,7 +59,7 @@ class _Trials:
         """Freeze the groups that fail a test, among those that are not frozen yet."""
         self.test = test
         chosen = [group.name for group in self.all.prunable if group.name not in self.frozen]
-        # On most networks all groups pass together, and one trial is all that it takes.
+        # Where all groups pass together, one trial is all that it takes.
         if chosen and self.failure(chosen) is not None:
             itself = self.failure([])
             if itself is not None:  # NaN, chance: it says nothing, so what is only assumed is not offered
@@ -111,8 +111,8 @@ class _Trials:
 
     def restated(self, names: list[str]) -> bool:
         """Take the attributes that hold the same numbers too, if the trial passes with them."""
-        # All guesses at once show whether any helps. Then each is left out once: an attribute
-        # that need not be changed may count something else, and be equal by chance.
+        # All guesses are tried together, then each alone. Of those that help each is left out once:
+        # an attribute that need not be changed may count something else, and be equal by chance.
         before = {name: self.groups[name] for name in names}
         guesses = {item.name for group in before.values() for item in group.counts if not item.sure}
 
