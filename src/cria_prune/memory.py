@@ -172,6 +172,8 @@ def observe(
             "the model is on the meta device, where there are none",
             "Load its weights, or use a criterion without gradients",
         )
+    # One and two examples are run: what the second adds to every operation, each
+    # further one adds as well. So a batch that would not fit can be predicted.
     batch = cut(batch, batch_size(batch), examples)
     wanted = Collector(groups, PruneConfig().record, reads=reads_of(needs), graphs=graphs).wanted
     calls: list[Call] = []
@@ -180,6 +182,7 @@ def observe(
         model.eval()
         taylor = TaylorSums(model, groups, loss or cross_entropy) if gradients else None
         fisher = FisherSums(groups) if "examples" in needs else None
+        # What was there before is not counted: the model is a part of its own.
         live = LiveBytes([*named_tensors(model).values(), *_tensors(batch)])
 
         def receive(name: str, site: Site, activation: Tensor) -> None:
@@ -419,6 +422,8 @@ class _Work:
             "buffers": sum(item.buffered for item in kept),
         }
         moments = [{**held, "activations": run.peak}]
+        # Taking an activation in costs most where much else is alive,
+        # so each call is a moment of its own and the largest counts.
         for call, alive in zip(run.calls, run.alive, strict=True):
             taking = collector.receiving_bytes(call, size)
             moments.append({**held, "activations": alive, "taking in": taking})
@@ -475,6 +480,7 @@ def _closing(groups: Iterable[GroupMemory]) -> dict[str, int]:
         moments, consumed = moments + group.states, consumed + group.consumed
         now = {"moments": moments, "for the repair": consumed, "closing": group.closing}
         most = max(most, now, key=lambda parts: sum(parts.values()))
+        # A group's sums go as soon as its moments are there, so all of both is never held at once.
         moments -= group.collected + group.buffered
         consumed -= group.collected_consumed
     return most

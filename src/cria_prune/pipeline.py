@@ -104,6 +104,7 @@ def prune(
         store = RoundStore(state, model, config, ready.example, **said)
         result = store.resume(result, planned)
     done = len(result.rounds)
+    # One process may not see the folder, and would begin anew while the others go on.
     world().meet("The rounds that are kept", lambda: str(done))
     with (progress or QUIET).bar("prune", rounds) as bar:
         bar.update(max(done - 1, 0))
@@ -133,6 +134,8 @@ def _ready(
     prepared: Prepared | None,
 ) -> Prepared:
     """Return the model prepared, once it is known that it can be pruned as is asked."""
+    # A criterion that there is not and weights that are no numbers are refused before the capture.
+    # Whether the target can be reached is known after it, and still before anything is recorded.
     config = config if scores is None else scores.applied(config)
     find_criterion(config.score)
     check_in_memory(model)
@@ -156,6 +159,7 @@ def _round(
     scores: Scored | None,
 ) -> PruneResult:
     """Do a round: rank the units, or take the scores that were given, and cut."""
+    # The graphs that are drawn are the dense model's: the first round is the only one that sees it.
     drawn = before.graphs is not None and number == 1
     ranking = rank(now, loss=loss, graphs=drawn) if scores is None else scores.ranking(now.groups)
     made = cut(now, ranking, target_of(now.config, number), last=number == now.config.plan.rounds)

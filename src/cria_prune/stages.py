@@ -170,6 +170,7 @@ class Prepared:
             return self.without_reference()
         if self.reference is None:
             return replace(self, reference=Reference(self.model, self.example))
+        # The model may have been trained since it was prepared; its structure is the same.
         self.reference.take(self.model)
         return self
 
@@ -249,6 +250,9 @@ def discover(model: nn.Module, example: Batch) -> UnitGroups:
 def _discover(model: nn.Module, example: Batch) -> tuple[UnitGroups, Reference]:
     """Find the unit groups by one capture, of the model's copy that the cuts are compared with."""
     example = shortened(example, device_of(model))
+    # One capture of one float64 copy: the structure is read off it, the trial
+    # cuts mask it, and the cuts of all rounds are compared with it. The trials
+    # belong to the discovery, for only they show which of its assumptions hold.
     reference = Reference(model, example)
     try:
         traced = reference.trace()
@@ -297,6 +301,7 @@ def prepare(
     example = first_examples(batches, device) if example is None else shortened(example, device)
     structure = structure_of(model) if is_dispatched(model) else model
     found, reference = _discover(structure, example)
+    # What the plan leaves alone is frozen on top of what was found. So another plan needs no other discovery.
     within = scope(structure, found, config.plan)
     return Prepared(
         model, within.groups, identity_plan(within.groups), batches, example, config, structure, found,
@@ -323,6 +328,8 @@ def rank(
     """
     config, groups, seconds = prepared.config, prepared.groups, dict[str, float]()
     with clock(seconds, "record"):
+        # The pass over the data is the dear part. Criterion, repair and graphs take what they
+        # need from the same one, and signals are not kept: what is not added up here is gone.
         states = _recorded(prepared, loss, graphs)
     with clock(seconds, "score"):
         importances = score(prepared.model, groups, states, config.score, whole=whole)
@@ -337,6 +344,8 @@ def rank(
                 if item.input is not None and item.output.has_pairs
             }
             kept = keep_graphs(sides, **graph_settings(config.score))
+    # The moments of the consumers outlive the scoring: the repair comes after the
+    # choice of units, and what it needs has to be of the network before the cut.
     consumed = {name: item.consumed for name, item in states.groups.items()} if config.compensate else None
     return Ranking(importances, consumed, kept, seconds)
 
@@ -417,6 +426,7 @@ class InMemory:
         """Compare the cut with the masked model."""
         if prepared.config.compensate:  # the weights are not the dense ones any more: this cut alone
             return Reference(source, prepared.example).compare(step, smaller)
+        # Without repair all that was ever removed is compared at once, with the dense network itself.
         return None if prepared.reference is None else prepared.reference.compare(total, smaller)
 
     def norms(self, prepared: Prepared, smaller: nn.Module, seconds: dict[str, float]) -> Remeasured:
@@ -448,19 +458,27 @@ def cut(
         TargetError: the target cannot be reached.
         VerificationError: the cut model and the masked one differ.
     """
+    # The order, and why:
+    # 1. The units are chosen first, for the repair has to know who leaves.
+    # 2. The repair comes before the cut: it reads the weights of the units
+    #    that leave, and moments that were recorded while they were there.
+    # 3. The cut is compared before anything else changes. The repaired network masked and the cut one are
+    #    the same function; with other statistics of the batch norms they would not be (docs/decisions/0012).
+    # 4. Batch norms are measured last, on the network that will run, and only after the last
+    #    cut: after each one it was worse in six of six comparisons (docs/decisions/0013).
     config, seconds, hands = prepared.config, dict[str, float](), hands or InMemory()
     with clock(seconds, "plan"):
         step = plan_cut(prepared, ranking.scores, target)
         total = compose(prepared.plan, step)
+        # Processes whose networks are cut differently can add up
+        # nothing any more: all end here, with an error that says so.
         world().meet("The plan", lambda: digest(str(sorted(step.kept.items())), {}))
     repairs, source, verification = tuple[Repair, ...](), prepared.model, None
-    # Before the cut, while the units that leave are still there to be predicted from those that stay.
     if config.compensate and ranking.consumed is not None:
         with clock(seconds, hands.times["repair"]):
             source, repairs = hands.repair(prepared, step, ranking)
     with clock(seconds, hands.times["remove"]):
         smaller = hands.remove(source, step)
-    # Before the batch norms, which make another function of the network than the masked one.
     if config.verify:
         with clock(seconds, "verify"):
             verification = hands.verify(prepared, step, total, source, smaller)

@@ -234,6 +234,9 @@ class SpectralImportance:
         for channel, owner in zip(channels, owners, strict=True):
             members.setdefault(owner, []).append(channel)
         for owner, own in members.items():
+            # What leaves with a channel is compared before it is scored. Where
+            # Torch-Pruning would cut other lines (on an option A shortcut it misses the
+            # shift of the padding) the score would be right for a cut that is wrong.
             theirs = set().union(*(cuts.get(channel, ()) for channel in own))
             ours = units.places[owner]
             # Who asks for some channels of a head alone is told its score; they are a part of the unit.

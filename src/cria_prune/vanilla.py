@@ -55,6 +55,8 @@ class Vanilla:
         self._shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         self._paths = {id(part): path for path, part in config_parts(config)}
         self._floats = _floats(model)
+        # First without any change: a model that its own configuration does not
+        # describe (layers exchanged, weights added) can be held by no other.
         built = self._built(self.changed({}))
         found = None if isinstance(built, str) else self._difference(built, self._shapes)
         if isinstance(built, str) or found:
@@ -63,6 +65,8 @@ class Vanilla:
                 f"the configuration builds another model: {built if isinstance(built, str) else found}",
                 "Pass the model as from_pretrained or its class gave it, with its own configuration",
             )
+        # Floats that the class does not make again from the same
+        # configuration were set later, and cannot be compared.
         same = _floats(built)
         self._floats = {key: value for key, value in self._floats.items() if same.get(key) == value}
 
@@ -104,6 +108,8 @@ class Vanilla:
         found = self._difference(built, shapes)
         if found is not None:
             return found
+        # Shapes are not all: a Gemma of another hidden size has all shapes right,
+        # and scales its embeddings by another number (docs/decisions/0008).
         floats = _floats(built)
         for (path, name), value in self._floats.items():
             if floats.get((path, name)) != value:
@@ -158,6 +164,8 @@ def _listen(config: Any, path: Path, found: dict[Path, Any]) -> None:
     """Make a configuration write down which of its fields are read."""
     kind = type(config)
 
+    # Which fields may count a width is not in a table of families:
+    # those are asked for that the code reads while it builds.
     class Listening(kind):  # type: ignore[valid-type, misc]
         def __getattribute__(self, name: str) -> Any:
             if not name.startswith("_"):
@@ -358,6 +366,7 @@ def _alone(
         good = tuple(count for count, failure in found.items() if failure is None)
         if len(good) > len(best.counts):  # fewer may fit a field that means something else, by chance
             best = Held(names, group.size, extra, good, every and good == counts)
+        # A further field is only looked for where the fields that count the units are not enough.
         if good == counts or (good and extra is None):
             break
     return best if best.counts else f"with {counts[-1]} of {group.size}, {failures[counts[-1]]}"
@@ -403,6 +412,8 @@ def _head_sizes(groups: UnitGroups) -> set[int]:
 def _together(vanilla: Vanilla, groups: UnitGroups, held: Held, found: Sequence[Held]) -> Held | str:
     """Keep the numbers that the configuration takes with those of the classes before, or say why not."""
     counts = held.counts
+    # Validators may refuse numbers together that they take alone, as heads that do not divide
+    # a width. What has been held before stays, and the numbers of this class give way.
     for other in found:
         for mine in counts:
             for count in other.counts:
@@ -413,6 +424,7 @@ def _together(vanilla: Vanilla, groups: UnitGroups, held: Held, found: Sequence[
                     if not counts:
                         return refusal
                     break
+    # All classes at their fewest units: the choice furthest from the model stands for all others.
     least = [(item, item.counts[-1]) for item in found]
     failure = _failure(vanilla, groups, [*least, (held, counts[-1])])
     if failure is not None:

@@ -171,6 +171,7 @@ def certify(
     inputs, dtype = _inputs(model, example), _dtype(model)
     own, held = (str(cast(Any, item.config).model_type) for item in (model, stored))
     job = _job(folder, stored, inputs, policy)
+    # The model here runs first: if it does not run, or gives NaN, no other process is asked.
     expected, written = _here(model, job, inputs)
     with TemporaryDirectory(prefix="cria-") as scratch:
         answer, found = _there(Path(scratch), job, inputs)
@@ -238,10 +239,13 @@ def _job(folder: Path, stored: nn.Module, inputs: Mapping[str, Tensor], policy: 
         "loader": reload.LOAD if policy == "per-layer" else loader,
         "attention": getattr(stored.config, "_attn_implementation", None),
         "device": str(device_of(stored)),
+        # Threads, precision, device and attention are part of
+        # the job: with others the same weights give other bits.
         "threads": torch.get_num_threads(),
         "precision": torch.get_float32_matmul_precision(),
         "tokens": tokens,
         "prompt": max(length - tokens, min(length, 1)),
+        # Where packages lie, and not the working directory: what lies there is no part of the folder.
         "paths": [path for path in sys.path if path and Path(path).resolve() != Path.cwd()],
     }
 
@@ -299,6 +303,9 @@ def _there(
     """Run `reload.py` in a fresh process; return its answer and the outputs."""
     save_file({name: value.cpu() for name, value in inputs.items()}, scratch / "inputs.safetensors")
     (scratch / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    # As a text, in isolated mode and in an empty folder, without the hub: the
+    # process sees nothing but the saved folder and installed packages. A fresh
+    # process, for what this one has registered or patched would hide a gap.
     program = Path(reload.__file__).read_text(encoding="utf-8")
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     try:

@@ -171,6 +171,8 @@ def check_sizes(model: nn.Module, plan: Plan, asked: str) -> None:
         CertificateError: the configuration refuses its numbers, or the shapes differ.
     """
     apart = _apart(model, asked)
+    # A size that follows from another one is right as long as both are whole. After
+    # a cut it has to be written down, and is taken back where that does not help.
     for rule in (_head_size, _width):
         said = rule(model, apart) if apart else None
         if said:

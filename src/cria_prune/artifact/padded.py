@@ -90,6 +90,7 @@ def padded(model: nn.Module, plan: Plan, dense: nn.Module, example: Batch, asked
     Raises:
         ArtifactError: the plan was not made for the structure of the dense model.
     """
+    # The plan is made again on the dense model: zeros are put by its positions, so they must be the same.
     groups = structure_of(dense, example, plan)
     try:
         same = _cuts(make_plan(groups, plan.kept)) == _cuts(plan)
@@ -97,6 +98,7 @@ def padded(model: nn.Module, plan: Plan, dense: nn.Module, example: Batch, asked
         raise _foreign(asked, str(error)) from error
     if not same:
         raise _foreign(asked, "its positions are others")
+    # What the plan left whole need not be held at other numbers, and must not be refused for it.
     whole = {
         name
         for names in counted_together(groups.prunable)
@@ -126,6 +128,7 @@ def _wider(groups: UnitGroups, plan: Plan, found: Holdable) -> dict[str, tuple[i
     for group in groups:
         stays = plan.kept[group.name]
         gone = sorted(set(range(group.size)) - set(stays))
+        # The padding stands where removed units stood. Which of them does not matter: all they hold is zeros.
         wider[group.name] = tuple(sorted([*stays, *gone[: sizes[group.name] - len(stays)]]))
     return wider
 
@@ -146,6 +149,7 @@ def _scattered(model: nn.Module, plan: Plan, wider: Plan) -> dict[str, Tensor]:
     for cut in plan.cuts:
         around = room.get((cut.tensor, cut.dim), tuple(range(cut.size)))
         if cut.tensor in names and len(around) > len(cut.kept):
+            # Where the units that stay lie among those and the padding.
             inside = torch.from_numpy(np.searchsorted(np.asarray(around), np.asarray(cut.kept)))
             places.setdefault(names[cut.tensor], {})[cut.dim] = (len(around), inside)
     done: dict[int, Tensor] = {}

@@ -41,6 +41,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         elif not self.batch_first:
             projected = tuple(item.transpose(0, 1) for item in projected)
+        # The number of heads is worked out from the width: −1 is what a cut can change. The head size stays.
         q, k, v = (
             item.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for item in self._extended(*projected)
         )

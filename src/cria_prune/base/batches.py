@@ -183,6 +183,9 @@ def _together(one: Batch, other: Batch) -> Any:
         if not alike or left.ndim != right.ndim:
             return None
         equal = left.shape == right.shape and torch.equal(left, right)
+        # An equal tensor of the batch's length may be one of each batch's own, or a
+        # table (of positions) that has this length by chance. Whether to double it
+        # cannot be told, so such batches are not joined. The first tensor is the input.
         per_example = left.ndim > 0 and (len(left), len(right)) == sizes
         if per_example and (not equal or not any(isinstance(item, Tensor) for item in leaves)):
             leaves.append(torch.cat([left, right]))

@@ -98,6 +98,8 @@ class World:
         """
         if self.size == 1:
             return function()
+        # A process that waits in one exchange is given up after the timeout of the group. So the others wait
+        # in short ones: each sign of life of the first process is a meeting, until one says that it is done.
         if not self.first:
             while BUSY in self._meet(GOOD, doing):
                 pass
@@ -115,6 +117,8 @@ class World:
 
     def total(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over all processes, on the CPU, the same bits on each."""
+        # One process adds and all get its sum, so that the bits are the same on each. An all-reduce
+        # need not add in one order everywhere, and scores that differ in a bit may give other plans.
         flat = tensor.detach().to("cpu", copy=True).contiguous().reshape(-1)
         for piece in flat.split(PIECE) if self.size > 1 else ():
             with _talking("A sum over the processes"):
@@ -126,6 +130,7 @@ class World:
         """Give tensors, in place, the values that they have on the first process."""
         for tensor in tensors if self.size > 1 else ():
             flat = tensor.detach().cpu().contiguous().reshape(-1)
+            # As bytes, so that whole numbers, truth values and half types go the same way, bit for bit.
             for piece in flat.view(torch.uint8).split(8 * PIECE):
                 with _talking("Weights for all processes"):
                     dist.broadcast(piece, 0, group=self.group)
@@ -155,6 +160,9 @@ class World:
         """
         place = f"{doing}\n{detail}"
         with _talking(doing):
+            # Two numbers, always the same message. So a process that has failed can take
+            # part, whatever exchange the others are on their way to, and nobody waits for
+            # it in vain. The texts follow only if something is wrong, which all see alike.
             met = self._all(torch.tensor([state, crc32(place.encode())]))
         states, places = ([int(item[index]) for item in met] for index in (0, 1))
         if FAILED not in states and len(set(places)) == 1:
@@ -162,6 +170,7 @@ class World:
         said = [text.decode() for text in self.gathered(place.encode())]
         wrong = FAILED if FAILED in states else None
         ranks = [rank for rank, item in enumerate(states) if item == wrong]
+        # Who has failed raises its own error, which says more.
         if ranks and state != FAILED:
             failed = "; ".join(f"rank {rank}: {said[rank].partition(chr(10))[2]}" for rank in ranks)
             raise _told(
@@ -183,6 +192,8 @@ class World:
 
     def _tell(self, error: Exception, doing: str) -> None:
         """Let the others know of an error, once."""
+        # Once: an error on its way up passes several `together`,
+        # and each further telling would wait for nobody.
         if self.size > 1 and not hasattr(error, TOLD):
             _told(error)
             text = str(error) if isinstance(error, CriaError) else f"{type(error).__name__}: {error}"
@@ -233,6 +244,8 @@ def _cpu_group() -> dist.ProcessGroup | None:
     """Return a group that takes tensors on the CPU: the default one (None), or one beside it, made once."""
     default = dist.group.WORLD
     assert default is not None
+    # NCCL takes no tensors on the CPU. The group beside it
+    # is made once, by all: making it is an exchange too.
     if default not in _GROUPS:
         takes_cpu = "gloo" in dist.get_backend_config()
         _GROUPS[default] = None if takes_cpu else dist.new_group(backend="gloo")

@@ -150,6 +150,7 @@ class _Peer:
         """Find out what a ratio frees: the same share of every layer costs no importance."""
         if self.config.plan.ranking == "global":
             return self.pruned(ratio)
+        # With one share for every layer the sizes do not depend on the scores, so the search needs none.
         sized = self._cut(ratio, self.library.importance.RandomImportance(), 1, lambda _model: None)
         return _Try(ratio, self._freed(sized))
 

@@ -27,6 +27,8 @@ def plain(scores: Tensor) -> Importance:
 
 def random(evidence: Evidence, config: ScoreConfig) -> Importance:
     """Uniform scores from a generator seeded by the configuration's seed and the group's name."""
+    # Of the name, so that a group's draw does not depend on the others;
+    # crc32, for Python's hash of a text differs between processes.
     seed = zlib.crc32(f"{config.seed}/{evidence.name}".encode())
     generator = torch.Generator().manual_seed(seed)
     return plain(torch.rand(evidence.units, dtype=torch.float64, generator=generator))

@@ -153,6 +153,8 @@ class UnitWeights:
             StructureError: the slice does not fit the model.
             SignalError: a weight holds NaN or infinity.
         """
+        # For all positions at once, then those of the units: a
+        # copy of their rows would be as large as the weight.
         line = torch.linalg.vector_norm(self._rows(item), order, dim=1, dtype=torch.float64) ** order
         self._check_finite(item, line)
         return line.cpu()[torch.from_numpy(item.positions)]
@@ -254,5 +256,6 @@ class Evidence:
         taps = {tap.tensor: tap for tap in self.weights.group.outputs}
         for norms in self.weights.consumers:
             tap = taps.get(norms.item.tensor)
+            # Feature k of the signal is read by place k of the weight only where both lie alike.
             alike = tap is not None and np.array_equal(tap.positions, norms.item.positions)
             yield (self.features.get(norms.item.tensor, whole) if alike else whole), norms

@@ -68,6 +68,8 @@ def score(
     here, importances = world(), dict[str, Importance]()
     with here.together("Scoring"):
         for index, group in enumerate(groups.prunable):
+            # Groups are dealt out like cards: neighbours are often
+            # alike in width, so each process gets some of every width.
             if not here.mine(index):
                 continue
             weights = UnitWeights(group, tensors)
@@ -97,6 +99,7 @@ def check_telling(criterion: str, importances: Mapping[str, Importance], whole: 
         live = torch.ones(len(item.scores), dtype=torch.bool)
         live[list(item.diagnosis.dead)] = False
         values = item.scores[live]
+        # Scores by distances are always alike for two units: each is as far from the other.
         if len(values) < FEW:
             continue
         alike.append(bool((values == values[0]).all()))
@@ -126,6 +129,7 @@ def _from_all(
     for group in groups:
         scores = own[group.name].scores.cpu() if group.name in own else torch.zeros(group.size).double()
         diagnosis = Diagnosis.from_dict(diagnoses[group.name])
+        # All others add zeros, so the sum is the one score, bit for bit.
         importances[group.name] = Importance(here.total(scores), diagnosis)
     return importances
 
@@ -207,6 +211,7 @@ def _score_group(
         name, weights, states.input, states.output, states.taylor, states.features, states.fisher
     )
     importance = criterion.function(whole, config)
+    # Gradients are summed over all examples, so there are no halves of them.
     if not config.split_half or "gradients" in criterion.needs:
         return importance
     even, odd = (

@@ -1,4 +1,9 @@
-"""From moments to a graph of the neurons: neighbours, weights, Laplacian; and the graphs that are kept."""
+"""From moments to a graph of the neurons: neighbours, weights, Laplacian; and the graphs that are kept.
+
+Legend: d = units, m = edges, k = neighbours, r = columns of a sketch, C (d, d)
+= covariance, S (d, r) = sketch, D² = squared distance of two signals per
+sample, W = weights, e = ridge, L = diag(W1) − W + e·I = Laplacian.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +37,7 @@ def nearest_neighbors(moments: Moments, k: int) -> tuple[Tensor, Tensor]:
     if k >= d - 1:
         pairs = torch.triu_indices(d, d, offset=1)
         return pairs[0], pairs[1]
+    # Exact neighbours, a block of units against all others: 1,024 × d distances at a time in place of d².
     products, norms = _products(moments)
     chosen = []
     for start in range(0, d, BLOCK):
@@ -42,6 +48,8 @@ def nearest_neighbors(moments: Moments, k: int) -> tuple[Tensor, Tensor]:
         chosen.append(_lowest(squared, k).cpu())
     columns = torch.cat(chosen).reshape(-1)
     rows = torch.arange(d).repeat_interleave(k)
+    # United and not intersected: so every unit keeps its k neighbours, and none is
+    # alone. One key for each pair sorts the edges and drops those that both ends chose.
     low, high = torch.minimum(rows, columns), torch.maximum(rows, columns)
     keys = torch.unique(low * d + high)
     return keys // d, keys % d
@@ -73,6 +81,9 @@ def edge_distances(moments: Moments, rows: Tensor, cols: Tensor) -> Tensor:
         rounding = COMMON_ROUNDING * (variance[rows] + variance[cols])
         return torch.where(squared <= rounding, 0.0, squared).cpu()
     assert moments.sketch is not None
+    # Rows are subtracted, for near duplicates keep their digits so; |p|² + |q|²
+    # − 2pq would lose them. For all pairs that is too dear, so the neighbours
+    # are found by products, and their distances are then taken afresh.
     S, out = moments.sketch, torch.empty(len(rows), dtype=torch.float64)
     # Two buffers for all blocks: what is kept of each would lie in the way of the next one's memory.
     ends = S.new_empty(2, min(EDGE_BLOCK, len(rows)), S.shape[1])
@@ -90,6 +101,8 @@ def edge_distances(moments: Moments, rows: Tensor, cols: Tensor) -> Tensor:
 
 def _without_common(C: Tensor) -> Tensor:
     """Return the covariance (d, d) of the signals less their mean over units: H C H."""
+    # What all units share is in no distance. In the products it can be far larger
+    # than what sets units apart, and the difference of the products is rounding then.
     mean = C.mean(dim=0)
     return C - mean[:, None] - mean[None, :] + mean.mean()
 
@@ -132,6 +145,8 @@ def _norms(S: Tensor) -> Tensor:
 
 def _lowest(squared: Tensor, k: int) -> Tensor:
     """Return the columns (b, k) of the k lowest entries of each row of (b, d), ties to the lower index."""
+    # topk may take any of equal values, and devices differ. One value more than k shows where the bound
+    # cuts through equal ones; only these rows are sorted, and the lower index wins on every machine.
     values, indices = squared.topk(k + 1, dim=1, largest=False, sorted=True)
     tied = values[:, k - 1] == values[:, k]
     indices = indices[:, :k]
@@ -197,6 +212,7 @@ class Graph:
 
     def sum_over_edges(self, values: Tensor) -> Tensor:
         """Return, for every unit (d,), the sum of `values` (m,) over its edges, always in one order."""
+        # NumPy adds in the order of the edges; an index_add of torch may add in any, and give other bits.
         total = np.zeros(self.units)
         for ends in (self.rows, self.cols):
             total += np.bincount(ends.numpy(), weights=values.numpy(), minlength=self.units)
@@ -210,6 +226,7 @@ class Graph:
         A = sp.csr_matrix((np.concatenate([root, -root]), where), shape=(self.units, edges))
         if self.ridge == 0 and self.ground is None:
             return A
+        # Ridge and ground are edges to a node that is left out, so their columns have one entry.
         extra = torch.full((self.units,), self.ridge, dtype=torch.float64)
         extra = extra if self.ground is None else extra + self.ground
         return sp.hstack([A, sp.diags(extra.sqrt().numpy())], format="csr")
@@ -287,9 +304,14 @@ def learn_graph(
     rows, cols = nearest_neighbors(moments, d if d <= complete else neighbors)
     squared = edge_distances(moments, rows, cols)
     variance = moments.variance.cpu()
+    # In units of the median distance the weights have no unit: a factor on all signals changes nothing.
+    # The softening keeps the weight of duplicates finite, a thousand times that of a typical edge.
     med = _typical(squared, float(variance.mean()))
     weights = 1 / (squared / med + SOFTENING)
     ground = 1 / (variance / med + SOFTENING) if grounded else None
+    # The ridge is a share of the mean degree, so that it bounds the condition number of every
+    # layer alike. It also stands in for bridges between pieces: which pair carries a bridge
+    # is noise, and that one edge would take the whole score (docs/method.md section 2).
     mean_degree = float(2 * weights.sum() / d) if len(rows) else 1.0
     return Graph(d, rows, cols, weights, ridge * mean_degree, ground)
 
@@ -315,6 +337,8 @@ def refine_graph(graph: Graph, iterations: int = 10) -> Graph:
         raise SignalError(
             "Refining a graph", f"found {graph.units} units", f"Refine up to {REFINE_UNITS}; skip it above"
         )
+    # The gradient of log det Θ − tr(Θ S) along an edge is
+    # R_e − d_e², so the weights rest where both are equal.
     squared, current = 1 / graph.weights, graph
     grounds = None if graph.ground is None else 1 / graph.ground
     for _ in range(iterations):
@@ -329,6 +353,7 @@ def refine_graph(graph: Graph, iterations: int = 10) -> Graph:
 
 def _typical(squared: Tensor, variance: float) -> float:
     """Return the scale of D² (m,): median, or mean of what is not 0, or the mean variance, or 1."""
+    # A median of 0, where half of the neighbours are duplicates, would make every other weight nothing.
     least = SAME * variance
     med = float(np.median(squared.numpy())) if len(squared) else 0.0
     if med > least:
@@ -383,6 +408,8 @@ def keep_graphs(
         SignalError: as in `learn_graph`.
     """
     kept: dict[str, NeuronGraphs] = {}
+    # The layers that can be drawn best come first while there
+    # is room; what comes back is in the network's order.
     for name in sorted(sides, key=lambda name: _fitness(sides[name][1].units)):
         before, after = sides[name]
         live = (~dead_units(after)).nonzero()[:, 0].cpu()

@@ -1,4 +1,8 @@
-"""Second moments of signals, exact or as a countsketch of the sample axis; and how they are added up."""
+"""Second moments of signals, exact or as a countsketch of the sample axis; and how they are added up.
+
+Legend: d = units, M = samples, m = samples of one batch, r = columns of a sketch (buckets),
+X (d, M) = signals, S (d, r) = a sketch, B = S / √M, so that B Bᵀ stands for the covariance.
+"""
 
 from __future__ import annotations
 
@@ -147,6 +151,7 @@ class Moments:
         Raises:
             SignalError: NaN or infinity; the text names `name` and counts the units.
         """
+        # Means and variances are looked at first: they name the units, and cost d numbers in place of d².
         bad = ~(torch.isfinite(self.mean) & torch.isfinite(self.variance))
         for second in (self.covariance, self.sketch):
             # One bad unit spoils its column of the covariance, so the rows count only where the means do not.
@@ -185,6 +190,8 @@ def dead_units(moments: Moments) -> Tensor:
 
     A unit is dead where sqrt(variance) <= 1e-6 |mean| (docs/method.md section 2, per sample).
     """
+    # Relative to the mean: a constant output in float32 shows a deviation of rounding,
+    # about 1e-7 of its size. A unit that is always 0 has 0 on both sides, and is dead too.
     return moments.variance.clamp(min=0).sqrt() <= DEAD_TOLERANCE * moments.mean.abs()
 
 
@@ -236,6 +243,7 @@ class MomentAccumulator:
             )
         self.units, self.exact, self.columns, self.seed, self.pairs = units, exact, columns, seed, pairs
         self.samples = 0
+        # Of the last deal the cards are kept, for samples mostly come in the order of their numbers.
         self._deck = (-1, torch.empty(0), torch.empty(0))  # the last deal: its number, buckets and signs
         self._mean = torch.zeros(units, dtype=torch.float64)
         self._square = torch.zeros(units, dtype=torch.float64)  # sum of squared centred values, if not exact
@@ -305,13 +313,18 @@ class MomentAccumulator:
         if self.pairs and self.exact:
             self._add_exact(X)
             return
+        # In float64 whatever the signals are: nearly equal numbers are subtracted when they are centred.
         mean = X.mean(dim=1, dtype=torch.float64)
         if self._buckets is None and self.pairs:
+            # A sample enters its bucket once, so it has to be centred by what is known then: the first
+            # batch's mean, for all batches. What the shift is off by is taken out at the end, with the sum of
+            # the signs. Without any shift a float32 bucket would hold the mean, and round the signal away.
             self._shift = mean
             self._buckets = torch.zeros(self.columns, self.units, dtype=torch.float32, device=X.device)
             self._signs = torch.zeros(self.columns, dtype=torch.float64, device=X.device)
         if numbers is None:
             numbers = torch.arange(self.samples, self.samples + X.shape[1])
+        # The variances are exact also beside a sketch, whose rows are scaled to them at the end.
         square = torch.zeros_like(mean)
         for piece, part in zip(X.split(PIECE, dim=1), numbers.split(PIECE), strict=True):
             wide = piece.to(torch.float64)
@@ -322,12 +335,17 @@ class MomentAccumulator:
 
     def _add_exact(self, X: Tensor) -> None:
         """Add a batch to mean and Gram matrix."""
+        # A copy in any case: it is written into, and what came may be the model's own activation.
         centred = X.to(torch.float64, copy=True)
         mean = centred.mean(dim=1)
         centred -= mean[:, None]
+        # The squares are in the diagonal of the Gram matrix; those that `_pool` keeps are not read here.
         self._pool(X.shape[1], mean, torch.zeros_like(mean))
         if self._gram is None:
             self._gram = torch.zeros(self.units, self.units, dtype=torch.float64, device=X.device)
+        # Half of the products are enough of a symmetric matrix: each block of rows
+        # up to its own end. They stay in float64, for a unit that others predict
+        # to six digits is what `innovation` looks for (docs/decisions/0017).
         for start in range(0, self.units, ROWS):
             stop = start + ROWS
             self._gram[start:stop, :stop].addmm_(centred[start:stop], centred[:stop].T)
@@ -371,9 +389,12 @@ class MomentAccumulator:
             total: the sum over the processes.
             device: where the result goes.
         """
+        # A process without a sample goes through every sum below with zeros: a sum waits for all of them.
         own, count = self.samples, int(total(torch.tensor([self.samples])))
         if not count:
             return
+        # Each part is moved about the common mean before it is added. Sums of
+        # uncentred squares would be simpler, and their difference would cancel.
         mean = total(self._mean * own).cpu() / count
         step = mean - self._mean.cpu()
         square = total(self._square.cpu() + own * step.square())
@@ -396,6 +417,8 @@ class MomentAccumulator:
         if buckets is None or signs is None:
             buckets = torch.zeros(self.columns, self.units)
             signs = torch.zeros(self.columns, dtype=torch.float64)
+        # Buckets of another shift cannot be added: each part
+        # is first put about the common mean, by its own signs.
         step = (mean.to(buckets.device) - self._shift.to(buckets.device)).to(torch.float32)
         self._buckets = total(buckets.addr(signs.to(torch.float32), step, alpha=-1)).to(device)
         self._signs, self._shift = total(signs).to(device), mean.to(device)
@@ -414,12 +437,17 @@ class MomentAccumulator:
             return Moments(self.samples, self._mean.clone(), variance, positive=positive)
         if self.exact:
             assert self._gram is not None
+            # The quotient is a new matrix, so `mirrored` may write into it and batches may still come.
             covariance = mirrored(self._gram / self.samples)
             variance = covariance.diagonal().clone()
             return Moments(self.samples, self._mean.clone(), variance, covariance, positive=positive)
         assert self._buckets is not None and self._signs is not None
+        # A bucket holds its samples less the shift, each with its sign; so the
+        # sum of the signs says how often the rest of the mean is still in it.
         step = (self._mean - self._shift).to(torch.float32)
         sketch = self._buckets - torch.outer(self._signs.to(torch.float32), step)
+        # Signs make the norm of a row right in the mean only. Without the exact
+        # norm a sketch is worse than a subsample (docs/method.md section 2).
         norm = sketch.square().sum(dim=0, dtype=torch.float64).sqrt()
         scale = torch.where(norm > 0, self._square.sqrt() / norm.clamp(min=1e-300), 0.0)
         sketch = (sketch * scale.to(torch.float32)).T.contiguous()
@@ -445,6 +473,8 @@ class MomentAccumulator:
         deals, slots = numbers // self.columns, numbers % self.columns
         which, place = deals.unique(return_inverse=True)
         for index, deal in enumerate(which.tolist()):
+            # Within a deal no bucket is used twice, so up to r
+            # samples lie alone and their products are exact.
             if deal != self._deck[0]:
                 self._deck = (deal, *_cards(self.columns, self.seed, deal))
             mine = slots if len(which) == 1 else slots[place == index]
@@ -461,6 +491,9 @@ class MomentAccumulator:
                 continue
             buckets, signs = part._buckets, part._signs
             if shuffled:
+                # Made with one seed, sample 7 of both parts would lie in one bucket
+                # with one sign, and their product would not vanish in the mean. The
+                # numbers of samples draw other cards, the same for the same two parts.
                 order, flips = _cards(self.columns, self.seed, first.samples, second.samples)
                 order, flips = order.to(buckets.device), flips.to(buckets.device)
                 buckets = buckets[order] * flips.to(torch.float32)[:, None]
@@ -468,6 +501,7 @@ class MomentAccumulator:
             if self._buckets is None or self._signs is None:
                 self._buckets, self._signs, self._shift = buckets.clone(), signs.clone(), part._shift
                 continue
+            # The sum keeps the first part's shift.
             step = (part._shift - self._shift).to(torch.float32)
             self._buckets = self._buckets + buckets + torch.outer(signs.to(torch.float32), step)
             self._signs = self._signs + signs
@@ -483,6 +517,7 @@ def mirrored(lower: Tensor) -> Tensor:
 
 def _cards(columns: int, *key: int) -> tuple[Tensor, Tensor]:
     """Return buckets (columns,) int64 in an order, and signs (columns,) float64, drawn from the key alone."""
+    # NumPy takes no negative number for a seed. NumPy's generator gives the same cards on every device.
     generator = np.random.default_rng([number % 2**64 for number in key])
     signs = generator.integers(0, 2, columns) * 2.0 - 1
     return torch.from_numpy(generator.permutation(columns)), torch.from_numpy(signs)

@@ -67,6 +67,8 @@ class Chain:
         """
         run = _Run(self, first, last)
         kept = [(hook, hook.weights_map) for block in self.blocks[first : last + 1] for hook in _hooks(block)]
+        # accelerate has put a forward of its own on each block, which loads the
+        # weights. It is called inside, and is what has to be there again afterwards.
         own = [(block, vars(block).get("forward")) for block in self.blocks]
         try:
             for hook, inner in kept:
@@ -81,6 +83,7 @@ class Chain:
                     block.forward = before
             for hook, inner in kept:
                 hook.weights_map = inner
+        # Only after a stretch that came to its end: one that failed is done again with the same files.
         self._turn += 1
 
     def forget(self) -> None:
@@ -108,6 +111,9 @@ class Chain:
 
     def is_whole(self, example: Batch, stretches: list[tuple[int, int]]) -> bool:
         """Say whether stretches one after another give the outputs of a plain forward, bit for bit."""
+        # Bit for bit, not nearly: scores and plans are to be those of the whole
+        # model. A forward that is no chain (blocks that share something, or are
+        # called twice) differs or raises, and the model is then recorded as a whole.
         expected = outputs(self.model, example)
         try:
             for first, last in stretches:
@@ -124,6 +130,7 @@ class Chain:
         rest = [None if isinstance(item, Tensor) else item for item in leaves]
         self._form = form, rest
         tensors = {str(place): item for place, item in enumerate(leaves) if isinstance(item, Tensor)}
+        # safetensors refuses tensors that share memory, as views of one tensor do.
         tensors = {name: item.detach().clone().contiguous() for name, item in tensors.items()}
         save_file(tensors, self._folder / f"{self._turn + 1}-{batch}.safetensors")
 
@@ -149,6 +156,7 @@ class _Run:
         Raises:
             StructureError: it is not its turn.
         """
+        # A block out of turn would be given what stands for another's result.
         if number != self.next:
             raise StructureError(
                 f"Running the blocks of {self.chain.path!r} one after another",
@@ -156,6 +164,8 @@ class _Run:
                 "Give more memory, so that the model is recorded as a whole",
             )
         self.next = (number + 1) % len(self.chain.blocks)
+        # The first block begins a batch. What it would give was
+        # kept by the stretch before, unless there was none.
         if number == 0:
             self.batch += 1
             self.value = self.chain.read(self.batch) if self.first else None
@@ -173,6 +183,8 @@ class _Held(Mapping[str, Tensor]):
         self._inner, self._loaded = inner, dict[str, Tensor]()
 
     def __getitem__(self, key: str) -> Tensor:
+        # accelerate lets go of a weight after each forward. Within
+        # a stretch it is loaded once, not once for every batch.
         if key not in self._loaded:
             self._loaded[key] = self._inner[key]
         return self._loaded[key]

@@ -112,6 +112,7 @@ class Rounds:
         with clock(seconds, "score"):
             importances, spilled, turns = score_in_turns(now, scratch, self.memory, self.progress, kept)
         ranking = Ranking(importances, {}, seconds=seconds)  # what the repair needs waits on disk
+        # The order is that of memory, by way of the disk: each step reads what the one before it has written.
         hands = OnDisk(self, before, folder, scratch, spilled)
         made = cut(now, ranking, target_of(now.config, number), hands=hands)
         return before.after(made.plan), said(OffloadedRound, number, ranking, made, turns=turns), made.model
@@ -152,6 +153,8 @@ class OnDisk(InMemory):
             self._folder, self._before.structure, step, self._weights, rounds.source, rounds.max_shard_size,
             rounds.asked,
         )  # fmt: skip
+        # The last weight, and what the C library has kept,
+        # would stand beside the two models that are compared.
         self._dense.forget()
         give_back()
         return smaller
@@ -181,6 +184,7 @@ def work_folder(folder: Path, state: str | Path | None) -> Iterator[Path]:
     root = Path(state)
     root.mkdir(parents=True, exist_ok=True)
     yield root
+    # Not in a `finally`: after an error or a kill the state is what the next call goes on from.
     shutil.rmtree(root, ignore_errors=True)
 
 
@@ -240,6 +244,8 @@ def all_rounds(
     """
     done, last = list[OffloadedRound](), rounds.prepared.config.plan.rounds
     for kept in known:
+        # The structure of a round is not kept. Its scores give
+        # its plan again, and the plan the groups after it.
         before, item = rounds.again(before, kept)
         done.append(item)
     if done:
@@ -251,6 +257,9 @@ def all_rounds(
             before, number, places.fresh(number), places.scratch(number), seconds
         )
         done.append(item)
+        # Noted before the model before it goes (in `_standing`): a kill between
+        # leaves a model too many, never one too few. The last round is never noted:
+        # its folder is the result, which stands only when all of it is written.
         if finished is not None and number < last:
             finished.write(done)
         passed("round", number=number, rounds=last)

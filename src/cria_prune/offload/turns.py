@@ -78,6 +78,8 @@ def score_in_turns(
             ranking = None
             with nullcontext() if turn.blocks is None or chain is None else chain.stretch(*turn.blocks):
                 if turn.groups:
+                    # Scores of a part may be alike, as they may in a small
+                    # group of a whole network; all are looked at in the end.
                     ranking = rank(part, whole=False)
                 else:  # nothing to read there, but the blocks after it need what it gives
                     _pass(model, prepared.batches, config.record)
@@ -86,9 +88,12 @@ def score_in_turns(
                 for name, moments in (ranking.consumed or {}).items():
                     spilled.add(name, moments)
             if kept is not None:
+                # First the turn is noted, then what it was given is removed. A
+                # kill between the two leaves a file too many, never one too few.
                 kept.write(number, found, spilled, chain)
             if chain is not None:
                 chain.forget()
+            # Its moments lie on disk. Without this they would be held until the next turn has its own.
             del ranking
             give_back()
             bar.update()
@@ -105,8 +110,11 @@ def plan_turns(
     blocks, groups one after another, each with a pass of the whole model.
     """
     sizes = moment_bytes(groups.prunable, config)
+    # One pass of the whole model is the cheapest, where its moments have room.
     if sum(sizes.values()) <= memory:
         return None, [Turn(groups.prunable, None)]
+    # Whether the model is a chain is tried on the example, in a
+    # folder of its own: the real chain counts its turns from 0.
     trial = scratch / "trial"
     trial.mkdir(exist_ok=True)
     chain = Chain.of(model, trial)
@@ -135,6 +143,7 @@ def _stretches(
     for number, block in enumerate(chain.blocks):
         own = [group for group in groups if _block_of(chain, group) == number]
         cost = sum(sizes[group.name] for group in own) + sum(map(bytes_of, block.parameters()))
+        # A stretch has one block at least, or it would never end.
         if number > first and used + cost > memory:
             yield Turn(tuple(taken), (first, number - 1))
             taken, first, used = [], number, 0

@@ -91,6 +91,8 @@ def repair(
             moments = spilled.get(group.name, item.tensor)
             if moments is None:
                 continue
+            # One consumer has values at a time, all other layers are shapes. So `compensate` runs
+            # as it does in memory, by the same arithmetic, on a model that does not fit there.
             with _filled(structure, item.tensor, found) as names:
                 alone, one = replace(groups, groups=(group,)), {group.name: {item.tensor: moments}}
                 after, done = compensate(structure, alone, kept, one)
@@ -190,6 +192,7 @@ def _write_weights(
         give_back()  # the shard before
         for name in held:
             value = slice_tensor(weights[first[name]], cuts.get(first[name], ()))
+            # The files have to hold what the configuration builds, or nothing could load them.
             if tuple(value.shape) != shapes[name]:
                 raise StructureError(
                     asked, f"{name!r} would be {tuple(value.shape)}, its configuration says {shapes[name]}",
@@ -301,6 +304,7 @@ def verify_folder(
         give_back()
         if name not in gone and name not in repaired.paths:
             return value
+        # A copy: what accelerate holds is not ours to write into.
         value = (repaired[name] if name in repaired.paths else value).to(value, copy=True)
         for dim, index in gone.get(name, ()):
             value.index_fill_(dim, index.to(value.device), 0)
@@ -310,6 +314,8 @@ def verify_folder(
         give_back()  # what the weight before took: it can be hundreds of megabytes after a few layers
         return value
 
+    # Both are read layer by layer. The dense one is masked as
+    # its weights are loaded: nothing of it is written anew.
     dense, pruned = (
         in_type(load_dispatched(path, scratch / name, device), dtype)
         for path, name in ((source, "dense"), (folder, "pruned"))

@@ -359,6 +359,8 @@ def compose(first: Plan, second: Plan) -> Plan:
     for name, stays in first.kept.items():
         _check_size(f"group {name!r}", len(stays), second.sizes[name])
         kept[name] = tuple(stays[index] for index in second.kept[name])
+    # Indices of the second plan count among what the first one left;
+    # through the first one's they become positions of the dense tensor.
     later = {(cut.tensor, cut.dim): cut for cut in second.cuts}
     cuts = []
     for cut in first.cuts:

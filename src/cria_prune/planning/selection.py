@@ -58,6 +58,7 @@ def stairs(groups: UnitGroups, config: PlanConfig, allowed: Allowed | None = Non
     allowed = {} if allowed is None else allowed
     _check_names(groups, allowed)
     prunable = {group.name: group for group in groups.prunable}
+    # A configuration says one number for all layers, so groups that one field counts go down together.
     classes = counted_together(prunable.values()) if config.uniform else [(name,) for name in prunable]
     return tuple(_stair([prunable[name] for name in names], config, allowed) for names in classes)
 
@@ -158,6 +159,9 @@ def select(
     made = stairs(groups, config, allowed)
     owner = _order(made, arrays, config.ranking, ledger)
     walk = Walk(made, ledger, budget, target)
+    # Free plans take the shortest prefix of the order, so a larger target only adds
+    # to a smaller one. A step of a uniform plan takes a unit of every layer and can
+    # overshoot by far, so these end nearer and are not nested (docs/decisions/0008).
     counts = _kept(made, walk.nearest(owner) if config.uniform else walk.steps(owner, walk.shortest(owner)))
     return {
         group.name: np.sort(np.argsort(arrays[group.name], kind="stable")[group.size - counts[group.name] :])
@@ -269,11 +273,14 @@ def _order(
     ]
     owner = np.repeat(np.arange(len(made)), [len(item) for item in priorities])
     number = np.concatenate([np.arange(len(item)) for item in priorities])
+    # Equal priorities are told apart by the order of the network, so that a plan is the same everywhere.
     return owner[np.lexsort((number, owner, np.concatenate(priorities)))]
 
 
 def _shares_gone(stair: Stair) -> np.ndarray:
     """(steps,) share of the original units that are gone after each step."""
+    # Of the dense network in every round, as the target is:
+    # a group that has lost more so far waits for the others.
     original = max(group.original_size for group in stair.groups)
     return (original - stair.counts[1:]) / original
 
@@ -285,10 +292,15 @@ def _scores_per_cost(
     if len(stair.counts) == 1:
         return np.zeros(0)
     size = stair.groups[0].size
+    # The price of a unit is what the first one frees. It falls as layers
+    # around it shrink, for a weight between two groups costs the product of
+    # both; taken once, the order of the steps does not depend on the way down.
     freed = whole - ledger.count(dict.fromkeys(stair.names, size - 1))
     if freed <= 0:  # what frees nothing is the last to leave
         return np.full(len(stair.counts) - 1, np.inf)
     ranked = np.mean([np.sort(scores[name]) for name in stair.names], axis=0)
+    # With step i the units ranked starts[i] to starts[i + 1]
+    # leave; reduceat adds the scores of each such run.
     starts = size - stair.counts
     sums = np.add.reduceat(ranked[: starts[-1]], starts[:-1])
     means = np.maximum.accumulate(sums / np.diff(starts))  # against rounding: steps go down in order
@@ -296,6 +308,7 @@ def _scores_per_cost(
 
 
 def _relative(values: np.ndarray) -> np.ndarray:
+    # Scores have no common unit between layers, so global ranking compares them to their own group's mean.
     mean = values.mean()
     return values / mean if mean > 0 else np.ones(len(values))
 
@@ -329,6 +342,8 @@ class Walk:
 
     def shortest(self, owner: np.ndarray) -> int:
         """Return how many steps reach the target; one more than there are if all of them do not."""
+        # What is gone grows with every step, so the length is found by
+        # halving: to count a network's cost takes a walk over all its tensors.
         low, high = 0, len(owner) + 1
         while low < high:
             middle = (low + high) // 2
@@ -341,6 +356,7 @@ class Walk:
         length = self.shortest(owner)
         while length:
             last = owner[length - 1]
+            # With a step its whole stair ends there: the steps below it cannot be taken without it.
             others = np.concatenate([owner[: length - 1], owner[length:][owner[length:] != last]])
             further = self.shortest(others)
             if further > len(others) or self.excess(others, further) >= self.excess(owner, length) - SLACK:

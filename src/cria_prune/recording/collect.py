@@ -99,6 +99,8 @@ def record(
                 size, first = batch_size(batch), examples
                 examples, count = examples + size, count + 1
                 if here.size > 1:
+                    # All go through all batches, and each runs its own:
+                    # the digest shows that they were the same for all.
                     seen.update(_first_example(batch, size))
                 if not here.mine(count - 1):
                     continue
@@ -114,6 +116,8 @@ def record(
                     fisher.finish()
                 passed("batch", number=count, examples=examples)
         if here.size > 1:
+            # All is sums over samples, so adding them up is exact, and
+            # one process or many give the same scores up to rounding.
             collector.pool(here.total, device)
             for sums in (taylor.sums if taylor else {}, fisher.sums if fisher else {}):
                 sums.update({name: here.total(value) for name, value in sums.items()})

@@ -56,6 +56,7 @@ class TaylorSums:
                 "the loss is not a tensor of one element with a gradient",
                 "Return the scalar loss of the batch, computed without torch.no_grad()",
             )
+        # No `.grad` is written: the caller's own gradients stay. A branch that did not run gives None.
         gradients = torch.autograd.grad(value, list(self._parameters.values()), allow_unused=True)
         products = {
             name: parameter.detach().double() * gradient.double()
@@ -63,6 +64,8 @@ class TaylorSums:
             if gradient is not None
         }
         for name, slices in self._slices.items():
+            # All parameters of the unit are added before the square:
+            # their sum is what the loss changes by, to first order.
             total = torch.zeros_like(self.sums[name])
             for item in slices:
                 if item.tensor in products:
@@ -131,6 +134,7 @@ class FisherSums:
                 f"the signal has {len(signal)} rows for {self._examples} examples: they share it",
                 "Pass batches of one example, or use 'taylor', which takes the gradient of a batch",
             )
+        # With tokens first and examples second, a row would be the same token of all examples.
         if signal.ndim > 2 and len(signal) != self._examples == signal.shape[1]:
             raise CriterionError(
                 f"Per-example gradients at {name!r}",
@@ -138,6 +142,8 @@ class FisherSums:
                 f"{self._examples} examples",
                 "Use a layout with the examples first, or 'taylor', which takes the gradient of a batch",
             )
+        # The signal itself cannot be kept: an activation may
+        # overwrite it, and x · ∂L/∂x needs both as they were.
         held, copy = signal.detach(), signal.clone()
         copy.register_hook(lambda gradient: self._add(name, site, held, gradient))
         return copy
@@ -145,6 +151,7 @@ class FisherSums:
     def finish(self) -> None:
         """Square what the backward pass of the batch has left, and forget it."""
         for name, first in self._firsts.items():
+            # The loss is a mean over the batch, so each example's own gradient is B times what came back.
             self.sums[name] += (first * self._examples).square().sum(dim=0)
         self._firsts = {}
 
@@ -155,6 +162,7 @@ class FisherSums:
         product = signal * gradient
         by_dim: dict[int, Tensor] = {}
         for group, tap in self._taps[name, site]:
+            # Groups may read one signal along one dimension: its sums over positions are taken once.
             if tap.dim not in by_dim:
                 rows = product.movedim(tap.dim, 1)
                 rows = rows.reshape(self._examples, len(rows) // self._examples, rows.shape[1], -1)

@@ -1,4 +1,8 @@
-"""Which positions and tokens are looked at, what numbers their samples, and how they become moments."""
+"""Which positions and tokens are looked at, what numbers their samples, and how they become moments.
+
+Legend: B = examples of a batch, P = places drawn per example, T = tokens, S =
+samples, n = features of an activation.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from cria_prune.base.errors import SignalError
 from cria_prune.config import RecordConfig
 from cria_prune.graph.moments import MomentAccumulator
 
+# Both together fill an int64: every stream has 2³⁶ numbers of its own.
 SPAN = 2**36  # numbers of one stream, about
 STREAMS = 2**27
 ONE_IN = 8  # tokens of a long text: neighbours say much the same
@@ -56,6 +61,9 @@ def draw_positions(seed: int, first: int, examples: int, shape: Sequence[int], c
     total = int(np.prod(shape))
     if total <= count:
         return np.tile(np.arange(total), (examples, 1))
+    # One position of each piece covers an image more evenly than free draws. Seed,
+    # shape and index of the example are all that it depends on: batches and processes
+    # change nothing, and both sides of a layer are read at the same places.
     key = np.array([seed % 2**64], dtype=np.uint64)
     for length in shape:
         key = _mix(key ^ np.uint64(length))
@@ -85,6 +93,7 @@ def draw_tokens(seed: int, first: int, mask: np.ndarray, least: int) -> tuple[np
     >>> taken.sum(axis=1).tolist(), places[1][taken[1]].tolist()
     ([3, 2], [0, 1])
     """
+    # Ranks are drawn among the tokens that count, not places: padding, left or right, changes nothing.
     lengths = mask.sum(axis=1, keepdims=True)
     pieces = np.array([[max(1, tokens_drawn(int(length), least))] for length in lengths[:, 0]])
     place = np.arange(tokens_drawn(mask.shape[1], least) + 1)
@@ -152,7 +161,11 @@ class Origin(NamedTuple):
             (width·S,) int64, in the order of `unit_signals`.
         """
         each = self.places * width
+        # Examples of a half are every second one: divided by two they have numbers without gaps.
+        # Then come the calls of a batch, the places of an example and the features of a unit.
         first = ((self.example // halves * taps + call % taps) * self.places + self.place) * width
+        # The hash of whole numbers is the same in every process; that of a text would not
+        # be. A stream is cut to whole deals, so that no deal has samples of two streams.
         stream = hash((each, call // taps, self.alone)) % STREAMS
         inside = (torch.arange(width)[:, None] + first).reshape(-1) % (SPAN // columns * columns)
         return stream * (SPAN // columns * columns) + inside
@@ -181,6 +194,7 @@ class Buffer:
         """Add signals X (units, S), with their numbers (S,) for a sketch; they are copied or used at once."""
         if self._used + X.shape[1] > self._columns:
             self.flush()
+        # A batch that half fills the buffer is worth a product of its own, without a copy.
         if 2 * X.shape[1] > self._columns:
             self.total.add(X, numbers)
             return
@@ -258,6 +272,8 @@ class Sampler:
                 "Give the model batches with a leading batch dimension",
             )
         rows, dim = len(activation), dim % activation.ndim
+        # Windows and folded tokens are further rows of the same example. Rows
+        # that do not divide may be routed tokens: each then counts as an example.
         each = rows // self._examples if rows % self._examples == 0 else 1
         spatial = activation.ndim > 2 and dim == 1
         if spatial:
@@ -265,6 +281,7 @@ class Sampler:
         else:
             samples = activation.movedim(dim, -1).reshape(rows, -1, activation.shape[dim])
         samples = samples.reshape(rows // each, -1, samples.shape[2])
+        # A mask that does not fit this activation is another one's: a decoder has tokens of its own.
         mask = self._mask if self._mask is not None and self._mask.shape == samples.shape[:2] else None
         folded = activation.ndim > 2 and rows % self._examples == 0  # else rows may be routed tokens, or time
         if not spatial and (folded or mask is not None):
@@ -272,6 +289,8 @@ class Sampler:
         if samples.dtype not in (torch.float32, torch.float64):
             samples = samples.float()
         for half in (0, 1):
+            # Even and odd go by the index in the whole stream,
+            # so that the halves do not depend on the batches.
             start = (half - self._first) % 2
             part = samples[start::2]
             taken = None if mask is None else mask[start::2]

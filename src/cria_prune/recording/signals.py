@@ -94,6 +94,7 @@ class Reader:
     consumed: Buffer | None = None
 
     def __post_init__(self) -> None:
+        # All features in their order are the activation itself, and need no copy.
         flat = np.ascontiguousarray(self.tap.positions, dtype=np.int64).reshape(-1)
         self.positions = torch.from_numpy(flat)
         self.features = int(flat.max()) + 1
@@ -121,6 +122,8 @@ class Reader:
             samples = samples.index_select(1, self.positions)
         units, width = self.tap.positions.shape
         buffer = self.halves[half]
+        # Numbers are for sketches alone: bucket and sign of a
+        # sample go by its number, so that no batching changes them.
         numbers = buffer.number(origin, half, first, width, self.taps) if origin else None
         buffer.add(unit_signals(samples, units), numbers)
         if self.sums:
@@ -170,12 +173,16 @@ class Collector:
         self._sums: dict[str, dict[str, FeatureSums]] = {}
         self._readers: dict[tuple[str, Site], dict[int, list[Reader]]] = {}
         for group in groups:
+            # What a criterion does not read is not kept: second
+            # moments are most of the work (docs/decisions/0017).
             own = reads_for(group.name, reads, graphs)
             before = self._accumulators(group.size) if "input" in own else None
             sides = (
                 before,
                 self._accumulators(group.size, positive="positive" in own, pairs="output" in own),
             )
+            # The moments of a unit join its features as samples of one signal. Criteria that
+            # weigh each feature need means and variances of their own, where there are several.
             wide = any(tap.positions.shape[1] > 1 for tap in group.outputs)
             sums = {tap.tensor: FeatureSums(*tap.positions.shape) for tap in group.outputs if wide}
             self._sides[group.name], self._sums[group.name] = sides, sums
@@ -183,6 +190,8 @@ class Collector:
             if not consumed or group.normed:  # those are never repaired
                 pass
             elif "output" in own and not wide and len(group.outputs) == 1:
+                # The repair needs the second moments of what the consumer reads.
+                # Those are the output side's here, and nothing is recorded twice.
                 self._units_alone[group.name] = group.outputs[0].tensor
             else:
                 kept |= {tap.tensor: self._accumulator(tap.positions.size) for tap in group.outputs}
@@ -206,6 +215,7 @@ class Collector:
         self, units: int, half: int | None = None, positive: bool = False, pairs: bool = True
     ) -> Buffer:
         config = self._config
+        # The halves are merged in the end, so their sketches have different cards.
         exact, seed = units <= config.exact_units, 2 * config.seed + (half or 0)
         total = MomentAccumulator(units, exact, config.sketch_columns, seed, positive, pairs)
         return Buffer(total, halves=1 if half is None else 2)
@@ -217,6 +227,7 @@ class Collector:
 
     def receive(self, name: str, site: Site, activation: Tensor) -> None:
         """Add the samples of an activation to every group that reads it. Nothing of it is kept."""
+        # The forward may run with gradients, for Taylor and Fisher: the sums must not hold on to its graph.
         with torch.no_grad():
             for dim, readers in self._readers[name, site].items():
                 sketched = any(reader.sketched for reader in readers)
@@ -347,6 +358,7 @@ def _moments(group: str, side: str, halves: Halves) -> tuple[tuple[Moments, Mome
             f"{found[0]} and {found[1]} samples in the two halves of the examples" if any(found) else reached,
             "Pass two examples at least, and batches that run this layer; or freeze the group",
         )
+    # Each half first: how well their scores agree is the ceiling of what a comparison of criteria can mean.
     even, odd = (total.moments() for total in totals)
     both = totals[0].merge(totals[1]).moments()
     both.check_finite(f"group {group!r}, {side} side")

@@ -133,10 +133,12 @@ class Taps(TorchFunctionMode):
         signature = SIGNATURES.get(func)
         sites = self._wanted(signature, args, kwargs) if signature else ()
         if signature:
+            # A tied embedding is called as a table and in a product: the site says which of the two is meant.
             sites = [item for item in sites if (item[1] == "rows") == signature.rows]
         if not signature or not sites:
             return func(*args, **kwargs)
         for name, site in sites:
+            # Before the call, while the data is sure to be what the operation reads.
             if site == "input":
                 self._receive(name, site, signature.data.of(args, kwargs).detach())
         result = func(*args, **kwargs)
@@ -154,9 +156,13 @@ class Taps(TorchFunctionMode):
         for key in signature.keys:
             tensor = key.of(args, kwargs)
             if isinstance(tensor, Tensor):
+                # `x @ W.t()` names its weight through a view. A view of
+                # all elements is the weight, a view of a part is not.
                 base = tensor._base
                 whole = tensor if base is None or base.numel() != tensor.numel() else base
                 found = self._sites.get(id(tensor)) or self._sites.get(id(whole))
+                # Weights that accelerate loads are a new tensor in
+                # every forward, and are known by where they lie.
                 for place, sites in self._places:
                     if found:
                         break

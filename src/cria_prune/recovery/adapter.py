@@ -43,6 +43,8 @@ def adapters(model: nn.Module, rank: int) -> Iterator[None]:
             "the model has no linear layer besides its head that is trained and not shared",
             "Unfreeze some, or set lora to 0",
         )
+    # peft puts its layers in the place of ours and freezes the rest. What stood where, and what was
+    # trained, is kept before it is called, so that nothing of it is left after an error either.
     homes = [(parent, name, child) for parent in model.modules() for name, child in parent._modules.items()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     fast = torch.backends.mha.get_fastpath_enabled()

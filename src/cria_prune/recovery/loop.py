@@ -74,6 +74,8 @@ class Keeper(TypedStore[RecoveryFacts]):
 
     def due(self, run: Run) -> bool:
         """Say whether the last state is older than it may become; of several processes the first one's is."""
+        # The clocks of processes differ. If each went by its own,
+        # some would write a state while others wait for their step.
         late = time.monotonic() - self._last >= self.every
         if run.parallel is None:
             return late
@@ -83,6 +85,8 @@ class Keeper(TypedStore[RecoveryFacts]):
         """Write the state of a fine-tune; all processes call it, and the first one writes."""
         parts: dict[str, State] = {"best": run.best_state or {}}
         if not run.finished:
+            # What follows are sums over all processes, so none may
+            # leave before them, though the first one alone writes.
             if run.parallel is not None:
                 parts["norms"] = run.parallel.each()
             if run.sharded is not None:
@@ -92,6 +96,8 @@ class Keeper(TypedStore[RecoveryFacts]):
             else:  # it writes nothing
                 return
             parts["weights"] = run.copied()
+            # Their number says how many batches of the epoch were
+            # seen; the generators, what the next dropout draws.
             parts["losses"] = {"epoch": torch.tensor(run.losses, dtype=torch.float64)}
             parts["generators"], parts["opened"] = generators(run.device), run.opened or {}
         if run.here.first:
@@ -125,6 +131,8 @@ class Keeper(TypedStore[RecoveryFacts]):
         share = all_of if run.sharded is None else run.sharded.share
         own = trained(run.model)
         try:
+            # Both go through the model, which checks names and shapes.
+            # The later one stays: best at the end, else weights.
             for part in ("best",) if run.finished else ("best", "weights"):
                 if parts[part].keys() != own.keys():
                     raise LookupError("they have other names")
@@ -233,11 +241,14 @@ class Run:
         """Take the epochs that are left."""
         epochs = self.config.epochs
         if epochs:
+            # The optimizer and the exchange between processes are
+            # there before a state is read: parts of it go into both.
             self.optimizer = make_optimizer(self.model, self.config)
             if self.here.size > 1 and self.parallel is None:
                 self.parallel = Parallel(self.here, self.model, self.loss, self.device, self.config.seed)
         resumed = self.resume(source)
         kept = self.keeper is not None
+        # One process may not see the folder: then all go on from the state, or none does.
         self.here.meet(
             "The state of the recovery", lambda: f"{kept} {resumed} {self.step} {len(self.history)}"
         )
@@ -248,6 +259,8 @@ class Run:
             return
         first = len(self.history) - 1
         batches = self.open(source, first)
+        # A state from before the first step: a kill in the
+        # first epoch does not cost the first measurement again.
         if not self.step:
             self.save()
         with progress.bar("train", self.config.epochs * self.count) as bar:
@@ -262,6 +275,8 @@ class Run:
                 loss = sum(self.losses) / len(self.losses)
                 self.finish(Epoch(epoch + 1, self.lr(self.step - 1), loss, self.measure()))
                 bar.update(0, epoch=epoch + 1, metric=self.history[-1].metric)
+                # The epoch's own things go before it is kept. A state between two epochs has neither losses
+                # nor the generators of a beginning, and the next epoch begins from the generators of now.
                 self.losses, self.opened, self.finished = [], None, epoch + 1 == epochs
                 self.save()
 
@@ -270,6 +285,9 @@ class Run:
 
         A loader may shuffle by torch's generators, so they are meanwhile what they were when it began.
         """
+        # To get the bits of a run that was not stopped, a loader has to shuffle as it did: it is
+        # asked again with the generators of the epoch's beginning, and what was seen is drawn and
+        # passed over. Then the generators are those of the state, for dropout goes on from there.
         now, resumed = generators(self.device), self.opened
         if resumed:
             set_generators(resumed, self.device)
@@ -290,6 +308,8 @@ class Run:
         self.model.train()
         for batch in batches:
             passed("step", step=self.step + 1)
+            # The rate follows from the number of the step alone, so
+            # there is no scheduler whose state would have to be kept.
             for group in optimizer.param_groups:
                 group["lr"] = self.lr(self.step)
             optimizer.zero_grad()
@@ -300,6 +320,9 @@ class Run:
                 self.read(bar)  # it may have failed on what a loss that was not finite made of the weights
                 raise
             loss.backward() if self.parallel is None else self.parallel.backward(loss)
+            # A loss is read a step late. Reading waits until the GPU is done; in time for
+            # each step it would leave the GPU idle while the next is prepared. So a loss
+            # that is not finite is seen one step late, and the weights are put back anyway.
             self.read(bar)  # that of the step before: a GPU has both passes of this one to do meanwhile
             self.unread = self.step + 1, value
             if not isinstance(value, Tensor) or value.device.type == "cpu":  # there is nothing to wait for

@@ -87,6 +87,7 @@ def soft_targets(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
     classes = student.shape[-1]
     goal = functional.log_softmax(teacher.reshape(-1, classes) / temperature, dim=-1)
     found = functional.log_softmax(student.reshape(-1, classes) / temperature, dim=-1)
+    # Gradients of soft targets fall as 1 / T²; the factor keeps their size beside those of the labels.
     return temperature**2 * functional.kl_div(found, goal, reduction="batchmean", log_target=True)
 
 
@@ -116,6 +117,8 @@ class Distilled:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the combined loss of a batch, a scalar in nats."""
+        # The loss calls the model in its own way. A hook takes
+        # the output of that call, so the forward runs once.
         outputs: list[Any] = []
         handle = model.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
         try:

@@ -78,11 +78,15 @@ class Parallel:
         Raises:
             RankError: another process failed, is gone, or has another batch.
         """
+        # Rows are dealt like cards. A process with more rows than another counts more, so
+        # that the average over the processes is the mean over the batch, whatever its size.
         size, rank, examples = self.here.size, self.here.rank, batch_size(batch)
         rows, weight = slice(rank, None, size), len(range(rank, examples, size)) * size / examples
         if examples < 2 * size:  # a batch norm needs two rows: each process takes them all
             rows, weight = slice(None), 1.0
         share = map_tensors(batch, lambda item: item[rows] if item.ndim and len(item) == examples else item)
+        # Dropout differs between processes and depends on the
+        # step alone, so a run that goes on draws the same.
         with isolated(hash((self.seed, rank, step)) % 2**63, self.device):
             found = self._step(share) * weight
         self.meet(batch, step)
@@ -121,6 +125,8 @@ class Parallel:
         """Return what the batch norms of every process have seen: name -> (processes, channels), float64."""
         found: State = {}
         for name, value in statistics(self.model).items():
+            # A sum of zeros and one part is that part, bit for bit:
+            # no average would bring a process back to where it was.
             stacked = torch.zeros(self.here.size, *value.shape, dtype=torch.float64)
             stacked[self.here.rank] = value
             found[name] = self.here.total(stacked)
@@ -242,6 +248,7 @@ class Sharded(Parallel):
         """
         found: State = {}
         for name, value in state.items():
+            # All call it, for each holds a share; the first alone keeps the result.
             full = value.full_tensor() if isinstance(value, DTensor) else value
             if self.here.first:
                 found[name] = full.detach().to("cpu", copy=True)

@@ -129,6 +129,8 @@ def recover(
             said["processes"] = world().size
         keeper = Keeper(state, identity(model, dense, **said), save_every)
     with ExitStack() as stack:
+        # What is entered first is left last: the generators are put back after all
+        # else, and adapters are merged while the model is still on its device.
         stack.enter_context(isolated(config.seed, place))
         stack.enter_context(gradients_kept(model))
         for network in [model] if dense is None else [model, dense]:
@@ -142,6 +144,8 @@ def recover(
         if dense is not None:
             forward = compiled(dense, place) if config.compile and config.epochs else None
             objective = Distilled(objective, dense.eval(), config.distill, config.temperature, forward)
+        # Taken with the adapters in place: an error is mended
+        # while they are, before the stack takes them out again.
         before: State = {} if shared else snapshot(model)
         if config.compile:
             stack.enter_context(compiling(model))

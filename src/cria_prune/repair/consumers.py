@@ -1,4 +1,10 @@
-"""Repair of the consumers in closed form: what stays takes over what the removed units did."""
+"""Repair of the consumers in closed form: what stays takes over what the removed units did.
+
+Legend: n = features that a consumer reads, K, R = those that stay and those that leave,
+W = its weight, one line (outputs times kernel places) for each feature, S (n, n) =
+second moments, A (|R|, |K|) = the best linear prediction of y_R from y_K, e = ridge, r
+= columns of a sketch, B (n, r) = the sketch over √M (docs/method.md section 5).
+"""
 
 from __future__ import annotations
 
@@ -36,6 +42,8 @@ class Lines:
 
     def add(self, features: Tensor, update: Tensor) -> None:
         """Add an update (b, outputs times kernel places) float64; each weight is rounded once."""
+        # Added in float64 and rounded once into the weight's own
+        # type; half types would lose small updates otherwise.
         total = self.read(features, update.device).add_(update)  # what is read is a copy
         self._view[self._where(features)] = total.reshape(len(features), *self.shape).to(self._view)
 
@@ -76,8 +84,11 @@ def repair_from_sketch(
     assert moments.sketch is not None
     sketch, mean, device = moments.sketch, moments.mean, moments.sketch.device
     if not centred:
+        # A sketch is of centred signals. One more column √M m adds m mᵀ: without
+        # a bias the units that stay have to stand in for the mean as well.
         column = mean[:, None].to(sketch) * moments.samples**0.5
         sketch = torch.cat([sketch, column], dim=1)
+    # What the removed features do to the outputs, seen by each column as by a sample: B_Rᵀ W_R.
     target = sketch.new_zeros(sketch.shape[1], lines.shape.numel(), dtype=torch.float64)
     step = target.new_zeros(target.shape[1])
     for part, rows in zip(R.split(BLOCK), sketch_rows(sketch, moments.samples, R), strict=True):
@@ -87,9 +98,12 @@ def repair_from_sketch(
         del removed  # or it would be held while the next block is read
     core, lost, left = _regress(sketch_gram(sketch, moments.samples, K), target)
     if centred:
+        # The outputs lose the mean of what leaves as well, which the bias gives back whole.
         lost += float(step.square().sum())
     for part, rows in zip(K.split(BLOCK), sketch_rows(sketch, moments.samples, K), strict=True):
         update = rows @ core
+        # The features that stay bring their own mean with the
+        # update, so the bias grows by W_R m_R − ΔW_K m_K.
         step -= mean[part.to(device)] @ update
         lines.add(part, update)
         del update
@@ -110,6 +124,8 @@ def _regress(gram: Tensor, target: Tensor) -> tuple[Tensor, float, float]:
     turned = vectors.T @ target[alive]
     energy, size = turned.square().sum(dim=1), float(values.mean())
     apart = max(lost - float(energy.sum()), 0.0)  # in columns without anything that stays
+    # No repair is the one to beat. ‖(I − H) T‖² alone is always least at the
+    # smallest ridge; divided by (1 − tr H / r)² it tells a fit from a fit to noise.
     left, chosen = lost, None
     for ridge in RIDGES:
         residual = ridge * size / (values + ridge * size)  # the eigenvalues of I − H
@@ -183,8 +199,11 @@ def compensate(
     repaired = copy_of(model)
     tensors, modules = named_tensors(repaired), dict(repaired.named_modules(remove_duplicate=False))
     repairs = []
+    # The moments are those of the network before the round, and the units that leave are still in the
+    # weights: the repair comes before the cut, which is then compared with this copy (docs/decisions/0012).
     for group in groups.prunable:
         stays = kept.get(group.name, range(group.size))
+        # Under a norm the features that stay are not what was recorded once others have left.
         if len(stays) == group.size or group.normed:
             continue
         for item in group.consumers:
@@ -193,6 +212,8 @@ def compensate(
                 continue
             if _too_few(moments) or (moments.covariance is not None and moments.units > WIDEST):
                 continue
+            # A bias is changed where there is one and never made:
+            # whatever configuration held the network holds it still.
             bias = _bias_of(item, modules, tensors)
             repairs.append(_repair(group, item, tensors[item.tensor], bias, stays, moments, ridge))
     return repaired, tuple(repairs)
@@ -259,6 +280,7 @@ def _from_covariance(
     A = _predictor(S, K, R, ridge)
     removed = lines.read(R, S.device)
     lines.add(K, A.T @ removed)
+    # S_RR − A S_KR is the error of the prediction; through W_R it is what the outputs go on losing.
     SRR = S[R[:, None], R]
     left = SRR - A @ S[K[:, None], R]
     energy = SRR + torch.outer(mean[R], mean[R]) if centred else SRR
@@ -284,6 +306,7 @@ def _second_moments(moments: Moments, centred: bool) -> Tensor:
 def _predictor(S: Tensor, K: Tensor, R: Tensor, ridge: float) -> Tensor:
     """Return A (removed, kept): the best linear prediction of y_R from y_K."""
     SKK = S[K[:, None], K]
+    # The ridge is relative to the features, so that no unit of the signals counts.
     size = float(SKK.diagonal().mean())
     if size <= 0:  # what stays is constant: it predicts nothing
         return S.new_zeros(len(R), len(K))

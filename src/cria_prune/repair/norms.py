@@ -52,6 +52,8 @@ def remeasure(model: nn.Module, batches: Iterable[Batch]) -> Remeasured:
     norms = batch_norms(measured)
     if not norms:
         return Remeasured(measured, 0)
+    # The pass may write other buffers too (counters, caches):
+    # all of them but the new statistics are put back.
     buffers = [(buffer, buffer.clone()) for buffer in measured.buffers()]
     momenta = [item.momentum for item in norms]
     reason = ""
@@ -78,9 +80,11 @@ def _measure(model: nn.Module, norms: list[Any], batches: Iterable[Batch]) -> No
         model.eval()
         for item in norms:
             item.num_batches_tracked.zero_()  # the first batch then replaces what is there
+            # Without momentum a batch norm takes the plain mean over the batches, each as much as the others.
             item.momentum = None
             item.train()
         for batch in joined(batches, ENOUGH):
+            # A smaller batch's variance would count as much as a whole one's.
             if batch_size(batch) >= ENOUGH:
                 # A copy: a forward may write into its input.
                 forward(model, map_tensors(batch, lambda item: item.to(device, copy=True)))

@@ -259,12 +259,15 @@ def _restored(
     for item in rounds_of(facts.rounds, parts, Round):
         scores = {name: np.array(found) for name, found in item.scores.items()}
         step = planner(result, scores, item.number)
+        # The plan follows from the scores, so it is made again. That it keeps
+        # the same units shows that state, structure and code belong together.
         if item.kept != dict(step.kept):
             raise ValueError(f"the scores of round {item.number} do not give the units that it kept")
         groups = shrink(result.groups, step.kept)
         result = replace(
             result, plan=compose(result.plan, step), groups=groups, rounds=(*result.rounds, item)
         )
+    # Shapes and attributes come from the plan, values from the state: repair and batch norms changed them.
     model = apply(start.model, result.plan)
     _put_back(model, parts["weights"])
     if facts.ridges is None:
@@ -293,6 +296,8 @@ def _weights(model: nn.Module) -> State:
     seen: set[tuple[Any, ...]] = set()
     found: State = {}
     for name, value in model.state_dict().items():
+        # One memory, shape and stride is one tensor: tied weights
+        # are kept once, and are still tied when they come back.
         place = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else (name,)
         if place not in seen:
             seen.add(place)

@@ -71,6 +71,8 @@ class Store:
             for name, value in state.items()
         }
         text = json.dumps(facts)
+        # safetensors checks its lengths and no values. The hash is
+        # of text and tensors, so a flipped bit is found in both.
         said = {"format": self.layout, "state": text, "sha256": digest(text, tensors)}
         # In a folder of its own, for what a killed process leaves there is then known to be nobody else's.
         unfinished = self.folder / ".unfinished"
@@ -78,6 +80,8 @@ class Store:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
             save_file(tensors, unfinished / self.path.name, metadata=said)
+            # First the contents, then the name: after a power failure a renamed file could be empty
+            # otherwise. The rename is whole or not at all, and the state before is there until then.
             _flush(unfinished / self.path.name)
             os.replace(unfinished / self.path.name, self.path)
             with suppress(OSError):  # some file systems cannot flush a folder
@@ -215,6 +219,8 @@ def code_version() -> str:
     """Return a hash of the package's own source: another version may round otherwise."""
     total = hashlib.sha256()
     root = Path(__file__).parents[1]
+    # Any edit counts. Which of them change a bit is not known,
+    # and bit for bit is the promise (docs/decisions/0016).
     for path in sorted(root.rglob("*.py")):
         total.update(path.relative_to(root).as_posix().encode() + b"\n" + path.read_bytes())
     return total.hexdigest()

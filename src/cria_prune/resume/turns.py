@@ -51,6 +51,7 @@ def identity_of(
     source: Path, config: PruneConfig, memory: int, device: torch.device, example: Batch, data: str | None
 ) -> dict[str, Any]:
     """Return what makes a pruning this one; the files of the model are told by name, size and time."""
+    # Not by hashes: to read a model that does not fit into memory takes minutes (docs/decisions/0016).
     files = {path.name: path.stat() for path in sorted(source.iterdir()) if path.is_file()}
     return {
         **asked_of(config, example),

@@ -1,4 +1,10 @@
-"""From the moments of a group's sides to one score per unit: distortions, innovation, nuclear norm."""
+"""From the moments of a group's sides to one score per unit: distortions, innovation, nuclear norm.
+
+Legend: d = units, M = samples, r = columns of a sketch, or sign vectors; X, Y (d, M) =
+the signals before and after the activation; B (d, r) = a sketch over √M, so that B Bᵀ
+stands for Y Yᵀ / M of the centred signals; Θ = the precision of the output side, e =
+its ridge; F (live, s or r) = an embedding, its squared distances are the distortion.
+"""
 
 from __future__ import annotations
 
@@ -59,10 +65,14 @@ def unpredicted(moments: Moments, eps: float) -> Tensor:
     """
     size = float(moments.variance.mean())
     if moments.covariance is not None:
+        # A copy, for the ridge goes into the diagonal.
         return _inverse_diagonal(moments.covariance.to(torch.float64).clone(), eps * size)
     assert moments.sketch is not None
     sketch, (d, r) = moments.sketch, moments.sketch.shape
+    # A sketch needs a large ridge, or its r columns predict every unit by their noise.
+    # What the configuration asks for counts where it is larger (docs/decisions/0015).
     ridge = max(eps, SKETCH_RIDGE * d / r) * size
+    # The smaller side is solved: (d, d) here, (r, r) below. Both give the same numbers.
     if d <= r:
         B = torch.cat(list(sketch_rows(sketch, moments.samples)))
         return _inverse_diagonal(B @ B.T, ridge) - ridge
@@ -71,6 +81,8 @@ def unpredicted(moments: Moments, eps: float) -> Tensor:
     factor = torch.linalg.cholesky(gram)
     parts = []
     for rows in sketch_rows(sketch, moments.samples):
+        # With the factor C of BᵀB + eI, ‖C⁻¹ b_p‖² = b_pᵀ (BᵀB + eI)⁻¹ b_p =
+        # h_p. It is below 1 as e > 0, so what is divided by below is not 0.
         half = torch.linalg.solve_triangular(factor, rows.T, upper=False)  # (r, block)
         leverage = half.square_().sum(dim=0)
         parts.append(ridge * leverage / (1 - leverage))
@@ -127,17 +139,23 @@ def channel_independence(moments: Moments, *, name: str = "group") -> Tensor:
         [0.5858, 0.5858, 0.7071]
     """
     moments.check_finite(f"{name} after the activation")
+    # All units come from one decomposition: without row p the determinant of G + tI changes
+    # by a diagonal entry of its inverse, which the eigenvectors give for every p at once.
     values, vectors = _eigenpairs(moments, name)
     if not len(values):
         return torch.zeros(moments.units, dtype=torch.float64)
     square = vectors.square()
     # Directions without signal: v² of λ = 0. With none of them, a rounding error must not stand for one.
     rest = (1 - square.sum(dim=1)).clamp(min=0) if len(values) < moments.units else torch.zeros(1)
+    # In units of the largest root one range of t does for
+    # signals of every size; the size comes back at the end.
     top = values.max()
     values = (values / top)[:, None]
     t = torch.arange(-REACH, REACH + STEP, STEP, dtype=torch.float64, device=values.device).exp()
     numerator = square @ (values / (values + t).square())
     denominator = square @ (1 / (values + t)) + rest.to(values)[:, None] / t
+    # With t = e^u, dt / √t is √t du, and equal steps in u are the trapezoidal rule. At
+    # both ends of the range the integrand is nothing, so the ends need no half weight.
     lost = (t.sqrt() * numerator / denominator).sum(dim=1) * STEP / math.pi
     return (lost * top.sqrt()).cpu()
 
@@ -154,6 +172,8 @@ def _eigenpairs(moments: Moments, name: str) -> tuple[Tensor, Tensor]:
     """Return the eigenvalues (k,) > 0 of Y Yᵀ / M and its vectors (d, k), float64; no others."""
     mean = moments.mean.to(torch.float64)
     if moments.covariance is not None:
+        # CHIP takes the maps as they are. The moments are centred,
+        # so the mean is put back, here and as a column below.
         values, vectors = torch.linalg.eigh(moments.covariance.to(torch.float64) + torch.outer(mean, mean))
         kept = _not_rounding(values)
         return values[kept], vectors[:, kept]
@@ -162,6 +182,8 @@ def _eigenpairs(moments: Moments, name: str) -> tuple[Tensor, Tensor]:
             f"The channel independence of {name}", f"found {moments}", "Keep a covariance or a sketch"
         )
     columns = torch.cat([moments.sketch.to(torch.float64) / math.sqrt(moments.samples), mean[:, None]], dim=1)
+    # The (r + 1, r + 1) side has the same eigenvalues but for
+    # zeros, and columns v / √λ are the other side's vectors.
     values, vectors = torch.linalg.eigh(columns.T @ columns)
     kept = _not_rounding(values)
     return values[kept], columns @ vectors[:, kept] / values[kept].sqrt()
@@ -316,8 +338,13 @@ def _score(
         raise SignalError(f"The distortion of {name}", f"found ridge={ridge}", "Use a ridge > 0")
     if sketch < 1:
         raise SignalError(f"The distortion of {name}", f"found sketch={sketch}", "Use at least 1 sign vector")
+    # The setting is checked before anything is computed, and with
+    # all units: whether it is valid does not depend on who is dead.
     count_pairs(pairs, max(d, 1))
     moments_in.check_finite(f"{name} before the activation")
+    # The output side says who is dead, for that is what the consumers get. The dead
+    # leave both graphs before these are learned: a constant row is everybody's
+    # neighbour, and takes the place of true ones (docs/method.md section 2).
     live = _live(moments_out, name)
     weights = _consumer(consumer_norm2, d, name)
     if not len(live):
@@ -336,7 +363,12 @@ def _embed(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Return F (live, s or r) whose squared distances are the distortion, and the solver's diagnosis."""
     d = graph_in.units
+    # Up to 64 units the pairs are solved for one by one, for the sake of the
+    # spectrum that reports show. Above, all pairs are wanted for the distances
+    # of their rows alone, and these need no eigensolver (docs/decisions/0017).
     if d > SMALL_UNITS and count_pairs(pairs, d) == d:
+        # None: L_in or L_out is not positive definite in float64.
+        # The eigensolver then says what is wrong with the pair.
         found = _embed_all(graph_in, graph_out, sketch, seed, device)
         if found is not None:
             F, residual, solver = found
@@ -366,6 +398,8 @@ def _embed_all(
 def _mean_over_neighbors(graph: Graph, F: Tensor) -> Tensor:
     """Return, for every unit, the mean of ‖F_p − F_q‖² over its neighbours q; 1 without neighbour."""
     scores = torch.empty(len(graph.rows), dtype=torch.float64)
+    # The neighbours are those of the input graph: the score asks what became of units that were alike before
+    # the layer. Its edges are taken 4,096 at a time, for at 28,672 units all differences would be 1.9 GB.
     rows, cols = graph.rows.to(F.device), graph.cols.to(F.device)
     for start in range(0, len(scores), EDGES):
         block = slice(start, start + EDGES)
@@ -410,6 +444,8 @@ def _importance(
     """Put the scores of the live units among all d; live ones stay positive, dead ones get 0."""
     all_scores = torch.zeros(units, dtype=torch.float64)
     if len(live):
+        # Live units stay above 0, also where their consumers' weights are all 0: the
+        # dead are to leave before them. A score of rounding below 0 is lifted as well.
         scores = scores.to("cpu", torch.float64) * weights[live]
         top = float(scores.max())
         all_scores[live] = scores.clamp(min=1e-30 * (top if top > 0 else 1.0))

@@ -1,4 +1,10 @@
-"""Scores over all pairs without an eigensolver (METHOD section 3)."""
+"""Scores over all pairs without an eigensolver (docs/method.md section 3).
+
+Legend: d = units, r = sign vectors, c = right-hand sides solved at once; L_in, L_out (d, d) = the Laplacians
+of the input and the output graph, with ridge or ground; A (d, edges + d) = an incidence matrix, A Aᵀ = L_in;
+F (d, r or d) = the embedding, its rows as far apart as those of V = [√z₁ v₁, …]. In `pcg`, all (d, c): X =
+solution, R = residual B − L X, Z = preconditioned residual, P = search directions; rz (c,) = RᵀZ by column.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +35,16 @@ def factor_embedding(
     Returns:
         None where one of them is not, in float64.
     """
+    # Any C with C Cᵀ = L_in will do. Another one is C Q with Q orthogonal;
+    # F then turns to F Q, and the distances of its rows are the same. So no
+    # eigenvectors are asked for, and the Cholesky factor is the cheapest C.
     L_in, L_out = (graph.dense_laplacian().to(device) for graph in (graph_in, graph_out))
     (C, bad_in), (factor, bad_out) = (torch.linalg.cholesky_ex(L) for L in (L_in, L_out))
     if int(bad_in) or int(bad_out):
         return None
     F = torch.cholesky_solve(C, factor)
+    # Each column is measured against its own right-hand side,
+    # on F itself: a large column cannot hide a small one.
     left = torch.linalg.vector_norm(L_out @ F - C, dim=0) / torch.linalg.vector_norm(C, dim=0)
     passed("factored", device=F.device)
     return F, float(left.max())
@@ -62,6 +73,21 @@ def pcg(L: sp.csr_matrix, B: Tensor, tolerance: float, iterations: int) -> tuple
 
     Source: Saad, Iterative Methods for Sparse Linear Systems, 2nd ed., algorithm 9.1.
     """
+    # Five things differ from the textbook's loop:
+    # 1. All columns step together, each with an alpha and a beta of its own. One
+    #    product with the sparse matrix serves them all. They share no search
+    #    directions: this is no block method, and a column comes out as alone.
+    # 2. The loop goes on until the worst column is good. Columns that are done
+    #    take further steps, in which rz or the curvature can come to 0; the
+    #    quotients are then 0 in place of NaN, and the column stands still.
+    # 3. The test is on ‖R‖ / ‖B‖ and not on RᵀZ, which the loop has for nothing: the first is what
+    #    a diagnosis promises. It is strict, so that a column of zeros is done before it begins.
+    # 4. R follows its recurrence and drifts from B − L X by rounding. Nothing is restarted; the residual
+    #    that is returned is measured afresh, so that a drift shows as "unconverged" and is no silent error.
+    # 5. X, R, Z and P are written in place. A block of 64 columns is 15 MB at 28,672 units and lies
+    #    outside the cache there, so that each pass over it counts (docs/log.md, 2026-11-26, scale).
+    # The ridge bounds the condition number, so Jacobi is preconditioner
+    # enough: 13 iterations at every width that was measured.
     A = _torch_csr(L)
     inverse = torch.from_numpy(1 / L.diagonal())[:, None]
     goal = tolerance * B.norm(dim=0)
@@ -104,9 +130,14 @@ def distortion_embedding(
         F, the largest relative residual and the most iterations.
     """
     A, L = graph_in.incidence(), graph_out.laplacian()
+    # With A Aᵀ = L_in, F = L_out⁻¹ A is exact, with a column for each edge. The
+    # columns of A Q / √r, Q random signs, stand in for those of A: E[Q Qᵀ] / r = I, so
+    # the distances of the rows of F are right in the mean, and their error falls with
+    # r (Johnson and Lindenstrauss). Ridge and ground are columns of A like edges are.
     edges, width = A.T.tocsr(), A.shape[1] if sketch is None else sketch
     generator = np.random.default_rng(seed)
     parts, residual, most = [], 0.0, 0
+    # One block of right-hand sides after the other: the solver holds six matrices of a block's width.
     for start in range(0, width, COLUMNS):
         stop = min(start + COLUMNS, width)
         if sketch is None:
@@ -114,6 +145,8 @@ def distortion_embedding(
         else:
             signs = generator.integers(0, 2, size=(A.shape[1], stop - start), dtype=np.int8)
             B = np.zeros((A.shape[0], stop - start))
+            # The signs of a block are 60 MB as bytes at 28,672 units, and half a gigabyte as numbers. They
+            # are drawn as bytes at once, so that ROWS changes no draw, and become numbers a part at a time.
             for row in range(0, len(signs), ROWS):
                 B += edges[row : row + ROWS].T @ ((2.0 * signs[row : row + ROWS] - 1.0) / sketch**0.5)
         X, found, taken = pcg(L, torch.from_numpy(np.ascontiguousarray(B)), tolerance, iterations)

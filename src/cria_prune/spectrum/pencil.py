@@ -1,4 +1,9 @@
-"""Two graphs of the same neurons -> the top of the pencil L_in v = z L_out v (METHOD section 3)."""
+"""Two graphs of the same neurons -> the top of the pencil L_in v = z L_out v (docs/method.md section 3).
+
+Legend: d = units, s = pairs, L_in, L_out (d, d) = the Laplacians, z (s,) =
+eigenvalues, V (d, s) = eigenvectors, vᵢᵀ L_out vⱼ = δᵢⱼ. A large z is a direction
+along which neurons that were alike before the layer are far apart after it.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +21,8 @@ from cria_prune.base.errors import CriterionError, SignalError
 from cria_prune.graph.graph import Graph
 from cria_prune.graph.moments import DOUBLE, SINGLE
 
+# Pairs that LOBPCG iterates beyond those that are wanted. The wanted ones then converge by the
+# gap behind the guards and not by their own, and a cluster that the cut meets is seen to its end.
 GUARDS = 8
 
 Solved = tuple[np.ndarray, np.ndarray, int]
@@ -36,11 +43,15 @@ def solve_lobpcg(
     guards too. Its warnings are dropped here: the caller measures the residuals.
     """
     d = L_in.shape[0]
+    # A start of our own, by the seed: the same graphs give
+    # the same bits, and NumPy's global state is left alone.
     vectors = np.random.default_rng(seed).standard_normal((d, pairs + GUARDS))
     inverse = 1 / L_out.diagonal()
     jacobi = spl.LinearOperator(
         (d, d), matvec=lambda v: inverse * v.ravel(), matmat=lambda V: inverse[:, None] * V
     )
+    # SciPy's `tol` is an absolute bound, the one that is wanted is relative to z ‖L_out
+    # v‖. As vᵀ L_out v = 1, the norm of L_out v is about the root of its diagonal.
     # The residual is about z ‖L_out v‖, and a typical z the ratio of the diagonals.
     scale = float(L_in.diagonal().mean() * L_out.diagonal().mean() ** -0.5)
     taken = 0
@@ -58,6 +69,8 @@ def solve_lobpcg(
                 retResidualNormsHistory=True,
             )
         taken += len(history)
+        # The wanted pairs alone are looked at: guards converge last and are thrown away. What this
+        # round found is the next one's start; only the search directions are lost between two.
         best = np.argsort(values)[::-1][:pairs]
         image = L_out @ vectors[:, best] * values[best]
         residuals = np.linalg.norm(L_in @ vectors[:, best] - image, axis=0)
@@ -80,6 +93,8 @@ def solve_lanczos(
     def solve(v: np.ndarray) -> np.ndarray:
         nonlocal calls
         calls += 1
+        # Far below the tolerance of the eigenvalues: Lanczos takes the operator for exact,
+        # and an error of the inner solves would come back as one of the eigenvectors.
         return spl.cg(L_out, v.ravel(), rtol=1e-10, maxiter=2000, M=jacobi)[0]
 
     start = np.random.default_rng(seed).standard_normal(d)
@@ -209,10 +224,14 @@ def solve_pencil(
     wanted = count_pairs(pairs, d)
     # LOBPCG pays for few pairs only; measured at d = 1,500 on one thread it loses to dense from about d/20.
     share = 20 if d <= FALLBACK_UNITS else 5
+    # Where 5 (pairs + guards) is not below d, SciPy's LOBPCG
+    # calls a dense solver itself, so ours may as well.
     while d > dense_units and share * wanted < d and 5 * (wanted + GUARDS) < d:
         found = _iterative(L_in, L_out, wanted, seed)
         if found is None:
             break
+        # Without a gap the pairs end inside a cluster: which
+        # of its vectors they are would be the solver's choice.
         if found.gap is not None or found.status != "converged":
             return found
         wanted = 2 * wanted  # the cluster at the cut is wider than the guards
@@ -231,9 +250,12 @@ def _iterative(L_in: sp.csr_matrix, L_out: sp.csr_matrix, wanted: int, seed: int
     found = _finish(L_in, L_out, solve_lobpcg(L_in, L_out, wanted, RESIDUAL, seed), wanted, "lobpcg")
     if found.status == "converged":
         return found
+    # Three dense matrices take 0.4 GB here, and LAPACK has no convergence to wait for.
     if d <= FALLBACK_UNITS:
         return None
     solved = solve_lanczos(L_in, L_out, wanted + GUARDS, RESIDUAL, seed)
+    # Two answers that did not converge are compared by what was measured. The better one
+    # is returned with its status: a score says that it is unsure, and the run goes on.
     if len(solved[0]) < wanted:
         return found
     other = _finish(L_in, L_out, solved, wanted, "lanczos")
@@ -245,10 +267,15 @@ def _finish(
 ) -> Eigenpairs:
     """Cut at the cluster, normalise, fix the signs and measure the residuals."""
     values, vectors, iterations = solved
+    # The span of a cluster of equal eigenvalues is defined, its single vectors are
+    # not. A cut through it would make the score depend on the solver and on rounding.
     cut, gap = _cut(values, wanted)
     z, V = values[:cut], vectors[:, :cut]
+    # Scale and sign are each solver's own. Set alike, dense,
+    # LOBPCG and Lanczos can be compared vector by vector.
     V = V / np.sqrt(np.einsum("ij,ij->j", V, L_out @ V))
     V = V * np.where(V[np.abs(V).argmax(axis=0), np.arange(cut)] < 0, -1.0, 1.0)
+    # SciPy's LOBPCG can stop at its first iteration with a warning alone, so no solver is taken at its word.
     image = L_out @ V
     residuals = np.linalg.norm(L_in @ V - image * z, axis=0) / np.maximum(
         np.abs(z) * np.linalg.norm(image, axis=0), np.finfo(float).tiny

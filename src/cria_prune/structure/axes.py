@@ -1,4 +1,10 @@
-"""The index algebra: every position of every tensor dimension carries the atom that it belongs to."""
+"""The index algebra: every position of every tensor dimension carries the atom that it belongs to.
+
+Legend: an atom is a whole number, one for each position of each dimension of a
+parameter. `Dim`: the atoms (n,) of one dimension of an activation, None where it is
+fixed. A tie says that two atoms leave together, a unit is a connected component of ties,
+a grid is a dimension that is a product of others. See docs/decisions/0001 and 0005.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +25,8 @@ class Grid:
 
     def ties(self, axis: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the ties if the units lie along `axis`."""
+        # Each flat position is tied to the one position of the axis
+        # that it lies over: along the others all leave together.
         sizes = [-1 if index == axis else 1 for index in range(self.flat.ndim)]
         rows = np.broadcast_to(self.factors[axis].reshape(sizes), self.flat.shape)
         return self.flat.ravel(), rows.ravel()
@@ -42,6 +50,8 @@ class State:
 
     def reason(self, atoms: np.ndarray) -> tuple[bool, str] | None:
         """Return (is strong, reason) if every one of these atoms is frozen."""
+        # A dimension with a frozen part still holds units (a stream to which channels
+        # are padded), so only one that is frozen as a whole is out of the question.
         units = self.labels[np.unique(atoms)].tolist()
         if not all(unit in self.strong or unit in self.weak for unit in units):
             return None
@@ -86,6 +96,8 @@ def resolve_grids(
     state = State(count, frozen, weak)
     chosen = heads  # labels that are the units of some grid
     waiting = list(grids)
+    # A grid that is decided ties and freezes labels that others look at, so the rest is looked at again.
+    # A choice is made only where none decides itself, for one grid, and may then decide the others.
     while waiting:
         undecided, ties = [], []
         for grid in waiting:
@@ -104,6 +116,8 @@ def resolve_grids(
 
 def _free_axis(grid: Grid, state: State) -> int | None:
     """Return the axis of the units, None if it is open, -1 if the grid is frozen (which is then noted)."""
+    # Reasons go both ways, from the flat dimension to its
+    # factors and back, so that every unit can say why it stays.
     whole = state.reason(grid.flat)
     if whole is not None:
         for factor in grid.factors:
@@ -113,6 +127,8 @@ def _free_axis(grid: Grid, state: State) -> int | None:
     free = [axis for axis, reason in enumerate(reasons) if reason is None]
     if not free:
         found = [reason for reason in reasons if reason is not None]
+        # That a head's size is summed over says little. A strong
+        # reason, such as an operation without a rule, goes first.
         state.freeze(grid.flat, next((reason for reason in found if reason[0]), found[0]))
         return -1
     return free[0] if len(free) == 1 else None
@@ -120,6 +136,10 @@ def _free_axis(grid: Grid, state: State) -> int | None:
 
 def _choose(grids: Sequence[Grid], state: State, chosen: np.ndarray) -> None:
     """Of the first grid that touches units of another one, else of the first, fix all axes but one."""
+    # No place in the network tells which factor holds the units. Where heads met they
+    # are heads, and what are units of another grid are units here. The outermost factor
+    # alone would be right for heads, and wrong for a shuffle and for a fused projection.
+    # Where this rule is wrong, a trial cut freezes the group (docs/decisions/0005).
     known = set(state.labels[chosen].tolist())
 
     def free(grid: Grid) -> list[int]:
@@ -163,6 +183,7 @@ class Units:
     def tie(self, first: Dim, second: Dim, reason: str) -> Dim:
         """Tie two dimensions position by position; a fixed one freezes the other with `reason`."""
         if first is None or second is None:
+            # A fixed dimension has no atoms that could leave, so what meets it cannot leave either.
             labelled = second if first is None else first
             self.freeze(labelled, reason)
             return labelled
@@ -199,6 +220,8 @@ class Units:
         if flat is None or len(sizes) == 1:
             return [flat] * len(sizes)
         grid = flat.reshape(sizes)
+        # Along an axis on which the atoms repeat (tiled, expanded) there are
+        # no units. With one axis left there is nothing to decide, and no grid.
         varies = [axis for axis in range(len(sizes)) if (grid != grid.take([0], axis)).any()]
         result: Axes = [None] * len(sizes)
         constant = tuple(axis for axis in range(len(sizes)) if axis not in varies)
@@ -207,6 +230,9 @@ class Units:
             if varies:
                 result[varies[0]] = grid
             return result
+        # A projection splits into heads × size, a fused one into 3 × heads ×
+        # size, a shuffle into 2 × half. At the split these look alike; so
+        # every factor gets atoms, and what the operations do to each decides.
         factors = tuple(self.fresh(sizes[axis]) for axis in varies)
         self._grids.append(Grid(grid, factors))
         for axis, factor in zip(varies, factors, strict=True):
@@ -220,6 +246,7 @@ class Units:
             return None
         held = [np.asarray(factors[axis]) for axis in labelled]
         inner = [size if axis in labelled else 1 for axis, size in enumerate(sizes)]
+        # A merge of several factors is the same question from the other side, so it makes a grid as well.
         if len(held) == 1:
             grid = held[0]
         else:
@@ -231,6 +258,8 @@ class Units:
 
     def resolve(self) -> Resolved:
         """Return the connected components with their reasons; the first reason noted is kept."""
+        # Ties come first: whether an axis of a grid is free depends
+        # on all that is tied to it anywhere in the network.
         classes = components(self.count, self._ties)
         frozen: dict[int, str] = {}
         for atoms, reason in self._frozen:
@@ -311,6 +340,8 @@ def common_factors(before: list[int], after: list[int]) -> list[tuple[int, int, 
     >>> common_factors([4, 6], [6, 4]) is None
     True
     """
+    # Boundaries are compared as products from the left. Where one does not divide the next,
+    # a position of the new shape takes from several of the old, and no factor passes whole.
     ends = [np.cumprod(before).tolist(), np.cumprod(after).tolist()]
     factors, last = [], 1
     for end in sorted({*ends[0], *ends[1]}):

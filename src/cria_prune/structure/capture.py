@@ -48,6 +48,7 @@ def capture(model: nn.Module, example: Batch) -> ExportedProgram:
 
 
 def _raise_clear(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> None:
+    # The plain forward is run first: if it fails as well, the example is at fault and not the capture.
     try:
         model(*args, **kwargs)
     except Exception as forward:

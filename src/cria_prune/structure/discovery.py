@@ -19,6 +19,8 @@ from cria_prune.structure.groups import Count, ParameterSlice, Role, Site, Tap, 
 from cria_prune.structure.rules.core import Context, Counted, WeightUse
 from cria_prune.structure.trace import Trace, trace
 
+# Names that say what they count. Any other number that happens to be equal is a
+# guess, and restated only where a trial cut fails without it (docs/decisions/0007).
 HEADS = re.compile(r"(^|_)n?heads?$")
 WIDTHS = {"all_head_size", "inner_dim", "attn_dim", "split_size", "attention_dim", "proj_size", "qkv_dim"}
 CONFIG_WIDTHS = {
@@ -71,6 +73,9 @@ def with_counts(
         names = {} if module is None else _names(module, item)
         if not names:
             continue
+        # One number may count units of several groups, as that of a fused
+        # projection does: each takes its share away. A group whose units are
+        # not counted equally often has no such share, and the number is left.
         units, times = np.unique(classes[item.atoms], return_counts=True)
         widths: dict[str, set[int]] = {}
         for unit, count in zip(units.tolist(), times.tolist(), strict=True):
@@ -108,6 +113,7 @@ def _holders(modules: Mapping[str, nn.Module], path: str, name: str, value: int)
     part = {"encoder": "decoder", "decoder": "encoder"}
     if any(f".{mine}." in f".{path}." and other in name for mine, other in part.items()):
         return []  # a field of the other half
+    # A configuration is shared by the modules around, and each holds its own reference to it.
     paths = [path]
     while path:
         path = path.rpartition(".")[0]
@@ -207,6 +213,7 @@ def _taps(context: Context) -> dict[tuple[str, Site], Place]:
     taps: dict[tuple[str, Site], Place] = {}
     for use in context.uses:
         if use.out_dim is not None and use.leaving is not None:
+            # The signal before the activation is what the batch norm gives, if the layer has one to itself.
             norm = _own_batch_norm(use.node)
             statistics = next((context.tensors[item] for item in norm if item in context.tensors), None)
             name = statistics or use.weight
@@ -219,6 +226,7 @@ def _taps(context: Context) -> dict[tuple[str, Site], Place]:
 
 def _own_batch_norm(node: Node) -> tuple[Node, ...]:
     """Return weight and running mean of the batch norm that alone reads this output."""
+    # Where anything else reads the output too, the norm is not a part of the layer.
     users = list(node.users)
     if len(users) == 1 and operation_name(users[0]) == "batch_norm" and users[0].args[0] is node:
         return tuple(item for item in (users[0].args[1], users[0].args[3]) if isinstance(item, Node))
@@ -227,6 +235,9 @@ def _own_batch_norm(node: Node) -> tuple[Node, ...]:
 
 def _signatures(places: list[Place], classes: np.ndarray, units: int) -> np.ndarray:
     """Return (units,) hashes: equal where units touch the same places with the same multiplicity."""
+    # Sums of salted counts are equal where places and multiplicities are. 63
+    # bits make a chance hit unlikely, and the fixed seed gives the same groups
+    # every time. The sums may overflow: they are taken modulo 2⁶⁴ on both sides.
     random = np.random.default_rng(0)
     signature = np.zeros(units, dtype=np.uint64)
     for place in places:
@@ -251,6 +262,8 @@ def _groups(
     """Collect units of equal signature into groups, in the order of the network; and their classes."""
     classes = resolved.classes
     signature = _signatures(places, classes, int(classes.max(initial=-1)) + 1)
+    # A group is frozen as a whole, so units that stay, and each
+    # reason for it, are groups apart from units that may leave.
     reasons = list(dict.fromkeys(resolved.frozen.values()))
     salts = dict(
         zip(
@@ -268,6 +281,7 @@ def _groups(
             positions = np.flatnonzero(signature[units] == key)
             order = np.argsort(units[positions], kind="stable")
             members = np.unique(units[positions])
+            # Equal signatures are equal counts here, so the positions of the units form a rectangle.
             rows = positions[order].reshape(len(members), -1).astype(np.int64)
             touched.setdefault(key, []).append(Touched(place, members, rows))
     rank = {weight: index for index, weight in enumerate(kinds)}
@@ -283,9 +297,11 @@ def _group(
 ) -> tuple[UnitGroup, np.ndarray] | None:
     """Build a group; its units are ordered by their position in the first producer. None without one."""
     made = [item for item in items if item.place.kind == "produces"]
+    # Dimensions that no layer produces (windows, inputs) are no units of their own.
     if not made:
         return None
     made.sort(key=lambda item: rank[item.place.tensor])
+    # Unit i is then the i-th output of the layer that gives the group its name.
     order = np.argsort(made[0].positions[:, 0], kind="stable")
     units = made[0].units[order].tolist()
     slices = [
@@ -325,6 +341,8 @@ def _kind(kind: str, units: list[int], made: list[Touched], resolved: Resolved) 
         return "kv group" if resolved.marked(units, "grouped") else "head"
     if resolved.marked(units, "residual"):
         return "residual"
+    # A product makes a gate only of two projections, or of two
+    # halves of one: a neuron scaled by something else is a neuron.
     gated = resolved.marked(units, "gated") and kind == "neuron"
     return "gated" if gated and (len(made) > 1 or made[0].positions.shape[1] > 1) else kind
 

@@ -274,6 +274,8 @@ def shrink(groups: UnitGroups, kept: Mapping[str, Sequence[int]]) -> UnitGroups:
     left = {key: np.unique(np.concatenate(parts)) for key, parts in taps.items()}
 
     def renumber(positions: np.ndarray, stays: np.ndarray, gone: np.ndarray | None) -> np.ndarray:
+        # Several groups may leave one dimension. A position
+        # moves down by all that left before it, whoever left.
         rows = positions[stays]
         return rows if gone is None else rows - np.searchsorted(gone, rows)
 
@@ -355,6 +357,7 @@ def counted_together(groups: Iterable[UnitGroup]) -> tuple[tuple[str, ...], ...]
             for item in group.counts
             if item.sure and item.name.startswith("config.")
         }
+        # One class may share a field with two that share none: all three become one.
         same = [entry for entry in joined if entry[0] & fields]
         joined = [entry for entry in joined if entry not in same]
         merged = [name for _, earlier in same for name in earlier]

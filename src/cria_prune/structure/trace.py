@@ -23,6 +23,7 @@ LAYERS = {
     "conv2d",
     "conv3d",
 }  # their rules look at the shapes of weights and results only
+# The same elements under another shape or type: the weight that is read through one of these is still itself.
 VIEWS = {
     "t",
     "transpose",
@@ -87,6 +88,8 @@ def _start(graph: Graph, context: Context, names: Mapping[str, str]) -> None:
         if node.op == "placeholder":
             name = names.get(node.name)
             if name is None:
+                # An input of the model: its sizes are the caller's,
+                # so they are fixed, and what depends on it is data.
                 context.axes[node] = [None] * len(getattr(node.meta.get("val"), "shape", ()))
                 context.data.add(node)
             else:
@@ -97,6 +100,7 @@ def _start(graph: Graph, context: Context, names: Mapping[str, str]) -> None:
 
 def follow(graph: Graph, context: Context) -> Any:
     """Apply the rule of every operation of a graph in order; return the arguments of its output."""
+    # What nothing reads must not freeze the units that it touches, and export leaves such operations behind.
     alive = live_nodes(graph)
     for node in graph.nodes:
         if node not in alive:
@@ -104,6 +108,10 @@ def follow(graph: Graph, context: Context) -> Any:
         if node.op == "get_attr":
             context.axes[node] = [None] * len(getattr(node.meta.get("val"), "shape", ()))
         elif node.op == "call_function":
+            # Two things are carried from node to node. Data is what depends on the input: a weight
+            # that scales the units is no second branch. Sources are the layers that an output
+            # comes from: GELU written out adds x and x³ of one layer, and only where different
+            # layers meet is there a residual stream (docs/log.md, structure of any network).
             if not context.data.isdisjoint(node.all_input_nodes):
                 context.data.add(node)
             inherited = [context.sources[item] for item in node.all_input_nodes if item in context.sources]
@@ -111,15 +119,21 @@ def follow(graph: Graph, context: Context) -> Any:
             uses = len(context.uses)
             wrapped = wrapped_graph(node)
             if wrapped is None:
+                # A size that depends on the data counts no atoms, and no rule can follow it. Layers
+                # look at their weights and results alone, so the size of their input is not asked for.
                 read = [] if operation_name(node) in LAYERS else node.all_input_nodes
                 known = all(map(_has_plain_shape, (node, *read)))
                 rule = RULES.get(operation_name(node), no_rule) if known else no_rule
                 context.axes[node] = rule(node, context)
+                # Behind a transpose or a conversion a layer still has to find the name of its weight.
                 source = node.args[0] if node.args else None
                 if operation_name(node) in VIEWS and source in context.tensors:
                     context.tensors[node] = context.tensors[source]
             else:
+                # A block under no_grad or autocast comes as a graph of
+                # its own. Without a look inside all of it would freeze.
                 context.axes[node] = _wrapper(wrapped, context)
+            # A rule that notes a use with outputs was a layer's: what comes out of it has this one source.
             if any(use.out_dim is not None for use in context.uses[uses:]):
                 context.sources[node] = frozenset([node])
         elif node.op == "output":
@@ -139,6 +153,8 @@ def live_nodes(graph: Graph) -> set[Node]:
     """Return the nodes that the output depends on, and those that write into a tensor."""
     alive: set[Node] = set()
     for node in reversed(graph.nodes):
+        # A write goes into another node's tensor, and no edge of the graph leads there: it counts as
+        # read. What has no schema is taken for one, so that nothing is passed over that may matter.
         schema = getattr(node.target, "_schema", None)
         writes = schema is None or schema.is_mutable
         if node.op in ("output", "placeholder") or (
@@ -185,6 +201,8 @@ def _wrapper(wrapped: tuple[Graph, list[Any]], context: Context) -> Any:
 def _freeze_two_ways(context: Context) -> None:
     """Freeze a weight that is multiplied from both sides: its signals could not be told apart."""
     roles: dict[tuple[str, int | None], set[str]] = {}
+    # A tied embedding is used both ways too: its columns are the rows that are picked, and are summed
+    # over in the output layer. Its two signals have sites of their own, so they are told apart.
     for use in context.uses:
         if operation_name(use.node) != "embedding":
             roles.setdefault((use.weight, use.in_dim), set()).add("consumes")
@@ -203,6 +221,7 @@ def _outputs(result: Any) -> list[Node]:
 def _parameter_names(
     program: ExportedProgram, model: nn.Module, tensors: Mapping[str, Tensor]
 ) -> dict[str, str]:
+    # Export may know a tied tensor under any of its names. The atoms are kept once, under the first.
     first = {id(tensor): name for name, tensor in reversed(list(tensors.items()))}
     everything: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     everything.update(model.named_buffers(remove_duplicate=False))

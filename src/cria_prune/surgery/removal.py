@@ -133,6 +133,7 @@ def restate_attributes(model: nn.Module, plan: Plan) -> None:
             continue
         config: Any = own.get(id(module), module.config)
         if len(agreed.get((id(config), edit.name), ())) > 1 and edit.before != edit.after:
+            # Layers that now differ cannot say so in one configuration.
             config = own[id(module)] = copy.copy(config)
             module.config = config
         if edit.before != edit.after:
@@ -157,10 +158,12 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False, share: bool = 
         StructureError: the plan names a tensor or size that the model does not have; nothing is changed.
     """
     passed("cut", model=model, plan=plan)
+    # All that can fail comes before the first change, so that no model is left half cut.
     tensors = named_tensors(model)
     cuts = check(tensors, plan)
     check_attributes(model, plan)
     smaller = {name: slice_tensor(tensors[name], items) for name, items in cuts.items()}
+    # By identity: a tensor of several names is cut once and stays one.
     replaced = {id(tensors[name]): tensor for name, tensor in smaller.items()}
     before = {id(tensors[name]): tuple(tensors[name].shape) for name in cuts}
     # A depthwise filter follows its channel; the outputs of a grouped convolution are produced.
@@ -168,6 +171,7 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False, share: bool = 
     owners = _owners(model, before)
     target = model
     if not inplace:
+        # The copy takes the cut tensors in place of the whole ones, so what is cut away is never copied.
         target = (shared_copy if share else copy_of)(model, replaced)
         names = {path: shapes for path, (_, shapes) in owners.items()}
         owners = {path: (target.get_submodule(path), shapes) for path, shapes in names.items()}

@@ -59,6 +59,7 @@ class _Trials:
         """Freeze the groups that fail a test, among those that are not frozen yet."""
         self.test = test
         chosen = [group.name for group in self.all.prunable if group.name not in self.frozen]
+        # Where all groups pass together, one trial is all that it takes.
         if chosen and self.failure(chosen) is not None:
             itself = self.failure([])
             if itself is not None:  # NaN, chance: it says nothing, so what is only assumed is not offered
@@ -97,6 +98,8 @@ class _Trials:
             text = self.failure(left) if left else None
             if text is None:
                 return
+            # Each passes alone and all fail: those under an assumption
+            # are the likelier cause, then nobody is spared.
             blamed = [name for name in left if self.groups[name].assumes or not assumed]
             self.frozen |= {name: self.reason(name, text) for name in blamed}
 
@@ -108,6 +111,8 @@ class _Trials:
 
     def restated(self, names: list[str]) -> bool:
         """Take the attributes that hold the same numbers too, if the trial passes with them."""
+        # All guesses are tried together, then each alone. Of those that help each is left out once:
+        # an attribute that need not be changed may count something else, and be equal by chance.
         before = {name: self.groups[name] for name in names}
         guesses = {item.name for group in before.values() for item in group.counts if not item.sure}
 
@@ -127,6 +132,7 @@ class _Trials:
         for name in sorted(guesses):  # no more of them than it takes
             if passes(guesses - {name}):
                 guesses.discard(name)
+        # The last trial also leaves the groups with the guesses that were kept.
         return passes(guesses)
 
     def halve(self, names: list[str], failure: str) -> None:
@@ -151,6 +157,8 @@ class _Trials:
 
         Numbered bounds can fit one cut by chance, so where they are assumed several cuts are tried.
         """
+        # A cut that happens to keep the numbered positions passes: a class of alike groups is tried
+        # twelve times, all groups together four times. One cut is enough where there are no such numbers.
         draws = 1 if not self.has_bounds(names) else 12 if len(self.alike(names)) == 1 else 4
         for seed in range(draws):
             try:
@@ -166,6 +174,7 @@ class _Trials:
 
     def cut(self, names: Sequence[str], seed: int) -> dict[str, np.ndarray]:
         """Draw what stays, about half at first; shares differ, so that equal sizes do not pass by chance."""
+        # Groups lose different shares, so that a number of one that fits another by chance is found out.
         generator = np.random.default_rng(seed)
         kept = {}
         for name in names:
@@ -184,6 +193,8 @@ class _Values:
 
     def failure(self, plan: Plan) -> str | None:
         """Cut a copy; an error says how it differs from the masked model."""
+        # Only what is cut is copied: a trial of the whole model
+        # in float64 each time made the search take minutes.
         with named_shortage("A trial cut of the model", LESS):
             smaller = apply(self.reference.model, plan, share=True)
         self.reference.compare(plan, smaller)
@@ -194,6 +205,8 @@ class _Shapes:
     """The model on the meta device, and the shapes of its outputs."""
 
     def __init__(self, model: nn.Module, example: Batch) -> None:
+        # A forward on the meta device costs next to nothing,
+        # so wrong shapes are found there before values are.
         self.model = meta_copy(model)
         self.example = map_tensors(example, lambda item: item.to("meta"))
         self.expected = self._outputs(self.model)

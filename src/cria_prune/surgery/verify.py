@@ -1,4 +1,10 @@
-"""Masked equals pruned: the proof, part of every run, that surgery did what the plan says."""
+"""Masked equals pruned: the proof, part of every run, that surgery did what the plan says.
+
+There are two masked twins. One is the dense model with zeros in the columns that
+read a removed unit (docs/decisions/0003). Where a normalisation takes its
+statistics over the units it is the dense model's captured operations, run one by
+one without the removed positions (0006). Neither shares code with the slicing.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +54,7 @@ class Twin:
     def outputs(self, plan: Plan) -> list[Tensor]:
         """Return the tensors of the model's output, in the order of its tree."""
         context, resolved = self._trace.context, self._trace.resolved
+        # A cut names some of a unit's places. Its class of atoms has them all, those between operations too.
         removed = np.zeros(int(resolved.classes.max(initial=-1)) + 1, dtype=bool)
         for cut in plan.cuts:
             gone = np.setdiff1d(np.arange(cut.size), cut.kept)
@@ -74,6 +81,7 @@ class Twin:
             elif node.name in constants:
                 values.append(program.constants[constants[node.name]])
             else:
+                # A forward may write into its input, and the twin runs for several plans.
                 values.append(next(given).clone() if isinstance(node.meta.get("val"), Tensor) else None)
         return values
 
@@ -86,6 +94,8 @@ class Twin:
             if item is None:
                 return None
             found = np.flatnonzero(removed[self._trace.resolved.classes[item]])
+            # Indices that stayed on the CPU made every trial of a model on a GPU fail,
+            # and a trial that fails freezes its group without a word (docs/log.md).
             return torch.from_numpy(found).to(self._device) if len(found) else None
 
         return cast(list[Any], positions(self._trace.context.axes.get(node, [])))
@@ -114,6 +124,8 @@ class _Run:
                 value = _attribute(node)
             else:
                 value = self._call(node)
+            # After every operation anew: exp, a bias or a softmax
+            # make something else of the zeros that went in.
             self.gone[node] = self.twin.gone(node, self.removed)
             self.values[node] = _without(value, self.gone[node])
         return None
@@ -126,16 +138,19 @@ class _Run:
         if wrapped is not None:
             graph, arguments = wrapped
             inner = [self.values[item] if isinstance(item, Node) else item for item in arguments]
+            # The operations of an autocast block stand in a graph that does not know of it.
             cast_on = operation_name(node) == "wrap_with_autocast" and bool(args[2])
             with torch.autocast(args[0], dtype=args[1]) if cast_on else nullcontext():
                 return self.run(graph, inner)
         source = node.args[0] if node.args else None
         gone = self.gone.get(source, []) if isinstance(source, Node) else []
         name, target = operation_name(node), cast(Any, node.target)
+        # A norm over a dimension from which units left: its statistics are those of the units that stay.
         if name in {"layer_norm", "rms_norm"} and gone and gone[-1] is not None:
             return _over_kept(target, args, gone[-1], -1)
         if name == "group_norm" and gone[1] is not None and argument(node, 1, "num_groups") == 1:
             return _over_kept(target, args, gone[1], 1)
+        # The same of a norm that is written out: the mean, variance or norm is taken without them.
         if name in STATISTICS and any(item is not None for item in gone):
             return target(_kept(args[0], gone, node), *args[1:], **kwargs)
         return target(*args, **kwargs)
@@ -184,6 +199,8 @@ def _complement(size: int, gone: Tensor) -> Tensor:
     return torch.nonzero(stays).ravel()
 
 
+# Both sides add the same numbers, in another order. Right cuts came out at about 1e-15 on every
+# network tried (docs/log.md), so the bounds leave room for depth and none for a wrong unit.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 ROUNDED = 1e-6
 """Tolerance in float64 where the forward rounds to float32 on its way, as the norms of transformers' Llama
@@ -218,6 +235,8 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
 def _zero_consumers(tensors: Mapping[str, Tensor], plan: Plan) -> None:
     with torch.no_grad():
         for cut in plan.cuts:
+            # A consumer sums over this dimension, so zero columns are zero inputs. No hook is needed,
+            # and nothing is shared with the slicing that is to be proved (docs/decisions/0003).
             if cut.role == "consumes":
                 gone = torch.ones(cut.size, dtype=torch.bool)
                 gone[list(cut.kept)] = False
@@ -320,6 +339,7 @@ class Reference:
             same = _is_of(smaller, self.dtype)
             found = self._run(smaller if same else _in_type(copy_of(smaller), self.dtype))
         except Exception as error:
+            # A lack of memory says nothing of the cut.
             if ran_out(error):
                 raise
             raise VerificationError(
@@ -332,6 +352,7 @@ class Reference:
             str(self.dtype).removeprefix("torch."),
             "operations" if plan.normed else "weights",
         )
+        # Written so that NaN fails.
         if not result.difference <= result.tolerance:
             raise VerificationError(
                 f"Outputs of the pruned model equal to the masked model's within {result.tolerance:g}",
@@ -345,6 +366,7 @@ class Reference:
         usual = TOLERANCE[self.dtype]
         if difference <= usual or self.dtype is not torch.float64:
             return usual
+        # Watching every operation is dear, and most cuts are within the usual bound.
         with _Rounding() as seen:
             self._run(self.model)
         return ROUNDED if seen.found else usual
@@ -354,6 +376,7 @@ class Reference:
         try:
             return self.masked_outputs(plan)
         except Exception as error:
+            # Once for all further calls: the copy stays in float32.
             if self.dtype is torch.float64:  # the forward makes tensors of its own type, or memory is lacking
                 self.dtype, self._trace = torch.float32, None
                 self.model = _in_type(self.model, self.dtype)
@@ -370,6 +393,7 @@ class Reference:
         """Return the outputs of the masked twin."""
         if plan.normed:
             return Twin(self.trace(), self._batch()).outputs(plan)
+        # Masked in place and put back. A copy for each plan was what made trial cuts slow (docs/log.md).
         tensors = named_tensors(self.model)
         names = {cut.tensor for cut in plan.cuts if cut.role == "consumes"}
         before = {name: tensors[name].detach().clone() for name in names}
@@ -440,6 +464,7 @@ def difference(expected: list[Tensor], found: list[Tensor]) -> float:
 
 def _distance(one: Tensor, other: Tensor) -> float:
     """Return the difference of two outputs (n,), a block at a time: logits of a long text are large."""
+    # A sample is enough for a median.
     usual = one[:: -(-len(one) // BLOCK)]  # every output, or as many as a block holds
     usual = (usual if usual.is_complex() else usual.double()).abs()
     usual = usual[usual.isfinite()]
@@ -449,8 +474,10 @@ def _distance(one: Tensor, other: Tensor) -> float:
             a, b = a.double(), b.double()
         equal, sizes = a == b, a.abs()
         apart = (a - b).abs().masked_fill_(equal, 0.0)  # equal infinities are equal
+        # NaN on one side, or on both: outputs that are no numbers prove nothing.
         if bool(apart.isnan().any()):
             return float("inf")
+        # A logit that was masked to −1e9 on both sides would make any difference look small.
         differing = sizes[sizes.isfinite() & ~equal]
         scale = max(scale, float(differing.max()) if len(differing) else 0.0)
         worst = max(worst, float(apart.max()))

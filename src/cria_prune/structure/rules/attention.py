@@ -46,6 +46,8 @@ def product(node: Node, left: Node, right: Node, context: Context) -> Any:
         context.units.tie(first[-1], second[0], MODEL_INPUT)
         context.use(node, right, (0, 1), -1, first[-1], second[1], float(np.prod(shape(node)[:-1])))
         return [*first[:-1], second[1]]
+    # Two activations: their sum has no weight to cut. The dimension is fixed weakly,
+    # for it is the size of a head, and the heads beside it in the grid are free.
     reason = f"is summed over by {context.where(node)}"
     fix_sum(context, [first[-1], second[-2]], reason)
     batch = meet_batches(node, context, (first[:-2], shape(left)[:-2]), (second[:-2], shape(right)[:-2]))
@@ -63,6 +65,9 @@ def meet_batches(node: Node, context: Context, *items: tuple[Axes, list[int]]) -
     batch = broadcast(list(items), max(len(sizes) for _, sizes in items), node, context)
     for back in range(1, len(batch) + 1):
         along = [axes[-back] for axes, sizes in items if back <= len(sizes)]
+        # Where both sides of a product have units along a batch dimension,
+        # each meets its own: queries and keys of a head. Fewer different units
+        # on one side are KV heads that were repeated for several query heads.
         held = [item for item in along if item is not None]
         if len(held) > 1:
             context.units.mark(held[0], "head")
@@ -79,6 +84,8 @@ def attention(node: Node, context: Context) -> Axes:
     sizes = [shape(item) for item in (query, key, value)]
     if argument(node, 7, "enable_gqa", False):
         for axes, size in ((k, sizes[1]), (v, sizes[2])):
+            # The kernel repeats KV heads inside. Written out,
+            # each of them meets the query heads that read it.
             repeats = sizes[0][-3] // size[-3]
             axes[-3] = None if axes[-3] is None else np.repeat(axes[-3], repeats)
             size[-3] *= repeats
@@ -89,6 +96,7 @@ def attention(node: Node, context: Context) -> Axes:
     )
     mask = argument(node, 3, "attn_mask")
     if isinstance(mask, Node):
+        # A mask may have a dimension of heads, as a position bias has, and is then cut with them.
         scores = ([*batch, None, None], [*shape(node)[:-1], sizes[1][-2]])
         batch = broadcast([scores, (context.of(mask), shape(mask))], len(batch) + 2, node, context)[:-2]
     return [*batch, None, v[-1]]
@@ -128,6 +136,7 @@ def einsum(node: Node, context: Context) -> Any:
 
 def _einsum_weight(node: Node, items: list[Node], terms: list[str], result: str, context: Context) -> bool:
     """Note the use of a weight: activation × two-dimensional parameter with one summed letter."""
+    # A letter twice in one term is a diagonal.
     if len(items) != 2 or len(set(terms[0])) != len(terms[0]) or len(set(terms[1])) != len(terms[1]):
         return False
     place = next((index for index in (0, 1) if items[index] in context.tensors), None)

@@ -97,6 +97,9 @@ class Context:
 
         A weight that is computed, and no parameter, freezes its units.
         """
+        # A weight that is computed (a parametrization, a weight norm) cannot be
+        # cut as a parameter is. It is still noted where a parameter of its shape
+        # is behind it: its layer is listed and its multiplications are counted.
         if weight in self.tensors:
             in_dim, out_dim = (None if dim is None else self.parameter_dim(weight, dim) for dim in dims)
             name = self.tensors[weight]
@@ -117,6 +120,7 @@ class Context:
             node = waiting.pop()
             if node in self.tensors and shape(node) == shape(weight):
                 return self.tensors[node]
+            # What is computed from the input is no weight at all, so the search stops there.
             waiting += [item for item in node.all_input_nodes if item not in seen and item not in self.data]
             seen.update(node.all_input_nodes)
         return None
@@ -149,6 +153,8 @@ def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
 
 def no_rule(node: Node, context: Context) -> Any:
     """Freeze all that touches an operation that has no rule."""
+    # An operation that is not known may mix, move or count
+    # units. Freezing prunes less than could be, never wrongly.
     for item in node.all_input_nodes:
         axes = context.axes.get(item, [])
         freeze_all(axes, context, f"no rule for the operation {context.where(node)}")
@@ -167,6 +173,7 @@ def freeze_all(axes: Iterable[Any], context: Context, reason: str) -> None:
             context.units.freeze(item, reason)
 
 
+# Each position of the result comes from the same position of the inputs. Values play no part here, places do.
 ELEMENTWISE = """
     __and__ __invert__ __or__ __xor__ _to_copy abs add addcdiv addcmul alias alpha_dropout bernoulli
     bitwise_and bitwise_not bitwise_or celu clamp clamp_max clamp_min clone contiguous cos cosh
@@ -200,8 +207,12 @@ def meet_statistics(node: Node, items: list[Node], result: Axes, context: Contex
         if item in context.statistics:
             back, atoms = context.statistics[item]
             met = result[back]
+            # Not met yet: a mean + eps, or its root, is still the statistic.
             if shape(node)[back] == 1:
                 context.statistics[node] = (back, atoms)
+            # A norm's statistic comes back to the units that it was taken over, and the twin
+            # of operations can leave units out of it. One that meets anything else (a gate,
+            # a classifier) changes with every cut, so its units stay (docs/decisions/0006).
             elif met is None or len(met) != len(atoms):
                 reason = f"has a statistic that meets other units in {context.where(node)}"
                 context.units.freeze(atoms, reason)
@@ -220,6 +231,7 @@ def _mark_branches(node: Node, result: Axes, branches: list[Node], context: Cont
         return
     for back in range(1, len(result) + 1):
         held = [context.axes[item][-back] for item in branches if back <= len(shape(item))]
+        # Equal atoms on both sides are one branch that meets itself, as in x · sigmoid(x).
         labelled = [item for item in held if item is not None]
         if any(not np.array_equal(labelled[0], other) for other in labelled[1:]):
             context.units.mark(result[-back], mark)
@@ -229,6 +241,7 @@ def broadcast(items: list[tuple[Axes, list[int]]], rank: int, node: Node, contex
     """Tie (axes, shape) pairs as broadcasting does; return `rank` axes."""
     result: Axes = [None] * rank
     for back in range(1, rank + 1):
+        # A dimension of one is stretched over the others' units and ties nothing.
         present = [(axes[-back], sizes[-back]) for axes, sizes in items if back <= len(sizes)]
         meeting = [dim for dim, size in present if size != 1]
         if not meeting:  # a width of one, or nothing but broadcasting
@@ -251,6 +264,8 @@ def factory(node: Node, context: Context) -> Axes:
     axes: Axes = [None] * len(shape(node))
     for dim, size in enumerate(shape(node)):
         if size > 1:
+            # Its sizes may be the very numbers that count units elsewhere (T5's position bias),
+            # so it has atoms like a parameter and may be tied to them (docs/decisions/0007).
             axes[dim] = context.units.fresh(size)
             context.count(node, size, axes[dim])
             context.units.assume(axes[dim], f"{context.where(node)} takes its sizes from its input")

@@ -32,6 +32,7 @@ def linear(node: Node, context: Context) -> Axes:
     axes, weights = context.of(data), context.of(weight)
     context.units.tie(axes[-1], weights[1], MODEL_INPUT)
     follow_units(context, node, weights[0], argument(node, 2, "bias"))
+    # Each element of the weight multiplies once for every row, which is what the MACs are counted by.
     context.use(node, weight, (1, 0), -1, axes[-1], weights[0], float(np.prod(shape(node)[:-1])))
     return [*axes[:-1], weights[0]]
 
@@ -55,6 +56,7 @@ def embedding(node: Node, context: Context) -> Axes:
     weight, indices = cast(tuple[Node, Node], node.args[:2])
     rows, columns = context.of(weight)
     context.units.fix(rows, "are the rows of an embedding, picked by the data")
+    # Rows are picked and not multiplied, so there are no MACs.
     context.use(node, weight, (None, 1), -1, None, columns, 0.0)
     freeze_all(context.of(indices), context, f"picks rows in {context.where(node)}")
     return [*[None] * len(shape(indices)), columns]
@@ -76,12 +78,15 @@ def convolution(node: Node, context: Context) -> Axes:
     dims: tuple[int | None, int | None] = (1, 0)
     if groups > 1 and argument_shape(node, 1)[1] == 1:
         # Depthwise: each input channel makes its own outputs, so both leave together.
+        # A depthwise filter follows its channel like a bias: it has no dimension that sums over channels.
         multiplier = len(leaving) // groups
         repeated = None if entering is None else np.repeat(entering, multiplier)
         context.units.tie(repeated, leaving, MODEL_INPUT)
         context.units.freeze(weights[1], "is the single input of a depthwise filter")
         dims = (None, None)
     elif groups > 1:
+        # The weight has one dimension for the inputs of all groups. A group that lost more than another would
+        # need a weight of another shape; so position i leaves all of them, on the side of the outputs too.
         context.units.tie(entering, np.tile(weights[1], groups), MODEL_INPUT)
         rows = leaving.reshape(groups, -1)
         context.units.tie(np.tile(rows[0], groups), leaving, MODEL_INPUT)
@@ -166,6 +171,7 @@ def pixel_shuffle(node: Node, context: Context) -> Axes:
     units = axes[-3]
     if units is not None:
         if before[-3] > after[-3]:
+            # The r² channels behind each other make one channel of the larger picture.
             rows = units.reshape(-1, ratio)
             context.units.tie(np.repeat(rows[:, 0], ratio), units, "")
             units = rows[:, 0]
@@ -204,6 +210,8 @@ def layer_norm(node: Node, context: Context) -> Axes:
     parameters = [argument(node, 2, "weight"), argument(node, 3, "bias") if len(node.args) > 3 else None]
     if depth == 1:
         follow_units(context, node, axes[-1], *(item for item in parameters if isinstance(item, Node)))
+        # The statistics are over the units, and zeros would count in
+        # them: the masked twin runs the operations (docs/decisions/0006).
         context.units.mark(axes[-1], "normed")
         context.count(node, shape(node)[-1], axes[-1], "normalized_shape")
         return axes
@@ -228,6 +236,8 @@ def group_norm(node: Node, context: Context) -> Axes:
     if groups == 1:
         context.units.mark(channels, "normed")
     else:
+        # A group has statistics of its own. When it leaves whole, those of the
+        # others do not change, and the number of groups still divides the channels.
         rows = channels.reshape(groups, -1)
         context.units.tie(np.repeat(rows[:, 0], rows.shape[1]), channels, "")
         context.count(node, groups, rows[:, 0], "num_groups", "groups")
@@ -246,6 +256,8 @@ def reduction(node: Node, context: Context) -> Any:
         return freeze_pair(node, context)
     name = operation_name(node)
     reduced = reduced_dims(node, len(axes))
+    # x / sqrt(mean(x²)) is a norm that is written out: the
+    # mean comes back to the very positions it was taken over.
     normalises = len(reduced) == 1 and name in STATISTICS and _is_broadcast_back(node, *reduced)
     for dim in reduced:
         if normalises:
@@ -291,6 +303,8 @@ def _is_broadcast_back(node: Node, dim: int) -> bool:
     if any(item == 0 for item in shape(node)) or len(shape(node)) != len(shape(node.all_input_nodes[0])):
         return False
     back = dim - len(shape(node))
+    # Every reader is followed as long as the dimension has size
+    # one, and what it meets at last has to be elementwise.
     waiting = [node]
     while waiting:
         for user in waiting.pop().users:
@@ -320,6 +334,7 @@ def glu(node: Node, context: Context) -> Axes:
     dim = dim_argument(node, 1, "dim", len(axes), -1)
     units = axes[dim]
     if units is not None:
+        # The halves are multiplied position by position, so they leave together.
         first, second = np.split(units, 2)
         axes[dim] = context.units.tie(first, second, "")
         context.units.mark(first, "gated")

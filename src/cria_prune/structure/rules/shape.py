@@ -32,12 +32,16 @@ def reshape(node: Node, context: Context) -> Axes:
     axes, before, after = context.of(node.args[0]), argument_shape(node), shape(node)
     result: Axes = [None] * len(after)
     as_type = operation_name(node) == "view" and isinstance(node.args[1], torch.dtype)
+    # Products of an empty shape are all 0, and a view of another
+    # type has other numbers: no position can be followed.
     if 0 in before or as_type:
         return no_rule(node, context)
     for ins, outs in reshape_segments(before, after):
         if all(axes[dim] is None for dim in ins):
             continue
         factors = common_factors([before[dim] for dim in ins], [after[dim] for dim in outs])
+        # A boundary of one shape lies inside a factor of the
+        # other, so a new position takes from several units.
         if factors is None:
             freeze_all([axes[dim] for dim in ins], context, f"is mixed by {context.where(node)}")
             continue
@@ -49,6 +53,8 @@ def reshape(node: Node, context: Context) -> Axes:
             result[dim] = context.units.merge(
                 [parts[place] for place in inside], [factors[place][0] for place in inside]
             )
+        # The sizes of both shapes may be attributes of the module,
+        # such as `num_heads`, which then have to be restated.
         for sizes, held, places in ((before, axes, ins), (after, result, outs)):
             for dim in places:
                 context.count(node, sizes[dim], held[dim])
@@ -61,6 +67,8 @@ def _note_literals(node: Node, context: Context, result: Axes) -> None:
     name = operation_name(node)
     literal = sizes_argument(node) if name in {"view", "reshape", "_unsafe_view"} else None
     for dim, atoms in enumerate(result):
+        # Torch works a −1 out by itself. Any other number may be read from
+        # x.shape or written down; the capture holds the same number for both.
         if (literal and literal[dim] != -1) or name == "unflatten":
             context.units.assume(atoms, f"{context.where(node)} takes its sizes from its input")
 
@@ -156,6 +164,7 @@ def repeat_interleave(node: Node, context: Context) -> Any:
 @rule("cat", "concat", "concatenate")
 def concatenate(node: Node, context: Context) -> Axes:
     """Units of the parts, one after the other; a fixed part stays."""
+    # torch.cat passes over an empty tensor of one dimension, whatever the others' shapes.
     parts = [item for item in cast(list[Node], node.args[0]) if shape(item) != [0]]
     dim = dim_argument(node, 1, "dim", len(shape(node)))
     result = context.of(parts[0])
@@ -168,6 +177,8 @@ def concatenate(node: Node, context: Context) -> Axes:
     if all(item is None for item in along):
         result[dim] = None
         return result
+    # A fixed part takes places as well. Without atoms the
+    # units behind it would be counted from a wrong place.
     reason = f"is a fixed part of {context.where(node)}"
     result[dim] = np.concatenate(
         [
@@ -199,6 +210,10 @@ def split(node: Node, context: Context) -> list[Axes]:
     units = axes[dim]
     if units is None:
         return [list(axes) for _ in sizes]
+    # Two kinds of code come here. `chunk` divides by a number of parts: equal parts
+    # stay equal if all lose the same positions, and unequal ones would be divided
+    # elsewhere after a cut. `split` has sizes, which the code may compute or hold;
+    # equal parts may have one number for all, so they lose the same positions too.
     parts = np.split(units, np.cumsum(sizes)[:-1])
     by_number = operation_name(node) in {"chunk", "unsafe_chunk", "tensor_split"}
     if len(set(sizes)) == 1:
@@ -217,6 +232,7 @@ def unbind(node: Node, context: Context) -> list[Axes]:
     """One output per position of a dimension, which is fixed."""
     axes = context.of(node.args[0])
     dim = dim_argument(node, 1, "dim", len(axes))
+    # Weakly: the `3` of a fused projection is taken apart, and the heads beside it in the grid may go.
     context.units.fix(axes[dim], f"is taken apart by {context.where(node)}")
     return [axes[:dim] + axes[dim + 1 :] for _ in node.meta["val"]]
 
@@ -244,6 +260,8 @@ def slice_dimension(node: Node, context: Context) -> Axes:
     if operation_name(node) == "narrow":
         stop, step = start + int(cast(int, stop)), 1
     part = units[slice(start, stop, step)]
+    # Every second position of what stays would be other units. A part from the front may end
+    # at `C // 2`, which adapts, or at a number that is written down: a trial cut shows which.
     if step != 1:
         context.units.freeze(units, f"is sliced at fixed positions by {context.where(node)}")
     elif len(part) < before[dim]:
@@ -265,6 +283,7 @@ def select(node: Node, context: Context) -> Axes:
 def write_into(node: Node, context: Context) -> Any:
     """Values written into a tensor meet its units; into a numbered part of the units: no rule."""
     target, source = cast(tuple[Node, Node], node.args[:2])
+    # The write goes through views into the whole tensor, so it is the whole one's units that it may meet.
     view = target
     while operation_name(view) in {"slice", "select"}:
         whole = cast(Node, view.args[0])
@@ -282,6 +301,7 @@ def index(node: Node, context: Context) -> Any:
     source, indices = cast(tuple[Node, list[Node | None]], node.args[:2])
     axes = context.of(source)
     indexed = [place for place, item in enumerate(indices) if item is not None]
+    # A mask of several dimensions takes them all at once and gives one, of a size that the data decides.
     if any(
         len(shape(item)) > 1 and "bool" in str(item.meta["val"].dtype) for item in indices if item is not None
     ):
@@ -293,6 +313,8 @@ def index(node: Node, context: Context) -> Any:
         [axes[place] for place in indexed], context, f"is picked from by index in {context.where(node)}"
     )
     rank = len(shape(node)) - (len(axes) - len(indexed))
+    # As NumPy has it: indexed dimensions side by side leave
+    # their result in their place, others put it in front.
     adjacent = indexed == list(range(indexed[0], indexed[0] + len(indexed)))
     left = axes[: indexed[0]] if adjacent else []
     right = [item for place, item in enumerate(axes) if place not in indexed and place >= len(left)]
@@ -344,6 +366,7 @@ def roll(node: Node, context: Context) -> Any:
 def triangle(node: Node, context: Context) -> Any:
     """The last two dimensions are fixed; the others pass."""
     axes = context.of(node.args[0])
+    # Which entries stay is a matter of place: after a cut another diagonal would be kept.
     freeze_all(axes[-2:], context, f"is cut to a triangle by {context.where(node)}")
     return axes
 
@@ -360,10 +383,13 @@ def pad(node: Node, context: Context) -> Axes:
         units = axes[dim]
         if units is None or (left == 0 and right == 0):
             continue
+        # Cropping drops numbered units, and reflected padding copies some of them.
         if left < 0 or right < 0 or mode != "constant":
             context.units.freeze(units, f"is padded or cropped at fixed positions by {context.where(node)}")
             axes[dim] = None
             continue
+        # The shortcut of a CIFAR ResNet pads channels. The padded places stay, and
+        # so do the units that are added to them; those in the middle may leave.
         reason = f"is padded with a fixed number of channels by {context.where(node)}"
         ends = [fixed_atoms(context, left, reason), units, fixed_atoms(context, right, reason)]
         axes[dim] = np.concatenate(ends)
