@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 from generator import network, shrunk
 from generator_check import Outcome, check, check_seed, coverage, plain_reason, same_failure
 

@@ -16,6 +16,7 @@ import scale_table
 from coverage_table import table
 from cria_prune import CRITERIA
 from cria_prune.base.metrics import metric
+from cria_prune.config import SETTINGS
 from macs_table import macs_table
 from result_cells import (
     LLAMA,
@@ -195,12 +196,18 @@ def demo() -> list[str]:
 
 
 def criteria() -> list[str]:
-    """Every criterion with what it scores, what it needs and where it comes from."""
+    """Every criterion with what it scores, what it needs, which settings it reads and where it comes from."""
     rows = [
-        [f"`{item.name}`", item.summary, ", ".join(sorted(item.needs)) or "weights alone", item.source]
+        [
+            f"`{item.name}`",
+            item.summary,
+            ", ".join(sorted(item.needs)) or "weights alone",
+            ", ".join(name for name in SETTINGS if name in item.reads) or "none",
+            item.source,
+        ]
         for item in CRITERIA.values()
     ]
-    return table(["name", "what it scores", "needs", "source"], rows)
+    return table(["name", "what it scores", "needs", "reads", "source"], rows)
 
 
 def blocks() -> dict[str, dict[str, list[str]]]:

@@ -188,7 +188,7 @@ def ablate(
         evaluate: a model to the metric; the model it gets is a copy that it may change.
         shares: of the units of every group, each between 0 and 1.
         seeds: one random order each; a group's order depends on the seed and the group's name alone.
-        measure: name of the metric, see `metrics.metric`, or the metric itself.
+        measure: name of the metric, see `base.metrics.metric`, or the metric itself.
         example: one batch; every cut is then compared with its masked twin on it.
         reference: in place of an example, what the cuts are compared with (`Prepared.reference`).
         progress: where to show how far it is; silent if None.

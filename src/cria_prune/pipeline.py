@@ -47,7 +47,7 @@ def prune(
 ) -> PruneResult:
     """Make a trained model smaller: record, score, plan and cut, round by round; no weight is trained.
 
-    With several processes (`cria_prune.ranks`), which all make this call, the passes over the data and the
+    With several processes (`base.ranks`), which all make this call, the passes over the data and the
     scoring are shared out, and all return the same.
 
     The model is left untouched. In every round masked equals pruned is verified against it, or with repair

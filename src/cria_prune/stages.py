@@ -98,7 +98,7 @@ class Prepared:
         )
 
     def check_reach(self) -> None:
-        """Raise a TargetError if the plan's reduction cannot be reached; see `scope.check_reach`."""
+        """Raise a TargetError if the plan's reduction cannot be reached; see `selection.check_reach`."""
         within = Scope(self.dense, self.allowed)
         check_reach(self.structure, self.found, self.config.plan, within)
 
@@ -106,7 +106,7 @@ class Prepared:
         """Return the same model prepared for another configuration; nothing is captured again.
 
         Raises:
-            StructureError: see `scope.scope`.
+            StructureError: see `selection.scope`.
         """
         within = scope(self.structure, self.found, config.plan)
         return replace(

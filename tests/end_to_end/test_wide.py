@@ -13,12 +13,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cria_prune import PlanConfig, PruneConfig, discover, prune, record, spectrum
+from cria_prune import PlanConfig, PruneConfig, discover, prune, record
 from cria_prune.config import RecordConfig, ScoreConfig
 from cria_prune.criteria.score import score
 from cria_prune.criteria.table import CRITERIA
 from cria_prune.graph.moments import MomentAccumulator, Moments
-from cria_prune.spectrum.distortions import SKETCH_RIDGE, innovation, unpredicted
+from cria_prune.spectrum.distortions import SKETCH_RIDGE, distortion, innovation, unpredicted
 from cria_prune.spectrum.importance import rank_correlation
 
 UNITS = 2100
@@ -134,15 +134,15 @@ def test_the_size_of_blocks_changes_no_score(monkeypatch: pytest.MonkeyPatch) ->
     X = signals(120, 400)
     before, after = sketch(X.float(), 400), sketch(X.relu().float(), 400)
     monkeypatch.setattr("cria_prune.spectrum.distortions.DENSE_UNITS", 64)
-    whole = spectrum.distortion(before, after, neighbors=5).scores
+    whole = distortion(before, after, neighbors=5).scores
     for path, name, size in (
-        ("graph.neighbors", "BLOCK", 37),
-        ("graph.neighbors", "ROWS", 7),
-        ("graph.neighbors", "EDGE_BLOCK", 50),
+        ("graph.graph", "BLOCK", 37),
+        ("graph.graph", "ROWS", 7),
+        ("graph.graph", "EDGE_BLOCK", 50),
         ("spectrum.pcg", "ROWS", 50),
-        ("spectrum.scoring", "EDGES", 50),
+        ("spectrum.distortions", "EDGES", 50),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(sys.modules[f"cria_prune.{path}"], name, size)
-            found = spectrum.distortion(before, after, neighbors=5).scores
+            found = distortion(before, after, neighbors=5).scores
         torch.testing.assert_close(found, whole, rtol=1e-5, atol=0, msg=f"{path}.{name}")

@@ -77,7 +77,7 @@ def check_file(path: Path | None, overwrite: bool) -> None:
 
 
 def keep(folder: Path, model: nn.Module, plan: Plan, **described: Any) -> None:
-    """Save a checkpoint into the folder in place of the one there; `described` goes to `artifact.save`.
+    """Save a checkpoint into the folder in place of the one there; `described` goes to `checkpoint.save`.
 
     Both files are written aside first and then renamed while Ctrl-C waits, so that an
     interrupted run leaves a whole checkpoint. What is kept of an earlier run, and its report, is removed.

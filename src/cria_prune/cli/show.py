@@ -167,7 +167,7 @@ def diagnosis(talk: Talk, groups: Mapping[str, Mapping[str, Any]]) -> None:
 def report(
     result: PruneResult, results: Mapping[str, Any], metric: str, origin: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what a run keeps for its page: plain JSON, see `artifact.history.write_run`."""
+    """Return what a run keeps for its page: plain JSON, see `report.folder.write_run`."""
     cost = OF.texts[results["of"]]
     return {
         **results,

@@ -135,7 +135,7 @@ def find(name: str, texts: Texts | None = None) -> Target:
 
 
 def recipe(name: str, **options: Any) -> Target:
-    """Return the recipe of that name; options as in `tasks.task`.
+    """Return the recipe of that name; options as in `recipes.registry.task`.
 
     Raises:
         ConfigError: no such recipe, or it has no such option.

@@ -40,7 +40,7 @@ def score(
 ) -> dict[str, Importance]:
     """Score the units of every prunable group: high is kept, low is a candidate for removal.
 
-    With several processes (`cria_prune.ranks`) each scores its share of the groups, and all get all scores.
+    With several processes (`base.ranks`) each scores its share of the groups, and all get all scores.
 
     Args:
         model: the live model; only its weights are read.

@@ -301,7 +301,7 @@ def register_criterion(
         >>> prune(net, [torch.randn(32, 4) for _ in range(4)], config).model[0].out_features
         7
 
-        >>> from cria_prune.criteria import unregister_criterion
+        >>> from cria_prune.criteria.table import unregister_criterion
         >>> unregister_criterion("swing")
     """
     asked = f"Registering the criterion {name!r}"

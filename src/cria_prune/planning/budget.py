@@ -155,7 +155,7 @@ def least_kept(group: UnitGroup, floor: float) -> int:
 def largest_reachable(groups: UnitGroups, floor: float, of: str, *, dense: UnitGroups | None = None) -> float:
     """Return the largest share of the dense cost that can be gone with the floor kept.
 
-    With `uniform`, a multiple or allowed numbers it is less: see `stairs.reachable`.
+    With `uniform`, a multiple or allowed numbers it is less: see `planning.selection.reachable`.
 
     Args:
         groups: the structure now.

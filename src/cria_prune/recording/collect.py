@@ -43,7 +43,7 @@ def record(
 ) -> States:
     """Run the model over calibration batches and return what its prunable units do.
 
-    With several processes (`cria_prune.ranks`) all go through the same batches and each runs its share of
+    With several processes (`base.ranks`) all go through the same batches and each runs its share of
     them; all get the same states, those of one process up to the rounding of sums.
 
     The model runs in evaluation mode; afterwards, also after an exception, its modes, gradients and

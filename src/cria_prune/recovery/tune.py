@@ -56,7 +56,7 @@ def recover(
     of torch are afterwards what they were. After an error the weights are what they were, too; after a
     KeyboardInterrupt the model holds the best epoch so far.
 
-    With several processes (`cria_prune.ranks`), which all make this call with the same batches, each trains
+    With several processes (`base.ranks`), which all make this call with the same batches, each trains
     on its rows of every batch and the gradients are averaged (torch's DistributedDataParallel); the first
     evaluates and keeps the state, in a folder that all can read, and all end with the same weights.
 
@@ -90,7 +90,7 @@ def recover(
             test. The model comes in eval mode on `device`. Of equal epochs the later is kept. None: no
             metric, and the last epoch is kept.
         teacher: the dense model; used if `config.distill` > 0.
-        loss: (model, batch) -> scalar; cross-entropy on the batch's target if None (`loss.cross_entropy`).
+        loss: (model, batch) -> scalar; cross-entropy on the batch's target if None (`base.metrics`).
         lower_is_better: the metric's direction: False for an accuracy, True for a perplexity.
         device: where to train.
         progress: where to show loss, metric and time left; silent if None.

@@ -38,7 +38,7 @@ class Task(ABC):
         name: the task's name in `TASKS`.
         architecture: the dense model's name in `ARCHITECTURES`.
         example: inputs for capturing the model, (2, ...) each.
-        metric: name of what `evaluate` returns; `metrics.metric` knows its direction.
+        metric: name of what `evaluate` returns; `base.metrics.metric` knows its direction.
         recover_defaults: the fine-tune that suits the task.
         prune_defaults: section of a PruneConfig -> values that suit the task better than its own.
         tokenizer: of the model; None where it reads no text.
