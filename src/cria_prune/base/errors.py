@@ -87,11 +87,10 @@ def needed(extra: str, asked: str) -> Iterator[None]:
     Raises:
         PackageError: an import inside the block fails.
 
-    >>> with needed("report", "A picture"):
+    >>> with needed("report", "A picture"):  # doctest: +ELLIPSIS
     ...     import matplotlib_of_nowhere
     Traceback (most recent call last):
-    cria_prune.base.errors.PackageError: A picture: matplotlib-of-nowhere is not installed. Install it with pip \
-install 'cria-prune[report]'
+    cria_prune.base.errors.PackageError: A picture: matplotlib-of-nowhere is not installed. Install it ...
     """
     try:
         yield
