@@ -165,6 +165,7 @@ class Source:
         Raises:
             DataError: there are none.
         """
+        passed("epoch", epoch=epoch)
         batches = self.batches(epoch) if callable(self.batches) else self.batches
         try:
             count = len(batches)  # type: ignore[arg-type]

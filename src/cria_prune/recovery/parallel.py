@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 
@@ -18,42 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from cria_prune.base.batches import Batch, batch_size, map_tensors
-from cria_prune.base.errors import DataError, StructureError
-from cria_prune.base.events import passed
+from cria_prune.base.errors import StructureError
 from cria_prune.base.metrics import Loss
 from cria_prune.base.modules import copy_of, digest
 from cria_prune.base.ranks import World, lost
 from cria_prune.recovery.guard import generators, isolated, set_generators
 from cria_prune.recovery.loss import Distilled
 from cria_prune.resume.store import State
-
-Batches = Iterable[Batch] | Callable[[int], Iterable[Batch]]
-
-
-class Source:
-    """Batches of one epoch, always with a length."""
-
-    def __init__(self, batches: Batches) -> None:
-        self.batches = list(batches) if isinstance(batches, Iterator) else batches
-
-    def sized(self, epoch: int) -> tuple[Iterable[Batch], int]:
-        """Return the batches of an epoch (from 0) and their number.
-
-        Raises:
-            DataError: there are none.
-        """
-        passed("epoch", epoch=epoch)
-        batches = self.batches(epoch) if callable(self.batches) else self.batches
-        try:
-            count = len(batches)  # type: ignore[arg-type]
-        except TypeError:
-            batches = list(batches)
-            count = len(batches)
-        if count == 0:
-            raise DataError(
-                "A fine-tune", f"epoch {epoch} has no batches", "Pass at least one training batch"
-            )
-        return batches, count
 
 
 class _Step(nn.Module):
