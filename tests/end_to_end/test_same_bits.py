@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from cria_prune.tasks.registry import task
 from torch import Tensor, nn
 
 from cria_prune import PruneConfig, prune
+from cria_prune.recipes.registry import task
 from cria_prune.tasks.base import Task
 from cria_prune.tasks.models import build
 
