@@ -64,7 +64,6 @@ class Sst2Task(SentenceTask):
     prune_defaults: Mapping[str, Mapping[str, Any]] = field(
         default_factory=lambda: {"plan": {"of": "non-embedding"}}
     )
-    _splits: dict[str, Sentences] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.options = {
@@ -79,20 +78,8 @@ class Sst2Task(SentenceTask):
         """The encoder's own tokenizer."""
         return _from_base("AutoTokenizer", self.base)
 
-    def split(self, name: str) -> Sentences:
-        """Return the tokenised sentences of "train", "validation" or "test".
-
-        Raises:
-            DataError: no such split, or its files are missing or of another kind.
-            ArtifactError: the tokenizer cannot be found.
-        """
-        if name not in ("train", "validation", "test"):
-            raise DataError(f"A split of {self.name}", f"found {name!r}", "Known: train, validation, test")
-        if name not in self._splits:
-            self._splits.update(self._load(name))
-        return self._splits[name]
-
-    def _load(self, name: str) -> dict[str, Sentences]:
+    def load(self, name: str) -> dict[str, Sentences]:
+        """Return the tokenised sentences of a split, and of the other that comes from the same files."""
         texts, labels = read_sentences("validation" if name == "test" else "train")
         if name == "test":
             return {"test": self.tokenised(texts, labels)}

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,7 @@ from cria_prune.base.events import passed
 from cria_prune.base.metrics import logits_of
 from cria_prune.base.modules import cache_off, device_of, modes_kept
 from cria_prune.base.progress import Progress, track
-from cria_prune.tasks.base import EpochBatches, Task, fingerprint
+from cria_prune.tasks.base import Task
 from cria_prune.tasks.loading import find_library
 
 PIECE, OVERLAP, COMPARED = 2**18, 2**12, 64
@@ -368,16 +366,14 @@ def _labels(batch: Batch) -> Tensor:
     return labels if mask is None else labels.masked_fill(mask == 0, IGNORED)
 
 
-SPLITS = ("train", "validation", "test")
 AT_ONCE = 32
 """Blocks per batch of the calibration."""
 
 
 class LanguageTask(Task):
-    """Perplexity of a causal language model, by blocks that do not overlap.
+    """Perplexity of a causal language model, by blocks that do not overlap; a split is a line of tokens.
 
     Attributes:
-        batch_size: blocks per batch of the fine-tune.
         longest: tokens per block of the fine-tune.
         short: tokens per block of the calibration and the evaluation; `metric` names it.
     """
@@ -387,62 +383,32 @@ class LanguageTask(Task):
     longest: int
     short = SHORT
 
-    @abstractmethod
     def tokens(self, split: str) -> Tensor:
-        """Return the tokens of a split, (tokens,) int64.
+        """Return the tokens of a split, (tokens,) int64; see `split`."""
+        found: Tensor = self.split(split)
+        return found
 
-        Raises:
-            DataError: no such split, or the text is missing or too short.
-        """
+    def count(self, data: Tensor) -> int:
+        """Return how many blocks of `short` tokens a split has."""
+        return len(blocks(data, self.short))
 
-    def pretrained_source(self, scratch: Path) -> Path | None:
-        """Return `scratch` with the tokenizer's files."""
-        self.tokenizer.save_pretrained(scratch)
-        return scratch
+    def epoch(self, data: Tensor, seed: int, batch_size: int, augment: bool) -> Iterable[Batch]:
+        """Return shuffled blocks of `longest` tokens; with `augment` each epoch cuts elsewhere."""
+        generator = torch.Generator().manual_seed(seed)
+        # Always as many blocks: the schedule counts on equal epochs.
+        count = len(blocks(data, self.longest)) - 1
+        start = int(torch.randint(self.longest, (), generator=generator)) if augment else 0
+        order = torch.randperm(max(count, 1), generator=generator)
+        return BlockBatches(data, self.longest, batch_size, order, start if count > 0 else 0)
 
-    def train_batches(
-        self,
-        seed: int = 0,
-        batch_size: int | None = None,
-        augment: bool = True,
-        device: torch.device | str = "cpu",
-    ) -> EpochBatches:
-        """Return epoch -> shuffled blocks of `longest` tokens; with `augment` each epoch cuts elsewhere."""
-        size = batch_size or self.batch_size
+    def chosen(self, data: Tensor, index: Tensor, seed: int | None = None) -> Iterable[Batch]:
+        """Return blocks of `short` tokens."""
+        size = max(1, BATCH_TOKENS // self.short) if seed is None else AT_ONCE
+        return BlockBatches(data, self.short, size, index)
 
-        def epoch_batches(epoch: int) -> Iterable[Batch]:
-            generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-            tokens = self.tokens("train")
-            # Always as many blocks: the schedule counts on equal epochs.
-            count = len(blocks(tokens, self.longest)) - 1
-            start = int(torch.randint(self.longest, (), generator=generator)) if augment else 0
-            order = torch.randperm(max(count, 1), generator=generator)
-            return BlockBatches(tokens, self.longest, size, order, start if count > 0 else 0)
-
-        return epoch_batches
-
-    def calibration(self, examples: int, seed: int = 0) -> list[Batch]:
-        """Return `examples` random blocks of `short` tokens of the train split, 32 per batch."""
-        tokens = self.tokens("train")
-        order = self.drawn(len(blocks(tokens, self.short)), examples, seed)
-        return list(BlockBatches(tokens, self.short, AT_ONCE, order))
-
-    def validation_batches(self, limit: int | None = None) -> Iterable[Batch]:
-        """Return the validation split, or its first `limit` blocks of `short` tokens, in order."""
-        return self._in_order("validation", limit)
-
-    def test_batches(self, limit: int | None = None) -> Iterable[Batch]:
-        """Return the test split, or its first `limit` blocks of `short` tokens, in order."""
-        return self._in_order("test", limit)
-
-    def _in_order(self, split: str, limit: int | None) -> Iterable[Batch]:
-        tokens = self.tokens(split)
-        order = torch.arange(len(blocks(tokens, self.short)))[:limit]
-        return BlockBatches(tokens, self.short, max(1, BATCH_TOKENS // self.short), order)
-
-    def fingerprint(self, *splits: str) -> str:
-        """Return the SHA-256, in hex, of the splits' tokens (of all three if none is named)."""
-        return fingerprint(*(self.tokens(split) for split in splits or SPLITS))
+    def tensors(self, data: Tensor) -> Iterable[Tensor]:
+        """Return the tokens."""
+        return (data,)
 
     def evaluate(self, model: nn.Module, batches: Iterable[Batch], progress: Progress | None = None) -> float:
         """Return the perplexity of the model on the batches."""
