@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from cria_prune.base.errors import CriaError, DataError, ResourceError
+from cria_prune.base.errors import CriaError, DataError, ResourceError, first_line
 
 Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
@@ -87,7 +87,7 @@ def check_memory(error: Exception, asked: str, mend: str) -> None:
     if isinstance(error, ResourceError):
         raise error
     if ran_out(error):
-        raise ResourceError(asked, short_of(error), mend) from error
+        raise ResourceError(asked, f"the memory does not suffice ({first_line(error)})", mend) from error
 
 
 @contextmanager
@@ -102,12 +102,6 @@ def named_shortage(asked: str, mend: str) -> Iterator[None]:
     except Exception as error:
         check_memory(error, asked, mend)
         raise
-
-
-def short_of(error: BaseException) -> str:
-    """Return what an error for which `ran_out` holds says, in a line."""
-    said = str(error).strip().splitlines() or [type(error).__name__]
-    return f"the memory does not suffice ({said[0].rstrip('.')})"
 
 
 def batch_target(batch: Batch) -> Tensor | None:

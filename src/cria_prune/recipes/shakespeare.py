@@ -86,11 +86,8 @@ class ShakespeareTask(LanguageTask):
     def dense(self, seed: int = 0, progress: Progress | None = None) -> nn.Module:
         """Return the model trained from the seed, on the CPU; about five minutes on two cores, once."""
         passed("dense", task=self.name, seed=seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            model = build(self.architecture)
         config = DENSE.model_copy(update={"seed": seed, **({"epochs": QUICK_EPOCHS} if self.quick else {})})
-        return trained(self, model, config, progress)
+        return trained(self, build(self.architecture, seed), config, progress)
 
     def further(self, model: nn.Module, progress: Progress | None = None) -> dict[str, float | str]:
         """Return the test split's perplexity at the model's maximum, and a sample of text."""

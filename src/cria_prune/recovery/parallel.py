@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from cria_prune.base.batches import Batch, batch_size, map_tensors
-from cria_prune.base.errors import StructureError
+from cria_prune.base.errors import StructureError, first_line
 from cria_prune.base.metrics import Loss
 from cria_prune.base.modules import copy_of, digest
 from cria_prune.base.ranks import World, lost
@@ -279,7 +279,7 @@ def shared_out(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     except (ValueError, NotImplementedError, AssertionError) as error:  # a weight without dimensions
         raise StructureError(
             f"Sharing {type(model).__name__} out over the processes",
-            (str(error).strip().splitlines() or [type(error).__name__])[0],
+            first_line(error),
             "Recover it without fsdp",
         ) from error
     for item in copied.modules():

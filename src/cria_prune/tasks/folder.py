@@ -18,7 +18,7 @@ from cria_prune.base.progress import Progress
 from cria_prune.config import RecoverConfig
 from cria_prune.tasks.base import SPLITS, Task
 from cria_prune.tasks.corpus import Corpus, read_dataset, read_text
-from cria_prune.tasks.loading import example_inputs, find_library, has_tokenizer, load_pretrained, quiet
+from cria_prune.tasks.loading import example_inputs, has_tokenizer, load_pretrained, read_by
 from cria_prune.tasks.sentences import LONGEST, SentenceTask
 from cria_prune.tasks.text import (
     SHORT,
@@ -107,18 +107,10 @@ class FolderTask(Task):
             ArtifactError: there is none, or it cannot be read.
         """
         asked = f"The tokenizer in {self.folder}"
-        library = find_library(asked)
         todo = "Copy tokenizer.json and tokenizer_config.json of the base model into the folder"
         if not has_tokenizer(self.folder):
             raise ArtifactError(asked, "the folder holds none", todo)
-        try:
-            with quiet(library):
-                return library.AutoTokenizer.from_pretrained(
-                    str(self.folder.resolve()), local_files_only=True, trust_remote_code=False
-                )
-        except Exception as error:  # whatever a file can make another library raise
-            text = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".")
-            raise ArtifactError(asked, f"{type(error).__name__}: {text}", todo) from error
+        return read_by("AutoTokenizer", self.folder, asked, todo)
 
     def dense(self, seed: int = 0, progress: Progress | None = None) -> nn.Module:
         """Return the folder's model."""

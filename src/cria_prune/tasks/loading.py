@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cria_prune.base.errors import ArtifactError, CriaError, DataError, needed
+from cria_prune.base.errors import ArtifactError, CriaError, DataError, needed, said
 from cria_prune.base.events import passed
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -45,10 +45,9 @@ def find_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(FETCHED)))
     except Exception as error:  # whatever a server can make another library raise
-        text = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".")
         raise ArtifactError(
             asked,
-            f"there is no such folder, and the hub gives {type(error).__name__}: {text}",
+            f"there is no such folder, and the hub gives {said(error)}",
             f"Fetch it where there is a network (hf download {name} --local-dir FOLDER) and give that folder",
         ) from error
 
@@ -102,12 +101,31 @@ def reading(library: ModuleType, asked: str) -> Iterator[None]:
         except CriaError:
             raise
         except Exception as error:  # whatever a file can make another library raise
-            text = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".")
             raise ArtifactError(
                 asked,
-                f"transformers {library.__version__} stops with {type(error).__name__}: {text}",
+                f"transformers {library.__version__} stops with {said(error)}",
                 "Check config.json and the weights; models whose code lies in their folder are not run",
             ) from error
+
+
+def read_by(kind: str, source: str | Path, asked: str, todo: str, **options: Any) -> Any:
+    """Return what `kind.from_pretrained` of transformers reads from a folder or hub name; code does not run.
+
+    Raises:
+        ArtifactError: it is not there, or cannot be read.
+        PackageError: transformers is not installed.
+    """
+    library, local = find_library(asked), Path(source).is_dir()
+    try:
+        with quiet(library):
+            return getattr(library, kind).from_pretrained(
+                str(Path(source).resolve() if local else source),
+                local_files_only=local,
+                trust_remote_code=False,
+                **options,
+            )
+    except Exception as error:  # whatever files and servers can make another library raise
+        raise ArtifactError(asked, said(error), todo) from error
 
 
 def read_config(library: ModuleType, folder: Path) -> Any:
