@@ -111,13 +111,14 @@ def shared_copy(model: nn.Module, replaced: dict[int, Any] | None = None) -> nn.
     return copy_of(model, {**tensors, **(replaced or {})})
 
 
+def on_meta(tensor: Tensor) -> Tensor:
+    """Return a tensor of the same shape and kind, a parameter too, without values."""
+    empty = tensor.detach().to("meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
 def meta_copy(model: nn.Module) -> nn.Module:
     """Return a copy of a model on the meta device: shapes without values."""
-
-    def on_meta(tensor: Tensor) -> Tensor:
-        empty = tensor.detach().to("meta")
-        return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-
     return copy_of(model, {id(tensor): on_meta(tensor) for tensor in named_tensors(model).values()})
 
 

@@ -25,7 +25,7 @@ from torch.utils._pytree import (
 )
 
 from cria_prune.base.batches import Batch, map_tensors, model_inputs
-from cria_prune.base.dispatched import bytes_of
+from cria_prune.base.dispatched import Loaded
 from cria_prune.base.errors import StructureError
 from cria_prune.base.modules import cache_off, offloading_hooks
 
@@ -49,7 +49,11 @@ class Chain:
     def of(cls, model: nn.Module, folder: Path) -> Chain | None:
         """Return the list of blocks that holds most of the parameters, or None where there is no list."""
         lists = {path: item for path, item in model.named_modules() if isinstance(item, nn.ModuleList)}
-        sizes = {path: sum(map(bytes_of, item.parameters())) for path, item in lists.items() if len(item) > 1}
+        sizes = {
+            path: sum(weight.nbytes for weight in item.parameters())
+            for path, item in lists.items()
+            if len(item) > 1
+        }
         return cls(model, max(sizes, key=lambda path: sizes[path]), folder) if sizes else None
 
     def place(self, tensor: str) -> int | None:
@@ -166,22 +170,17 @@ class _Run:
         return self.value
 
 
-class _Held(Mapping[str, Tensor]):
+class _Held(Loaded):
     """A map of weights that keeps those that were loaded."""
 
     def __init__(self, inner: Mapping[str, Tensor]) -> None:
-        self._inner, self._loaded = inner, dict[str, Tensor]()
+        super().__init__(inner)
+        self._loaded = dict[str, Tensor]()
 
     def __getitem__(self, key: str) -> Tensor:
         if key not in self._loaded:
             self._loaded[key] = self._inner[key]
         return self._loaded[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._inner)
-
-    def __len__(self) -> int:
-        return len(self._inner)
 
 
 def _hooks(block: nn.Module) -> Iterator[Any]:

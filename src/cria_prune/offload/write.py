@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cria_prune.artifact.layers import check_sizes
 from cria_prune.artifact.pretrained import container
 from cria_prune.base.batches import Batch
-from cria_prune.base.dispatched import bytes_of, changed, first_names
+from cria_prune.base.dispatched import Loaded, changed, first_names
 from cria_prune.base.errors import ArtifactError, StructureError, VerificationError, needed
 from cria_prune.base.events import passed
 from cria_prune.base.files import GENERATION, copy_known, refused
@@ -33,7 +33,7 @@ from cria_prune.surgery.verify import ADVICE, TOLERANCE, Verification, differenc
 from cria_prune.tasks.loading import INDEX, load_pretrained
 
 
-class Repaired(Mapping[str, Tensor]):
+class Repaired(Loaded):
     """The weights of a model by name, some of them repaired; those are read from disk.
 
     Args:
@@ -42,18 +42,13 @@ class Repaired(Mapping[str, Tensor]):
     """
 
     def __init__(self, weights: Mapping[str, Tensor], folder: Path) -> None:
-        self._weights, self._folder = weights, folder
+        super().__init__(weights)
+        self._folder = folder
         self.paths: dict[str, Path] = {}
         self._files = 0
 
     def __getitem__(self, name: str) -> Tensor:
-        return load_file(self.paths[name])["value"] if name in self.paths else self._weights[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
+        return load_file(self.paths[name])["value"] if name in self.paths else self._inner[name]
 
     def put(self, name: str, value: Tensor) -> None:
         """Keep a repaired weight, under a new file: the one before may still be read."""
@@ -180,7 +175,7 @@ def _write_weights(
     names = stored_names(stored)
     split = split_state_dict_into_shards_factory(
         {name: stored.state_dict()[name] for name in names},
-        get_storage_size=bytes_of,
+        get_storage_size=lambda value: value.nbytes,
         filename_pattern=PATTERN,
         max_shard_size=max_shard_size,
     )
