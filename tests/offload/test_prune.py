@@ -56,7 +56,6 @@ transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
 
 offloading = sys.modules["cria_prune.offload.prune"]
-rounds = sys.modules["cria_prune.offload.rounds"]
 DECODER: dict[str, Any] = {
     "vocab_size": 99, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,

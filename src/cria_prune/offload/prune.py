@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
 from cria_prune.artifact.rebuild import read_manifest, read_plan, render_manifest
 from cria_prune.base.batches import Batch, again, first_examples
-from cria_prune.base.dispatched import Weights
+from cria_prune.base.dispatched import Weights, structure_of
 from cria_prune.base.errors import ArtifactError, ConfigError, CriterionError
+from cria_prune.base.events import passed
 from cria_prune.base.files import CERTIFICATE, MANIFEST, hashes, whole_folder, write_json
-from cria_prune.base.modules import check_finite
+from cria_prune.base.modules import check_finite, give_back
 from cria_prune.base.progress import QUIET, Progress, clock
 from cria_prune.config import PlanConfig, PruneConfig
 from cria_prune.criteria.score import find_criterion
-from cria_prune.offload.rounds import Places, Rounds, Standing, all_rounds, work_folder
-from cria_prune.offload.write import load_dispatched
+from cria_prune.offload.turns import score_in_turns
+from cria_prune.offload.write import floats, load_dispatched, repair, verify_folder, write_model
 from cria_prune.planning.plan import Plan, compose
 from cria_prune.result import OffloadedRound
-from cria_prune.resume.turns import FinishedRounds, identity_of
-from cria_prune.stages import prepare
-from cria_prune.structure.groups import UnitGroups
+from cria_prune.resume.turns import FinishedRounds, TurnStore, identity_of
+from cria_prune.stages import Prepared, plan_cut, prepare
+from cria_prune.structure.groups import UnitGroups, shrink
 from cria_prune.surgery.verify import Verification
 
 MEMORY = 2**31
@@ -132,22 +138,21 @@ def prune_offloaded(
     if state is not None:
         identity = identity_of(source, config, memory, place, example, data)
     with whole_folder(target, overwrite) as folder, work_folder(folder, state) as root:
-        places = Places(root, folder, config.plan.rounds)
         finished = None if identity is None else FinishedRounds(root, identity)
         known = [] if finished is None else finished.read()
         seconds: dict[str, float] = {}
         with clock(seconds, "model"):
-            model = load_dispatched(source, places.scratch(1) / "weights", place)
+            model = load_dispatched(source, _made(root / "round-1") / "weights", place)
             check_finite(Weights(model))
         with clock(seconds, "structure"):
             prepared = prepare(model, batches, config, example=example).without_reference()
             prepared.check_reach()
         first = Standing(source, model, prepared.structure, prepared.dense)
         rounds = Rounds(
-            source, replace(prepared, model=prepared.structure), memory, max_shard_size, place,
+            source, replace(prepared, model=prepared.structure), root, folder, memory, max_shard_size, place,
             progress or QUIET, asked, identity,
         )  # fmt: skip
-        cuts, done, smaller = all_rounds(rounds, places, first, finished, known, seconds)
+        cuts, done, smaller = rounds.all(first, finished, known, seconds)
         total = reduce(compose, [*plans, *cuts])
         said = {**(results or {}), "offloaded": True, "rounds": len(done)}
         if config.verify:
@@ -156,6 +161,189 @@ def prune_offloaded(
         (folder / MANIFEST).write_text(manifest, encoding="utf-8")
         write_json(folder / CERTIFICATE, {"sha256": hashes(folder), **_vouched(done[-1].verification)})
     return Offloaded(target, total, prepared.dense, tuple(done))
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The model before a round.
+
+    Attributes:
+        folder: where it is.
+        model: with all of its weights on disk.
+        structure: the same on the meta device, without hooks.
+        groups: its unit groups.
+    """
+
+    folder: Path
+    model: nn.Module
+    structure: nn.Module
+    groups: UnitGroups
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """The rounds, each from a folder and its structure to a smaller folder, and what is the same for all.
+
+    Attributes:
+        source: folder of the first model, for its tokenizer and generation settings.
+        prepared: the first model on the meta device, which the shares count from; batches and configuration.
+        root: a hidden folder in that of the result, of one file system with it, for the files of the rounds.
+        result: where the last model goes.
+        memory, max_shard_size, device, progress: see `prune_offloaded`.
+        asked: for error texts.
+        identity: what makes this pruning this one, where its turns are kept; None keeps nothing.
+    """
+
+    source: Path
+    prepared: Prepared
+    root: Path
+    result: Path
+    memory: int
+    max_shard_size: int | str
+    device: torch.device
+    progress: Progress
+    asked: str
+    identity: Mapping[str, Any] | None = None
+
+    def scratch(self, number: int) -> Path:
+        """Return the place of what a round alone needs."""
+        return _made(self.root / f"round-{number}")
+
+    def model(self, number: int) -> Path:
+        """Return the folder of the model that a round makes."""
+        last = self.prepared.config.plan.rounds
+        return _made(self.result if number == last else self.root / f"model-{number}")
+
+    def standing(
+        self, number: int, groups: UnitGroups, seconds: dict[str, float], structure: nn.Module | None = None
+    ) -> Standing:
+        """Return the model that a round made, ready for the next one, and remove what only it needed."""
+        with clock(seconds, "model"):
+            model = load_dispatched(self.model(number), self.scratch(number + 1) / "weights", self.device)
+        for path in (self.scratch(number), self.root / f"model-{number - 1}"):
+            shutil.rmtree(path, ignore_errors=True)
+        structure = structure_of(model) if structure is None else structure
+        return Standing(self.model(number), model, structure, groups)
+
+    def plan(self, groups: UnitGroups, scores: Mapping[str, np.ndarray], number: int) -> Plan:
+        """Return the plan of a round from its scores, relative to the model before it."""
+        plan = self.prepared.config.plan
+        now = replace(self.prepared, groups=groups)
+        return plan_cut(now, scores, plan.reduction * number / plan.rounds)
+
+    def all(
+        self,
+        before: Standing,
+        finished: FinishedRounds | None,
+        known: Sequence[OffloadedRound],
+        seconds: dict[str, float],
+    ) -> tuple[list[Plan], list[OffloadedRound], nn.Module]:
+        """Do the rounds that are left, of which the last is always one.
+
+        Args:
+            before: the model before the first round.
+            finished: keeps the rounds, `known` those that it has; None keeps nothing.
+            seconds: what the first round to be done took so far.
+
+        Returns:
+            The plan of each round, what each did, and the structure of the last model.
+        """
+        plans, done, last = list[Plan](), list[OffloadedRound](), self.prepared.config.plan.rounds
+        for item in known:
+            values = {name: np.array(found) for name, found in item.scores.items()}
+            step = self.plan(before.groups, values, item.number)
+            before = replace(before, groups=shrink(before.groups, step.kept))
+            plans.append(step)
+            done.append(replace(item, kept=dict(step.kept)))
+        if done:
+            seconds = {}
+            before = self.standing(len(done), before.groups, seconds)
+        while True:
+            number = len(done) + 1
+            step, structure, item = self.cut(before, number, seconds)
+            plans.append(step)
+            done.append(item)
+            if finished is not None and number < last:
+                finished.write(done)
+            passed("round", number=number, rounds=last)
+            if number == last:
+                return plans, done, structure
+            seconds = {}
+            before = self.standing(number, shrink(before.groups, step.kept), seconds, structure)
+
+    def cut(
+        self, before: Standing, number: int, seconds: dict[str, float]
+    ) -> tuple[Plan, nn.Module, OffloadedRound]:
+        """Record, score, plan, repair, write and verify.
+
+        Args:
+            before: the model.
+            number: of the round, from 1.
+            seconds: stage -> wall time, added to.
+
+        Returns:
+            What was removed, relative to the model before; the smaller structure; what the round did.
+
+        Raises:
+            CriaError: each stage's own.
+        """
+        if number < self.prepared.config.plan.rounds:  # a killed process may have left something in it
+            shutil.rmtree(self.model(number))
+        folder, scratch = self.model(number), self.scratch(number)
+        structure, groups, example = before.structure, before.groups, self.prepared.example
+        weights = Weights(before.model)
+        kept = None if self.identity is None else TurnStore(scratch, self.identity)
+        with clock(seconds, "score"):
+            now = replace(self.prepared, model=before.model, groups=groups)
+            importances, spilled, turns = score_in_turns(now, scratch, self.memory, self.progress, kept)
+        values = {name: item.scores.numpy() for name, item in importances.items()}
+        step = self.plan(groups, values, number)
+        with clock(seconds, "repair"):
+            repaired, repairs = repair(structure, groups, step.kept, spilled, weights, scratch)
+        with clock(seconds, "save"):
+            smaller = write_model(
+                folder, structure, step, repaired, self.source, self.max_shard_size, self.asked
+            )
+        weights.forget()
+        give_back()
+        verification = None
+        if self.prepared.config.verify:
+            with clock(seconds, "verify"):
+                dtype = torch.float64 if floats(structure) is torch.float64 else torch.float32
+                verification = verify_folder(
+                    before.folder, folder, step, repaired, example, scratch, dtype, self.device
+                )
+        done = OffloadedRound(
+            number=number,
+            report=step.report,
+            seconds=seconds,
+            scores={name: tuple(item.tolist()) for name, item in values.items()},
+            kept=dict(step.kept),
+            diagnosis={name: item.diagnosis.to_dict() for name, item in importances.items()},
+            verification=verification,
+            metric=None,
+            repairs=repairs,
+            turns=turns,
+        )
+        return step, smaller, done
+
+
+def _made(path: Path) -> Path:
+    path.mkdir(exist_ok=True)
+    return path
+
+
+@contextmanager
+def work_folder(folder: Path, state: str | Path | None) -> Iterator[Path]:
+    """Give the folder for what the rounds need: hidden in that of the result, or one that outlives a kill."""
+    if state is None:
+        with TemporaryDirectory(dir=folder, prefix=".") as name:
+            yield Path(name)
+        return
+    root = Path(state)
+    root.mkdir(parents=True, exist_ok=True)
+    yield root
+    shutil.rmtree(root, ignore_errors=True)
 
 
 def checked(config: PruneConfig) -> PruneConfig:
