@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from cria_prune.base.batches import Batch, batch_target, describe, model_inputs, move
 from cria_prune.base.errors import DataError
@@ -102,12 +103,9 @@ class Sentences:
 
     def batch(self) -> dict[str, Tensor]:
         """Return all sentences as one batch: input_ids, attention_mask (sentences, longest), any labels."""
-        longest = max(map(len, self.tokens))
-        ids = torch.full((len(self), longest), self.padding, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, tokens in enumerate(self.tokens):
-            ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
-            mask[row, : len(tokens)] = 1
+        rows = [torch.tensor(tokens, dtype=torch.int64) for tokens in self.tokens]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.padding)
+        mask = (torch.arange(ids.shape[1]) < self.lengths()[:, None]).long()
         labels = {} if self.labels is None else {"labels": self.labels}
         return {"input_ids": ids, "attention_mask": mask, **labels}
 
