@@ -31,8 +31,9 @@ from cria_prune.base.files import (
     whole_folder,
 )
 from cria_prune.base.modules import named_tensors, shared_copy
+from cria_prune.base.progress import quiet
 from cria_prune.planning.plan import Plan
-from cria_prune.tasks.loading import example_inputs, find_library, quiet
+from cria_prune.tasks.loading import example_inputs, find_library
 
 CLASSES = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "Model")
 DROPPED = {"model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp", "sliding_window"}
@@ -142,7 +143,8 @@ def save_pretrained(
         path, model, plan, policy, asked, source=source, example=example, config=config,
         provenance=provenance, results=results, card=card, max_shard_size=max_shard_size, overwrite=overwrite,
     )  # fmt: skip
-    with quiet(find_library(asked)):
+    find_library(asked)
+    with quiet():
         if policy == "vanilla":
             stored = container(shared_copy(model))
             check_sizes(stored, plan, asked)

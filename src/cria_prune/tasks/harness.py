@@ -26,7 +26,8 @@ from torch import nn
 
 from cria_prune.base.errors import ArtifactError, ConfigError, DataError, needed, said
 from cria_prune.base.modules import copy_of, device_of, devices_in_use, shared_copy
-from cria_prune.tasks.loading import find_library, quiet
+from cria_prune.base.progress import quiet
+from cria_prune.tasks.loading import find_library
 
 BOOTSTRAP = 1000
 """Draws for a standard error that has no formula (perplexity, F1)."""
@@ -216,7 +217,7 @@ def _left_alone() -> Iterator[None]:
     with (
         torch.random.fork_rng(devices=devices_in_use()),
         redirect_stdout(sys.stderr),
-        quiet(find_library("lm-eval")),
+        quiet(),
     ):
         try:
             loggers[1].setLevel(logging.ERROR)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cria_prune.base.errors import ArtifactError, CriaError, DataError, needed, said
 from cria_prune.base.events import passed
+from cria_prune.base.progress import quiet
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 TOKENIZERS = (
@@ -95,7 +96,7 @@ def load_pretrained(folder: Path, meta: bool = False, **options: Any) -> nn.Modu
 @contextmanager
 def reading(library: ModuleType, asked: str) -> Iterator[None]:
     """Keep transformers quiet; what a file makes it raise becomes an ArtifactError about what was asked."""
-    with quiet(library):
+    with quiet():
         try:
             yield
         except CriaError:
@@ -117,7 +118,7 @@ def read_by(kind: str, source: str | Path, asked: str, todo: str, **options: Any
     """
     library, local = find_library(asked), Path(source).is_dir()
     try:
-        with quiet(library):
+        with quiet():
             return getattr(library, kind).from_pretrained(
                 str(Path(source).resolve() if local else source),
                 local_files_only=local,
@@ -216,21 +217,6 @@ def _with_values(kind: Any, folder: Path, config: Any, asked: str, options: Mapp
             "Complete the weights, or pass --meta to see shapes only",
         )
     return model
-
-
-@contextmanager
-def quiet(library: ModuleType) -> Iterator[None]:
-    """Keep the progress bars and warnings of transformers away; its settings are put back."""
-    logging = library.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 EXAMPLES, LENGTH, WAVE = 2, 16, 8000
