@@ -21,8 +21,7 @@ from cria_prune.tasks.base import data_files
 from cria_prune.tasks.dense import trained
 from cria_prune.tasks.loading import read_by
 from cria_prune.tasks.models import build
-from cria_prune.tasks.sentences import SentenceTask
-from cria_prune.tasks.text import Sentences
+from cria_prune.tasks.text import Sentences, SentenceTask
 
 LAYOUT = (
     "Expected: data/sst2/train-*.parquet and data/sst2/validation-*.parquet with the columns sentence and "

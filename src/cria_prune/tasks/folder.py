@@ -19,11 +19,12 @@ from cria_prune.config import RecoverConfig
 from cria_prune.tasks.base import SPLITS, Task
 from cria_prune.tasks.corpus import Corpus, read_dataset, read_text
 from cria_prune.tasks.loading import example_inputs, has_tokenizer, load_pretrained, read_by
-from cria_prune.tasks.sentences import LONGEST, SentenceTask
 from cria_prune.tasks.text import (
+    LONGEST,
     SHORT,
     LanguageTask,
     Sentences,
+    SentenceTask,
     conventions,
     encode,
     perplexities,

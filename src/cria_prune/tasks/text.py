@@ -1,4 +1,4 @@
-"""Text as batches, and causal language models on it: tokens, perplexity in both conventions, a sample."""
+"""Text as batches, and tasks on it: tokens, sentences, perplexity in both conventions, a sample."""
 
 from __future__ import annotations
 
@@ -364,8 +364,10 @@ def _labels(batch: Batch) -> Tensor:
     return labels if mask is None else labels.masked_fill(mask == 0, IGNORED)
 
 
-AT_ONCE = 32
-"""Blocks per batch of the calibration."""
+AT_ONCE, SENTENCES = 32, 64
+"""Blocks, and sentences, per batch where nothing is trained."""
+LONGEST = 128
+"""Tokens per sentence; the rest is cut."""
 
 
 class LanguageTask(Task):
@@ -411,3 +413,39 @@ class LanguageTask(Task):
     def evaluate(self, model: nn.Module, batches: Iterable[Batch], progress: Progress | None = None) -> float:
         """Return the perplexity of the model on the batches."""
         return perplexity(model, batches, progress=progress)
+
+
+class SentenceTask(Task):
+    """Accuracy of a sentence classifier; a split is `Sentences`."""
+
+    pretrained = True
+    metric = "accuracy"
+    batch_size = 32
+
+    def tokenised(self, texts: list[str], labels: Tensor | None) -> Sentences:
+        """Return texts as the model's tokenizer writes them, at most `longest_sentence` tokens each."""
+        found = self.tokenizer(texts, truncation=True, max_length=self.longest_sentence)["input_ids"]
+        return Sentences(found, labels, self.padding)
+
+    @property
+    def longest_sentence(self) -> int:
+        """Tokens per sentence; the rest is cut."""
+        return LONGEST
+
+    @property
+    def padding(self) -> int:
+        """The token that fills up a batch."""
+        return int(self.tokenizer.pad_token_id)
+
+    def epoch(self, data: Sentences, seed: int, batch_size: int, augment: bool) -> Iterable[Batch]:
+        """Return shuffled batches of alike length; nothing is augmented."""
+        return SentenceBatches(data, by_length(data.lengths(), batch_size, seed))
+
+    def chosen(self, data: Sentences, index: Tensor, seed: int | None = None) -> Iterable[Batch]:
+        """Return 64 sentences per batch, shuffled by the seed, or the short ones first."""
+        data = data.rows(index)
+        return SentenceBatches(data, by_length(data.lengths(), SENTENCES, seed))
+
+    def tensors(self, data: Sentences) -> Iterable[Tensor]:
+        """Return the tokens, their lengths and the labels."""
+        return data.flat()
