@@ -109,7 +109,7 @@ def storages(tensors: Iterable[Tensor]) -> int:
 
 def batch_bytes(batch: Batch) -> int:
     """Return the bytes of the numbers in a batch, labels too."""
-    return sum(item.numel() * item.element_size() for item in _tensors(batch))
+    return sum(item.nbytes for item in _tensors(batch))
 
 
 def largest_batch(batches: Iterable[Batch]) -> Batch:

@@ -10,7 +10,7 @@ from torch import nn
 from cria_prune.base.batches import Batch
 from cria_prune.base.errors import ConfigError, StructureError
 from cria_prune.base.metrics import Loss
-from cria_prune.base.screen import screenful
+from cria_prune.base.progress import screenful
 from cria_prune.config import PruneConfig
 from cria_prune.resume.store import weights_of
 from cria_prune.spectrum.importance import Importance

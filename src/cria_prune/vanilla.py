@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -15,6 +13,7 @@ from torch import nn
 
 from cria_prune.base.errors import StructureError
 from cria_prune.base.modules import named_tensors
+from cria_prune.base.progress import quiet
 from cria_prune.structure.discovery import held_numbers
 from cria_prune.structure.groups import (
     UnitGroup,
@@ -89,7 +88,7 @@ class Vanilla:
                 place = place[name]
             place[path[-1]] = value
         try:
-            with _quiet():
+            with quiet():
                 return type(self.config).from_dict(values)
         except Exception as error:  # whatever a validator raises
             return f"it refuses {_said(fields)}: {_last_line(error)}"
@@ -135,7 +134,11 @@ class Vanilla:
 
     def _built(self, config: Any) -> nn.Module | str:
         try:
-            with _quiet(), torch.random.fork_rng(devices=[]), torch.device("meta"):
+            with (
+                quiet(),
+                torch.random.fork_rng(devices=[]),
+                torch.device("meta"),
+            ):
                 model: nn.Module = type(self.model)(config)
                 return model
         except Exception as error:  # whatever the model's code raises
@@ -191,18 +194,6 @@ def _floats(model: nn.Module) -> dict[tuple[str, str], float]:
         for name, value in vars(module).items()
         if isinstance(value, float)
     }
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the warnings of transformers about a configuration away; the level is put back."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _short(name: str) -> str:

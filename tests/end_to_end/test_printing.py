@@ -25,7 +25,7 @@ from cria_prune import (
     score,
     score_once,
 )
-from cria_prune.base.screen import LINES, WIDTH
+from cria_prune.base.progress import LINES, WIDTH
 from cria_prune.structure.groups import shrink
 
 SCREEN = 8192

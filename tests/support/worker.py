@@ -26,7 +26,7 @@ from cria_prune.base import ranks
 from cria_prune.base.ranks import World, world
 from cria_prune.config import RecordConfig, RecoverConfig, ScoreConfig
 from cria_prune.criteria.table import unregister_criterion
-from cria_prune.recovery.result import RecoverResult
+from cria_prune.recovery.loop import RecoverResult
 
 Values = dict[str, Any]
 PATIENCE = 600  # seconds that one process waits for another; a busy machine may start the second late

@@ -22,9 +22,10 @@ from cria_prune.artifact.pretrained import prepared, write_folder
 from cria_prune.base.batches import Batch
 from cria_prune.base.errors import ArtifactError, StructureError
 from cria_prune.base.modules import device_of, meta_copy
+from cria_prune.base.progress import quiet
 from cria_prune.planning.plan import Plan, make_plan
 from cria_prune.structure.groups import UnitGroups, counted_together, freeze
-from cria_prune.tasks.loading import find_library, quiet
+from cria_prune.tasks.loading import find_library
 from cria_prune.vanilla import Holdable, holdable
 
 
@@ -73,7 +74,8 @@ def save_padded(
         path, model, plan, "padded", asked, source=source, example=example, config=config,
         provenance=provenance, results=results, card=card, max_shard_size=max_shard_size, overwrite=overwrite,
     )  # fmt: skip
-    with quiet(find_library(asked)):
+    find_library(asked)
+    with quiet():
         dense = dense_twin(model, plan, dense_config, asked)
         return write_folder(job, padded(model, plan, dense, job.example, asked), asked)
 

@@ -19,7 +19,7 @@ from cria_prune.artifact.certificate import Certificate, certify
 from cria_prune.artifact.layers import check_sizes, dense_twin, layered
 from cria_prune.artifact.rebuild import Policy, check_policy, render_manifest
 from cria_prune.base.batches import Batch
-from cria_prune.base.errors import ArtifactError
+from cria_prune.base.errors import ArtifactError, said
 from cria_prune.base.files import (
     CARD,
     CERTIFICATE,
@@ -31,9 +31,9 @@ from cria_prune.base.files import (
     whole_folder,
 )
 from cria_prune.base.modules import named_tensors, shared_copy
+from cria_prune.base.progress import quiet
 from cria_prune.planning.plan import Plan
-from cria_prune.structure.capture import first_line
-from cria_prune.tasks.loading import example_inputs, find_library, quiet
+from cria_prune.tasks.loading import example_inputs, find_library
 
 CLASSES = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "Model")
 DROPPED = {"model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp", "sliding_window"}
@@ -143,7 +143,8 @@ def save_pretrained(
         path, model, plan, policy, asked, source=source, example=example, config=config,
         provenance=provenance, results=results, card=card, max_shard_size=max_shard_size, overwrite=overwrite,
     )  # fmt: skip
-    with quiet(find_library(asked)):
+    find_library(asked)
+    with quiet():
         if policy == "vanilla":
             stored = container(shared_copy(model))
             check_sizes(stored, plan, asked)
@@ -223,7 +224,7 @@ def _write_model(stored: Any, folder: Path, job: Job, asked: str) -> tuple[str, 
         raise refused(asked, error) from error
     except (ValueError, RuntimeError, TypeError) as error:
         raise ArtifactError(
-            asked, f"transformers stops with {type(error).__name__}: {first_line(error)}",
+            asked, f"transformers stops with {said(error)}",
             "Mend what it names, in the model's configuration or generation settings",
         ) from error  # fmt: skip
     return () if source is None else copy_known(source, folder)

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from cria_prune.base.errors import CriaError, DataError, ResourceError
+from cria_prune.base.errors import CriaError, DataError, ResourceError, first_line
+from cria_prune.base.modules import digest
 
 Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
@@ -87,7 +88,7 @@ def check_memory(error: Exception, asked: str, mend: str) -> None:
     if isinstance(error, ResourceError):
         raise error
     if ran_out(error):
-        raise ResourceError(asked, short_of(error), mend) from error
+        raise ResourceError(asked, f"the memory does not suffice ({first_line(error)})", mend) from error
 
 
 @contextmanager
@@ -102,12 +103,6 @@ def named_shortage(asked: str, mend: str) -> Iterator[None]:
     except Exception as error:
         check_memory(error, asked, mend)
         raise
-
-
-def short_of(error: BaseException) -> str:
-    """Return what an error for which `ran_out` holds says, in a line."""
-    said = str(error).strip().splitlines() or [type(error).__name__]
-    return f"the memory does not suffice ({said[0].rstrip('.')})"
 
 
 def batch_target(batch: Batch) -> Tensor | None:
@@ -212,6 +207,13 @@ def describe(value: Any) -> str:
 def cut(batch: Any, size: int, examples: int) -> Any:
     """Return the first examples of a batch: every tensor of leading length `size` is cut."""
     return map_tensors(batch, lambda item: item[:examples] if item.ndim and len(item) == size else item)
+
+
+def told_apart(batch: Batch) -> str:
+    """Return a digest of a batch's size and its first example."""
+    size = batch_size(batch)
+    first = [item for item in tree_leaves(cut(batch, size, 1)) if isinstance(item, Tensor)]
+    return digest(str(size), {str(number): item for number, item in enumerate(first)})
 
 
 def shortened(batch: Batch, device: torch.device) -> Batch:

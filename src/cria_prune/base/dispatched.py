@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cria_prune.base.errors import StructureError
-from cria_prune.base.modules import copy_of, named_tensors, offloading_hooks
+from cria_prune.base.modules import copy_of, named_tensors, offloading_hooks, on_meta
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +75,23 @@ def first_names(model: nn.Module) -> dict[str, str]:
     return names
 
 
-class Weights(Mapping[str, Tensor]):
+class Loaded(Mapping[str, Tensor]):
+    """Tensors under the names of another map, which says them alike unless a subclass does otherwise."""
+
+    def __init__(self, inner: Mapping[str, Tensor]) -> None:
+        self._inner = inner
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._inner[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._inner)
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+
+class Weights(Loaded):
     """The weights of a dispatched model by name, each loaded when it is asked for.
 
     The last one that was loaded is held, since it is often asked for again, until `forget`.
@@ -89,9 +104,10 @@ class Weights(Mapping[str, Tensor]):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._here, self._places = named_tensors(model), places(model)
+        super().__init__(named_tensors(model))
+        self._places = places(model)
         self._last: tuple[str, Tensor] | None = None
-        lost = [name for name, item in self._here.items() if item.is_meta and name not in self._places]
+        lost = [name for name, item in self._inner.items() if item.is_meta and name not in self._places]
         if lost:
             raise StructureError(
                 f"The weights of {type(model).__name__}",
@@ -101,7 +117,7 @@ class Weights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._places:
-            return self._here[name]
+            return self._inner[name]
         if self._last is None or self._last[0] != name:
             self._last = None  # not two at a time
             place = self._places[name]
@@ -111,12 +127,6 @@ class Weights(Mapping[str, Tensor]):
     def forget(self) -> None:
         """Let go of the last one that was loaded."""
         self._last = None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._here)
-
-    def __len__(self) -> int:
-        return len(self._here)
 
 
 def values_of(model: nn.Module) -> Mapping[str, Tensor]:
@@ -135,8 +145,8 @@ def structure_of(model: nn.Module) -> nn.Module:
         StructureError: the model cannot be copied.
     """
     names, tensors = first_names(model), named_tensors(model)
-    on_meta = {name: _on_meta(tensors[name]) for name in dict.fromkeys(names.values())}
-    replaced: dict[int, Any] = {id(tensors[name]): on_meta[first] for name, first in names.items()}
+    empty = {name: on_meta(tensors[name]) for name in dict.fromkeys(names.values())}
+    replaced: dict[int, Any] = {id(tensors[name]): empty[first] for name, first in names.items()}
     for module in model.modules():
         hook = getattr(module, "_hf_hook", None)
         if hook is not None:
@@ -152,28 +162,18 @@ def structure_of(model: nn.Module) -> nn.Module:
     return copied
 
 
-def _on_meta(tensor: Tensor) -> Tensor:
-    empty = tensor.detach().to("meta")
-    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-
-
-class _Changed(Mapping[str, Tensor]):
+class _Changed(Loaded):
     """A map of weights, some of them changed when they are loaded."""
 
     def __init__(
         self, inner: Mapping[str, Tensor], names: Mapping[str, str], change: Callable[[str, Tensor], Tensor]
     ) -> None:
-        self._inner, self._names, self._change = inner, names, change
+        super().__init__(inner)
+        self._names, self._change = names, change
 
     def __getitem__(self, key: str) -> Tensor:
         value = self._inner[key]
         return self._change(self._names[key], value) if key in self._names else value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._inner)
-
-    def __len__(self) -> int:
-        return len(self._inner)
 
 
 @contextmanager
@@ -196,8 +196,3 @@ def changed(model: nn.Module, change: Callable[[str, Tensor], Tensor]) -> Iterat
     finally:
         for hook, inner in before:
             hook.weights_map = inner
-
-
-def bytes_of(tensor: Tensor) -> int:
-    """Return how many bytes a tensor's values take, also on the meta device."""
-    return tensor.numel() * torch.empty((), dtype=tensor.dtype, device="meta").element_size()

@@ -72,6 +72,17 @@ class RankError(CriaError):
     """Of several processes one has failed, is gone, or does something else than the others."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, shortened; the name of its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+
+
+def said(error: BaseException) -> str:
+    """Return the class of an error and the first line of its text."""
+    kind, line = type(error).__name__, first_line(error)
+    return kind if line == kind else f"{kind}: {line}"
+
+
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 """Imported name -> name on PyPI, where they differ by more than `_` and `-`."""
 

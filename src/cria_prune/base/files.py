@@ -102,18 +102,28 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Path:
     path = Path(path)
     asked = f"Writing to the folder {path}"
     try:
-        if path.exists() and not path.is_dir():
-            raise ArtifactError(asked, "found a file of that name", "Choose another name")
+        _held(path, asked, overwrite)
         path.mkdir(parents=True, exist_ok=True)
-        found = sorted(entry.name for entry in path.iterdir())
     except OSError as error:
         raise refused(asked, error) from error
+    return path
+
+
+def _held(path: Path, asked: str, overwrite: bool) -> list[str]:
+    """Return the names in a folder, sorted; none where there is no folder.
+
+    Raises:
+        ArtifactError: it holds files, which may not be, or it is a file itself.
+    """
+    if path.exists() and not path.is_dir():
+        raise ArtifactError(asked, "found a file of that name", "Choose another name")
+    found = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
     if found and not overwrite:
         names = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
         raise ArtifactError(
             asked, f"it is not empty ({names})", "Choose another folder, or pass overwrite=True"
         )
-    return path
+    return found
 
 
 def sha256(path: str | Path) -> str:
@@ -203,17 +213,7 @@ def whole_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
 def check_free(target: Path, overwrite: bool) -> None:
     """Raise an ArtifactError unless a folder may be written here; see `whole_folder`."""
-    asked = f"Writing the folder {target}"
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise ArtifactError(asked, "found a file of that name", "Choose another name")
-    found = sorted(entry.name for entry in target.iterdir())
-    if found and not overwrite:
-        names = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
-        raise ArtifactError(
-            asked, f"it is not empty ({names})", "Choose another folder, or pass overwrite=True"
-        )
+    found = _held(target, f"Writing the folder {target}", overwrite)
     strange = [
         name
         for name in found
@@ -239,22 +239,14 @@ def _put(temporary: Path, target: Path, old: Path) -> None:
             os.replace(old, target)
         raise
     with suppress(OSError):  # some file systems cannot flush a folder
-        _flush_one(target.parent)
+        _flush(target.parent)
 
 
 def _flush_folder(folder: Path) -> None:
     for entry in sorted(folder.iterdir()):
-        _flush_one(entry)
+        _flush(entry)
     with suppress(OSError):
-        _flush_one(folder)
-
-
-def _flush_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        _flush(folder)
 
 
 def copy_known(source: Path, folder: Path) -> tuple[str, ...]:

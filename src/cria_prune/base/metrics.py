@@ -100,14 +100,13 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
             "Pass (inputs, target) pairs or mappings with labels, or your own loss(model, batch)",
         )
     args, kwargs = model_inputs(batch)
-    own = isinstance(batch, Mapping) and "labels" in batch and takes_labels(model)
+    own = (
+        isinstance(batch, Mapping)
+        and "labels" in batch
+        and "labels" in inspect.signature(model.forward).parameters
+    )
     output = model(*args, **kwargs, **({"labels": target} if own else {}))
     found = getattr(output, "loss", None)
     if own and isinstance(found, Tensor):
         return found
     return functional.cross_entropy(logits_of(output), target)
-
-
-def takes_labels(model: nn.Module) -> bool:
-    """Say whether the model's forward has an argument `labels`."""
-    return "labels" in inspect.signature(model.forward).parameters

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cria_prune.base.attention import plain_attention
-from cria_prune.base.errors import SignalError, StructureError
+from cria_prune.base.errors import SignalError, StructureError, first_line
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -64,7 +64,7 @@ def copy_of(model: nn.Module, replaced: dict[int, Any] | None = None) -> nn.Modu
         computed = "graph leaves" in str(error)
         raise StructureError(
             f"A copy of {type(model).__name__}",
-            (str(error).strip().splitlines() or [type(error).__name__])[0],
+            first_line(error),
             "Undo the old weight_norm with torch.nn.utils.remove_weight_norm, or detach computed tensors"
             if computed
             else "Keep what cannot be copied (locks, files, handles) off the model, or give it __deepcopy__",
@@ -111,13 +111,14 @@ def shared_copy(model: nn.Module, replaced: dict[int, Any] | None = None) -> nn.
     return copy_of(model, {**tensors, **(replaced or {})})
 
 
+def on_meta(tensor: Tensor) -> Tensor:
+    """Return a tensor of the same shape and kind, a parameter too, without values."""
+    empty = tensor.detach().to("meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
 def meta_copy(model: nn.Module) -> nn.Module:
     """Return a copy of a model on the meta device: shapes without values."""
-
-    def on_meta(tensor: Tensor) -> Tensor:
-        empty = tensor.detach().to("meta")
-        return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-
     return copy_of(model, {id(tensor): on_meta(tensor) for tensor in named_tensors(model).values()})
 
 

@@ -1,10 +1,10 @@
-"""Progress of long steps: a bar on a terminal, a few plain lines elsewhere, nothing when quiet."""
+"""What is shown: the progress of long steps, by a bar or plain lines; tables cut to a screen; silence."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self, TextIO, TypeVar
@@ -153,3 +153,37 @@ def clock(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+LINES, WIDTH = 40, 110
+
+
+def screenful(lines: Sequence[str], groups: Sequence[int] | None = None) -> list[str]:
+    """Return the first 40 lines, cut at 110 characters; a last one says how many groups are left out.
+
+    Args:
+        lines: rows of a table.
+        groups: how many groups each line stands for, one by default; 0 for a heading.
+
+    >>> screenful(["up", "down"] * 21)[-2:]
+    ['down', '... and 2 more groups']
+    """
+    shown = [line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…" for line in lines[:LINES]]
+    hidden = sum((groups or [1] * len(lines))[LINES:])
+    return [*shown, f"... and {hidden} more groups"] if hidden else shown
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the progress bars and warnings of transformers away; its settings are put back."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from cria_prune.base.errors import CriaError, RankError
+from cria_prune.base.errors import CriaError, RankError, first_line
 
 GOOD, BUSY, FAILED = 0, 1, 2
 BEAT = 20.0  # seconds between two signs of life of a process that works alone
@@ -263,11 +263,10 @@ def _talking(doing: str) -> Iterator[None]:
 
 def lost(doing: str, error: Exception) -> RankError:
     """Return the error for a process that does not answer any more."""
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return _told(
         RankError(
             doing,
-            f"another process has ended or does not answer ({text[:200]})",
+            f"another process has ended or does not answer ({first_line(error)})",
             "Its own error says why, if it could; start all processes again",
         )
     )

@@ -31,7 +31,7 @@ from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig, RecoverConfig
 from cria_prune.pipeline import prune
 from cria_prune.planning.plan import Plan, compose
-from cria_prune.recovery.result import RecoverResult
+from cria_prune.recovery.loop import RecoverResult
 from cria_prune.recovery.tune import recover
 from cria_prune.result import PruneResult
 from cria_prune.scores import Scored

@@ -25,7 +25,6 @@ from torch.utils._pytree import (
 )
 
 from cria_prune.base.batches import Batch, map_tensors, model_inputs
-from cria_prune.base.dispatched import bytes_of
 from cria_prune.base.errors import StructureError
 from cria_prune.base.modules import cache_off, offloading_hooks
 
@@ -49,7 +48,11 @@ class Chain:
     def of(cls, model: nn.Module, folder: Path) -> Chain | None:
         """Return the list of blocks that holds most of the parameters, or None where there is no list."""
         lists = {path: item for path, item in model.named_modules() if isinstance(item, nn.ModuleList)}
-        sizes = {path: sum(map(bytes_of, item.parameters())) for path, item in lists.items() if len(item) > 1}
+        sizes = {
+            path: sum(weight.nbytes for weight in item.parameters())
+            for path, item in lists.items()
+            if len(item) > 1
+        }
         return cls(model, max(sizes, key=lambda path: sizes[path]), folder) if sizes else None
 
     def place(self, tensor: str) -> int | None:

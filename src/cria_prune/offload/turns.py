@@ -13,7 +13,6 @@ from pathlib import Path
 from torch import nn
 
 from cria_prune.base.batches import Batch
-from cria_prune.base.dispatched import bytes_of
 from cria_prune.base.events import passed
 from cria_prune.base.modules import device_of, give_back
 from cria_prune.base.progress import Progress
@@ -142,7 +141,7 @@ def _stretches(
     first, used = 0, 0
     for number, block in enumerate(chain.blocks):
         own = [group for group in groups if _block_of(chain, group) == number]
-        cost = sum(sizes[group.name] for group in own) + sum(map(bytes_of, block.parameters()))
+        cost = sum(sizes[group.name] for group in own) + sum(weight.nbytes for weight in block.parameters())
         # A stretch has one block at least, or it would never end.
         if number > first and used + cost > memory:
             yield Turn(tuple(taken), (first, number - 1))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cria_prune.artifact.layers import check_sizes
 from cria_prune.artifact.pretrained import container
 from cria_prune.base.batches import Batch
-from cria_prune.base.dispatched import bytes_of, changed, first_names
+from cria_prune.base.dispatched import changed, first_names
 from cria_prune.base.errors import ArtifactError, StructureError, VerificationError, needed
 from cria_prune.base.events import passed
 from cria_prune.base.files import GENERATION, copy_known, refused
@@ -182,7 +182,7 @@ def _write_weights(
     names = stored_names(stored)
     split = split_state_dict_into_shards_factory(
         {name: stored.state_dict()[name] for name in names},
-        get_storage_size=bytes_of,
+        get_storage_size=lambda value: value.nbytes,
         filename_pattern=PATTERN,
         max_shard_size=max_shard_size,
     )

@@ -13,7 +13,7 @@ import numpy as np
 
 from cria_prune.base.errors import ArtifactError, StructureError
 from cria_prune.base.events import passed
-from cria_prune.base.screen import screenful
+from cria_prune.base.progress import screenful
 from cria_prune.config import PlanConfig
 from cria_prune.planning.budget import Budget, count_macs, count_parameters
 from cria_prune.planning.selection import Allowed, reachable, select

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ import torch
 from torch import nn
 
 from cria_prune.base.errors import ArtifactError, DataError, needed
-from cria_prune.base.progress import Progress
 from cria_prune.config import RecoverConfig
 from cria_prune.tasks.base import data_file
 from cria_prune.tasks.images import Images, ImageTask, Scaling
@@ -45,7 +43,7 @@ def cifar10_task(depth: int) -> ImageTask:
         example=torch.zeros(2, 3, 32, 32),
         scaling=Scaling(top=255, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
         load=_load,
-        make_dense=partial(_dense_of_task, depth),
+        make_dense=lambda _task, _seed, _progress: dense_model(depth),
         recover_defaults=RecoverConfig(epochs=3, lr=0.05),
         batch_size=128,
         shift=4,
@@ -123,7 +121,3 @@ def _load(name: str) -> dict[str, Images]:
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))
     train, held = order[:-VALIDATION], order[-VALIDATION:]
     return {"train": images.rows(train), "validation": images.rows(held)}
-
-
-def _dense_of_task(depth: int, _task: ImageTask, _seed: int, _progress: Progress | None) -> nn.Module:
-    return dense_model(depth)

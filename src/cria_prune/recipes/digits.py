@@ -8,8 +8,7 @@ from torch import nn
 from cria_prune.base.errors import needed
 from cria_prune.base.progress import Progress
 from cria_prune.config import RecoverConfig
-from cria_prune.recovery.tune import recover
-from cria_prune.tasks.dense import led
+from cria_prune.tasks.dense import trained
 from cria_prune.tasks.images import Images, ImageTask, Scaling
 from cria_prune.tasks.models import build
 
@@ -54,20 +53,5 @@ def _load(_name: str) -> dict[str, Images]:
 
 
 def _train_dense(task: ImageTask, seed: int, progress: Progress | None) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        model = build(task.architecture)
-    held = list(task.validation_batches())
     config = DENSE.model_copy(update={"seed": seed})
-
-    def train() -> None:
-        recover(
-            model,
-            task.train_batches(seed),
-            config,
-            evaluate=lambda network: task.evaluate(network, held),
-            progress=progress,
-        )
-
-    led(model, train)
-    return model
+    return trained(task, build(task.architecture, seed), config, progress, kept=False)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from cria_prune.base.batches import Batch
-from cria_prune.base.errors import DataError
 from cria_prune.base.events import passed
 from cria_prune.base.progress import Progress
 from cria_prune.config import RecoverConfig
@@ -72,38 +71,23 @@ class ShakespeareTask(LanguageTask):
         """The byte-level BPE tokenizer, a `PreTrainedTokenizerFast`."""
         return train_tokenizer(self._part("train"), VOCABULARY)
 
-    def tokens(self, split: str) -> Tensor:
-        """Return the tokens of a split, (tokens,) int64.
-
-        Raises:
-            DataError: no such split, or the file is missing.
-        """
-        if split not in self._tokens:
-            self._tokens[split] = encode(self.tokenizer, self._part(split))
-        return self._tokens[split]
-
-    @cached_property
-    def _tokens(self) -> dict[str, Tensor]:
-        return {}
+    def load(self, name: str) -> dict[str, Tensor]:
+        """Return the tokens of a split, (tokens,) int64."""
+        return {name: encode(self.tokenizer, self._part(name))}
 
     @cached_property
     def _text(self) -> str:
         return data_file(TEXT, LAYOUT).read_text(encoding="utf-8") if self.text is None else self.text
 
     def _part(self, split: str) -> str:
-        if split not in SHARES:
-            raise DataError(f"A split of {self.name}", f"found {split!r}", f"Known: {', '.join(SHARES)}")
         start, end = (round(share * len(self._text)) for share in SHARES[split])
         return self._text[start:end]
 
     def dense(self, seed: int = 0, progress: Progress | None = None) -> nn.Module:
         """Return the model trained from the seed, on the CPU; about five minutes on two cores, once."""
         passed("dense", task=self.name, seed=seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            model = build(self.architecture)
         config = DENSE.model_copy(update={"seed": seed, **({"epochs": QUICK_EPOCHS} if self.quick else {})})
-        return trained(self, model, config, progress)
+        return trained(self, build(self.architecture, seed), config, progress)
 
     def further(self, model: nn.Module, progress: Progress | None = None) -> dict[str, float | str]:
         """Return the test split's perplexity at the model's maximum, and a sample of text."""

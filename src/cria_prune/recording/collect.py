@@ -11,9 +11,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from cria_prune.base.batches import Batch, batch_size, cut, describe, forward, map_tensors
+from cria_prune.base.batches import Batch, batch_size, cut, describe, forward, map_tensors, told_apart
 from cria_prune.base.errors import DataError
 from cria_prune.base.events import passed
 from cria_prune.base.metrics import Loss, cross_entropy
@@ -99,9 +98,7 @@ def record(
                 size, first = batch_size(batch), examples
                 examples, count = examples + size, count + 1
                 if here.size > 1:
-                    # All go through all batches, and each runs its own:
-                    # the digest shows that they were the same for all.
-                    seen.update(_first_example(batch, size))
+                    seen.update(told_apart(batch).encode())
                 if not here.mine(count - 1):
                     continue
                 mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
@@ -135,12 +132,6 @@ def record(
         per_example=per_example,
         reads=reads,
     )
-
-
-def _first_example(batch: Batch, size: int) -> bytes:
-    """Return what tells a batch from others: its size, and a digest of its first example."""
-    tensors = [item for item in tree_leaves(cut(batch, size, 1)) if isinstance(item, Tensor)]
-    return digest(str(size), {str(number): item for number, item in enumerate(tensors)}).encode()
 
 
 def limited(batches: Iterable[Batch], examples: int) -> Iterator[Batch]:

@@ -9,7 +9,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from cria_prune.base.screen import screenful
+from cria_prune.base.progress import screenful
 from cria_prune.graph.moments import DOUBLE, Moments, Total
 
 PIECE = 2**20  # numbers that are looked at as float64 at a time

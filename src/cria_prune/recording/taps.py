@@ -41,41 +41,20 @@ class Signature(NamedTuple):
     rows: bool = False  # an embedding: its result is the signal at the site `rows`
 
 
-def _signatures() -> dict[Any, Signature]:
-    """Return the layer functions that are read, by the function objects that a mode sees."""
-    weighted = Signature(Argument(0, "input"), (Argument(1, "weight"),))
-    table: dict[Any, Signature] = dict.fromkeys(
-        (
-            functional.linear,
-            functional.conv1d,
-            functional.conv2d,
-            functional.conv3d,
-            functional.conv_transpose1d,
-            functional.conv_transpose2d,
-            functional.conv_transpose3d,
-            torch.convolution,
-        ),
-        weighted,
-    )
-    function: Any
-    for function in (torch.addmm, Tensor.addmm):
-        table[function] = Signature(Argument(1, "mat1"), (Argument(2, "mat2"),))
-    for function in (torch.mm, Tensor.mm):
-        table[function] = Signature(Argument(0, "input"), (Argument(1, "mat2"),))
-    for function in (torch.matmul, Tensor.matmul, Tensor.__matmul__):
-        table[function] = Signature(Argument(0, "input"), (Argument(1, "other"),))
-    rows = Signature(Argument(0, "input"), (Argument(1, "weight"),), rows=True)
-    table[functional.embedding] = rows
-    table[functional.batch_norm] = Signature(
-        Argument(0, "input"), (Argument(3, "weight"), Argument(1, "running_mean"))
-    )
-    table[torch.batch_norm] = Signature(
-        Argument(0, "input"), (Argument(1, "weight"), Argument(3, "running_mean"))
-    )
-    return table
-
-
-SIGNATURES = _signatures()
+DATA, WEIGHT = Argument(0, "input"), Argument(1, "weight")
+WEIGHTED = [getattr(functional, f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3)]
+SIGNATURES: dict[Any, Signature] = {
+    **dict.fromkeys([functional.linear, torch.convolution, *WEIGHTED], Signature(DATA, (WEIGHT,))),
+    **dict.fromkeys([torch.addmm, Tensor.addmm], Signature(Argument(1, "mat1"), (Argument(2, "mat2"),))),
+    **dict.fromkeys([torch.mm, Tensor.mm], Signature(DATA, (Argument(1, "mat2"),))),
+    **dict.fromkeys(
+        [torch.matmul, Tensor.matmul, Tensor.__matmul__], Signature(DATA, (Argument(1, "other"),))
+    ),
+    functional.embedding: Signature(DATA, (WEIGHT,), rows=True),
+    functional.batch_norm: Signature(DATA, (Argument(3, "weight"), Argument(1, "running_mean"))),
+    torch.batch_norm: Signature(DATA, (WEIGHT, Argument(3, "running_mean"))),
+}
+"""The layer functions that are read, by the function objects that a mode sees."""
 
 
 class Taps(TorchFunctionMode):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +33,6 @@ from cria_prune.recovery.guard import (
 )
 from cria_prune.recovery.loss import compiled, forward_of
 from cria_prune.recovery.parallel import Parallel, generators_kept
-from cria_prune.recovery.result import Epoch
 from cria_prune.recovery.schedule import all_of, make_optimizer, moments, rate, set_moments
 from cria_prune.resume.store import Facts, State, Store, TypedStore, weights_of
 
@@ -41,6 +42,51 @@ if TYPE_CHECKING:
 FORMAT = "cria-recovery-1"
 NAME = "recovery.safetensors"
 BATCHES = "batches per epoch"
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch of the history.
+
+    Attributes:
+        epoch: 0 is the model as it came, before any step.
+        lr: learning rate of the epoch's last step (0 for epoch 0).
+        loss: mean training loss, in nats for the default loss (None for epoch 0).
+        metric: what `evaluate` returned after the epoch (None without `evaluate`).
+    """
+
+    epoch: int
+    lr: float
+    loss: float | None
+    metric: float | None
+
+
+@dataclass(frozen=True)
+class RecoverResult:
+    """What `recover` gives back.
+
+    Attributes:
+        model: the given model, holding the weights of `best_epoch`.
+        history: one entry per epoch, the first for the model as it came.
+        best_epoch: epoch whose weights the model holds; the last one without `evaluate`.
+        best: metric of that epoch.
+        last: metric of the last epoch.
+    """
+
+    model: nn.Module = field(repr=False)
+    history: tuple[Epoch, ...] = field(repr=False)
+    best_epoch: int
+    best: float | None
+    last: float | None
+
+    def __str__(self) -> str:
+        lines = [f"{'epoch':>5} {'lr':>8} {'loss':>8} {'metric':>8}"]
+        for row in self.history:
+            loss = "" if row.loss is None else f"{row.loss:.4f}"
+            metric = "" if row.metric is None else f"{row.metric:.4f}"
+            mark = "  <- kept" if row.epoch == self.best_epoch else ""
+            lines.append(f"{row.epoch:>5} {row.lr:>8.4f} {loss:>8} {metric:>8}{mark}")
+        return "\n".join(lines)
 
 
 class RecoveryFacts(Facts):
@@ -187,6 +233,7 @@ class Source:
         return batches, count
 
 
+@dataclass(eq=False)
 class Run:
     """One fine-tune: how far it is, and the weights of the best epoch so far.
 
@@ -200,20 +247,17 @@ class Run:
         keeper: keeps the state on disk, or None.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: RecoverConfig,
-        loss: Loss,
-        evaluate: Metric | None,
-        lower_is_better: bool,
-        device: torch.device,
-        keeper: Keeper | None,
-    ) -> None:
-        self.model, self.config, self.loss, self.evaluate, self.device = model, config, loss, evaluate, device
-        self.compiled = compiled(model, device) if config.compile and config.epochs else None
-        self.keeper = keeper
-        self.sign = -1 if lower_is_better else 1
+    model: nn.Module
+    config: RecoverConfig
+    loss: Loss
+    evaluate: Metric | None
+    lower_is_better: bool
+    device: torch.device
+    keeper: Keeper | None
+
+    def __post_init__(self) -> None:
+        compile_it = self.config.compile and self.config.epochs
+        self.compiled = compiled(self.model, self.device) if compile_it else None
         self.history: list[Epoch] = []
         self.best_epoch = 0
         self.best_state: State | None = None
@@ -401,7 +445,8 @@ class Run:
         """Add an epoch to the history; keep its weights if none was better."""
         self.history.append(row)
         best = self.history[self.best_epoch].metric
-        if row.metric is None or best is None or self.sign * row.metric >= self.sign * best:
+        worse = operator.gt if self.lower_is_better else operator.lt
+        if row.metric is None or best is None or not worse(row.metric, best):
             self.best_epoch, self.best_state = row.epoch, self.copied()
 
     def copied(self) -> State:

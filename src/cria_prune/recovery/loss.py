@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -91,6 +92,7 @@ def soft_targets(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
     return temperature**2 * functional.kl_div(found, goal, reduction="batchmean", log_target=True)
 
 
+@dataclass
 class Distilled:
     """(1 - weight) * loss + weight * soft targets, from one forward of the model.
 
@@ -104,16 +106,11 @@ class Distilled:
         forward: what the teacher runs in place of its own forward, such as that one compiled.
     """
 
-    def __init__(
-        self,
-        loss: Loss,
-        teacher: nn.Module,
-        weight: float,
-        temperature: float,
-        forward: Callable[..., Any] | None = None,
-    ) -> None:
-        self.loss, self.teacher, self.weight, self.temperature = loss, teacher, weight, temperature
-        self.forward = forward
+    loss: Loss
+    teacher: nn.Module
+    weight: float
+    temperature: float
+    forward: Callable[..., Any] | None = None
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the combined loss of a batch, a scalar in nats."""

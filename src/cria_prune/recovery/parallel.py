@@ -15,12 +15,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves
 
-from cria_prune.base.batches import Batch, batch_size, map_tensors
-from cria_prune.base.errors import StructureError
+from cria_prune.base.batches import Batch, batch_size, map_tensors, told_apart
+from cria_prune.base.errors import StructureError, first_line
 from cria_prune.base.metrics import Loss
-from cria_prune.base.modules import copy_of, digest
+from cria_prune.base.modules import copy_of
 from cria_prune.base.ranks import World, lost
 from cria_prune.recovery.guard import generators, isolated, set_generators
 from cria_prune.recovery.loss import Distilled
@@ -94,7 +93,7 @@ class Parallel:
 
     def meet(self, batch: Batch, step: int) -> None:
         """Wait for all processes, and check that they are at the same step with the same batch."""
-        self.here.meet("A training step", lambda: f"{step} {_told_apart(batch)}")
+        self.here.meet("A training step", lambda: f"{step} {told_apart(batch)}")
 
     def backward(self, loss: Tensor) -> None:
         """Run a loss backwards; the gradients are then the average of all processes.
@@ -163,13 +162,6 @@ def generators_kept(device: torch.device) -> Iterator[None]:
         yield
     finally:
         set_generators(now, device)
-
-
-def _told_apart(batch: Batch) -> str:
-    """Return a digest of the first example of a batch, and its size."""
-    size = batch_size(batch)
-    first = [item[:1] if item.ndim else item for item in tree_leaves(batch) if isinstance(item, Tensor)]
-    return digest(str(size), {str(number): item for number, item in enumerate(first)})
 
 
 DOING = "Recovering by FSDP"
@@ -286,7 +278,7 @@ def shared_out(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     except (ValueError, NotImplementedError, AssertionError) as error:  # a weight without dimensions
         raise StructureError(
             f"Sharing {type(model).__name__} out over the processes",
-            (str(error).strip().splitlines() or [type(error).__name__])[0],
+            first_line(error),
             "Recover it without fsdp",
         ) from error
     for item in copied.modules():

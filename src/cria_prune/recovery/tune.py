@@ -27,9 +27,8 @@ from cria_prune.recovery.guard import (
     snapshot,
     trained,
 )
-from cria_prune.recovery.loop import Batches, Keeper, Metric, Run, Source, identity
+from cria_prune.recovery.loop import Batches, Keeper, Metric, RecoverResult, Run, Source, identity
 from cria_prune.recovery.loss import Distilled, compiled, compiling
-from cria_prune.recovery.result import RecoverResult
 from cria_prune.resume.store import State, code_version
 
 

@@ -111,7 +111,7 @@ class Spilled:
 
 
 class Chain(Protocol):
-    """What the blocks of a model give each other from turn to turn; see `offload.chain`."""
+    """What the blocks of a model give each other from turn to turn; see `offload.turns`."""
 
     def form(self) -> dict[str, Any] | None:
         """Return as plain JSON what `take` needs to go on; None where it cannot be said so."""

@@ -261,14 +261,11 @@ class Units:
         # Ties come first: whether an axis of a grid is free depends
         # on all that is tied to it anywhere in the network.
         classes = components(self.count, self._ties)
-        frozen: dict[int, str] = {}
-        for atoms, reason in self._frozen:
-            for item in np.unique(classes[atoms]).tolist():
-                frozen.setdefault(item, reason)
-        weak: dict[int, str] = {}
-        for atoms, reason in self._fixed:
-            for item in np.unique(classes[atoms]).tolist():
-                weak.setdefault(item, reason)
+        frozen, weak = dict[int, str](), dict[int, str]()
+        for noted, table in ((self._frozen, frozen), (self._fixed, weak)):
+            for atoms, reason in noted:
+                for item in np.unique(classes[atoms]).tolist():
+                    table.setdefault(item, reason)
         grids = [
             Grid(classes[grid.flat], tuple(classes[item] for item in grid.factors)) for grid in self._grids
         ]

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from cria_prune.base.attention import plain_attention
 from cria_prune.base.batches import SMALLER, Batch, check_memory, model_inputs
-from cria_prune.base.errors import CaptureError, DataError
+from cria_prune.base.errors import CaptureError, DataError, said
 from cria_prune.base.events import passed
 from cria_prune.base.modules import cache_off, shared_copy
 
@@ -55,12 +55,12 @@ def _raise_clear(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         shapes = [tuple(item.shape) for item in (*args, *kwargs.values()) if isinstance(item, torch.Tensor)]
         raise DataError(
             f"A forward pass of {type(model).__name__} on the example inputs of shape {shapes}",
-            f"{type(forward).__name__}: {first_line(forward)}",
+            said(forward),
             "Pass one batch of inputs that the model accepts",
         ) from error
     raise CaptureError(
         f"The operations of {type(model).__name__}",
-        f"torch.export stops at {_offender(model, error)} with {type(error).__name__}: {first_line(error)}",
+        f"torch.export stops at {_offender(model, error)} with {said(error)}",
         "Write that line with tensor operations whose control flow does not depend on the data",
     ) from error
 
@@ -78,11 +78,6 @@ def _offender(model: nn.Module, error: BaseException) -> str:
         trace = trace.tb_next
     operation = re.search(r"\baten[.:]+[\w.]+", str(error))
     return f"{operation.group(0)} in {place}" if operation else place
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, shortened."""
-    return (str(error).strip().splitlines() or [""])[0][:200].rstrip(".")
 
 
 def operation_name(node: Node) -> str:

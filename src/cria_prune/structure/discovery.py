@@ -16,7 +16,7 @@ from cria_prune.base.events import passed
 from cria_prune.structure.axes import Resolved
 from cria_prune.structure.capture import operation_name
 from cria_prune.structure.groups import Count, ParameterSlice, Role, Site, Tap, UnitGroup, UnitGroups
-from cria_prune.structure.rules.core import Context, Counted, WeightUse
+from cria_prune.structure.rules.core import Context, Counted
 from cria_prune.structure.trace import Trace, trace
 
 # Names that say what they count. Any other number that happens to be equal is a
@@ -25,12 +25,7 @@ HEADS = re.compile(r"(^|_)n?heads?$")
 WIDTHS = {"all_head_size", "inner_dim", "attn_dim", "split_size", "attention_dim", "proj_size", "qkv_dim"}
 CONFIG_WIDTHS = {
     "neuron": (
-        "intermediate_size",
-        "n_inner",
-        "d_ff",
-        "ffn_dim",
-        "encoder_ffn_dim",
-        "decoder_ffn_dim",
+        *("intermediate_size", "n_inner", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim"),
         "hidden_dim",
     ),
     "residual": ("hidden_size", "n_embd", "d_model", "dim", "embed_dim", "word_embed_proj_dim"),
@@ -159,21 +154,22 @@ def discover(model: nn.Module, example: Batch, traced: Trace | None = None) -> U
     passed("discover", model=model)
     traced = traced or trace(model, example)
     context, tensors = traced.context, traced.tensors
-    roles: dict[tuple[str, int], set[Role]] = {}
+    roles: dict[tuple[str, int | None], set[Role]] = {}
+    kinds: dict[str, str] = {}
+    positions: dict[str, float] = {}
     for use in context.uses:
-        for dim, kind in _dims(use):
-            roles.setdefault((use.weight, dim), set()).add(kind)
+        roles.setdefault((use.weight, use.out_dim), set()).add("produces")
+        roles.setdefault((use.weight, use.in_dim), set()).add("consumes")
+        kinds[use.weight] = "channel" if operation_name(use.node).startswith("conv") else "neuron"
+        positions[use.weight] = positions.get(use.weight, 0.0) + use.per_element / batch_size(example)
     slices = [
         Place(name, dim, kind, atoms)
         for name, dims in context.labels.items()
         for dim, atoms in enumerate(dims)
         for kind in sorted(roles.get((name, dim), {"follows"}), reverse=True)
     ]
-    positions: dict[str, float] = {}
-    for use in context.uses:
-        positions[use.weight] = positions.get(use.weight, 0.0) + use.per_element / batch_size(example)
     resolved = traced.resolved
-    groups, atoms = _groups([*slices, *_taps(context).values()], resolved, _kinds(context))
+    groups, atoms = _groups([*slices, *_taps(context).values()], resolved, kinds)
     return UnitGroups(
         groups=tuple(with_counts(model, groups, atoms, context.counted, resolved.classes)),
         shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
@@ -194,18 +190,6 @@ def _embeddings(traced: Trace) -> tuple[str, ...]:
             if all(int(unit) in frozen for unit in units):
                 picked.add(use.weight)
     return tuple(name for name in tensors if name in picked and isinstance(tensors[name], nn.Parameter))
-
-
-def _dims(use: WeightUse) -> list[tuple[int, Role]]:
-    pairs: list[tuple[int | None, Role]] = [(use.out_dim, "produces"), (use.in_dim, "consumes")]
-    return [(dim, role) for dim, role in pairs if dim is not None]
-
-
-def _kinds(context: Context) -> dict[str, str]:
-    return {
-        use.weight: "channel" if operation_name(use.node).startswith("conv") else "neuron"
-        for use in context.uses
-    }
 
 
 def _taps(context: Context) -> dict[tuple[str, Site], Place]:
@@ -265,13 +249,8 @@ def _groups(
     # A group is frozen as a whole, so units that stay, and each
     # reason for it, are groups apart from units that may leave.
     reasons = list(dict.fromkeys(resolved.frozen.values()))
-    salts = dict(
-        zip(
-            reasons,
-            np.random.default_rng(1).integers(1, 2**63, size=len(reasons), dtype=np.uint64),
-            strict=True,
-        )
-    )
+    drawn = np.random.default_rng(1).integers(1, 2**63, size=len(reasons), dtype=np.uint64)
+    salts = dict(zip(reasons, drawn, strict=True))
     for unit, reason in resolved.frozen.items():
         signature[[unit]] += salts[reason]
     touched: dict[int, list[Touched]] = {}

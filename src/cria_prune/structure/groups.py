@@ -227,7 +227,7 @@ def removed_positions(
     removed: dict[tuple[str, int], list[np.ndarray]] = {}
     for group in groups:
         if group.name in kept:
-            gone = np.setdiff1d(np.arange(group.size), np.asarray(kept[group.name], dtype=np.int64))
+            gone = _gone(group, kept)
             for item in group.slices:
                 removed.setdefault((item.tensor, item.dim), []).append(item.positions[gone].ravel())
     return {key: np.unique(np.concatenate(parts)) for key, parts in removed.items()}
@@ -264,53 +264,48 @@ def said_values(
 def shrink(groups: UnitGroups, kept: Mapping[str, Sequence[int]]) -> UnitGroups:
     """Return the groups of the model after only the `kept` units (indices now) of the named groups stay."""
     removed = removed_positions(groups.groups, kept)
-    taps: dict[tuple[str, Site], list[np.ndarray]] = {}
+    read: dict[tuple[str, Site], list[np.ndarray]] = {}
     for group in groups:
-        gone = np.setdiff1d(
-            np.arange(group.size), np.asarray(kept.get(group.name, range(group.size)), dtype=np.int64)
-        )
+        gone = _gone(group, kept)
         for tap in (*group.inputs, *group.outputs):
-            taps.setdefault((tap.tensor, tap.site), []).append(tap.positions[gone].ravel())
-    left = {key: np.unique(np.concatenate(parts)) for key, parts in taps.items()}
-
-    def renumber(positions: np.ndarray, stays: np.ndarray, gone: np.ndarray | None) -> np.ndarray:
-        # Several groups may leave one dimension. A position
-        # moves down by all that left before it, whoever left.
-        rows = positions[stays]
-        return rows if gone is None else rows - np.searchsorted(gone, rows)
-
+            read.setdefault((tap.tensor, tap.site), []).append(tap.positions[gone].ravel())
+    left = {key: np.unique(np.concatenate(parts)) for key, parts in read.items()}
     values, said = counted_values(groups.groups, kept), said_values(groups.groups, kept)
 
     def smaller(group: UnitGroup) -> UnitGroup:
         stays = np.asarray(kept.get(group.name, range(group.size)), dtype=np.int64)
-        return replace(
-            group,
-            size=len(stays),
-            slices=tuple(
-                replace(item, positions=renumber(item.positions, stays, removed.get((item.tensor, item.dim))))
-                for item in group.slices
-            ),
-            inputs=tuple(
-                replace(tap, positions=renumber(tap.positions, stays, left[tap.tensor, tap.site]))
-                for tap in group.inputs
-            ),
-            outputs=tuple(
-                replace(tap, positions=renumber(tap.positions, stays, left[tap.tensor, tap.site]))
-                for tap in group.outputs
-            ),
-            counts=tuple(
-                replace(
-                    item,
-                    value=values[item.module, item.name, item.place],
-                    said=said[item.module, item.name][1],
-                )
-                for item in group.counts
-                if item.sure
-            ),
+
+        def renumbered(positions: np.ndarray, gone: np.ndarray | None) -> np.ndarray:
+            rows = positions[stays]
+            return rows if gone is None else rows - np.searchsorted(gone, rows)
+
+        inputs, outputs = (
+            tuple(
+                replace(tap, positions=renumbered(tap.positions, left[tap.tensor, tap.site])) for tap in side
+            )
+            for side in (group.inputs, group.outputs)
         )
+        slices = tuple(
+            replace(item, positions=renumbered(item.positions, removed.get((item.tensor, item.dim))))
+            for item in group.slices
+        )
+        counts = tuple(
+            replace(
+                item, value=values[item.module, item.name, item.place], said=said[item.module, item.name][1]
+            )
+            for item in group.counts
+            if item.sure
+        )
+        return replace(group, size=len(stays), slices=slices, inputs=inputs, outputs=outputs, counts=counts)
 
     shapes = shrunk_shapes(groups.shapes, removed)
     return replace(groups, groups=tuple(smaller(group) for group in groups), shapes=shapes)
+
+
+def _gone(group: UnitGroup, kept: Mapping[str, Sequence[int]]) -> np.ndarray:
+    """Return the units of a group that leave."""
+    stays = np.asarray(kept.get(group.name, range(group.size)), dtype=np.int64)
+    return np.setdiff1d(np.arange(group.size), stays)
 
 
 def shrunk_shapes(

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Literal
 
-from cria_prune.base.screen import screenful
+from cria_prune.base.progress import screenful
 
 NUMBER = re.compile(r"(?:(?<=[._])|^)\d+(?=\.|$)")
 """The number of a layer in its name: `layers.0.mlp`, `encoder_layer_0.mlp`; not that of `conv1`."""

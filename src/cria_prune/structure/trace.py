@@ -6,36 +6,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 from cria_prune.base.batches import Batch
+from cria_prune.base.modules import named_tensors
 from cria_prune.structure.axes import Resolved, Units
 from cria_prune.structure.capture import capture, operation_name
 from cria_prune.structure.rules import attention, layers, shape  # noqa: F401  (they register their rules)
 from cria_prune.structure.rules.core import RULES, Context, freeze_all, no_rule
 
-LAYERS = {
-    "linear",
-    "conv1d",
-    "conv2d",
-    "conv3d",
-}  # their rules look at the shapes of weights and results only
-# The same elements under another shape or type: the weight that is read through one of these is still itself.
+LAYERS = {"linear", "conv1d", "conv2d", "conv3d"}
+"""Their rules look at the shapes of weights and results only."""
 VIEWS = {
-    "t",
-    "transpose",
-    "permute",
-    "numpy_T",
-    "mT",
-    "to",
-    "_to_copy",
-    "detach",
-    "alias",
-    "contiguous",
-    "clone",
+    *("t", "transpose", "permute", "numpy_T", "mT"),
+    *("to", "_to_copy", "detach", "alias", "contiguous", "clone"),
 }
 
 
@@ -72,8 +59,9 @@ def trace(model: nn.Module, example: Batch) -> Trace:
         context.labels[name] = [context.units.fresh(size) for size in tensor.shape]
     names = _parameter_names(program, model, tensors)
     _start(program.graph, context, names)
-    for item in _outputs(follow(program.graph, context)):
-        freeze_all(context.axes[item], context, "is part of the model's output")
+    for item in tree_leaves(follow(program.graph, context)):
+        if isinstance(item, Node):
+            freeze_all(context.axes[item], context, "is part of the model's output")
     _freeze_two_ways(context)
     return Trace(program, context, tensors, names, context.units.resolve())
 
@@ -93,8 +81,7 @@ def _start(graph: Graph, context: Context, names: Mapping[str, str]) -> None:
                 context.axes[node] = [None] * len(getattr(node.meta.get("val"), "shape", ()))
                 context.data.add(node)
             else:
-                labels: list[np.ndarray | None] = [*context.labels[name]]
-                context.axes[node] = labels
+                context.axes[node] = [*context.labels[name]]
                 context.tensors[node] = name
 
 
@@ -212,19 +199,10 @@ def _freeze_two_ways(context: Context) -> None:
             freeze_all(context.labels[weight], context, f"{weight!r} is used forwards and transposed")
 
 
-def _outputs(result: Any) -> list[Node]:
-    return (
-        [item for item in result if isinstance(item, Node)] if isinstance(result, (tuple, list)) else [result]
-    )
-
-
 def _parameter_names(
     program: ExportedProgram, model: nn.Module, tensors: Mapping[str, Tensor]
 ) -> dict[str, str]:
-    # Export may know a tied tensor under any of its names. The atoms are kept once, under the first.
-    first = {id(tensor): name for name, tensor in reversed(list(tensors.items()))}
-    everything: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    everything.update(model.named_buffers(remove_duplicate=False))
+    first, everything = {id(tensor): name for name, tensor in tensors.items()}, named_tensors(model)
     signature = program.graph_signature
     inputs = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     return {node: first[id(everything[name])] for node, name in inputs.items() if name in everything}

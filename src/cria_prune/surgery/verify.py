@@ -28,11 +28,11 @@ from cria_prune.base.batches import (
     named_shortage,
     ran_out,
 )
-from cria_prune.base.errors import VerificationError
+from cria_prune.base.errors import VerificationError, said
 from cria_prune.base.events import passed
 from cria_prune.base.modules import cache_off, copy_of, device_of, named_tensors, shared_copy
 from cria_prune.planning.plan import Plan
-from cria_prune.structure.capture import first_line, operation_name
+from cria_prune.structure.capture import operation_name
 from cria_prune.structure.rules.core import argument
 from cria_prune.structure.rules.layers import STATISTICS, reduced_dims
 from cria_prune.structure.trace import Trace, live_nodes, trace, wrapped_graph
@@ -342,9 +342,7 @@ class Reference:
             # A lack of memory says nothing of the cut.
             if ran_out(error):
                 raise
-            raise VerificationError(
-                "A forward pass of the pruned model", f"{type(error).__name__}: {first_line(error)}", ADVICE
-            ) from error
+            raise VerificationError("A forward pass of the pruned model", said(error), ADVICE) from error
         apart = difference(expected, found)
         result = Verification(
             apart,
@@ -385,7 +383,7 @@ class Reference:
                 raise
             raise VerificationError(
                 f"A forward pass of the dense model in {str(self.dtype).removeprefix('torch.')}",
-                f"{type(error).__name__}: {first_line(error)}",
+                said(error),
                 "Write its forward so that new tensors take the type of its input",
             ) from error
 

@@ -7,6 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from functools import cache, cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,6 +25,7 @@ from cria_prune.config import RecoverConfig
 from cria_prune.recovery.guard import channels_last
 from cria_prune.tasks.models import build
 
+SPLITS = ("train", "validation", "test")
 EpochBatches = Callable[[int], Iterable[Batch]]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -37,6 +39,8 @@ class Task(ABC):
     Attributes:
         name: the task's name in `TASKS`.
         architecture: the dense model's name in `ARCHITECTURES`.
+        load: split name -> that split, and others that come with it.
+        batch_size: examples per batch of the fine-tune.
         example: inputs for capturing the model, (2, ...) each.
         metric: name of what `evaluate` returns; `base.metrics.metric` knows its direction.
         recover_defaults: the fine-tune that suits the task.
@@ -50,6 +54,8 @@ class Task(ABC):
 
     name: str
     architecture: str
+    load: Callable[[str], Mapping[str, Any]]
+    batch_size: int
     example: Batch
     metric: str
     recover_defaults: RecoverConfig
@@ -63,7 +69,48 @@ class Task(ABC):
     def dense(self, seed: int = 0, progress: Progress | None = None) -> nn.Module:
         """Return the trained dense model in eval mode: loaded, or trained from the seed on the spot."""
 
+    def split(self, name: str) -> Any:
+        """Return the examples of "train", "validation" or "test", of the kind that `load` gives.
+
+        Raises:
+            DataError: no such split, or its data are missing or of another kind.
+        """
+        if name not in SPLITS:
+            raise DataError(f"A split of {self.name}", f"found {name!r}", f"Known: {', '.join(SPLITS)}")
+        if name not in self._splits:
+            self._splits.update(self.load(name))
+        return self._splits[name]
+
+    @cached_property
+    def _splits(self) -> dict[str, Any]:
+        return {}
+
     @abstractmethod
+    def epoch(self, data: Any, seed: int, batch_size: int, augment: bool) -> Iterable[Batch]:
+        """Return shuffled batches of the train split, changed if `augment`; see `train_batches`."""
+
+    @abstractmethod
+    def chosen(self, data: Any, index: Tensor, seed: int | None = None) -> Iterable[Batch]:
+        """Return batches of the examples `index` of a split, as they are.
+
+        Args:
+            data: the split.
+            index: (examples,) int64.
+            seed: that these examples were drawn by, to calibrate on; None to measure on them.
+        """
+
+    @abstractmethod
+    def tensors(self, data: Any) -> Iterable[Tensor]:
+        """Return what a fingerprint of a split is made of."""
+
+    def count(self, data: Any) -> int:
+        """Return how many examples a split has."""
+        return len(data)
+
+    def training(self, device: torch.device | str) -> Any:
+        """Return the train split, on the device where that is worth its while."""
+        return self.split("train")
+
     def train_batches(
         self,
         seed: int = 0,
@@ -80,17 +127,20 @@ class Task(ABC):
             device: where images are moved and mirrored, with the same values; other batches are small, and
                 come from the CPU.
         """
+        size, data = batch_size or self.batch_size, cache(partial(self.training, device))
+        return lambda epoch: self.epoch(data(), seed * 100_003 + epoch, size, augment)
 
-    @abstractmethod
     def calibration(self, examples: int, seed: int = 0) -> list[Batch]:
-        """Return the first `examples` of a seeded permutation of the train split, as they are."""
-
-    def drawn(self, count: int, examples: int, seed: int) -> Tensor:
-        """Return (examples,) int64, the first of a seeded permutation of `count` examples.
+        """Return the first `examples` of a seeded permutation of the train split, as they are.
 
         Raises:
             DataError: there are not so many.
         """
+        data = self.split("train")
+        return list(self.chosen(data, self.drawn(self.count(data), examples, seed), seed))
+
+    def drawn(self, count: int, examples: int, seed: int) -> Tensor:
+        """Return (examples,) int64, the first of a seeded permutation of `count` examples; see above."""
         passed("calibration", task=self.name, examples=examples)
         if not 1 <= examples <= count:
             raise DataError(
@@ -98,17 +148,22 @@ class Task(ABC):
             )
         return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:examples]
 
-    @abstractmethod
     def validation_batches(self, limit: int | None = None) -> Iterable[Batch]:
-        """Return the validation split, or its first `limit` examples, in order."""
+        """Return the validation split, or its first `limit` examples; sentences with the short ones first."""
+        return self._first("validation", limit)
 
-    @abstractmethod
     def test_batches(self, limit: int | None = None) -> Iterable[Batch]:
-        """Return the test split, or its first `limit` examples, in order."""
+        """Return the test split, or its first `limit` examples; sentences with the short ones first."""
+        return self._first("test", limit)
 
-    @abstractmethod
+    def _first(self, name: str, limit: int | None) -> Iterable[Batch]:
+        data = self.split(name)
+        return self.chosen(data, torch.arange(self.count(data))[:limit])
+
     def fingerprint(self, *splits: str) -> str:
         """Return the SHA-256, in hex, of the splits' inputs and targets (of all three if none is named)."""
+        parts = [self.split(name) for name in splits or SPLITS]
+        return fingerprint(*(tensor for part in parts for tensor in self.tensors(part)))
 
     @property
     def measured(self) -> bool:
@@ -126,7 +181,10 @@ class Task(ABC):
 
     def pretrained_source(self, scratch: Path) -> Path | None:
         """Return a folder with the tokenizer of the dense model, made in `scratch` if need be."""
-        return None
+        if self.tokenizer is None:
+            return None
+        self.tokenizer.save_pretrained(scratch)
+        return scratch
 
     def evaluate(self, model: nn.Module, batches: Iterable[Batch], progress: Progress | None = None) -> float:
         """Return the metric of the model on the batches."""

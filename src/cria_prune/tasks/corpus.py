@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cria_prune.base.errors import DataError, needed
+from cria_prune.base.errors import DataError, needed, said
 
 TEXTS = ("sentence", "text", "content", "document", "review")
 LABELS = ("label", "labels")
@@ -112,8 +112,7 @@ def _from_hub(name: str) -> dict[str, Corpus]:
     try:
         found = datasets.load_dataset(path, configuration or None)
     except Exception as error:  # whatever a server and its files can raise
-        text = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".")
-        raise DataError(asked, f"{type(error).__name__}: {text}", f"Without a network: {LOCAL}") from error
+        raise DataError(asked, said(error), f"Without a network: {LOCAL}") from error
     return {str(split): _columns(part.to_dict(), f"{name}, {split}") for split, part in found.items()}
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cria_prune.base.errors import ArtifactError
+from cria_prune.base.files import atomic
 from cria_prune.base.metrics import metric
 from cria_prune.base.progress import Progress
 from cria_prune.base.ranks import world
@@ -58,42 +59,42 @@ def keep(model: nn.Module, path: Path) -> None:
     """Write the model's weights; readers see the whole file or none. A folder that refuses is no error."""
     from safetensors.torch import save_model
 
-    with suppress(OSError):
+    with suppress(OSError, ArtifactError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=path.parent) as aside:
-            save_model(model, str(Path(aside) / path.name))
-            os.replace(Path(aside) / path.name, path)
+        with atomic(path) as temporary:
+            save_model(model, str(temporary))
 
 
 def trained(
-    task: Task, model: nn.Module, config: RecoverConfig, progress: Progress | None = None
+    task: Task, model: nn.Module, config: RecoverConfig, progress: Progress | None = None, kept: bool = True
 ) -> nn.Module:
     """Return the model trained on the task, in eval mode on the CPU.
 
     The best epoch on the validation split is kept, in memory and in a file of `cache_root`. The file's name
     stands for the start weights, the data, the fine-tune and the device's type, so nothing else is
-    read back. The training runs on CUDA where there is one; of several processes in the first alone.
+    read back. The training runs on CUDA where there is one; of several processes in the first alone, and the
+    others get its weights.
 
     Args:
         task: gives batches and metric.
         model: the start; it changes in place.
         config: the training; its seed shuffles the batches.
         progress: where to show how far it is; silent if None.
+        kept: write and read the file; False for a training of seconds, which is done on the CPU.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    start = fingerprint(*model.state_dict().values())
-    path = cache_file(
-        task.name,
-        {
-            "start": start,
+    device = torch.device("cuda" if kept and torch.cuda.is_available() else "cpu")
+    path = None
+    if kept:
+        made_from = {
+            "start": fingerprint(*model.state_dict().values()),
             "data": task.fingerprint("train", "validation"),
             "training": config.model_dump(mode="json", exclude_unset=True),
             "device": device.type,
-        },
-    )
+        }
+        path = cache_file(task.name, made_from)
 
-    def made() -> None:
-        if fetch(model, path):
+    def train() -> None:
+        if path is not None and fetch(model, path):
             return
         held = list(task.validation_batches())
         recover(
@@ -105,14 +106,10 @@ def trained(
             device=device,
             progress=progress,
         )
-        keep(model, path)
+        if path is not None:
+            keep(model, path)
 
-    led(model, made)
-    return model.eval()
-
-
-def led(model: nn.Module, train: Callable[[], None]) -> None:
-    """Train a model in place: of several processes in the first alone, and the others get its weights."""
     here = world()
     here.lead("The dense model", train)
     here.spread(value for value in model.state_dict().values() if isinstance(value, Tensor))
+    return model.eval()

@@ -16,15 +16,15 @@ from cria_prune.base.errors import ArtifactError, ConfigError, DataError
 from cria_prune.base.modules import device_of
 from cria_prune.base.progress import Progress
 from cria_prune.config import RecoverConfig
-from cria_prune.tasks.base import Task
+from cria_prune.tasks.base import SPLITS, Task
 from cria_prune.tasks.corpus import Corpus, read_dataset, read_text
-from cria_prune.tasks.loading import example_inputs, find_library, has_tokenizer, load_pretrained, quiet
-from cria_prune.tasks.sentences import LONGEST, SentenceTask
+from cria_prune.tasks.loading import example_inputs, has_tokenizer, load_pretrained, read_by
 from cria_prune.tasks.text import (
+    LONGEST,
     SHORT,
-    SPLITS,
     LanguageTask,
     Sentences,
+    SentenceTask,
     conventions,
     encode,
     perplexities,
@@ -108,18 +108,10 @@ class FolderTask(Task):
             ArtifactError: there is none, or it cannot be read.
         """
         asked = f"The tokenizer in {self.folder}"
-        library = find_library(asked)
         todo = "Copy tokenizer.json and tokenizer_config.json of the base model into the folder"
         if not has_tokenizer(self.folder):
             raise ArtifactError(asked, "the folder holds none", todo)
-        try:
-            with quiet(library):
-                return library.AutoTokenizer.from_pretrained(
-                    str(self.folder.resolve()), local_files_only=True, trust_remote_code=False
-                )
-        except Exception as error:  # whatever a file can make another library raise
-            text = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".")
-            raise ArtifactError(asked, f"{type(error).__name__}: {text}", todo) from error
+        return read_by("AutoTokenizer", self.folder, asked, todo)
 
     def dense(self, seed: int = 0, progress: Progress | None = None) -> nn.Module:
         """Return the folder's model."""
@@ -132,6 +124,10 @@ class FolderTask(Task):
     def pretrained_source(self, scratch: Path) -> Path:
         """Return the folder itself."""
         return self.folder
+
+    def drawn(self, count: int, examples: int, seed: int) -> Tensor:
+        """Return `examples` of `count` at random, or all where there are fewer."""
+        return super().drawn(count, min(examples, count), seed)
 
     def corpora(self) -> dict[str, Corpus]:
         """Return what the user gave, by split.
@@ -192,8 +188,8 @@ class SentenceFolder(FolderTask, SentenceTask):
             )
         self.recover_defaults = RecoverConfig(epochs=1, lr=5e-5, **TUNING)
 
-    @cached_property
-    def _splits(self) -> dict[str, Sentences]:
+    def load(self, name: str) -> dict[str, Sentences]:
+        """Return all splits; see the class for where they come from."""
         source, other = self.parts()
         rows = self._sentences(source)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SPLIT_SEED))
@@ -260,22 +256,12 @@ class SentenceFolder(FolderTask, SentenceTask):
     @property
     def measured(self) -> bool:
         """Whether there are labels to measure on."""
-        return self._splits["test"].labels is not None
+        return self.split("test").labels is not None
 
     @property
     def tested_on(self) -> str:
         """What the test split is, in words."""
         return f"{len(self.split('test')):,} sentences that were kept apart"
-
-    def split(self, name: str) -> Sentences:
-        """Return the sentences of a split; see the class for where they come from."""
-        if name not in self._splits:
-            raise DataError(f"A split of {self.name}", f"found {name!r}", f"Known: {', '.join(self._splits)}")
-        return self._splits[name]
-
-    def calibration(self, examples: int, seed: int = 0) -> list[Batch]:
-        """Return `examples` random sentences, or all where there are fewer."""
-        return super().calibration(min(examples, len(self.split("train"))), seed)
 
 
 HELD_BLOCKS, TRAINED = 512, 512
@@ -298,17 +284,31 @@ class TextFolder(FolderTask, LanguageTask):
         self.metric = f"perplexity-{self.short}"
         self.recover_defaults = RecoverConfig(epochs=1, lr=5e-5, **TUNING)
 
-    @cached_property
-    def _tokens(self) -> dict[str, Tensor]:
-        if self.texts.text is not None and self.texts.calibration is None and self.texts.dataset is None:
-            return {"test": self._encoded(read_text(self.texts.text), 1)}
+    @property
+    def _alone(self) -> bool:
+        """Whether a text to measure on is all that was given."""
+        return self.texts == Texts(text=self.texts.text) and self.texts.text is not None
+
+    def load(self, name: str) -> dict[str, Tensor]:
+        """Return all splits that there are; see the class for where they come from.
+
+        Raises:
+            DataError: there is only a text to measure on, and another split is asked for.
+        """
+        if self._alone and name != "test":
+            raise DataError(
+                f"A text to calibrate {self.name} on",
+                "only one to measure on was given",
+                "Give --calibration",
+            )
+        test = None if self.texts.text is None else self._encoded(read_text(self.texts.text), 1)
+        if self._alone and test is not None:
+            return {"test": test}
         source, held = self.parts()
         train = self._encoded(_joined(source), 4)
-        if self.texts.text is not None:
-            test = self._encoded(read_text(self.texts.text), 1)
-        elif held is not None:
+        if test is None and held is not None:
             test = self._encoded(_joined(held), 1)
-        else:
+        elif test is None:
             train, test = self._cut(train)
         train, validation = self._cut(train)
         return {"train": train, "validation": validation, "test": test}
@@ -330,24 +330,6 @@ class TextFolder(FolderTask, LanguageTask):
         self.check_vocabulary(int(tokens.max()))
         return tokens
 
-    def tokens(self, split: str) -> Tensor:
-        """Return the tokens of a split, (tokens,) int64; see the class for where they come from."""
-        if split not in self._tokens and split in SPLITS:
-            raise DataError(
-                f"A text to calibrate {self.name} on",
-                "only one to measure on was given",
-                "Give --calibration",
-            )
-        if split not in self._tokens:
-            raise DataError(
-                f"A split of {self.name}", f"found {split!r}", f"Known: {', '.join(self._tokens)}"
-            )
-        return self._tokens[split]
-
-    def calibration(self, examples: int, seed: int = 0) -> list[Batch]:
-        """Return `examples` random blocks of `short` tokens, or all where the text has fewer."""
-        return super().calibration(min(examples, len(self.tokens("train")) // self.short), seed)
-
     def further(self, model: nn.Module, progress: Progress | None = None) -> dict[str, float | str]:
         """Return the perplexity in the other convention: 2,048 tokens, or the most that the model reads."""
         most, tokens = conventions(model)[-1], self.tokens("test")
@@ -359,7 +341,7 @@ class TextFolder(FolderTask, LanguageTask):
 
     def fingerprint(self, *splits: str) -> str:
         """Return the SHA-256, in hex, of the splits' tokens (of all that there are if none is named)."""
-        return super().fingerprint(*(splits or self._tokens))
+        return super().fingerprint(*(splits or (("test",) if self._alone else SPLITS)))
 
     @property
     def tested_on(self) -> str:

@@ -24,9 +24,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from cria_prune.base.errors import ArtifactError, ConfigError, DataError, needed
+from cria_prune.base.errors import ArtifactError, ConfigError, DataError, needed, said
 from cria_prune.base.modules import copy_of, device_of, devices_in_use, shared_copy
-from cria_prune.tasks.loading import find_library, quiet
+from cria_prune.base.progress import quiet
+from cria_prune.tasks.loading import find_library
 
 BOOTSTRAP = 1000
 """Draws for a standard error that has no formula (perplexity, F1)."""
@@ -87,7 +88,7 @@ def harness(
             )  # fmt: skip
         except Exception as error:  # whatever the task or the model raises
             raise DataError(
-                asked, f"it stops with {_said(error)}", "Mend the task, or try a smaller batch_size or limit"
+                asked, f"it stops with {said(error)}", "Mend the task, or try a smaller batch_size or limit"
             ) from error
     return {} if found is None else _flat(found["results"])
 
@@ -163,11 +164,11 @@ def _load(manager: Any, name: str) -> list[Any]:
         if any(_of_network(item) for item in chain):
             raise DataError(
                 asked,
-                f"its data set {settings.get('dataset_path', '')} cannot be fetched, {_said(error)}",
+                f"its data set {settings.get('dataset_path', '')} cannot be fetched, {said(error)}",
                 "Connect to the network once, or pass a `folder` with a task whose data_files are local",
             ) from error
         raise DataError(
-            asked, f"it cannot be loaded, {_said(error)}", "Check its YAML and its data"
+            asked, f"it cannot be loaded, {said(error)}", "Check its YAML and its data"
         ) from error
     _check_safe([vars(task.config) for task in found["tasks"].values()], asked)
     group = found["groups"].get(name)
@@ -216,7 +217,7 @@ def _left_alone() -> Iterator[None]:
     with (
         torch.random.fork_rng(devices=devices_in_use()),
         redirect_stdout(sys.stderr),
-        quiet(find_library("lm-eval")),
+        quiet(),
     ):
         try:
             loggers[1].setLevel(logging.ERROR)
@@ -249,8 +250,3 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _of_network(error: BaseException) -> bool:
     return isinstance(error, ConnectionError) or type(error).__module__.split(".")[0] in NETWORK
-
-
-def _said(error: BaseException) -> str:
-    line = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".")
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__

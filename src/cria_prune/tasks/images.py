@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from cria_prune.base.batches import Batch
-from cria_prune.base.errors import DataError
 from cria_prune.base.events import passed
 from cria_prune.base.progress import Progress
 from cria_prune.config import RecoverConfig
-from cria_prune.tasks.base import EpochBatches, Task, fingerprint
-
-SPLITS = ("train", "validation", "test")
+from cria_prune.tasks.base import Task
 
 
 @dataclass(frozen=True)
@@ -142,71 +138,31 @@ class ImageTask(Task):
     shift: int = 0
     flip: bool = False
     metric: str = "accuracy"
-    _splits: dict[str, Images] = field(default_factory=dict, repr=False)
-
-    def split(self, name: str) -> Images:
-        """Return the images of "train", "validation" or "test".
-
-        Raises:
-            DataError: no such split, or its files are missing or of another kind.
-        """
-        if name not in SPLITS:
-            raise DataError(f"A split of {self.name}", f"found {name!r}", f"Known: {', '.join(SPLITS)}")
-        if name not in self._splits:
-            self._splits.update(self.load(name))
-        return self._splits[name]
 
     def dense(self, seed: int = 0, progress: Progress | None = None) -> nn.Module:
         """Return the trained dense model in eval mode."""
         passed("dense", task=self.name, seed=seed)
         return self.make_dense(self, seed, progress).eval()
 
-    def train_batches(
-        self,
-        seed: int = 0,
-        batch_size: int | None = None,
-        augment: bool = True,
-        device: torch.device | str = "cpu",
-    ) -> EpochBatches:
-        """Return epoch -> shuffled batches; a rest of one example is left out (batch norm needs two)."""
-        size = batch_size or self.batch_size
+    def training(self, device: torch.device | str) -> Images:
+        """Return the train split on the device."""
+        images: Images = self.split("train")
+        return images.to(device)
 
-        @cache
-        def there() -> Images:
-            return self.split("train").to(device)
-
-        def epoch_batches(epoch: int) -> Iterable[Batch]:
-            images = there()
-            key = seed * 100_003 + epoch
-            index = torch.randperm(len(images), generator=torch.Generator().manual_seed(key))
-            if len(index) % size == 1 and len(index) > 1:
-                index = index[:-1]
-            return ImageBatches(images, self.scaling, index, size, self._augment if augment else None, key)
-
-        return epoch_batches
+    def epoch(self, data: Images, seed: int, batch_size: int, augment: bool) -> Iterable[Batch]:
+        """Return shuffled batches; a rest of one example is left out (batch norm needs two)."""
+        index = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+        if len(index) % batch_size == 1 and len(index) > 1:
+            index = index[:-1]
+        return ImageBatches(data, self.scaling, index, batch_size, self._augment if augment else None, seed)
 
     def _augment(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
         return augment(pixels, self.shift, self.flip, generator)
 
-    def calibration(self, examples: int, seed: int = 0) -> list[Batch]:
-        """Return the first `examples` of a seeded permutation of the train split, 128 per batch."""
-        images = self.split("train")
-        index = self.drawn(len(images), examples, seed)
-        return list(ImageBatches(images, self.scaling, index, 128))
+    def chosen(self, data: Images, index: Tensor, seed: int | None = None) -> Iterable[Batch]:
+        """Return batches of 128 examples to calibrate on, of 500 to measure on."""
+        return ImageBatches(data, self.scaling, index, 500 if seed is None else 128)
 
-    def validation_batches(self, limit: int | None = None) -> Iterable[Batch]:
-        """Return the validation split, or its first `limit` examples, in order."""
-        return self._in_order("validation", limit)
-
-    def test_batches(self, limit: int | None = None) -> Iterable[Batch]:
-        """Return the test split, or its first `limit` examples, in order."""
-        return self._in_order("test", limit)
-
-    def _in_order(self, name: str, limit: int | None) -> Iterable[Batch]:
-        images = self.split(name)
-        return ImageBatches(images, self.scaling, torch.arange(len(images))[:limit], 500)
-
-    def fingerprint(self, *splits: str) -> str:
-        """Return the SHA-256, in hex, of the splits' pixels and labels (of all three if none is named)."""
-        parts = [self.split(name) for name in splits or SPLITS]
-        return fingerprint(*(tensor for part in parts for tensor in (part.pixels, part.labels)))
+    def tensors(self, data: Images) -> Iterable[Tensor]:
+        """Return the pixels and the labels."""
+        return data.pixels, data.labels

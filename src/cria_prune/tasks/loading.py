@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cria_prune.base.errors import ArtifactError, CriaError, DataError, needed
+from cria_prune.base.errors import ArtifactError, CriaError, DataError, needed, said
 from cria_prune.base.events import passed
+from cria_prune.base.progress import quiet
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 TOKENIZERS = (
@@ -45,10 +46,9 @@ def find_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(FETCHED)))
     except Exception as error:  # whatever a server can make another library raise
-        text = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".")
         raise ArtifactError(
             asked,
-            f"there is no such folder, and the hub gives {type(error).__name__}: {text}",
+            f"there is no such folder, and the hub gives {said(error)}",
             f"Fetch it where there is a network (hf download {name} --local-dir FOLDER) and give that folder",
         ) from error
 
@@ -96,18 +96,37 @@ def load_pretrained(folder: Path, meta: bool = False, **options: Any) -> nn.Modu
 @contextmanager
 def reading(library: ModuleType, asked: str) -> Iterator[None]:
     """Keep transformers quiet; what a file makes it raise becomes an ArtifactError about what was asked."""
-    with quiet(library):
+    with quiet():
         try:
             yield
         except CriaError:
             raise
         except Exception as error:  # whatever a file can make another library raise
-            text = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".")
             raise ArtifactError(
                 asked,
-                f"transformers {library.__version__} stops with {type(error).__name__}: {text}",
+                f"transformers {library.__version__} stops with {said(error)}",
                 "Check config.json and the weights; models whose code lies in their folder are not run",
             ) from error
+
+
+def read_by(kind: str, source: str | Path, asked: str, todo: str, **options: Any) -> Any:
+    """Return what `kind.from_pretrained` of transformers reads from a folder or hub name; code does not run.
+
+    Raises:
+        ArtifactError: it is not there, or cannot be read.
+        PackageError: transformers is not installed.
+    """
+    library, local = find_library(asked), Path(source).is_dir()
+    try:
+        with quiet():
+            return getattr(library, kind).from_pretrained(
+                str(Path(source).resolve() if local else source),
+                local_files_only=local,
+                trust_remote_code=False,
+                **options,
+            )
+    except Exception as error:  # whatever files and servers can make another library raise
+        raise ArtifactError(asked, said(error), todo) from error
 
 
 def read_config(library: ModuleType, folder: Path) -> Any:
@@ -198,21 +217,6 @@ def _with_values(kind: Any, folder: Path, config: Any, asked: str, options: Mapp
             "Complete the weights, or pass --meta to see shapes only",
         )
     return model
-
-
-@contextmanager
-def quiet(library: ModuleType) -> Iterator[None]:
-    """Keep the progress bars and warnings of transformers away; its settings are put back."""
-    logging = library.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 EXAMPLES, LENGTH, WAVE = 2, 16, 8000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -153,12 +154,16 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def build(architecture: str) -> nn.Module:
-    """Return a network with fresh weights from its name in `ARCHITECTURES`.
+def build(architecture: str, seed: int | None = None) -> nn.Module:
+    """Return a network with fresh weights from its name in `ARCHITECTURES`; with a seed, always the same.
 
     Raises:
         ConfigError: no such architecture.
     """
     if architecture not in ARCHITECTURES:
         raise ConfigError("An architecture", f"found {architecture!r}", f"Known: {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[architecture]()
+    if seed is None:
+        return ARCHITECTURES[architecture]()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return ARCHITECTURES[architecture]()

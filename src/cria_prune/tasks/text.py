@@ -1,18 +1,17 @@
-"""Text as batches, and causal language models on it: tokens, perplexity in both conventions, a sample."""
+"""Text as batches, and tasks on it: tokens, sentences, perplexity in both conventions, a sample."""
 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from cria_prune.base.batches import Batch, batch_target, describe, model_inputs, move
 from cria_prune.base.errors import DataError
@@ -20,7 +19,7 @@ from cria_prune.base.events import passed
 from cria_prune.base.metrics import logits_of
 from cria_prune.base.modules import cache_off, device_of, modes_kept
 from cria_prune.base.progress import Progress, track
-from cria_prune.tasks.base import EpochBatches, Task, fingerprint
+from cria_prune.tasks.base import Task
 from cria_prune.tasks.loading import find_library
 
 PIECE, OVERLAP, COMPARED = 2**18, 2**12, 64
@@ -104,12 +103,9 @@ class Sentences:
 
     def batch(self) -> dict[str, Tensor]:
         """Return all sentences as one batch: input_ids, attention_mask (sentences, longest), any labels."""
-        longest = max(map(len, self.tokens))
-        ids = torch.full((len(self), longest), self.padding, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, tokens in enumerate(self.tokens):
-            ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
-            mask[row, : len(tokens)] = 1
+        rows = [torch.tensor(tokens, dtype=torch.int64) for tokens in self.tokens]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.padding)
+        mask = (torch.arange(ids.shape[1]) < self.lengths()[:, None]).long()
         labels = {} if self.labels is None else {"labels": self.labels}
         return {"input_ids": ids, "attention_mask": mask, **labels}
 
@@ -368,16 +364,16 @@ def _labels(batch: Batch) -> Tensor:
     return labels if mask is None else labels.masked_fill(mask == 0, IGNORED)
 
 
-SPLITS = ("train", "validation", "test")
-AT_ONCE = 32
-"""Blocks per batch of the calibration."""
+AT_ONCE, SENTENCES = 32, 64
+"""Blocks, and sentences, per batch where nothing is trained."""
+LONGEST = 128
+"""Tokens per sentence; the rest is cut."""
 
 
 class LanguageTask(Task):
-    """Perplexity of a causal language model, by blocks that do not overlap.
+    """Perplexity of a causal language model, by blocks that do not overlap; a split is a line of tokens.
 
     Attributes:
-        batch_size: blocks per batch of the fine-tune.
         longest: tokens per block of the fine-tune.
         short: tokens per block of the calibration and the evaluation; `metric` names it.
     """
@@ -387,63 +383,69 @@ class LanguageTask(Task):
     longest: int
     short = SHORT
 
-    @abstractmethod
     def tokens(self, split: str) -> Tensor:
-        """Return the tokens of a split, (tokens,) int64.
+        """Return the tokens of a split, (tokens,) int64; see `split`."""
+        found: Tensor = self.split(split)
+        return found
 
-        Raises:
-            DataError: no such split, or the text is missing or too short.
-        """
+    def count(self, data: Tensor) -> int:
+        """Return how many blocks of `short` tokens a split has."""
+        return len(blocks(data, self.short))
 
-    def pretrained_source(self, scratch: Path) -> Path | None:
-        """Return `scratch` with the tokenizer's files."""
-        self.tokenizer.save_pretrained(scratch)
-        return scratch
+    def epoch(self, data: Tensor, seed: int, batch_size: int, augment: bool) -> Iterable[Batch]:
+        """Return shuffled blocks of `longest` tokens; with `augment` each epoch cuts elsewhere."""
+        generator = torch.Generator().manual_seed(seed)
+        # Always as many blocks: the schedule counts on equal epochs.
+        count = len(blocks(data, self.longest)) - 1
+        start = int(torch.randint(self.longest, (), generator=generator)) if augment else 0
+        order = torch.randperm(max(count, 1), generator=generator)
+        return BlockBatches(data, self.longest, batch_size, order, start if count > 0 else 0)
 
-    def train_batches(
-        self,
-        seed: int = 0,
-        batch_size: int | None = None,
-        augment: bool = True,
-        device: torch.device | str = "cpu",
-    ) -> EpochBatches:
-        """Return epoch -> shuffled blocks of `longest` tokens; with `augment` each epoch cuts elsewhere."""
-        size = batch_size or self.batch_size
+    def chosen(self, data: Tensor, index: Tensor, seed: int | None = None) -> Iterable[Batch]:
+        """Return blocks of `short` tokens."""
+        size = max(1, BATCH_TOKENS // self.short) if seed is None else AT_ONCE
+        return BlockBatches(data, self.short, size, index)
 
-        def epoch_batches(epoch: int) -> Iterable[Batch]:
-            generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-            tokens = self.tokens("train")
-            # Always as many blocks: the schedule counts on equal epochs.
-            count = len(blocks(tokens, self.longest)) - 1
-            start = int(torch.randint(self.longest, (), generator=generator)) if augment else 0
-            order = torch.randperm(max(count, 1), generator=generator)
-            return BlockBatches(tokens, self.longest, size, order, start if count > 0 else 0)
-
-        return epoch_batches
-
-    def calibration(self, examples: int, seed: int = 0) -> list[Batch]:
-        """Return `examples` random blocks of `short` tokens of the train split, 32 per batch."""
-        tokens = self.tokens("train")
-        order = self.drawn(len(blocks(tokens, self.short)), examples, seed)
-        return list(BlockBatches(tokens, self.short, AT_ONCE, order))
-
-    def validation_batches(self, limit: int | None = None) -> Iterable[Batch]:
-        """Return the validation split, or its first `limit` blocks of `short` tokens, in order."""
-        return self._in_order("validation", limit)
-
-    def test_batches(self, limit: int | None = None) -> Iterable[Batch]:
-        """Return the test split, or its first `limit` blocks of `short` tokens, in order."""
-        return self._in_order("test", limit)
-
-    def _in_order(self, split: str, limit: int | None) -> Iterable[Batch]:
-        tokens = self.tokens(split)
-        order = torch.arange(len(blocks(tokens, self.short)))[:limit]
-        return BlockBatches(tokens, self.short, max(1, BATCH_TOKENS // self.short), order)
-
-    def fingerprint(self, *splits: str) -> str:
-        """Return the SHA-256, in hex, of the splits' tokens (of all three if none is named)."""
-        return fingerprint(*(self.tokens(split) for split in splits or SPLITS))
+    def tensors(self, data: Tensor) -> Iterable[Tensor]:
+        """Return the tokens."""
+        return (data,)
 
     def evaluate(self, model: nn.Module, batches: Iterable[Batch], progress: Progress | None = None) -> float:
         """Return the perplexity of the model on the batches."""
         return perplexity(model, batches, progress=progress)
+
+
+class SentenceTask(Task):
+    """Accuracy of a sentence classifier; a split is `Sentences`."""
+
+    pretrained = True
+    metric = "accuracy"
+    batch_size = 32
+
+    def tokenised(self, texts: list[str], labels: Tensor | None) -> Sentences:
+        """Return texts as the model's tokenizer writes them, at most `longest_sentence` tokens each."""
+        found = self.tokenizer(texts, truncation=True, max_length=self.longest_sentence)["input_ids"]
+        return Sentences(found, labels, self.padding)
+
+    @property
+    def longest_sentence(self) -> int:
+        """Tokens per sentence; the rest is cut."""
+        return LONGEST
+
+    @property
+    def padding(self) -> int:
+        """The token that fills up a batch."""
+        return int(self.tokenizer.pad_token_id)
+
+    def epoch(self, data: Sentences, seed: int, batch_size: int, augment: bool) -> Iterable[Batch]:
+        """Return shuffled batches of alike length; nothing is augmented."""
+        return SentenceBatches(data, by_length(data.lengths(), batch_size, seed))
+
+    def chosen(self, data: Sentences, index: Tensor, seed: int | None = None) -> Iterable[Batch]:
+        """Return 64 sentences per batch, shuffled by the seed, or the short ones first."""
+        data = data.rows(index)
+        return SentenceBatches(data, by_length(data.lengths(), SENTENCES, seed))
+
+    def tensors(self, data: Sentences) -> Iterable[Tensor]:
+        """Return the tokens, their lengths and the labels."""
+        return data.flat()

@@ -253,7 +253,7 @@ def reduction(node: Node, context: Context) -> Any:
     """A reduced dimension of units is frozen, but for the statistic of a hand-written normalisation."""
     axes = context.of(node.args[0])
     if isinstance(argument(node, 1, "other"), Node):  # max(x, y)
-        return freeze_pair(node, context)
+        return no_rule(node, context)
     name = operation_name(node)
     reduced = reduced_dims(node, len(axes))
     # x / sqrt(mean(x²)) is a norm that is written out: the
@@ -283,13 +283,6 @@ def reduced_dims(node: Node, rank: int) -> set[int]:
     dims = range(rank) if dims is None else [dims] if isinstance(dims, int) else list(dims)
     reduced = {int(dim) % rank for dim in dims} if rank else set()
     return reduced or set(range(rank))
-
-
-def freeze_pair(node: Node, context: Context) -> Axes:
-    """Freeze both tensors of an operation that is used as an elementwise maximum."""
-    for item in node.all_input_nodes:
-        freeze_all(context.of(item), context, f"no rule for the operation {context.where(node)}")
-    return [None] * len(shape(node))
 
 
 STATISTICS = {"mean", "var", "std", "sum", "amax", "amin", "linalg_vector_norm", "norm"}

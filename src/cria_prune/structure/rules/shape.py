@@ -227,14 +227,16 @@ def split(node: Node, context: Context) -> list[Axes]:
     return [[*axes[:dim], part, *axes[dim + 1 :]] for part in parts]
 
 
-@rule("unbind")
-def unbind(node: Node, context: Context) -> list[Axes]:
-    """One output per position of a dimension, which is fixed."""
+@rule("unbind", "select")
+def take_position(node: Node, context: Context) -> Any:
+    """A dimension goes, which is fixed: one output per position of it, or the one at a number."""
     axes = context.of(node.args[0])
     dim = dim_argument(node, 1, "dim", len(axes))
-    # Weakly: the `3` of a fused projection is taken apart, and the heads beside it in the grid may go.
-    context.units.fix(axes[dim], f"is taken apart by {context.where(node)}")
-    return [axes[:dim] + axes[dim + 1 :] for _ in node.meta["val"]]
+    every = operation_name(node) == "unbind"
+    reason = "is taken apart by" if every else "is picked from at a fixed position by"
+    context.units.fix(axes[dim], f"{reason} {context.where(node)}")
+    rest = axes[:dim] + axes[dim + 1 :]
+    return [list(rest) for _ in node.meta["val"]] if every else rest
 
 
 @rule("getitem")
@@ -268,15 +270,6 @@ def slice_dimension(node: Node, context: Context) -> Axes:
         context.units.assume(units, f"{context.where(node)} takes its bounds from its input")
         context.count(node, len(part), part)
     return [*axes[:dim], part, *axes[dim + 1 :]]
-
-
-@rule("select")
-def select(node: Node, context: Context) -> Axes:
-    """One position of a dimension, which is fixed."""
-    axes = context.of(node.args[0])
-    dim = dim_argument(node, 1, "dim", len(axes))
-    context.units.fix(axes[dim], f"is picked from at a fixed position by {context.where(node)}")
-    return axes[:dim] + axes[dim + 1 :]
 
 
 @rule("copy")
