@@ -276,6 +276,8 @@ def shrink(groups: UnitGroups, kept: Mapping[str, Sequence[int]]) -> UnitGroups:
         stays = np.asarray(kept.get(group.name, range(group.size)), dtype=np.int64)
 
         def renumbered(positions: np.ndarray, gone: np.ndarray | None) -> np.ndarray:
+            # Several groups may leave one dimension. A position
+            # moves down by all that left before it, whoever left.
             rows = positions[stays]
             return rows if gone is None else rows - np.searchsorted(gone, rows)
 

@@ -20,6 +20,7 @@ from cria_prune.structure.rules.core import RULES, Context, freeze_all, no_rule
 
 LAYERS = {"linear", "conv1d", "conv2d", "conv3d"}
 """Their rules look at the shapes of weights and results only."""
+# The same elements under another shape or type: the weight that is read through one of these is still itself.
 VIEWS = {
     *("t", "transpose", "permute", "numpy_T", "mT"),
     *("to", "_to_copy", "detach", "alias", "contiguous", "clone"),
