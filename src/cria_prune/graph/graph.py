@@ -1,4 +1,7 @@
-"""From moments to a graph of the neurons: neighbours, weights, Laplacian; and the graphs that are kept."""
+"""From moments to a graph of the neurons: neighbours, weights, Laplacian; and the graphs that are kept.
+
+docs/method.md section 2 has the weights and the ridge.
+"""
 
 from __future__ import annotations
 

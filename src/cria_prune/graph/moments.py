@@ -1,4 +1,7 @@
-"""Second moments of signals, exact or as a countsketch of the sample axis; and how they are added up."""
+"""Second moments of signals, exact or as a countsketch of the sample axis; and how they are added up.
+
+docs/method.md section 2 says why a sketch of the samples is enough.
+"""
 
 from __future__ import annotations
 

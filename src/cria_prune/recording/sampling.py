@@ -1,4 +1,7 @@
-"""Which positions and tokens are looked at, what numbers their samples, and how they become moments."""
+"""Which positions and tokens are looked at, what numbers their samples, and how they become moments.
+
+docs/method.md section 1 says what a sample is.
+"""
 
 from __future__ import annotations
 

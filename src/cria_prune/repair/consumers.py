@@ -1,4 +1,7 @@
-"""Repair of the consumers in closed form: what stays takes over what the removed units did."""
+"""Repair of the consumers in closed form: what stays takes over what the removed units did.
+
+docs/method.md section 5 has the mathematics.
+"""
 
 from __future__ import annotations
 

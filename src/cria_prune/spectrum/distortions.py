@@ -1,4 +1,7 @@
-"""From the moments of a group's sides to one score per unit: distortions, innovation, nuclear norm."""
+"""From the moments of a group's sides to one score per unit: distortions, innovation, nuclear norm.
+
+docs/method.md section 3 has the mathematics.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores over all pairs without an eigensolver (METHOD section 3)."""
+"""Scores over all pairs without an eigensolver (docs/method.md section 3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two graphs of the same neurons -> the top of the pencil L_in v = z L_out v (METHOD section 3)."""
+"""Two graphs of the same neurons -> the top of the pencil L_in v = z L_out v (docs/method.md section 3)."""
 
 from __future__ import annotations
 
