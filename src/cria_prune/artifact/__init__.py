@@ -1,1 +1,1 @@
-"""What a run leaves behind: a checkpoint, its provenance, a report and its pictures."""
+"""What a run leaves behind: checkpoints, folders for transformers, certificates, scores that are kept."""

@@ -3,6 +3,8 @@
 Legend: d = units, m = edges, k = neighbours, r = columns of a sketch, C (d, d)
 = covariance, S (d, r) = sketch, D² = squared distance of two signals per
 sample, W = weights, e = ridge, L = diag(W1) − W + e·I = Laplacian.
+
+docs/method.md section 2 has the weights and the ridge.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Legend: d = units, M = samples, m = samples of one batch, r = columns of a sketch (buckets),
 X (d, M) = signals, S (d, r) = a sketch, B = S / √M, so that B Bᵀ stands for the covariance.
+
+docs/method.md section 2 says why a sketch of the samples is enough.
 """
 
 from __future__ import annotations

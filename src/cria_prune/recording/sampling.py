@@ -2,6 +2,8 @@
 
 Legend: B = examples of a batch, P = places drawn per example, T = tokens, S =
 samples, n = features of an activation.
+
+docs/method.md section 1 says what a sample is.
 """
 
 from __future__ import annotations

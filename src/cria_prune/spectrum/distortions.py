@@ -4,6 +4,8 @@ Legend: d = units, M = samples, r = columns of a sketch, or sign vectors; X, Y (
 the signals before and after the activation; B (d, r) = a sketch over √M, so that B Bᵀ
 stands for Y Yᵀ / M of the centred signals; Θ = the precision of the output side, e =
 its ridge; F (live, s or r) = an embedding, its squared distances are the distortion.
+
+docs/method.md section 3 has the mathematics.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Data, metric and dense model of the recipes."""
+"""Kinds of data and metric: images, texts, folders, lm-eval; and the networks of the recipes."""
