@@ -9,7 +9,7 @@ Legend: d = units of a group, n = features that a consumer reads, r = columns of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +33,7 @@ from cria_prune.base.errors import StructureError
 from cria_prune.base.events import passed
 from cria_prune.base.modules import cache_off, device_of, give_back, offloading_hooks
 from cria_prune.base.progress import Progress
-from cria_prune.config import PruneConfig, RecordConfig
+from cria_prune.config import PruneConfig
 from cria_prune.criteria.score import check_telling, find_criterion
 from cria_prune.recording.collect import limited
 from cria_prune.recording.signals import Collector
@@ -260,7 +260,8 @@ def score_in_turns(
                 if turn.groups:
                     ranking = rank(part, whole=False)
                 else:  # nothing to read there, but the blocks after it need what it gives
-                    _pass(model, prepared.batches, config.record)
+                    for batch in limited(prepared.batches, config.record.examples):
+                        outputs(model, batch)
             if ranking is not None:
                 found |= ranking.importances
                 for name, moments in (ranking.consumed or {}).items():
@@ -291,9 +292,10 @@ def plan_turns(
     trial.mkdir(exist_ok=True)
     chain = Chain.of(model, trial)
     if chain is not None:
+        outside = [group for group in groups.prunable if _block_of(chain, group) is None]
         turns = [
             *_stretches(chain, groups.prunable, sizes, memory),
-            *_outside(chain, groups.prunable, sizes, memory),
+            *(Turn(part, None) for part in _parts(outside, sizes, memory)),
         ]
         stretches = [turn.blocks for turn in turns if turn.blocks is not None]
         if len(stretches) > 1 and chain.is_whole(example, stretches):
@@ -322,13 +324,6 @@ def _stretches(
     yield Turn(tuple(taken), (first, len(chain.blocks) - 1))
 
 
-def _outside(
-    chain: Chain, groups: Sequence[UnitGroup], sizes: Mapping[str, int], memory: int
-) -> Iterator[Turn]:
-    rest = [group for group in groups if _block_of(chain, group) is None]
-    yield from (Turn(part, None) for part in _parts(rest, sizes, memory))
-
-
 def _parts(
     groups: Sequence[UnitGroup], sizes: Mapping[str, int], memory: int
 ) -> Iterator[tuple[UnitGroup, ...]]:
@@ -348,8 +343,3 @@ def moment_bytes(groups: Sequence[UnitGroup], config: PruneConfig) -> dict[str, 
     reads = reads_of(find_criterion(config.score).needs)
     kept = Collector(groups, config.record, config.compensate, reads).memory()
     return {item.name: item.while_recording + item.afterwards for item in kept}
-
-
-def _pass(model: nn.Module, batches: Iterable[Batch], config: RecordConfig) -> None:
-    for batch in limited(batches, config.examples):
-        outputs(model, batch)

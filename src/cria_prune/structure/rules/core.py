@@ -262,9 +262,9 @@ def argument_shape(node: Node, index: int = 0) -> list[int]:
     return shape(cast(Node, node.args[index]))
 
 
-def sizes_argument(node: Node, index: int = 1) -> list[int]:
-    """Return a list-of-sizes argument given by position."""
-    return [int(size) for size in cast(list[int], node.args[index])]
+def sizes_argument(node: Node) -> list[int]:
+    """Return the list of sizes that is the second argument."""
+    return [int(size) for size in cast(list[int], node.args[1])]
 
 
 def dim_argument(node: Node, index: int, name: str, rank: int, default: int = 0) -> int:
