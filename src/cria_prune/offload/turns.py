@@ -10,7 +10,7 @@ Legend: d = units of a group, n = features that a consumer reads, r = columns of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,14 @@ from cria_prune.base.batches import Batch, map_tensors, model_inputs
 from cria_prune.base.dispatched import Loaded
 from cria_prune.base.errors import StructureError
 from cria_prune.base.events import passed
-from cria_prune.base.modules import cache_off, device_of, give_back, offloading_hooks
+from cria_prune.base.modules import (
+    attributes_kept,
+    cache_off,
+    device_of,
+    forward_of,
+    give_back,
+    offloading_hooks,
+)
 from cria_prune.base.progress import Progress
 from cria_prune.config import PruneConfig
 from cria_prune.criteria.score import check_telling, find_criterion
@@ -84,21 +91,14 @@ class Chain:
         be of the same batches in the same order in every stretch. The first stretch begins at block 0.
         """
         run = _Run(self, first, last)
-        kept = [(hook, hook.weights_map) for block in self.blocks[first : last + 1] for hook in _hooks(block)]
-        own = [(block, vars(block).get("forward")) for block in self.blocks]
-        try:
-            for hook, inner in kept:
-                hook.weights_map = _Held(inner)
-            for number, (block, _) in enumerate(own):
-                block.forward = partial(run.call, number, block.forward)
+        hooks = [hook for block in self.blocks[first : last + 1] for hook in _hooks(block)]
+        with ExitStack() as stack:
+            stack.enter_context(attributes_kept(hooks, "weights_map"))
+            for hook in hooks:
+                hook.weights_map = _Held(hook.weights_map)
+            for number, block in enumerate(self.blocks):
+                stack.enter_context(forward_of(block, partial(run.call, number, block.forward)))
             yield
-        finally:
-            for block, before in own:
-                vars(block).pop("forward", None)
-                if before is not None:
-                    block.forward = before
-            for hook, inner in kept:
-                hook.weights_map = inner
         self._turn += 1
 
     def forget(self) -> None:

@@ -19,6 +19,7 @@ from cria_prune.base.batches import Batch, move
 from cria_prune.base.errors import DataError, SignalError
 from cria_prune.base.events import passed
 from cria_prune.base.metrics import Loss
+from cria_prune.base.modules import forward_of
 from cria_prune.base.progress import Bar, Progress
 from cria_prune.base.ranks import alone, world
 from cria_prune.config import RecoverConfig
@@ -31,7 +32,7 @@ from cria_prune.recovery.guard import (
     snapshot,
     trained,
 )
-from cria_prune.recovery.loss import compiled, forward_of
+from cria_prune.recovery.loss import compiled
 from cria_prune.recovery.parallel import Parallel, generators_kept
 from cria_prune.recovery.schedule import all_of, make_optimizer, moments, rate, set_moments
 from cria_prune.resume.store import Facts, State, Store, TypedStore, weights_of

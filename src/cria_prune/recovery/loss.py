@@ -14,6 +14,7 @@ from torch.nn import functional
 from cria_prune.base.batches import Batch, model_inputs
 from cria_prune.base.errors import ConfigError, DataError
 from cria_prune.base.metrics import Loss, logits_of
+from cria_prune.base.modules import forward_of
 
 SHAPES = 64
 """Shapes of a batch that are compiled for, at most; torch's own limit, 8, counts all models of a class."""
@@ -26,25 +27,6 @@ def compiled(model: nn.Module, device: torch.device) -> Callable[..., Any]:
     them. Batches of another shape are compiled anew, from the second on for any length.
     """
     return torch.compile(model.forward, mode="reduce-overhead" if device.type == "cuda" else "default")
-
-
-@contextmanager
-def forward_of(model: nn.Module, forward: Callable[..., Any] | None) -> Iterator[None]:
-    """Let a model run another forward inside; None changes nothing.
-
-    It stays the object that it is, with its hooks, and with the names of its forward's arguments.
-    """
-    if forward is None:
-        yield
-        return
-    own = vars(model).get("forward")
-    try:
-        model.forward = forward
-        yield
-    finally:
-        vars(model).pop("forward", None)
-        if own is not None:
-            model.forward = own
 
 
 @contextmanager
