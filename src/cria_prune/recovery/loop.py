@@ -32,9 +32,8 @@ from cria_prune.recovery.guard import (
     snapshot,
     trained,
 )
-from cria_prune.recovery.loss import compiled
 from cria_prune.recovery.parallel import Parallel, generators_kept
-from cria_prune.recovery.schedule import all_of, make_optimizer, moments, rate, set_moments
+from cria_prune.recovery.step import all_of, compiled, make_optimizer, moments, rate, set_moments
 from cria_prune.resume.store import Facts, State, Store, TypedStore, weights_of
 
 if TYPE_CHECKING:

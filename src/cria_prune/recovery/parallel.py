@@ -22,7 +22,7 @@ from cria_prune.base.metrics import Loss
 from cria_prune.base.modules import copy_of
 from cria_prune.base.ranks import World, lost
 from cria_prune.recovery.guard import generators, isolated, set_generators
-from cria_prune.recovery.loss import Distilled
+from cria_prune.recovery.step import Distilled
 from cria_prune.resume.store import State
 
 

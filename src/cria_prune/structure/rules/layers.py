@@ -8,7 +8,6 @@ import numpy as np
 from torch.fx import Node
 
 from cria_prune.structure.axes import Axes, Dim
-from cria_prune.structure.capture import operation_name
 from cria_prune.structure.rules.core import (
     RULES,
     Context,
@@ -18,6 +17,7 @@ from cria_prune.structure.rules.core import (
     elementwise,
     freeze_all,
     no_rule,
+    operation_name,
     rule,
     shape,
 )
@@ -34,19 +34,6 @@ def linear(node: Node, context: Context) -> Axes:
     follow_units(context, node, weights[0], argument(node, 2, "bias"))
     context.use(node, weight, (1, 0), -1, axes[-1], weights[0], float(np.prod(shape(node)[:-1])))
     return [*axes[:-1], weights[0]]
-
-
-@rule("addmm")
-def addmm(node: Node, context: Context) -> Any:
-    """y = b + x W, as in GPT-2's Conv1D."""
-    bias, data, weight = cast(tuple[Node, Node, Node], node.args[:3])
-    if weight not in context.tensors:
-        return no_rule(node, context)
-    axes, weights = context.of(data), context.of(weight)
-    context.units.tie(axes[1], weights[0], MODEL_INPUT)
-    follow_units(context, node, weights[1], bias)
-    context.use(node, weight, (0, 1), -1, axes[1], weights[1], float(shape(node)[0]))
-    return [axes[0], weights[1]]
 
 
 @rule("embedding")
