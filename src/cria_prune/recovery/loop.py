@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,9 @@ from cria_prune.recovery.guard import (
     snapshot,
     trained,
 )
-from cria_prune.recovery.parallel import Parallel, generators_kept
-from cria_prune.recovery.step import all_of, compiled, make_optimizer, moments, rate, set_moments
+from cria_prune.recovery.parallel import Parallel, Sharded, generators_kept
+from cria_prune.recovery.step import compiled, make_optimizer, moments, rate, set_moments, share
 from cria_prune.resume.store import Facts, State, Store, TypedStore, weights_of
-
-if TYPE_CHECKING:
-    from cria_prune.recovery.parallel import Sharded
 
 FORMAT = "cria-recovery-1"
 NAME = "recovery.safetensors"
@@ -168,7 +165,6 @@ class Keeper(TypedStore[RecoveryFacts]):
         facts, parts = found
         run.history, run.best_epoch, run.step = list(facts.history), facts.best_epoch, facts.step
         run.finished = facts.finished
-        share = all_of if run.sharded is None else run.sharded.share
         own = trained(run.model)
         try:
             for part in ("best",) if run.finished else ("best", "weights"):
@@ -176,7 +172,7 @@ class Keeper(TypedStore[RecoveryFacts]):
                     raise LookupError("they have other names")
                 put_back(run.model, {name: share(value, own[name]) for name, value in parts[part].items()})
             if not run.finished:
-                set_moments(run.optimizer, parts.get("optimizer", {}), share)
+                set_moments(run.optimizer, parts.get("optimizer", {}))
                 if run.parallel is not None:
                     run.parallel.take(parts.get("norms", {}))
                 run.losses = parts["losses"]["epoch"].tolist()
@@ -266,8 +262,6 @@ class Run:
         """Train from the start, or from the state that was kept, to the last epoch."""
         if not (self.config.fsdp and self.config.epochs):
             return self.go(source, progress)
-        from cria_prune.recovery.parallel import Sharded
-
         self.sharded = Sharded(self.here, self.model, self.loss, self.device, self.config.seed)
         self.parallel, self.model = self.sharded, self.sharded.model
         with self.sharded.open():

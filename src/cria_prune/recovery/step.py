@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
 
 from cria_prune.base.batches import Batch, model_inputs
@@ -174,23 +175,20 @@ def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def all_of(value: Tensor, _parameter: Tensor) -> Tensor:
-    """Return the tensor: a process that shares nothing out holds all of it."""
-    return value
-
-
-def set_moments(
-    optimizer: torch.optim.Optimizer,
-    held: dict[str, Tensor],
-    share: Callable[[Tensor, Tensor], Tensor] = all_of,
-) -> None:
-    """Give an optimizer the tensors that `moments` returned.
+def share(value: Tensor, like: Tensor) -> Tensor:
+    """Return what this process holds of a tensor: all of it, where nothing is shared out by FSDP.
 
     Args:
-        optimizer: its tensors are replaced.
-        held: name -> tensor.
-        share: (tensor, parameter) -> what of the tensor this process holds, as it does of the parameter.
+        value: the same on all processes.
+        like: what the result is to be like; not everything is shared out.
     """
+    if not isinstance(like, DTensor) or value.shape != like.shape:
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def set_moments(optimizer: torch.optim.Optimizer, held: dict[str, Tensor]) -> None:
+    """Give an optimizer the tensors that `moments` returned, or this process's shares of them."""
     parameters = _parameters(optimizer)
     for name, value in held.items():
         index, _, key = name.partition(".")
