@@ -20,8 +20,8 @@ from cria_prune import UnitGroups, apply, discover, verify
 from cria_prune.config import PlanConfig
 from cria_prune.planning.budget import count_parameters, largest_reachable
 from cria_prune.planning.plan import make_plan
-from cria_prune.structure.capture import capture
 from cria_prune.structure.groups import without_residual
+from cria_prune.structure.trace import capture
 from staged import Stage, Values, merged, stages
 
 SHARE = 0.5

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -194,8 +193,10 @@ class SpectralImportance:
                 update={"score": config.score.model_copy(update={"criterion": criterion})}
             )
         find_criterion(config.score)
+        with needed("torch-pruning", "An importance for Torch-Pruning"):
+            import torch_pruning
         # Users ask isinstance; a base class would have to be imported with this file.
-        _library().importance.Importance.register(type(self))
+        torch_pruning.importance.Importance.register(type(self))
         self.model, self.batches, self.config = model, again(batches), config
         self.loss, self.strict = loss, strict
         self.scores: dict[str, Importance] = {}
@@ -278,9 +279,3 @@ def state_of(model: nn.Module) -> tuple[tuple[Any, ...], ...]:
 def _relative(scores: Tensor) -> Tensor:
     mean = scores.mean()
     return scores / mean if mean > 0 else torch.ones_like(scores)
-
-
-def _library() -> ModuleType:
-    with needed("torch-pruning", "An importance for Torch-Pruning"):
-        import torch_pruning
-    return torch_pruning

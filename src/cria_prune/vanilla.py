@@ -34,20 +34,21 @@ class Vanilla:
 
     Attributes:
         model: the model; it is only looked at.
+        groups: its structure.
         config: its configuration.
 
     Raises:
         StructureError: the model has no configuration of transformers, or is not what it describes.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, groups: UnitGroups) -> None:
         config: Any = getattr(model, "config", None)
         asked = f"A vanilla configuration for {type(model).__name__}"
         if not (hasattr(config, "to_dict") and hasattr(type(config), "from_dict")):
             raise StructureError(
                 asked, f"its config is {type(config).__name__}", "Pass a model of transformers itself"
             )
-        self.model, self.config = model, config
+        self.model, self.groups, self.config = model, groups, config
         tensors = named_tensors(model)
         first = {id(tensor): name for name, tensor in reversed(tensors.items())}
         self._canonical = {name: first[id(tensors[name])] for name in model.state_dict() if name in tensors}
@@ -69,14 +70,18 @@ class Vanilla:
         same = _floats(built)
         self._floats = {key: value for key, value in self._floats.items() if same.get(key) == value}
 
-    def edits(self, groups: UnitGroups, kept: Kept) -> dict[Path, int]:
-        """Return the fields of the configuration that count units, and what they say with `kept` units."""
+    def fields(self, kept: Kept, classes: Iterable[Held] = ()) -> dict[Path, int]:
+        """Return the fields to set for `kept` units: those that count units, and those of cut classes."""
         modules = dict(self.model.named_modules(remove_duplicate=False))
         fields = {}
-        for (module, name), (now, after) in said_values(groups.groups, kept).items():
+        for (module, name), (now, after) in said_values(self.groups.groups, kept).items():
             path = self._paths.get(id(getattr(modules[module], "config", None)))
             if name.startswith("config.") and now != after and path is not None:
                 fields[*path, name.removeprefix("config.")] = after
+        for held in classes:
+            count = len(kept.get(held.names[0], range(held.size)))
+            if held.extra is not None and count < held.size:
+                fields[held.extra.path] = held.extra.width * count + held.extra.constant
         return fields
 
     def changed(self, fields: Fields) -> Any:
@@ -93,7 +98,7 @@ class Vanilla:
         except Exception as error:  # whatever a validator raises
             return f"it refuses {_said(fields)}: {_last_line(error)}"
 
-    def mismatch(self, groups: UnitGroups, kept: Kept, fields: Fields) -> str | None:
+    def mismatch(self, kept: Kept, fields: Fields) -> str | None:
         """Say how the model that a changed configuration builds differs from the one with `kept` units.
 
         Compared are the names and shapes of the state dict, the floats that modules hold (scales), and
@@ -103,7 +108,7 @@ class Vanilla:
         built = config if isinstance(config, str) else self._built(config)
         if isinstance(built, str):
             return built
-        shapes = shrunk_shapes(groups.shapes, removed_positions(groups.groups, kept))
+        shapes = shrunk_shapes(self.groups.shapes, removed_positions(self.groups.groups, kept))
         found = self._difference(built, shapes)
         if found is not None:
             return found
@@ -114,11 +119,16 @@ class Vanilla:
             if floats.get((path, name)) != value:
                 return f"{name} would be {floats.get((path, name))}, not {value}"
         modules = dict(built.named_modules(remove_duplicate=False))
-        for (path, name), (_, after) in said_values(groups.groups, kept).items():
+        for (path, name), (_, after) in said_values(self.groups.groups, kept).items():
             said = held_numbers(modules[path]).get(name) if path in modules else None
             if not name.startswith("config.") and said != after:
                 return f"{name} would be {said}, not {after}"
         return None
+
+    def failure(self, chosen: Sequence[tuple[Held, int]]) -> str | None:
+        """Say why the configuration cannot hold these classes at these numbers of units."""
+        kept = _kept(chosen)
+        return self.mismatch(kept, self.fields(kept, [held for held, _ in chosen]))
 
     def asked(self) -> dict[Path, Any]:
         """Return the fields that the model's code reads while it is built, with their values.
@@ -235,10 +245,6 @@ class Extra:
     width: int
     constant: int
 
-    def value(self, units: int) -> int:
-        """Return what it says with so many units."""
-        return self.width * units + self.constant
-
 
 @dataclass(frozen=True)
 class Held:
@@ -285,8 +291,8 @@ class Holdable:
         Raises:
             StructureError: no configuration holds these numbers; the text says what differs.
         """
-        fields = _fields(self.vanilla, self.groups, kept, self.classes)
-        reason = self.vanilla.mismatch(self.groups, kept, fields)
+        fields = self.vanilla.fields(kept, self.classes)
+        reason = self.vanilla.mismatch(kept, fields)
         if reason is not None:
             raise StructureError(
                 f"A vanilla {type(self.vanilla.config).__name__} for a pruned model",
@@ -311,14 +317,14 @@ def holdable(model: nn.Module, groups: UnitGroups) -> Holdable:
     Raises:
         StructureError: the model has no configuration, or is not what it describes.
     """
-    vanilla = Vanilla(model)
+    vanilla = Vanilla(model, groups)
     asked = vanilla.asked()
     found: list[Held] = []
     reasons: dict[str, str] = {}
     for names in sorted(counted_together(groups.prunable), key=lambda names: _order(groups[names[0]])):
-        held = _alone(vanilla, groups, names, asked)
+        held = _alone(vanilla, names, asked)
         if isinstance(held, Held):
-            held = _together(vanilla, groups, held, found)
+            held = _together(vanilla, held, found)
         if isinstance(held, Held):
             found.append(held)
         else:
@@ -337,19 +343,17 @@ def _order(group: UnitGroup) -> int:
     return 0 if group.kind in HEADS else 2 if group.kind == "residual" else 1
 
 
-def _alone(
-    vanilla: Vanilla, groups: UnitGroups, names: tuple[str, ...], asked: Mapping[Path, Any]
-) -> Held | str:
+def _alone(vanilla: Vanilla, names: tuple[str, ...], asked: Mapping[Path, Any]) -> Held | str:
     """Return what of a class can be held while all else stays, or why nothing of it can."""
-    group = groups[names[0]]
+    group = vanilla.groups[names[0]]
     counts, every = _tried(group)
 
     def tried(extra: Extra | None, numbers: Iterable[int]) -> dict[int, str | None]:
         held = Held(names, group.size, extra, (), False)
-        return {count: _failure(vanilla, groups, [(held, count)]) for count in numbers}
+        return {count: vanilla.failure([(held, count)]) for count in numbers}
 
     best, failures = Held(names, group.size, None, (), every), tried(None, counts)
-    for extra in chain([None], _candidates(groups, group, asked)):
+    for extra in chain([None], _candidates(vanilla.groups, group, asked)):
         found = failures
         if extra is not None:  # it has to help at one of two numbers before all are tried
             helps = None in tried(extra, {counts[0], counts[len(counts) // 2]}).values()
@@ -400,7 +404,7 @@ def _head_sizes(groups: UnitGroups) -> set[int]:
     }
 
 
-def _together(vanilla: Vanilla, groups: UnitGroups, held: Held, found: Sequence[Held]) -> Held | str:
+def _together(vanilla: Vanilla, held: Held, found: Sequence[Held]) -> Held | str:
     """Keep the numbers that the configuration takes with those of the classes before, or say why not."""
     counts = held.counts
     # Validators may refuse numbers together that they take alone, as heads that do not divide
@@ -408,8 +412,9 @@ def _together(vanilla: Vanilla, groups: UnitGroups, held: Held, found: Sequence[
     for other in found:
         for mine in counts:
             for count in other.counts:
-                fields = _fields(vanilla, groups, _kept([(held, mine), (other, count)]), (held, other))
-                refusal = vanilla.changed(fields)
+                refusal = vanilla.changed(
+                    vanilla.fields(_kept([(held, mine), (other, count)]), (held, other))
+                )
                 if isinstance(refusal, str):
                     counts = tuple(item for item in counts if item != mine)
                     if not counts:
@@ -417,29 +422,11 @@ def _together(vanilla: Vanilla, groups: UnitGroups, held: Held, found: Sequence[
                     break
     # All classes at their fewest units: the choice furthest from the model stands for all others.
     least = [(item, item.counts[-1]) for item in found]
-    failure = _failure(vanilla, groups, [*least, (held, counts[-1])])
+    failure = vanilla.failure([*least, (held, counts[-1])])
     if failure is not None:
         return f"beside fewer units of {', '.join(item.names[0] for item in found)}, {failure}"
     return replace(held, counts=counts, every=held.every and counts == held.counts)
 
 
-def _failure(vanilla: Vanilla, groups: UnitGroups, chosen: Sequence[tuple[Held, int]]) -> str | None:
-    """Say why the configuration cannot hold these classes at these numbers of units."""
-    kept = _kept(chosen)
-    return vanilla.mismatch(groups, kept, _fields(vanilla, groups, kept, [held for held, _ in chosen]))
-
-
 def _kept(chosen: Iterable[tuple[Held, int]]) -> dict[str, range]:
     return {name: range(count) for held, count in chosen for name in held.names}
-
-
-def _fields(
-    vanilla: Vanilla, groups: UnitGroups, kept: Mapping[str, Sequence[int]], classes: Iterable[Held]
-) -> dict[Path, int]:
-    """Return the fields to set: those that count units, and the further ones of the classes that are cut."""
-    fields = vanilla.edits(groups, kept)
-    for held in classes:
-        count = len(kept.get(held.names[0], range(held.size)))
-        if held.extra is not None and count < held.size:
-            fields[held.extra.path] = held.extra.value(count)
-    return fields

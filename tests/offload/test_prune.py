@@ -44,9 +44,8 @@ from cria_prune.base.events import Event
 from cria_prune.base.progress import QUIET
 from cria_prune.cli.main import app
 from cria_prune.offload import write
-from cria_prune.offload.chain import Chain, outputs
 from cria_prune.offload.prune import Offloaded
-from cria_prune.offload.turns import plan_turns, score_in_turns
+from cria_prune.offload.turns import Chain, outputs, plan_turns, score_in_turns
 from cria_prune.result import PruneResult
 from cria_prune.stages import Prepared, prepare
 from cria_prune.tasks.loading import load_pretrained

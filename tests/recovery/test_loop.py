@@ -19,7 +19,7 @@ from cria_prune.base.errors import ArtifactError
 from cria_prune.base.metrics import cross_entropy
 from cria_prune.config import RecoverConfig
 from cria_prune.recovery import loop as states
-from cria_prune.recovery.schedule import make_optimizer, moments, set_moments
+from cria_prune.recovery.step import make_optimizer, moments, set_moments
 from cria_prune.recovery.tune import recover
 from cria_prune.resume import store
 

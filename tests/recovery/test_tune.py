@@ -12,8 +12,7 @@ from cria_prune.base.ranks import World
 from cria_prune.config import RecoverConfig
 from cria_prune.recovery import tune
 from cria_prune.recovery.guard import lower_precision
-from cria_prune.recovery.loss import soft_targets, without_padding
-from cria_prune.recovery.schedule import decay_groups, make_optimizer, rate
+from cria_prune.recovery.step import decay_groups, make_optimizer, rate, soft_targets, without_padding
 from cria_prune.recovery.tune import recover
 
 

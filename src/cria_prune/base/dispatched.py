@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cria_prune.base.errors import StructureError
-from cria_prune.base.modules import copy_of, named_tensors, offloading_hooks, on_meta
+from cria_prune.base.modules import attributes_kept, copy_of, named_tensors, offloading_hooks, on_meta
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,11 +188,7 @@ def changed(model: nn.Module, change: Callable[[str, Tensor], Tensor]) -> Iterat
     by_hook: dict[int, tuple[Any, dict[str, str]]] = {}
     for name, place in places(model).items():
         by_hook.setdefault(id(place.hook), (place.hook, {}))[1][place.key] = names[name]
-    before = [(hook, hook.weights_map) for hook, _ in by_hook.values()]
-    try:
+    with attributes_kept((hook for hook, _ in by_hook.values()), "weights_map"):
         for hook, keys in by_hook.values():
             hook.weights_map = _Changed(hook.weights_map, keys, change)
         yield
-    finally:
-        for hook, inner in before:
-            hook.weights_map = inner

@@ -197,7 +197,10 @@ def whole_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         check_free(target, overwrite)
         temporary.mkdir(parents=True)
         yield temporary
-        _flush_folder(temporary)
+        for entry in sorted(temporary.iterdir()):
+            _flush(entry)
+        with suppress(OSError):  # some file systems cannot flush a folder
+            _flush(temporary)
         check_free(target, overwrite)  # somebody may have come first
         _put(temporary, target, old)
     except OSError as error:
@@ -240,13 +243,6 @@ def _put(temporary: Path, target: Path, old: Path) -> None:
         raise
     with suppress(OSError):  # some file systems cannot flush a folder
         _flush(target.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    for entry in sorted(folder.iterdir()):
-        _flush(entry)
-    with suppress(OSError):
-        _flush(folder)
 
 
 def copy_known(source: Path, folder: Path) -> tuple[str, ...]:

@@ -6,8 +6,8 @@ import copy
 import ctypes
 import hashlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -123,14 +123,38 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Put the train/eval mode of every single module back on leaving."""
-    modes = [(module, module.training) for module in model.modules()]
+def attributes_kept(items: Iterable[Any], *names: str) -> Iterator[None]:
+    """Put attributes of some objects back on leaving."""
+    before = [(item, name, getattr(item, name)) for item in items for name in names]
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for item, name, value in before:
+            setattr(item, name, value)
+
+
+def modes_kept(model: nn.Module) -> AbstractContextManager[None]:
+    """Put the train/eval mode of every single module back on leaving."""
+    return attributes_kept(model.modules(), "training")
+
+
+@contextmanager
+def forward_of(model: nn.Module, forward: Callable[..., Any] | None) -> Iterator[None]:
+    """Let a model run another forward inside; None changes nothing.
+
+    It stays the object that it is, with its hooks, and with the names of its forward's arguments.
+    """
+    if forward is None:
+        yield
+        return
+    own = vars(model).get("forward")
+    try:
+        model.forward = forward
+        yield
+    finally:
+        vars(model).pop("forward", None)
+        if own is not None:
+            model.forward = own
 
 
 @contextmanager
@@ -141,16 +165,11 @@ def cache_off(model: nn.Module) -> Iterator[None]:
     """
     modules = model.modules()
     configs = {id(config): config for module in modules if (config := getattr(module, "config", None))}
-    cached = [
-        (config, config.use_cache) for config in configs.values() if getattr(config, "use_cache", False)
-    ]
-    try:
-        for config, _ in cached:
+    cached = [config for config in configs.values() if getattr(config, "use_cache", False)]
+    with attributes_kept(cached, "use_cache"):
+        for config in cached:
             config.use_cache = False
         yield
-    finally:
-        for config, before in cached:
-            config.use_cache = before
 
 
 def give_back() -> None:
@@ -170,15 +189,12 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     That is: train or eval mode of every submodule, `requires_grad` and `.grad` of every parameter,
     and the global generators of torch (CPU, and CUDA once in use), NumPy and Python.
     """
-    grads = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     python, numpy = random.getstate(), np.random.get_state()
     forked = torch.random.fork_rng(devices=devices_in_use())
-    with modes_kept(model), cache_off(model), plain_attention(model), forked:
+    gradients = attributes_kept(model.parameters(), "requires_grad", "grad")
+    with modes_kept(model), cache_off(model), plain_attention(model), forked, gradients:
         try:
             yield
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
-            for parameter, requires_grad, grad in grads:
-                parameter.requires_grad_(requires_grad)
-                parameter.grad = grad

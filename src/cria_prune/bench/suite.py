@@ -124,15 +124,8 @@ def cells(grid: Grid) -> list[Cell]:
     repair, batch norms as they are, all training data) is not in a cell. Importances of Torch-Pruning have no
     cells under the ranking `loss`, with repair, or with batch norms measured again.
     """
-    product = itertools.product(
-        grid.seeds,
-        grid.reductions,
-        grid.rounds,
-        grid.ranking,
-        grid.compensate,
-        grid.batch_norm,
-        grid.criteria,
-    )
+    lists = ("seeds", "reductions", "rounds", "ranking", "compensate", "batch_norm", "criteria")
+    product = itertools.product(*(getattr(grid, name) for name in lists))
     return [
         {
             "network": grid.network,

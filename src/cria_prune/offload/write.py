@@ -23,7 +23,7 @@ from cria_prune.base.errors import ArtifactError, StructureError, VerificationEr
 from cria_prune.base.events import passed
 from cria_prune.base.files import GENERATION, copy_known, refused
 from cria_prune.base.modules import give_back, named_tensors
-from cria_prune.offload.chain import outputs
+from cria_prune.offload.turns import outputs
 from cria_prune.planning.plan import Plan
 from cria_prune.repair.consumers import Repair, compensate
 from cria_prune.resume.turns import Spilled

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,7 +16,15 @@ from cria_prune.config import RecoverConfig
 from cria_prune.tasks.base import data_file
 from cria_prune.tasks.dense import trained
 from cria_prune.tasks.models import LONGEST, VOCABULARY, build
-from cria_prune.tasks.text import SHORT, LanguageTask, encode, perplexities, sample_text, train_tokenizer
+from cria_prune.tasks.text import (
+    PRUNE_TEXT,
+    SHORT,
+    LanguageTask,
+    encode,
+    perplexities,
+    sample_text,
+    train_tokenizer,
+)
 
 TEXT = "data/tinyshakespeare.txt"
 LAYOUT = (
@@ -26,6 +33,7 @@ LAYOUT = (
 )
 SHARES = {"train": (0.0, 0.85), "validation": (0.85, 0.9), "test": (0.9, 1.0)}
 PROMPT = "ROMEO:\n"
+PRUNE = {**PRUNE_TEXT, "plan": {**PRUNE_TEXT["plan"], "of": "non-embedding"}}
 DENSE = RecoverConfig(
     epochs=4, lr=3e-3, optimizer="adamw", weight_decay=0.1, warmup=0.05, clip=1.0, precision="auto"
 )
@@ -55,12 +63,7 @@ class ShakespeareTask(LanguageTask):
     recover_defaults = RecoverConfig(
         epochs=1, lr=1e-3, optimizer="adamw", weight_decay=0.1, warmup=0.05, clip=1.0, precision="auto"
     )
-    prune_defaults: Mapping[str, Mapping[str, Any]] = field(
-        default_factory=lambda: {
-            "plan": {"of": "non-embedding", "vanilla": True, "uniform": True, "multiple": 8},
-            "record": {"examples": 256},
-        }
-    )
+    prune_defaults = PRUNE
 
     def __post_init__(self) -> None:
         self.options = {"quick": True} if self.quick else {}

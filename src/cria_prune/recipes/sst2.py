@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ GET_ENCODER = (
 VALIDATION, QUICK = 1000, 8000
 SPLIT_SEED = 0
 EXAMPLE_TOKENS = 32
+PRUNE = {"plan": {"of": "non-embedding"}}
 DENSE = RecoverConfig(
     epochs=1, lr=1e-4, optimizer="adamw", weight_decay=0.01, warmup=0.1, schedule="linear", clip=1.0,
     precision="auto",
@@ -60,9 +60,7 @@ class Sst2Task(SentenceTask):
     architecture: str = "sst2-minilm"
 
     recover_defaults = DENSE
-    prune_defaults: Mapping[str, Mapping[str, Any]] = field(
-        default_factory=lambda: {"plan": {"of": "non-embedding"}}
-    )
+    prune_defaults = PRUNE
 
     def __post_init__(self) -> None:
         self.options = {

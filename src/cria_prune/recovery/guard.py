@@ -9,6 +9,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from cria_prune.base.modules import attributes_kept
 from cria_prune.resume.store import State
 
 
@@ -43,16 +44,14 @@ def isolated(seed: int, device: torch.device) -> Iterator[None]:
     """
     cuda, cudnn = device.type == "cuda", torch.backends.cudnn
     devices = [torch.cuda.current_device() if device.index is None else device.index] if cuda else []
-    before = cudnn.deterministic, cudnn.benchmark
-    with torch.random.fork_rng(devices=devices):
+    # Not by `cudnn.flags`: what it is not told, it switches off, cuDNN itself among it.
+    flags = attributes_kept([cudnn], "deterministic", "benchmark")
+    with torch.random.fork_rng(devices=devices), flags:
         torch.default_generator.manual_seed(seed)
         for index in devices:
             torch.cuda.default_generators[index].manual_seed(seed)
-        try:  # not by `cudnn.flags`: what it is not told, it switches off, cuDNN itself among it
-            cudnn.deterministic, cudnn.benchmark = True, False
-            yield
-        finally:
-            cudnn.deterministic, cudnn.benchmark = before
+        cudnn.deterministic, cudnn.benchmark = True, False
+        yield
 
 
 def generators(device: torch.device) -> State:
@@ -73,14 +72,10 @@ def set_generators(states: State, device: torch.device) -> None:
 @contextmanager
 def gradients_kept(model: nn.Module) -> Iterator[None]:
     """Start without gradients; put the caller's own gradients back on leaving."""
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in gradients:
+    with attributes_kept(model.parameters(), "grad"):
+        for parameter in model.parameters():
             parameter.grad = None
         yield
-    finally:
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
 
 
 @contextmanager

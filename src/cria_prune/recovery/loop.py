@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from cria_prune.base.batches import Batch, move
 from cria_prune.base.errors import DataError, SignalError
 from cria_prune.base.events import passed
 from cria_prune.base.metrics import Loss
+from cria_prune.base.modules import forward_of
 from cria_prune.base.progress import Bar, Progress
 from cria_prune.base.ranks import alone, world
 from cria_prune.config import RecoverConfig
@@ -31,13 +32,9 @@ from cria_prune.recovery.guard import (
     snapshot,
     trained,
 )
-from cria_prune.recovery.loss import compiled, forward_of
-from cria_prune.recovery.parallel import Parallel, generators_kept
-from cria_prune.recovery.schedule import all_of, make_optimizer, moments, rate, set_moments
+from cria_prune.recovery.parallel import Parallel, Sharded, generators_kept
+from cria_prune.recovery.step import compiled, make_optimizer, moments, rate, set_moments, share
 from cria_prune.resume.store import Facts, State, Store, TypedStore, weights_of
-
-if TYPE_CHECKING:
-    from cria_prune.recovery.parallel import Sharded
 
 FORMAT = "cria-recovery-1"
 NAME = "recovery.safetensors"
@@ -174,7 +171,6 @@ class Keeper(TypedStore[RecoveryFacts]):
         facts, parts = found
         run.history, run.best_epoch, run.step = list(facts.history), facts.best_epoch, facts.step
         run.finished = facts.finished
-        share = all_of if run.sharded is None else run.sharded.share
         own = trained(run.model)
         try:
             # Both go through the model, which checks names and shapes.
@@ -184,7 +180,7 @@ class Keeper(TypedStore[RecoveryFacts]):
                     raise LookupError("they have other names")
                 put_back(run.model, {name: share(value, own[name]) for name, value in parts[part].items()})
             if not run.finished:
-                set_moments(run.optimizer, parts.get("optimizer", {}), share)
+                set_moments(run.optimizer, parts.get("optimizer", {}))
                 if run.parallel is not None:
                     run.parallel.take(parts.get("norms", {}))
                 run.losses = parts["losses"]["epoch"].tolist()
@@ -274,8 +270,6 @@ class Run:
         """Train from the start, or from the state that was kept, to the last epoch."""
         if not (self.config.fsdp and self.config.epochs):
             return self.go(source, progress)
-        from cria_prune.recovery.parallel import Sharded
-
         self.sharded = Sharded(self.here, self.model, self.loss, self.device, self.config.seed)
         self.parallel, self.model = self.sharded, self.sharded.model
         with self.sharded.open():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cria_prune.base.batches import Batch, batch_size, map_tensors, told_apart
@@ -22,7 +22,7 @@ from cria_prune.base.metrics import Loss
 from cria_prune.base.modules import copy_of
 from cria_prune.base.ranks import World, lost
 from cria_prune.recovery.guard import generators, isolated, set_generators
-from cria_prune.recovery.loss import Distilled
+from cria_prune.recovery.step import Distilled
 from cria_prune.resume.store import State
 
 
@@ -245,18 +245,6 @@ class Sharded(Parallel):
             if self.here.first:
                 found[name] = full.detach().to("cpu", copy=True)
         return found
-
-    @staticmethod
-    def share(value: Tensor, like: Tensor) -> Tensor:
-        """Return what this process holds of a tensor.
-
-        Args:
-            value: the same on all processes.
-            like: what the result is to be like; not everything is shared out.
-        """
-        if not isinstance(like, DTensor) or value.shape != like.shape:
-            return value
-        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def shared_out(model: nn.Module, mesh: DeviceMesh) -> nn.Module:

@@ -28,7 +28,7 @@ from cria_prune.recovery.guard import (
     trained,
 )
 from cria_prune.recovery.loop import Batches, Keeper, Metric, RecoverResult, Run, Source, identity
-from cria_prune.recovery.loss import Distilled, compiled, compiling
+from cria_prune.recovery.step import Distilled, compiled, compiling
 from cria_prune.resume.store import State, code_version
 
 

@@ -14,9 +14,8 @@ from torch.fx import Node
 from cria_prune.base.batches import Batch, batch_size
 from cria_prune.base.events import passed
 from cria_prune.structure.axes import Resolved
-from cria_prune.structure.capture import operation_name
 from cria_prune.structure.groups import Count, ParameterSlice, Role, Site, Tap, UnitGroup, UnitGroups
-from cria_prune.structure.rules.core import Context, Counted
+from cria_prune.structure.rules.core import Context, Counted, operation_name
 from cria_prune.structure.trace import Trace, trace
 
 # Names that say what they count. Any other number that happens to be equal is a

@@ -125,16 +125,13 @@ def braced(names: Sequence[str]) -> list[str]:
     for name in names:
         parent, _, last = name.rpartition(".")
         children.setdefault(parent or name, []).append(last if parent else "")
-    return [
-        parent if items == [""] else f"{parent}.{items[0]}" if len(items) == 1 else _braces(parent, items)
-        for parent, items in children.items()
-    ]
-
-
-def _braces(parent: str, items: Sequence[str]) -> str:
-    inside = [item for item in items if item]
-    braces = f"{parent}.{{{', '.join(inside)}}}" if len(inside) > 1 else f"{parent}.{inside[0]}"
-    return braces if len(inside) == len(items) else f"{parent}, {braces}"
+    found = []
+    for parent, items in children.items():
+        inside = [item for item in items if item]
+        own = [parent] if len(inside) < len(items) else []
+        below = [f"{{{', '.join(inside)}}}"] if len(inside) > 1 else inside
+        found.append(", ".join([*own, *(f"{parent}.{item}" for item in below)]))
+    return found
 
 
 def _spread(reasons: Sequence[str | None]) -> str | None:

@@ -1,22 +1,30 @@
-"""The captured operations with the axes of each of them: rules applied in order, wrappers opened."""
+"""Model and example inputs -> its ATen operations, by torch.export (non-strict), with the axes of each.
+
+Rules are applied in order, wrappers opened. The model's mode and random state are as before; nothing is left
+on it.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from cria_prune.base.batches import Batch
-from cria_prune.base.modules import named_tensors
+from cria_prune.base.attention import plain_attention
+from cria_prune.base.batches import SMALLER, Batch, check_memory, model_inputs
+from cria_prune.base.errors import CaptureError, DataError, said
+from cria_prune.base.events import passed
+from cria_prune.base.modules import cache_off, named_tensors, shared_copy
 from cria_prune.structure.axes import Resolved, Units
-from cria_prune.structure.capture import capture, operation_name
 from cria_prune.structure.rules import attention, layers, shape  # noqa: F401  (they register their rules)
-from cria_prune.structure.rules.core import RULES, Context, freeze_all, no_rule
+from cria_prune.structure.rules.core import RULES, Context, freeze_all, no_rule, operation_name
 
 LAYERS = {"linear", "conv1d", "conv2d", "conv3d"}
 """Their rules look at the shapes of weights and results only."""
@@ -65,6 +73,66 @@ def trace(model: nn.Module, example: Batch) -> Trace:
             freeze_all(context.axes[item], context, "is part of the model's output")
     _freeze_two_ways(context)
     return Trace(program, context, tensors, names, context.units.resolve())
+
+
+def capture(model: nn.Module, example: Batch) -> ExportedProgram:
+    """Return the model's operations on the example batch, in evaluation mode.
+
+    Raises:
+        DataError: the model's forward does not accept the example.
+        CaptureError: the forward runs, but its operations cannot be captured; the text names
+            the operation and the line of the model's code.
+        StructureError: the model cannot be copied.
+    """
+    passed("capture", model=model)
+    args, kwargs = model_inputs(example)
+    model = shared_copy(model)  # some forwards keep caches on their module
+    with (
+        cache_off(model),
+        plain_attention(model),
+        torch.random.fork_rng(devices=[]),
+        torch.no_grad(),
+    ):
+        model.eval()
+        try:
+            return torch.export.export(model, args, kwargs, strict=False)
+        except Exception as error:
+            check_memory(error, f"Capturing the operations of {type(model).__name__}", SMALLER)
+            _raise_clear(model, args, kwargs, error)
+            raise AssertionError("unreachable") from error
+
+
+def _raise_clear(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> None:
+    # The plain forward is run first: if it fails as well, the example is at fault and not the capture.
+    try:
+        model(*args, **kwargs)
+    except Exception as forward:
+        shapes = [tuple(item.shape) for item in (*args, *kwargs.values()) if isinstance(item, torch.Tensor)]
+        raise DataError(
+            f"A forward pass of {type(model).__name__} on the example inputs of shape {shapes}",
+            said(forward),
+            "Pass one batch of inputs that the model accepts",
+        ) from error
+    raise CaptureError(
+        f"The operations of {type(model).__name__}",
+        f"torch.export stops at {_offender(model, error)} with {said(error)}",
+        "Write that line with tensor operations whose control flow does not depend on the data",
+    ) from error
+
+
+def _offender(model: nn.Module, error: BaseException) -> str:
+    """Name the deepest frame of the traceback that runs a module of the model, and its code line."""
+    names = {id(module): name or type(module).__name__ for name, module in model.named_modules()}
+    place = f"module {type(model).__name__}"
+    trace = error.__traceback__
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        code = trace.tb_frame.f_code
+        if id(owner) in names and "torch/" not in code.co_filename.replace("\\", "/"):
+            place = f"module {names[id(owner)]!r}, {code.co_name}() line {trace.tb_lineno}"
+        trace = trace.tb_next
+    operation = re.search(r"\baten[.:]+[\w.]+", str(error))
+    return f"{operation.group(0)} in {place}" if operation else place
 
 
 def canonical_tensors(model: nn.Module) -> dict[str, Tensor]:

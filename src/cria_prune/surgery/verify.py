@@ -32,8 +32,7 @@ from cria_prune.base.errors import VerificationError, said
 from cria_prune.base.events import passed
 from cria_prune.base.modules import cache_off, copy_of, device_of, named_tensors, shared_copy
 from cria_prune.planning.plan import Plan
-from cria_prune.structure.capture import operation_name
-from cria_prune.structure.rules.core import argument
+from cria_prune.structure.rules.core import argument, operation_name
 from cria_prune.structure.rules.layers import STATISTICS, reduced_dims
 from cria_prune.structure.trace import Trace, live_nodes, trace, wrapped_graph
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ from cria_prune.tasks.corpus import Corpus, read_dataset, read_text
 from cria_prune.tasks.loading import example_inputs, has_tokenizer, load_pretrained, read_by
 from cria_prune.tasks.text import (
     LONGEST,
+    PRUNE_TEXT,
     SHORT,
     LanguageTask,
     Sentences,
@@ -89,12 +89,7 @@ class FolderTask(Task):
     model: nn.Module = field(repr=False)
     architecture: str = ""
     held_splits: tuple[str, ...] = ("validation", "test")
-    prune_defaults: Mapping[str, Mapping[str, Any]] = field(
-        default_factory=lambda: {
-            "plan": {"vanilla": True, "uniform": True, "multiple": 8},
-            "record": {"examples": 256},
-        }
-    )
+    prune_defaults = PRUNE_TEXT
 
     def __post_init__(self) -> None:
         self.name = self.folder.resolve().name or "model"
@@ -129,28 +124,24 @@ class FolderTask(Task):
         """Return `examples` of `count` at random, or all where there are fewer."""
         return super().drawn(count, min(examples, count), seed)
 
-    def corpora(self) -> dict[str, Corpus]:
-        """Return what the user gave, by split.
+    def parts(self) -> tuple[Corpus, Corpus | None]:
+        """Return the texts to calibrate and train on, and other ones to measure on if there are any.
+
+        The second are the first of `held_splits` that is not the first one itself.
 
         Raises:
             DataError: nothing was given, or it cannot be read.
         """
         if self.texts.dataset is not None:
-            return read_dataset(self.texts.dataset)
-        if self.texts.calibration is None:
+            found = read_dataset(self.texts.dataset)
+        elif self.texts.calibration is not None:
+            found = {"train": Corpus(read_text(self.texts.calibration).splitlines(keepends=True))}
+        else:
             raise DataError(
                 f"Texts for {self.name}",
                 "none were given",
                 "Give a text file with --calibration, or a parquet file, folder or hub name with --dataset",
             )
-        return {"train": Corpus(read_text(self.texts.calibration).splitlines(keepends=True))}
-
-    def parts(self) -> tuple[Corpus, Corpus | None]:
-        """Return the texts to calibrate and train on, and other ones to measure on if there are any.
-
-        The second are the first of `held_splits` that is not the first one itself.
-        """
-        found = self.corpora()
         source = "train" if "train" in found else next(iter(found))
         held = next((name for name in self.held_splits if name in found and name != source), None)
         return found[source], None if held is None else found[held]

@@ -75,6 +75,7 @@ def augment(pixels: Tensor, shift: int, flip: bool, generator: torch.Generator) 
     return padded[example, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
+@dataclass(eq=False)
 class ImageBatches:
     """Batches (images, labels) in the order of `index`, made anew on every pass.
 
@@ -87,17 +88,16 @@ class ImageBatches:
         seed: of that generator, started anew on every pass.
     """
 
-    def __init__(
-        self,
-        images: Images,
-        scaling: Scaling,
-        index: Tensor,
-        batch_size: int,
-        change: Callable[[Tensor, torch.Generator], Tensor] | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.images, self.scaling, self.change, self.seed = images, scaling, change, seed
-        self.chunks = [chunk for chunk in index.to(images.pixels.device).split(batch_size) if len(chunk)]
+    images: Images
+    scaling: Scaling
+    index: Tensor
+    batch_size: int
+    change: Callable[[Tensor, torch.Generator], Tensor] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        chunks = self.index.to(self.images.pixels.device).split(self.batch_size)
+        self.chunks = [chunk for chunk in chunks if len(chunk)]
 
     def __len__(self) -> int:
         return len(self.chunks)

@@ -213,6 +213,11 @@ SHORT, LONG = 128, 2048
 BATCH_TOKENS = 4096
 """Tokens in a batch of the evaluation: 4,096 x 32,000 logits take half a gigabyte."""
 
+PRUNE_TEXT: dict[str, dict[str, Any]] = {
+    "plan": {"vanilla": True, "uniform": True, "multiple": 8}, "record": {"examples": 256},
+}  # fmt: skip
+"""Sections of a PruneConfig for models of transformers on text."""
+
 IGNORED = -100
 END = "<|endoftext|>"
 
@@ -221,7 +226,6 @@ END = "<|endoftext|>"
 def perplexity(
     model: nn.Module,
     batches: Iterable[Batch],
-    device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> float:
     """Return exp of the mean negative log-likelihood, in nats, of every token that has one before it.
@@ -234,14 +238,13 @@ def perplexity(
         model: maps batches to logits (batch, tokens, vocabulary).
         batches: mappings with `input_ids` (batch, tokens). Where they have `labels`, tokens of label -100
             are not counted; where they have an `attention_mask`, tokens that it hides are not.
-        device: where the batches go; where the model is if None. The model is not moved.
         progress: where to show how far it is; silent if None.
 
     Raises:
         DataError: nothing is predicted, or a batch has no `input_ids`.
     """
     passed("evaluate", model=model)
-    place = torch.device(device or device_of(model))
+    place = device_of(model)
     total, count = 0.0, 0
     with modes_kept(model), cache_off(model):
         model.eval()

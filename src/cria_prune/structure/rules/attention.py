@@ -18,7 +18,7 @@ from cria_prune.structure.rules.core import (
     shape,
     tensor_arguments,
 )
-from cria_prune.structure.rules.layers import MODEL_INPUT
+from cria_prune.structure.rules.layers import MODEL_INPUT, follow_units
 
 
 @rule("matmul", "mm", "bmm")
@@ -26,6 +26,17 @@ def matmul(node: Node, context: Context) -> Any:
     """A weight is used as in a linear; two activations: the summed dimension is fixed, batches meet."""
     left, right = cast(tuple[Node, Node], node.args[:2])
     return product(node, left, right, context)
+
+
+@rule("addmm")
+def addmm(node: Node, context: Context) -> Any:
+    """y = b + x W, as in GPT-2's Conv1D."""
+    bias, data, weight = cast(tuple[Node, Node, Node], node.args[:3])
+    if weight not in context.tensors:
+        return no_rule(node, context)
+    result = product(node, data, weight, context)
+    follow_units(context, node, result[-1], bias)
+    return result
 
 
 @rule("baddbmm")

@@ -14,7 +14,6 @@ import numpy as np
 from torch.fx import Node
 
 from cria_prune.structure.axes import Axes, Dim, Units
-from cria_prune.structure.capture import module_path, operation_name
 
 Rule = Callable[[Node, "Context"], Any]
 RULES: dict[str, Rule] = {}
@@ -144,6 +143,21 @@ def shape(node: Node) -> list[int]:
 def tensor_arguments(node: Node) -> list[Node]:
     """Return every argument node that carries a tensor, lists opened."""
     return [item for item in node.all_input_nodes if hasattr(item.meta.get("val"), "shape")]
+
+
+def operation_name(node: Node) -> str:
+    """Return the base name of a node's operation: `aten.relu_.default` is `relu`."""
+    target = node.target
+    name = target.__name__ if callable(target) and not hasattr(target, "_schema") else str(target)
+    parts = name.split(".")
+    base = parts[1] if parts[0] == "aten" and len(parts) > 1 else parts[0]
+    return base.rstrip("_") or base
+
+
+def module_path(node: Node) -> str:
+    """Return the qualified name of the module that a node runs in; `` for the model itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return str([value[0] for value in stack.values()][-1]) if stack else ""
 
 
 def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
@@ -277,9 +291,9 @@ def argument_shape(node: Node, index: int = 0) -> list[int]:
     return shape(cast(Node, node.args[index]))
 
 
-def sizes_argument(node: Node, index: int = 1) -> list[int]:
-    """Return a list-of-sizes argument given by position."""
-    return [int(size) for size in cast(list[int], node.args[index])]
+def sizes_argument(node: Node) -> list[int]:
+    """Return the list of sizes that is the second argument."""
+    return [int(size) for size in cast(list[int], node.args[1])]
 
 
 def dim_argument(node: Node, index: int, name: str, rank: int, default: int = 0) -> int:

@@ -8,7 +8,6 @@ import numpy as np
 from torch.fx import Node
 
 from cria_prune.structure.axes import Axes, Dim
-from cria_prune.structure.capture import operation_name
 from cria_prune.structure.rules.core import (
     RULES,
     Context,
@@ -18,6 +17,7 @@ from cria_prune.structure.rules.core import (
     elementwise,
     freeze_all,
     no_rule,
+    operation_name,
     rule,
     shape,
 )
@@ -37,19 +37,6 @@ def linear(node: Node, context: Context) -> Axes:
     return [*axes[:-1], weights[0]]
 
 
-@rule("addmm")
-def addmm(node: Node, context: Context) -> Any:
-    """y = b + x W, as in GPT-2's Conv1D."""
-    bias, data, weight = cast(tuple[Node, Node, Node], node.args[:3])
-    if weight not in context.tensors:
-        return no_rule(node, context)
-    axes, weights = context.of(data), context.of(weight)
-    context.units.tie(axes[1], weights[0], MODEL_INPUT)
-    follow_units(context, node, weights[1], bias)
-    context.use(node, weight, (0, 1), -1, axes[1], weights[1], float(shape(node)[0]))
-    return [axes[0], weights[1]]
-
-
 @rule("embedding")
 def embedding(node: Node, context: Context) -> Axes:
     """Rows of a table, picked by the data: its columns are produced."""
@@ -62,63 +49,47 @@ def embedding(node: Node, context: Context) -> Axes:
     return [*[None] * len(shape(indices)), columns]
 
 
-@rule("conv1d", "conv2d", "conv3d")
-def convolution(node: Node, context: Context) -> Axes:
-    """Sum over input channels and window; grouped: the same positions leave every group."""
+@rule(*[f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)])
+def convolution(node: Node, context: Context) -> Any:
+    """Sum over input channels and window; grouped: the same positions leave every group.
+
+    A transposed one has the weight's first two dimensions exchanged.
+    """
     data, weight = cast(tuple[Node, Node], node.args[:2])
     groups = int(argument(node, 6, "groups", 1))
+    turned = operation_name(node).startswith("conv_transpose")
     axes, weights = context.of(data), context.of(weight)
-    if weights[0] is None or weights[1] is None:  # a constant, or computed by an operation without a rule
+    summed, leaving = weights[:2] if turned else (weights[1], weights[0])
+    # A weight without atoms is a constant, or computed by an operation without a rule.
+    if summed is None or leaving is None or (turned and groups > 1):
         return no_rule(node, context)
+    dims: tuple[int | None, int | None] = (0, 1) if turned else (1, 0)
     spatial = len(weights) - 2
     channel = len(axes) - spatial - 1
-    entering, leaving = axes[channel], weights[0]
+    entering = axes[channel]
     freeze_all(axes[channel + 1 :], context, f"is a spatial dimension of {context.where(node)}")
     freeze_all(weights[2:], context, "is a window of a convolution")
-    dims: tuple[int | None, int | None] = (1, 0)
     if groups > 1 and argument_shape(node, 1)[1] == 1:
         # Depthwise: each input channel makes its own outputs, so both leave together.
         # A depthwise filter follows its channel like a bias: it has no dimension that sums over channels.
         multiplier = len(leaving) // groups
         repeated = None if entering is None else np.repeat(entering, multiplier)
         context.units.tie(repeated, leaving, MODEL_INPUT)
-        context.units.freeze(weights[1], "is the single input of a depthwise filter")
+        context.units.freeze(summed, "is the single input of a depthwise filter")
         dims = (None, None)
     elif groups > 1:
         # The weight has one dimension for the inputs of all groups. A group that lost more than another would
         # need a weight of another shape; so position i leaves all of them, on the side of the outputs too.
-        context.units.tie(entering, np.tile(weights[1], groups), MODEL_INPUT)
+        context.units.tie(entering, np.tile(summed, groups), MODEL_INPUT)
         rows = leaving.reshape(groups, -1)
         context.units.tie(np.tile(rows[0], groups), leaving, MODEL_INPUT)
     else:
-        context.units.tie(entering, weights[1], MODEL_INPUT)
+        context.units.tie(entering, summed, MODEL_INPUT)
     follow_units(context, node, leaving, argument(node, 2, "bias"))
-    context.use(node, weight, dims, channel, entering, leaving, _positions(shape(node), channel))
+    sizes = argument_shape(node) if turned else shape(node)
+    positions = float(np.prod(sizes[:channel] + sizes[channel + 1 :]))
+    context.use(node, weight, dims, channel, entering, leaving, positions)
     return [*axes[:channel], leaving, *[None] * spatial]
-
-
-@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-def transposed_convolution(node: Node, context: Context) -> Any:
-    """Like a convolution with the weight's first two dimensions exchanged."""
-    if int(argument(node, 6, "groups", 1)) > 1:
-        return no_rule(node, context)
-    data, weight = cast(tuple[Node, Node], node.args[:2])
-    axes, weights = context.of(data), context.of(weight)
-    if weights[0] is None or weights[1] is None:
-        return no_rule(node, context)
-    spatial = len(weights) - 2
-    channel = len(axes) - spatial - 1
-    reason = f"is a spatial dimension of {context.where(node)}"
-    freeze_all([*axes[channel + 1 :], *weights[2:]], context, reason)
-    context.units.tie(axes[channel], weights[0], MODEL_INPUT)
-    follow_units(context, node, weights[1], argument(node, 2, "bias"))
-    positions = _positions(argument_shape(node), channel)
-    context.use(node, weight, (0, 1), channel, axes[channel], weights[1], positions)
-    return [*axes[:channel], weights[1], *[None] * spatial]
-
-
-def _positions(sizes: list[int], channel: int) -> float:
-    return float(np.prod(sizes[:channel] + sizes[channel + 1 :]))
 
 
 def follow_units(context: Context, node: Node, units: Dim, *parameters: Any) -> None:

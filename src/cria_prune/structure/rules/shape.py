@@ -9,7 +9,6 @@ import torch
 from torch.fx import Node
 
 from cria_prune.structure.axes import Axes, common_factors, reshape_segments
-from cria_prune.structure.capture import operation_name
 from cria_prune.structure.rules.core import (
     Context,
     argument,
@@ -20,6 +19,7 @@ from cria_prune.structure.rules.core import (
     freeze_all,
     meet_statistics,
     no_rule,
+    operation_name,
     rule,
     shape,
     sizes_argument,

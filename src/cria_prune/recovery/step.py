@@ -1,7 +1,8 @@
-"""The loss of a fine-tune: the task's own and soft targets from a teacher; compiled where that is asked."""
+"""What a step of a fine-tune is made of: the loss, with soft targets from a teacher; optimizer and rate."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,11 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
 
 from cria_prune.base.batches import Batch, model_inputs
 from cria_prune.base.errors import ConfigError, DataError
 from cria_prune.base.metrics import Loss, logits_of
+from cria_prune.base.modules import forward_of
+from cria_prune.config import RecoverConfig
 
 SHAPES = 64
 """Shapes of a batch that are compiled for, at most; torch's own limit, 8, counts all models of a class."""
@@ -26,25 +30,6 @@ def compiled(model: nn.Module, device: torch.device) -> Callable[..., Any]:
     them. Batches of another shape are compiled anew, from the second on for any length.
     """
     return torch.compile(model.forward, mode="reduce-overhead" if device.type == "cuda" else "default")
-
-
-@contextmanager
-def forward_of(model: nn.Module, forward: Callable[..., Any] | None) -> Iterator[None]:
-    """Let a model run another forward inside; None changes nothing.
-
-    It stays the object that it is, with its hooks, and with the names of its forward's arguments.
-    """
-    if forward is None:
-        yield
-        return
-    own = vars(model).get("forward")
-    try:
-        model.forward = forward
-        yield
-    finally:
-        vars(model).pop("forward", None)
-        if own is not None:
-            model.forward = own
 
 
 @contextmanager
@@ -141,3 +126,81 @@ def without_padding(logits: Tensor, batch: Batch) -> Tensor:
     """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return logits[mask.bool()] if mask is not None and mask.shape == logits.shape[:-1] else logits
+
+
+SECOND_DECAY = 0.98
+"""AdamW's second decay rate: short runs have no time for 0.999."""
+
+
+def rate(step: int, steps: int, peak: float, warmup: float, schedule: str = "cosine") -> float:
+    """Return the learning rate of `step` (from 0) of `steps`: a linear rise, then a fall to zero.
+
+    The fall is half a cosine, or a straight line if `schedule` is `linear`.
+
+    >>> [round(rate(step, 10, 1.0, 0.2), 2) for step in range(10)]
+    [0.5, 1.0, 1.0, 0.96, 0.85, 0.69, 0.5, 0.31, 0.15, 0.04]
+    >>> [round(rate(step, 5, 1.0, 0.2, "linear"), 2) for step in range(5)]
+    [1.0, 1.0, 0.75, 0.5, 0.25]
+    """
+    rising = round(warmup * steps)
+    if step < rising:
+        return peak * (step + 1) / rising
+    share = min(1.0, (step - rising) / max(1, steps - rising))
+    if schedule == "linear":
+        return peak * (1 - share)
+    return peak * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the optimizer's parameter groups: matrices and kernels decay, biases and norms do not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def make_optimizer(model: nn.Module, config: RecoverConfig) -> torch.optim.Optimizer:
+    """Return SGD with Nesterov momentum, or AdamW, on the parameters that are trained."""
+    groups = decay_groups(model, config.weight_decay)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, SECOND_DECAY))
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+
+
+def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's tensors (momentum, moments, steps), named `<index of the parameter>.<key>`."""
+    return {
+        f"{index}.{key}": value
+        for index, parameter in enumerate(_parameters(optimizer))
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def share(value: Tensor, like: Tensor) -> Tensor:
+    """Return what this process holds of a tensor: all of it, where nothing is shared out by FSDP.
+
+    Args:
+        value: the same on all processes.
+        like: what the result is to be like; not everything is shared out.
+    """
+    if not isinstance(like, DTensor) or value.shape != like.shape:
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def set_moments(optimizer: torch.optim.Optimizer, held: dict[str, Tensor]) -> None:
+    """Give an optimizer the tensors that `moments` returned, or this process's shares of them."""
+    parameters = _parameters(optimizer)
+    for name, value in held.items():
+        index, _, key = name.partition(".")
+        parameter = parameters[int(index)]
+        # In the parameter's memory layout: sums over other layouts may round differently.
+        optimizer.state[parameter][key] = (
+            value if key == "step" else torch.empty_like(parameter).copy_(share(value, parameter))
+        )
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
