@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from cria_prune.base.batches import Batch
 from cria_prune.structure.axes import Resolved, Units
 from cria_prune.structure.capture import capture, operation_name
+from cria_prune.structure.rules import attention, layers, shape  # noqa: F401  (they register their rules)
 from cria_prune.structure.rules.core import RULES, Context, freeze_all, no_rule
 
 LAYERS = {
@@ -131,7 +132,7 @@ def _has_plain_shape(node: Node) -> bool:
     value = node.meta.get("val")
     items = value if isinstance(value, (tuple, list)) else [value]
     sizes = [getattr(item, "shape", () if item is None else (None,)) for item in items]
-    return all(type(size) is int for shape in sizes for size in shape)
+    return all(type(size) is int for item in sizes for size in item)
 
 
 def live_nodes(graph: Graph) -> set[Node]:
