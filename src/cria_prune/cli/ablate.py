@@ -18,9 +18,9 @@ from cria_prune.cli import target
 from cria_prune.cli.folder import claimed, interrupts_wait
 from cria_prune.cli.inspect import check_measured
 from cria_prune.cli.job import rounded
+from cria_prune.cli.output import Output
 from cria_prune.cli.report import picture
 from cria_prune.cli.settings import Ablate, pick_device, prune_config, texts_of
-from cria_prune.cli.talk import Talk
 from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig
 from cria_prune.report.curves import plot_ablation
@@ -29,9 +29,9 @@ from cria_prune.stages import prepare, rank
 RESULT, PICTURE = "ablation.json", "ablation.png"
 
 
-def ablate(request: Ablate) -> None:
+def ablate(request: Ablate, out: Output) -> None:
     """Score the units once, then measure what is left without the lowest, the highest and random ones."""
-    found, talk = target.find(request.target, texts_of(request)), Talk(request.quiet)
+    found = target.find(request.target, texts_of(request))
     config = prune_config(request, found.prune_defaults())
     shares, seed, limit = given_shares(request.shares), request.base_seed, request.limit
     seeds = check_seeds(range(seed, seed + request.random_seeds))
@@ -45,7 +45,7 @@ def ablate(request: Ablate) -> None:
             batches, tested_on = test_split(found, limit)
             calibration = found.task.calibration(config.record.examples, config.record.seed)
         with clock(seconds, "model"):
-            model = found.model(device, seed, talk.progress)
+            model = found.model(device, seed, out.progress)
         plain = config.model_copy(update={"compensate": False, "verify": True})  # cuts alone, each proven
         prepared = prepare(model, calibration, plain, example=found.task.example)
         ranking = rank(prepared)
@@ -54,7 +54,7 @@ def ablate(request: Ablate) -> None:
             result = sweep(
                 model, prepared.groups, ranking.importances,
                 lambda network: found.task.evaluate(network, batches), shares, seeds=seeds,
-                measure=found.metric, reference=prepared.reference, progress=talk.progress,
+                measure=found.metric, reference=prepared.reference, progress=out.progress,
             )  # fmt: skip
         head = {
             "target": request.target,
@@ -63,11 +63,11 @@ def ablate(request: Ablate) -> None:
             "limit": limit,
             "tested_on": tested_on,
         }
-        show(talk, result, head)
+        show(out, result, head)
         drawn = keep(folder, {**result.to_dict(), **head, **described(config), "provenance": origin})
-        talk.say(f"result {folder / RESULT}, {drawn}")
+        out.say(f"result {folder / RESULT}, {drawn}")
     answer = {key: value for key, value in result.to_dict().items() if key != "curves"}
-    talk.answer(
+    out.answer(
         {**head, **answer, "seed": seed, "device": str(device), "output": str(folder),
          "seconds": rounded(seconds)}
     )  # fmt: skip
@@ -99,18 +99,18 @@ def test_split(found: Target, limit: int | None) -> tuple[Iterable[Batch], str]:
     return batches, f"the first {sum(map(batch_size, batches)):,} test examples"
 
 
-def show(talk: Talk, result: Ablation, head: dict[str, Any]) -> None:
+def show(out: Output, result: Ablation, head: dict[str, Any]) -> None:
     """Print the table, what was removed in it and what it says of the criterion."""
     name = result.metric.name
-    talk.say(f"dense {name:<14} {result.metric.text(result.dense):>9}  ({head['tested_on']})")
-    talk.table(COLUMNS, result.rows(), left=0)
-    talk.say(
+    out.say(f"dense {name:<14} {result.metric.text(result.dense):>9}  ({head['tested_on']})")
+    out.table(COLUMNS, result.rows(), left=0)
+    out.say(
         f"{name} after removing units by {head['criterion']}, lowest or highest first, or in "
         f"{len(result.seeds)} random orders (mean, lowest to highest);"
     )
-    talk.say("units removed: the same share of every group, rounded to whole units, one at least stays")
-    talk.say(f"largest difference between masked and pruned: {result.difference:.0e}")
-    talk.say(result.verdict)
+    out.say("units removed: the same share of every group, rounded to whole units, one at least stays")
+    out.say(f"largest difference between masked and pruned: {result.difference:.0e}")
+    out.say(result.verdict)
 
 
 def described(config: PruneConfig) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from cria_prune.cli.job import (
     recover_stage,
     rounded,
 )
+from cria_prune.cli.output import Output
 from cria_prune.cli.scores import config_from, given_scores
 from cria_prune.cli.settings import (
     Prune,
@@ -39,7 +40,6 @@ from cria_prune.cli.settings import (
     recover_config,
     texts_of,
 )
-from cria_prune.cli.talk import Kept, Talk
 from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig, RecoverConfig
 from cria_prune.report.folder import folder_page
@@ -55,7 +55,7 @@ def saved_as(config: PruneConfig) -> Policy:
 
 @contextmanager
 def job_of(
-    found: Target, suffix: str, request: Resuming, kept: Kept, several: bool = False, padded: bool = False
+    found: Target, suffix: str, request: Resuming, out: Output, several: bool = False, padded: bool = False
 ) -> Iterator[Job]:
     """Claim the output folder, for `several` results a folder of folders, and begin a job; see `claimed`.
 
@@ -65,10 +65,7 @@ def job_of(
     resume, output = request.resume, request.output
     if resume and output is None:
         raise ConfigError("Resuming", "no --output was given", "Name the folder of the interrupted run")
-    job = Job(
-        found, output or Path(), device, request.base_seed, Talk(request.quiet), kept, request.command,
-        padded, resume, request.overwrite,
-    )  # fmt: skip
+    job = Job(found, request, output or Path(), device, out, padded)
     left = resume and (several or job.may_replace() or job.holds_result())
     with claimed(output, found.task.name + suffix, request.overwrite or left) as folder:
         job.output = folder
@@ -82,9 +79,9 @@ def job_of(
 def dense_model(job: Job) -> nn.Module:
     """Return the model to prune and print its metric: the recipe's dense one, or the checkpoint's."""
     if job.target.recipe and job.target.checkpoint is None:
-        job.talk.note(f"dense model of {job.target.task.name}: loaded, or trained here")
+        job.out.note(f"dense model of {job.target.task.name}: loaded, or trained here")
     with clock(job.seconds, "model"):
-        model = job.target.model(job.device, job.seed, job.talk.progress)
+        model = job.target.model(job.device, job.request.base_seed, job.out.progress)
     if job.target.checkpoint is None:
         job.measure(model, "dense")
     else:
@@ -113,9 +110,9 @@ def _finish(job: Job, result: PruneResult | None, before: Any) -> None:
     try:
         page = folder_page(job.output).html
     except PackageError as error:
-        job.talk.say(f"no report now: {error}, then run cria report {job.output}")
+        job.out.say(f"no report now: {error}, then run cria report {job.output}")
         return
-    job.talk.say(f"report {write_text(Path(job.output) / REPORT, page)}")
+    job.out.say(f"report {write_text(Path(job.output) / REPORT, page)}")
 
 
 def prepared_for(
@@ -139,7 +136,7 @@ def prepared_for(
 HALVES = (torch.float16, torch.bfloat16)
 
 
-def run(request: Run, kept: Kept) -> None:
+def run(request: Run, out: Output) -> None:
     """Dense model, pruning, one recovery, checkpoint and report; several reductions make a family."""
     options = {name: value for name, value in (("quick", request.quick), ("base", request.base)) if value}
     found = target.recipe(request.recipe, **options)
@@ -155,19 +152,19 @@ def run(request: Run, kept: Kept) -> None:
     names = [member_name(config) for config in configs]
     if len(set(names)) < len(names):
         raise ConfigError("A family of reductions", f"found {', '.join(names)}", "Give each share once")
-    with job_of(found, "", request, kept, several) as job:
+    with job_of(found, "", request, out, several) as job:
         done = None if several else job.done(described_by(configs[0], tuning), RECOVERED)
         if done is not None:
-            job.talk.answer(done)
+            job.out.answer(done)
             return
         dense = prepared.with_model(dense_model(job))
         if not several:
             whole_recipe(job, dense, configs[0], tuning, request.watch)
-            job.talk.answer(job.results)
+            job.out.answer(job.results)
             return
         family = [member(job, dense, config, tuning, request.watch) for config in configs]
-        show.family(job.talk, family, found.metric)
-        job.talk.answer({**job.results, "output": str(job.output), "family": family})
+        show.family(job.out, family, found.metric)
+        job.out.answer({**job.results, "output": str(job.output), "family": family})
 
 
 def member(
@@ -175,9 +172,9 @@ def member(
 ) -> Mapping[str, Any]:
     """Return the results of one size of a family; one that is there already is not made again."""
     part = job.part(member_name(config))
-    done = part.finished(described_by(config, tuning)) if job.resume else None
+    done = part.finished(described_by(config, tuning)) if job.request.resume else None
     share = f"{100 * config.plan.reduction:g} % fewer"
-    job.talk.heading(share + (f": already in {part.output}" if done else ""))
+    job.out.heading(share + (f": already in {part.output}" if done else ""))
     if done is not None:
         return done
     if job.target.pretrained and world().first:
@@ -200,23 +197,28 @@ def whole_recipe(job: Job, dense: Prepared, config: PruneConfig, tuning: Recover
     """Prune the dense model, recover, save and report."""
     metric = job.target.metric
     result, plan = prune_stage(job, dense, config, watch)
-    show.rounds(job.talk, result.rounds, metric)
+    show.rounds(job.out, result.rounds, metric)
     job.measure(result.model, "pruned")
     described = described_by(config, tuning)
     teacher = dense.model if tuning.distill else None
     recovered = recover_stage(job, result.model, plan, tuning, teacher, described)
     job.results["best_epoch"] = recovered.best_epoch
-    job.talk.say(
+    job.out.say(
         f"recovery: epoch {recovered.best_epoch} of {tuning.epochs} kept, best on the validation split"
     )
     job.measure(recovered.model, "recovered")
-    show.outcome(job.talk, job.results, metric)
+    show.outcome(job.out, job.results, metric)
     job.save(recovered.model, plan, described, RECOVERED)
     finish(job, result)
 
 
-def prune(request: Prune, kept: Kept) -> None:
+def prune(request: Prune, out: Output) -> None:
     """Pruning without recovery, of a dense model or of a checkpoint once more."""
+    if request.offload:
+        from cria_prune.cli import offload
+
+        offload.prune(request, out)
+        return
     padded = request.export is not None
     found = target.find(request.target, texts_of(request))
     if padded and not found.pretrained:
@@ -236,13 +238,13 @@ def prune(request: Prune, kept: Kept) -> None:
     prepared.check_reach()
     found.policy = saved_as(config)
     described = {"prune": config.model_dump(mode="json")}
-    with job_of(found, "-pruned", request, kept, padded=padded) as job:
+    with job_of(found, "-pruned", request, out, padded=padded) as job:
         done = job.done(described, PRUNED)
         if done is not None:
-            job.talk.answer(done)
+            job.out.answer(done)
             return
         whole_pruning(job, prepared.with_model(dense_model(job)), config, request.watch, scored)
-        job.talk.answer(job.results)
+        job.out.answer(job.results)
 
 
 def whole_pruning(
@@ -251,15 +253,15 @@ def whole_pruning(
     """Prune a model, save and report."""
     metric = job.target.metric
     result, plan = prune_stage(job, prepared, config, watch, scored)
-    show.rounds(job.talk, result.rounds, metric)
-    show.left_alone(job.talk, result.dense)
+    show.rounds(job.out, result.rounds, metric)
+    show.left_alone(job.out, result.dense)
     job.measure(result.model, "pruned")
-    show.outcome(job.talk, job.results, metric)
+    show.outcome(job.out, job.results, metric)
     job.save(result.model, plan, {"prune": config.model_dump(mode="json")}, PRUNED)
     finish(job, result)
 
 
-def recover(request: Recover, kept: Kept) -> None:
+def recover(request: Recover, out: Output) -> None:
     """One fine-tune of a checkpoint; a Hugging Face model of the user on texts of the user."""
     found = target.find(request.checkpoint, texts_of(request))
     if found.plan is None:
@@ -281,28 +283,28 @@ def recover(request: Recover, kept: Kept) -> None:
     inherited = ("parameters_dense", "parameters", "macs_dense", "macs", "reduction", "asked", "of",
                  "criterion", "changed", "scoring_over_forward")  # fmt: skip
     described = {"recover": tuning.model_dump(mode="json")}
-    with job_of(found, "-recovered", request, kept) as job:
+    with job_of(found, "-recovered", request, out) as job:
         done = job.done(described, RECOVERED)
         if done is not None:
-            job.talk.answer(done)
+            job.out.answer(done)
             return
         job.results |= {name: found.results[name] for name in inherited if name in found.results}
         job.inherit_dense()
         before = report.earlier_run(job) if world().first else None
         counts = ("parameters_dense", "parameters", "macs_dense", "macs")
         job.results |= {name: found.plan.report[name] for name in counts if name in found.plan.report}
-        model = found.model(job.device, job.seed, job.talk.progress)
+        model = found.model(job.device, job.request.base_seed, job.out.progress)
         teacher = teacher_of(request.teacher, job, model) if tuning.distill else None
         job.measure(model, "pruned")
         with in_float32(model):
             recovered = recover_stage(job, model, found.plan, tuning, teacher, described)
         job.results["best_epoch"] = recovered.best_epoch
-        job.talk.say(str(recovered))
+        job.out.say(str(recovered))
         job.measure(recovered.model, "recovered")
-        show.outcome(job.talk, job.results, found.metric)
+        show.outcome(job.out, job.results, found.metric)
         job.save(recovered.model, found.plan, described, RECOVERED)
         finish(job, before=before)
-        job.talk.answer(job.results)
+        job.out.answer(job.results)
 
 
 @contextmanager
@@ -324,10 +326,10 @@ def teacher_of(name: str | None, job: Job, model: nn.Module) -> nn.Module:
     Raises:
         ConfigError: its logits are not those of the model, in number.
     """
-    progress = job.talk.progress
+    progress = job.out.progress
     if name is None:
         return job.target.teacher(job.device, progress)
-    teacher = target.find(name).model(job.device, job.seed, progress).eval()
+    teacher = target.find(name).model(job.device, job.request.base_seed, progress).eval()
     args, kwargs = model_inputs(move(job.target.task.example, job.device))
     with torch.no_grad():
         shapes = [tuple(logits_of(network(*args, **kwargs)).shape) for network in (teacher, model.eval())]

@@ -13,26 +13,26 @@ from cria_prune.base.progress import clock
 from cria_prune.cli import show, target
 from cria_prune.cli.job import rounded
 from cria_prune.cli.outline import drawn, folded, frozen, inventory, module_tree, outline, shares
-from cria_prune.cli.settings import Evaluate, Inspect, pick_device, texts_of
-from cria_prune.cli.talk import Talk
+from cria_prune.cli.output import Output
+from cria_prune.cli.settings import Eval, Inspect, pick_device, texts_of
 from cria_prune.cli.target import Target, load_source, parse_shape
 from cria_prune.stages import discover
 
 
-def inspect(request: Inspect) -> None:
+def inspect(request: Inspect, out: Output) -> None:
     """The unit groups of a model from anywhere, what they cost and why some are frozen."""
-    talk = Talk(request.quiet or request.as_json)
+    out.quiet |= request.as_json
     with redirect_stdout(sys.stderr):  # what the user's code prints is no part of the answer
         source = load_source(request.model, parse_shape(request.example), request.meta)
         groups = discover(source.model, source.example)
     found = inventory(groups, request.plan.floor)
-    show.model(talk, source, found)
+    show.model(out, source, found)
     if request.tree:
-        talk.tree(drawn(module_tree(source.model, found.rows, request.all)))
-        frozen(talk, folded(found.rows, request.all))
-        shares(talk, found)
+        out.tree(drawn(module_tree(source.model, found.rows, request.all)))
+        frozen(out, folded(found.rows, request.all))
+        shares(out, found)
     else:
-        outline(talk, found, request.all)
+        outline(out, found, request.all)
     answer = {
         "target": source.name,
         "source": source.kind,
@@ -43,28 +43,28 @@ def inspect(request: Inspect) -> None:
         "residual_groups": sum(row.status == "residual" for row in found.rows),
         "frozen_groups": sum(row.status == "frozen" for row in found.rows),
     }
-    talk.answer(answer if request.as_json else {**answer, "groups": len(found.rows)})
+    out.answer(answer if request.as_json else {**answer, "groups": len(found.rows)})
 
 
-def evaluate(request: Evaluate) -> None:
+def evaluate(request: Eval, out: Output) -> None:
     """The metric on the test split, or on texts of the user; or tasks of lm-eval."""
-    found, talk = target.find(request.target, texts_of(request)), Talk(request.quiet)
+    found = target.find(request.target, texts_of(request))
     seconds: dict[str, float] = {}
     device, seed = pick_device(request.device), request.base_seed
     with clock(seconds, "model"):
-        model = found.model(device, seed, talk.progress)
+        model = found.model(device, seed, out.progress)
     metrics: dict[str, Any] = {}
     with clock(seconds, "evaluate"):
         if request.tasks:
             metrics = harness_of(request, found, model)
         else:
             check_measured(found, request.target)
-            value = found.task.evaluate(model, found.task.test_batches(), talk.progress)
-            metrics = {found.task.metric: value, **found.task.further(model, talk.progress)}
+            value = found.task.evaluate(model, found.task.test_batches(), out.progress)
+            metrics = {found.task.metric: value, **found.task.further(model, out.progress)}
     parameters = sum(item.numel() for item in model.parameters())
-    talk.table(["target", "parameters"], [[request.target, f"{parameters:,}"]])
-    show.further(talk, "", metrics)
-    talk.answer(
+    out.table(["target", "parameters"], [[request.target, f"{parameters:,}"]])
+    show.further(out, "", metrics)
+    out.answer(
         {
             "target": request.target,
             **found.named(),
@@ -86,7 +86,7 @@ def check_measured(found: Target, name: str) -> None:
         )  # fmt: skip
 
 
-def harness_of(request: Evaluate, found: Target, model: nn.Module) -> dict[str, float]:
+def harness_of(request: Eval, found: Target, model: nn.Module) -> dict[str, float]:
     """Return what lm-eval measures on the tasks that were named."""
     from cria_prune.tasks.harness import harness
 

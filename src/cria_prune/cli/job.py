@@ -26,7 +26,8 @@ from cria_prune.base.progress import clock
 from cria_prune.base.ranks import alone, world
 from cria_prune.cli import show
 from cria_prune.cli.folder import interrupts_wait, keep
-from cria_prune.cli.talk import Kept, Talk
+from cria_prune.cli.output import Output
+from cria_prune.cli.settings import Resuming
 from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig, RecoverConfig
 from cria_prune.pipeline import prune
@@ -46,30 +47,22 @@ class Job:
 
     Attributes:
         target: recipe, checkpoint or Hugging Face model.
+        request: what was asked: the seed, whether to go on or to replace what is there.
         output: the folder for the results.
         device: where the models run.
-        seed: of the dense training and of what the configurations do not seed.
-        talk: where to print.
-        kept: told what an interruption would leave.
-        command: the command line, for the provenance.
+        out: where to print; told what an interruption would leave.
         padded: also write the padded twin of a Hugging Face model.
-        resume: go on with the rounds or the fine-tune that were interrupted.
-        overwrite: replace what Cria wrote to the output folder.
         seconds: stage -> wall time.
         results: the JSON object so far.
         origin: provenance.
     """
 
     target: Target
+    request: Resuming
     output: Path
     device: torch.device
-    seed: int
-    talk: Talk
-    kept: Kept
-    command: list[str]
+    out: Output
     padded: bool = False
-    resume: bool = False
-    overwrite: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
@@ -78,8 +71,8 @@ class Job:
         """Load the data, and note where the results come from."""
         with clock(self.seconds, "data"):
             data = self.target.task.fingerprint()
-        self.origin = provenance(self.seed, self.command, data, self.device)
-        self.results |= {**self.target.named(), "seed": self.seed, "device": str(self.device)}
+        self.origin = provenance(self.request.base_seed, self.request.command, data, self.device)
+        self.results |= {**self.target.named(), "seed": self.request.base_seed, "device": str(self.device)}
         if self.target.task.options:
             self.results["options"] = dict(self.target.task.options)
         if self.target.checkpoint is not None:
@@ -102,7 +95,9 @@ class Job:
 
     def may_replace(self) -> bool:
         """Say whether the output folder may be overwritten: asked for, or left by an interrupted run."""
-        return self.overwrite or (self.resume and (self.rounds.exists() or self.recovery.exists()))
+        return self.request.overwrite or (
+            self.request.resume and (self.rounds.exists() or self.recovery.exists())
+        )
 
     def finished(self, described: Mapping[str, Any], stage: str = RECOVERED) -> dict[str, Any] | None:
         """Return the results that lie in the output folder, if they are of this stage and configuration."""
@@ -124,7 +119,7 @@ class Job:
         Raises:
             ArtifactError: the output folder holds the result of another command.
         """
-        if not self.resume:
+        if not self.request.resume:
             return None
         return world().lead("The output folder", lambda: self._done(described, stage))
 
@@ -139,7 +134,7 @@ class Job:
             )
         if found is not None:
             self.forget()
-            self.talk.say(f"already in {self.output}")
+            self.out.say(f"already in {self.output}")
         return found
 
     def holds_result(self) -> bool:
@@ -172,20 +167,20 @@ class Job:
         """Evaluate a model on the test split, print and note the metric and what else there is to say."""
         task = self.target.task
         if not task.measured:
-            self.talk.note(f"the {name} model is not measured: the texts have no labels")
+            self.out.note(f"the {name} model is not measured: the texts have no labels")
             return
         with clock(self.seconds, "evaluate"):
-            progress = self.talk.progress
+            progress = self.out.progress
             value, further = world().lead(
                 "Measuring",
                 lambda: (task.evaluate(model, task.test_batches(), progress), task.further(model, progress)),
             )
         self.results[name] = value
         said = self.target.metric.text(value)
-        self.talk.say(f"{name + ' ' + task.metric:<20} {said:>9}  ({task.tested_on})")
+        self.out.say(f"{name + ' ' + task.metric:<20} {said:>9}  ({task.tested_on})")
         if further:
             self.results["further"] = {**self.results.get("further", {}), name: further}
-            show.further(self.talk, name, further)
+            show.further(self.out, name, further)
 
     def keep(self, model: nn.Module, plan: Plan, config: Mapping[str, Any], stage: str) -> None:
         """Save a checkpoint into the output folder; `stage` says what an interruption leaves.
@@ -226,14 +221,14 @@ class Job:
                 f"its logits differ by {distance:.3g} from those of the model that was saved",
                 "Please report this; the checkpoint should not be used",
             )
-        self.talk.say(f"checkpoint {self.output}: reloaded, the logits are equal bit for bit")
+        self.out.say(f"checkpoint {self.output}: reloaded, the logits are equal bit for bit")
 
     def _save_pretrained(self, model: nn.Module, plan: Plan, config: Mapping[str, Any], stage: str) -> None:
         self.results["output"] = str(self.output)
-        self.talk.note(f"saving to {self.output}, and loading it in a fresh process")
+        self.out.note(f"saving to {self.output}, and loading it in a fresh process")
         card = Card(
             base=self.target.base,
-            command=self.command,
+            command=self.request.command,
             measured=show.measured(self.results, self.target.metric),
             changed=str(self.results.get("changed", "")),
         )
@@ -248,11 +243,11 @@ class Job:
             )
             certificate = save_pretrained(self.output, model, plan, policy=policy, **common)
             self._kept(stage)
-            self.talk.say(f"folder {self.output}: {certificate}")
+            self.out.say(f"folder {self.output}: {certificate}")
             if self.padded:
                 twin = padded_folder(self.output)
                 padded = save_padded(twin, model, plan, **common)
-                self.talk.say(f"padded twin {twin}: {padded}")
+                self.out.say(f"padded twin {twin}: {padded}")
                 self.results["padded"] = str(twin)
         self.results["policy"] = policy
         self.results["reloaded"] = "bit-equal" if certificate.equal else certificate.relative
@@ -261,7 +256,7 @@ class Job:
         return self.results | {"stage": stage, "seconds": rounded(self.seconds)}
 
     def _kept(self, stage: str) -> None:
-        self.kept.text = f"{stage} is kept in {self.output} (go on with: cria recover {self.output})"
+        self.out.kept = f"{stage} is kept in {self.output} (go on with: cria recover {self.output})"
 
 
 def padded_folder(output: Path) -> Path:
@@ -289,10 +284,10 @@ def prune_stage(
         stage = f"round {len(result.rounds)} of {config.plan.rounds}"
         with clock(job.seconds, "save"):
             job.keep(result.model, whole(result), {"prune": config.model_dump(mode="json")}, stage)
-        job.kept.text = f"{stage} is kept (go on with: the same command, --output {job.output} --resume)"
+        job.out.kept = f"{stage} is kept (go on with: the same command, --output {job.output} --resume)"
 
     held = list(task.validation_batches()) if watch else []
-    if not job.resume:
+    if not job.request.resume:
         job.forget()
     result = prune(
         model,
@@ -301,7 +296,7 @@ def prune_stage(
         prepared=prepared,
         evaluate=(lambda smaller: task.evaluate(smaller, held)) if watch else None,
         on_round=on_round,
-        progress=job.talk.progress,
+        progress=job.out.progress,
         graphs=True,
         state=job.rounds,
         data=job.origin["data"],
@@ -371,7 +366,7 @@ def recover_stage(
     """Fine-tune in place; an interruption keeps the best epoch so far and goes on up."""
     task = job.target.task
     here = world()
-    if not job.resume:
+    if not job.request.resume:
         here.lead("The recovery", lambda: shutil.rmtree(job.recovery, ignore_errors=True))
     held = list(task.validation_batches())
     try:
@@ -384,7 +379,7 @@ def recover_stage(
                 teacher=dense if config.distill else None,
                 lower_is_better=not job.target.metric.higher_is_better,
                 device=job.device,
-                progress=job.talk.progress,
+                progress=job.out.progress,
                 state=job.recovery,
                 data=job.origin["data"],
             )

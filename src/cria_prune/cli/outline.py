@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from cria_prune.cli.talk import Talk, percent
+from cria_prune.cli.output import Output, percent
 from cria_prune.config import OF
 from cria_prune.planning.budget import Budget, count_macs, count_parameters, largest_reachable
 from cria_prune.structure.groups import UnitGroups, without_residual
@@ -83,11 +83,11 @@ def _shares(groups: UnitGroups, floor: float) -> dict[str, float]:
     }
 
 
-def outline(talk: Talk, found: Inventory, everything: bool = False) -> None:
+def outline(out: Output, found: Inventory, everything: bool = False) -> None:
     """Print the groups that can be removed, the frozen ones with their reasons, and the largest shares.
 
     Args:
-        talk: where to print.
+        out: where to print.
         found: what to print.
         everything: one line per group and every name in full, in place of repeated layers said once.
     """
@@ -95,9 +95,9 @@ def outline(talk: Talk, found: Inventory, everything: bool = False) -> None:
     loose = sections([item for item in folds if item.row.status != "frozen"])
     if loose:
         flows = [FLOW, *(flow(item, everything) for item, _ in loose)]
-        talk.table(LOOSE, [cells for _, cells in loose], left=2, remarks=flows)
-    frozen(talk, folds)
-    shares(talk, found)
+        out.table(LOOSE, [cells for _, cells in loose], left=2, remarks=flows)
+    frozen(out, folds)
+    shares(out, found)
 
 
 def folded(rows: Sequence[Row], everything: bool) -> list[Fold]:
@@ -105,20 +105,20 @@ def folded(rows: Sequence[Row], everything: bool) -> list[Fold]:
     return [Fold(row) for row in rows] if everything else fold(rows)
 
 
-def frozen(talk: Talk, folds: Sequence[Fold]) -> None:
+def frozen(out: Output, folds: Sequence[Fold]) -> None:
     """Print the frozen groups with their reasons; nothing where there are none."""
     rows = sections([item for item in folds if item.row.status == "frozen"])
     if rows:
-        talk.table(FROZEN, [cells for _, cells in rows], left=3)
+        out.table(FROZEN, [cells for _, cells in rows], left=3)
 
 
-def shares(talk: Talk, found: Inventory) -> None:
+def shares(out: Output, found: Inventory) -> None:
     """Print the largest share of each cost that can leave, without and with the residual widths."""
     rows = [["without residual width", *map(percent, found.removable.values())]]
     if any(row.status == "residual" for row in found.rows):
         rows.append(["with it (--residual)", *map(percent, found.removable_with_residual.values())])
-    talk.table(["can be removed at most", *(OF.texts[of] for of in found.removable)], rows)
-    talk.say(f"{found.floor * 100:g} % of the units of each group always stay (--floor)")
+    out.table(["can be removed at most", *(OF.texts[of] for of in found.removable)], rows)
+    out.say(f"{found.floor * 100:g} % of the units of each group always stay (--floor)")
 
 
 PLURALS = {"channel": "channels", "neuron": "neurons", "gated": "gated neurons", "head": "heads"}

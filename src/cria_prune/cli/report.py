@@ -10,8 +10,8 @@ from cria_prune.base.errors import ArtifactError, PackageError
 from cria_prune.base.files import write_text
 from cria_prune.cli import show
 from cria_prune.cli.folder import REPORT, check_file
+from cria_prune.cli.output import Output
 from cria_prune.cli.settings import Report
-from cria_prune.cli.talk import Talk
 from cria_prune.report.folder import History, folder_page, read_run, write_run
 from cria_prune.report.html import is_page
 from cria_prune.report.pictures import write_picture
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from cria_prune.result import PruneResult
 
 
-def report(request: Report) -> None:
+def report(request: Report, out: Output) -> None:
     """Make the page of a run or a bench from the files in its folder."""
-    folder, talk = request.folder, Talk(request.quiet)
+    folder = request.folder
     found = folder_page(folder, request.layer)
     output = request.output or folder / REPORT
     ours = request.output is None and written_by_cria(output)
     check_file(output, request.overwrite or ours)
     write_text(output, found.html)
-    talk.say(f"report {output}")
-    talk.answer({"folder": str(folder), "kind": found.kind, "layer": found.layer, "output": str(output)})
+    out.say(f"report {output}")
+    out.answer({"folder": str(folder), "kind": found.kind, "layer": found.layer, "output": str(output)})
 
 
 def picture(path: Path, title: str, size: tuple[float, float], draw: Callable[[Axes], Any]) -> str:
@@ -64,7 +64,7 @@ def earlier_run(job: Job) -> History | None:
     try:
         return None if job.target.checkpoint is None else read_run(Path(job.target.checkpoint))
     except ArtifactError as error:
-        job.talk.note(f"the run before is not carried on in the report: {error}")
+        job.out.note(f"the run before is not carried on in the report: {error}")
         return None
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cria_prune.base.batches import Batch, model_inputs
 from cria_prune.base.metrics import Metric, metric
-from cria_prune.cli.talk import Talk, percent
+from cria_prune.cli.output import Output, percent
 from cria_prune.config import OF
 from cria_prune.result import PruneResult, Round
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cria_prune.structure.groups import UnitGroups
 
 
-def rounds(talk: Talk, done: Sequence[Round], metric: Metric) -> None:
+def rounds(out: Output, done: Sequence[Round], metric: Metric) -> None:
     """Print one row per round."""
     watched = any(item.metric is not None for item in done)
     columns = ["round", "parameters", "MACs", "removed", "masked = pruned", "seconds"]
@@ -34,10 +34,10 @@ def rounds(talk: Talk, done: Sequence[Round], metric: Metric) -> None:
             f"{sum(item.seconds.values()):.1f}",
         ]
         rows.append([*row, metric.text(item.metric)] if watched else row)
-    talk.table([*columns, f"validation {metric.name}"] if watched else columns, rows)
+    out.table([*columns, f"validation {metric.name}"] if watched else columns, rows)
 
 
-def outcome(talk: Talk, results: Mapping[str, Any], metric: Metric) -> None:
+def outcome(out: Output, results: Mapping[str, Any], metric: Metric) -> None:
     """Print dense, pruned and recovered side by side, and what was asked and reached."""
     dense = [f"{results['parameters_dense']:,.0f}", f"{results['macs_dense']:,.0f}"]
     now = [f"{results['parameters']:,.0f}", f"{results['macs']:,.0f}"]
@@ -49,19 +49,19 @@ def outcome(talk: Talk, results: Mapping[str, Any], metric: Metric) -> None:
     change = metric.change(results.get("dense"), results.get("recovered", results.get("pruned")))
     shares = (results[key] / results[f"{key}_dense"] for key in ("parameters", "macs"))
     rows.append(["left", change, *(percent(share) for share in shares)])
-    talk.table(["model", metric.name, "parameters", "MACs per example"], rows)
+    out.table(["model", metric.name, "parameters", "MACs per example"], rows)
     if "asked" in results:
         cost = results.get("scoring_over_forward")
-        talk.say(
+        out.say(
             f"asked {percent(results['asked'])} of the {OF.texts[results['of']]}, "
             f"removed {percent(results['reduction'])}; criterion {results['criterion']}, "
             + ("scored before" if cost is None else f"scoring took {cost:g} times a forward pass")
         )
     if "changed" in results:
-        talk.say(f"without training: {results['changed']}")
+        out.say(f"without training: {results['changed']}")
     if "milliseconds" in results:
         before, now = results["milliseconds_before"], results["milliseconds"]
-        talk.say(
+        out.say(
             f"a forward pass took {before:.3g} ms per calibration example before the pruning, {now:.3g} ms "
             f"after it ({before / max(now, 1e-9):.2f} times as fast)"
         )
@@ -86,7 +86,7 @@ def measured(results: Mapping[str, Any], metric: Metric) -> list[dict[str, Any]]
     return [{key: row.get(key, "") for key in columns} for row in rows]
 
 
-def family(talk: Talk, members: Sequence[Mapping[str, Any]], metric: Metric) -> None:
+def family(out: Output, members: Sequence[Mapping[str, Any]], metric: Metric) -> None:
     """Print one row per size of a family, the dense model first."""
     first, tuned = members[0], any("recovered" in item for item in members)
     last = "recovered" if tuned else "pruned"
@@ -103,34 +103,34 @@ def family(talk: Talk, members: Sequence[Mapping[str, Any]], metric: Metric) -> 
                 f"{item['parameters']:,.0f}",
             ]
         )
-    talk.table([*columns, "parameters"], rows)
+    out.table([*columns, "parameters"], rows)
 
 
-def left_alone(talk: Talk, groups: UnitGroups) -> None:
+def left_alone(out: Output, groups: UnitGroups) -> None:
     """Say which kinds of units a vanilla configuration cannot hold, and how to cut them all the same."""
     found = {group.kind: group.frozen for group in groups if "vanilla" in (group.frozen or "")}
     for kind, reason in found.items():
-        talk.say(f"{kind} units stay: {reason} (--policy per-layer cuts them)")
+        out.say(f"{kind} units stay: {reason} (--policy per-layer cuts them)")
 
 
-def further(talk: Talk, name: str, found: Mapping[str, float | str]) -> None:
+def further(out: Output, name: str, found: Mapping[str, float | str]) -> None:
     """Print what else there is to say of a model: one line per figure, a sample of text as it is."""
     for key, value in found.items():
         if isinstance(value, str):
-            talk.say(f"{name} {key}:".strip())
-            talk.say("\n".join(f"    {line}" for line in value.splitlines()))
+            out.say(f"{name} {key}:".strip())
+            out.say("\n".join(f"    {line}" for line in value.splitlines()))
         else:
             length = re.fullmatch(r"perplexity-(\d+)", key)
             said = f"  ({int(length[1]):,} tokens per sequence)" if length else ""
-            talk.say(f"{(name + ' ' + key).strip():<20} {metric(key).text(value):>9}{said}")
+            out.say(f"{(name + ' ' + key).strip():<20} {metric(key).text(value):>9}{said}")
 
 
-def model(talk: Talk, source: Source, found: Inventory) -> None:
+def model(out: Output, source: Source, found: Inventory) -> None:
     """Print which model it is, what it costs and on which inputs that was counted."""
-    talk.say(
+    out.say(
         f"{type(source.model).__name__}: {found.parameters:,} parameters, {found.macs:,.0f} MACs per example"
     )
-    talk.say(f"example: {inputs(source.example)}")
+    out.say(f"example: {inputs(source.example)}")
 
 
 def inputs(example: Batch) -> str:
@@ -141,7 +141,7 @@ def inputs(example: Batch) -> str:
     return ", ".join(shapes)
 
 
-def diagnosis(talk: Talk, groups: Mapping[str, Mapping[str, Any]]) -> None:
+def diagnosis(out: Output, groups: Mapping[str, Mapping[str, Any]]) -> None:
     """Print one row per group: how its units were scored and how far the scores can be trusted."""
     rows = []
     for name, item in groups.items():
@@ -161,7 +161,7 @@ def diagnosis(talk: Talk, groups: Mapping[str, Mapping[str, Any]]) -> None:
             ]
         )
     columns = ["group", "solver", "status", "units", "dead", "split-half", "min", "median", "max"]
-    talk.table(columns, rows, left=3)
+    out.table(columns, rows, left=3)
 
 
 def report(

@@ -23,10 +23,10 @@ from cria_prune.cli.commands import (
 )
 from cria_prune.cli.folder import interrupts_wait
 from cria_prune.cli.job import PRUNED, Job
+from cria_prune.cli.output import Output
 from cria_prune.cli.report import picture
 from cria_prune.cli.scores import config_from, given_scores, keep_scores
 from cria_prune.cli.settings import Sweep, pick_device, texts_of
-from cria_prune.cli.talk import Kept
 from cria_prune.config import PruneConfig
 from cria_prune.report.curves import plot_tradeoff
 from cria_prune.scores import Scored, hash_of, scored_of
@@ -36,7 +36,7 @@ SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 RESULT, PICTURE, KEPT_SCORES = "sweep.json", "sweep.png", "scores"
 
 
-def sweep(request: Sweep, kept: Kept) -> None:
+def sweep(request: Sweep, out: Output) -> None:
     """Score once, prune to every share in one round each, save and measure; then table and picture."""
     found = target.find(request.target, texts_of(request))
     found.check_changeable()
@@ -49,9 +49,9 @@ def sweep(request: Sweep, kept: Kept) -> None:
     prepared = prepared_for(found, configs[0], pick_device(request.device))
     configs, beyond = reachable(prepared, configs, asked=bool(request.reductions))
     found.policy = saved_as(configs[0])
-    with job_of(found, "-sweep", request, kept, several=True) as job:
+    with job_of(found, "-sweep", request, out, several=True) as job:
         if beyond:
-            job.talk.note(f"left out, beyond what can be removed: {', '.join(beyond)}")
+            job.out.note(f"left out, beyond what can be removed: {', '.join(beyond)}")
         prepared = prepared.with_model(dense_model(job))
         if scored is None:
             scored = own_scores(job, prepared.with_config(configs[0]))
@@ -59,9 +59,9 @@ def sweep(request: Sweep, kept: Kept) -> None:
         for config in configs:
             members.append(member(job, prepared, scored.applied(config), scored))
             drawn = here.lead("Keeping the sizes", lambda: keep(job, members))
-        show.family(job.talk, members, found.metric)
-        job.talk.say(f"result {job.output / RESULT}, {drawn}")
-        job.talk.answer({**job.results, "output": str(job.output), "family": members})
+        show.family(job.out, members, found.metric)
+        job.out.say(f"result {job.output / RESULT}, {drawn}")
+        job.out.answer({**job.results, "output": str(job.output), "family": members})
 
 
 def reachable(
@@ -87,7 +87,7 @@ def reachable(
 def own_scores(job: Job, prepared: Prepared) -> Scored:
     """Return the scores that an earlier run left in the output folder, if they are these; else score."""
     folder, config = job.output / KEPT_SCORES, prepared.config
-    if job.resume and (folder / SCORES).exists():
+    if job.request.resume and (folder / SCORES).exists():
         found = load_scores(folder)
         same = {"record", "score", "compensate"}
         asked = [item.model_dump(include=same) for item in (found.config, config)]
@@ -96,7 +96,7 @@ def own_scores(job: Job, prepared: Prepared) -> Scored:
     scored = scored_of(prepared, seconds=job.seconds)
     with clock(job.seconds, "save"):
         keep_scores(folder, scored, {**job.target.named(), "provenance": job.origin})
-    job.kept.text = f"the scores are kept (go on with: the same command, --output {job.output} --resume)"
+    job.out.kept = f"the scores are kept (go on with: the same command, --output {job.output} --resume)"
     return scored
 
 
@@ -104,9 +104,9 @@ def member(job: Job, prepared: Prepared, config: PruneConfig, scored: Scored) ->
     """Return the results of one size; one that is there already is not made again."""
     part = job.part(member_name(config))
     described = {"prune": config.model_dump(mode="json")}
-    done = part.finished(described, PRUNED) if job.resume else None
+    done = part.finished(described, PRUNED) if job.request.resume else None
     share = f"{100 * config.plan.reduction:g} % fewer"
-    job.talk.heading(share + (f": already in {part.output}" if done else ""))
+    job.out.heading(share + (f": already in {part.output}" if done else ""))
     if done is not None:
         part.forget()
         return done
