@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from watching import at, counted, interrupted_at, never
 
 import cria_prune
 from cria_prune import PruneConfig, RecoverConfig, prune, recover, watch
 from cria_prune.base import events
 from cria_prune.base.events import EVENTS, Event, passed
-from watching import at, counted, interrupted_at, never
 
 SOURCE = Path(cria_prune.__file__).parent
 
