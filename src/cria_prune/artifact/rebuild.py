@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cria_prune.artifact.layers import empty_model, fill, unlayered
 from cria_prune.base.errors import ArtifactError, ConfigError, StructureError
-from cria_prune.base.files import CERTIFICATE, GENERATION, MANIFEST, Layout, hashes, readable, strict_json
+from cria_prune.base.files import CERTIFICATE, GENERATION, MANIFEST, hashes, readable, strict_json
 from cria_prune.planning.plan import Plan
 from cria_prune.surgery.removal import apply
 from cria_prune.tasks.loading import (
@@ -128,13 +128,7 @@ def _git() -> tuple[str | None, bool | None]:
         return None, None
 
 
-LAYOUT = Layout(
-    "cria-pretrained",
-    1,
-    MANIFEST,
-    "the manifest of a pruned model",
-    "Give a folder that save_pretrained wrote",
-)
+FORMAT, VERSION = "cria-pretrained", 1
 Policy = Literal["vanilla", "per-layer", "padded"]
 """How a folder stores a model: as a smaller one of its class, layer by layer, or padded with zeros."""
 
@@ -148,14 +142,16 @@ def render_manifest(
     results: Mapping[str, Any] | None,
 ) -> str:
     """Return the text of the manifest. Raises an ArtifactError where something in it is no JSON."""
-    manifest = LAYOUT.said({
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
         "policy": policy,
         "architecture": type(model).__name__,
         "plan": plan.to_dict(),
         "config": config.model_dump(mode="json") if isinstance(config, BaseModel) else config,
         "provenance": provenance,
         "results": results,
-    })  # fmt: skip
+    }
     return strict_json(manifest, f"Writing {MANIFEST}")
 
 
@@ -165,11 +161,15 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     Raises:
         ArtifactError: there is no `cria.json` that this Cria reads.
     """
-    manifest = LAYOUT.read(Path(path))
+    asked, todo = f"Reading {Path(path) / MANIFEST}", "Give a folder that save_pretrained wrote"
+    with readable(asked, todo):
+        manifest = json.loads((Path(path) / MANIFEST).read_text(encoding="utf-8"))
+    said = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else None
+    if said != (FORMAT, VERSION):
+        raise ArtifactError(asked, f"found {said}, this Cria reads {(FORMAT, VERSION)}", todo)
     policy = manifest.setdefault("policy", "vanilla")  # before there were others
     if policy not in get_args(Policy):
-        asked = f"Reading {Path(path) / MANIFEST}"
-        raise ArtifactError(asked, f"found the policy {str(policy)[:40]!r}", LAYOUT.todo)
+        raise ArtifactError(asked, f"found the policy {str(policy)[:40]!r}", todo)
     return manifest
 
 
@@ -260,8 +260,10 @@ def _weights(folder: Path, asked: str) -> list[str]:
 def _check_hashes(folder: Path, names: list[str], asked: str) -> None:
     """Compare the weights and the configuration with the hashes in the certificate."""
     todo = "Copy the folder again from where it was saved; after a change, save the model again"
-    with readable(f"{asked}, {CERTIFICATE}", todo):
+    try:
         said = dict(json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))["sha256"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArtifactError(asked, f"{CERTIFICATE} cannot be read, {error}", todo) from error
     with readable(asked, todo):
         found = hashes(folder)
     for name in sorted({*names, *said, *found}):

@@ -57,7 +57,7 @@ def readable(asked: str, todo: str) -> Iterator[None]:
     except ArtifactError:
         raise
     except OSError as error:
-        raise ArtifactError(asked, f"the system refused, {error}", todo) from error
+        raise ArtifactError(asked, f"it cannot be read, the system refused, {error}", todo) from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

@@ -20,7 +20,7 @@ from cria_prune.cli.inspect import check_measured
 from cria_prune.cli.job import rounded
 from cria_prune.cli.output import Output
 from cria_prune.cli.report import picture
-from cria_prune.cli.settings import Ablate, pick_device, prune_config, texts_of
+from cria_prune.cli.settings import Ablate, prune_config
 from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig
 from cria_prune.report.curves import plot_ablation
@@ -31,14 +31,14 @@ RESULT, PICTURE = "ablation.json", "ablation.png"
 
 def ablate(request: Ablate, out: Output) -> None:
     """Score the units once, then measure what is left without the lowest, the highest and random ones."""
-    found = target.find(request.target, texts_of(request))
+    found = target.find(request.target, request.texts)
     config = prune_config(request, found.prune_defaults())
     shares, seed, limit = given_shares(request.shares), request.base_seed, request.limit
     seeds = check_seeds(range(seed, seed + request.random_seeds))
     if limit is not None and limit < 1:
         raise ConfigError("A limit of test examples", f"found {limit}", "Give 1 or more, or leave it out")
     check_measured(found, request.target)
-    device, seconds = pick_device(request.device), dict[str, float]()
+    device, seconds = request.torch_device, dict[str, float]()
     with claimed(request.output, f"{found.task.name}-ablation", request.overwrite) as folder:
         with clock(seconds, "data"):
             origin = provenance(seed, request.command, found.task.fingerprint(), device)

@@ -14,7 +14,6 @@ from cria_prune.bench.suite import Grid, cells, file_name, read_suite
 from cria_prune.cli.folder import REPORT
 from cria_prune.cli.output import Output
 from cria_prune.cli.settings import Bench as Request
-from cria_prune.cli.settings import pick_device
 from cria_prune.report.bench_page import (
     Bench,
     Setting,
@@ -30,7 +29,7 @@ NARROWED = ("criteria", "reductions", "seeds")
 
 def bench(request: Request, out: Output) -> None:
     """Measure what is missing; tables, a page with pictures and one line for programs."""
-    device = pick_device(request.device)
+    device = request.torch_device
     grids = narrowed(read_suite(request.suite), request)
     network = grids[0].network
     folder = request.output or Path("bench") / network

@@ -35,10 +35,8 @@ from cria_prune.cli.settings import (
     Recover,
     Resuming,
     Run,
-    pick_device,
     prune_config,
     recover_config,
-    texts_of,
 )
 from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig, RecoverConfig
@@ -61,7 +59,7 @@ def job_of(
 
     With `padded` the folder beside it is for the padded twin.
     """
-    device = pick_device(request.device)
+    device = request.torch_device
     resume, output = request.resume, request.output
     if resume and output is None:
         raise ConfigError("Resuming", "no --output was given", "Name the folder of the interrupted run")
@@ -144,7 +142,7 @@ def run(request: Run, out: Output) -> None:
     asked = [{"reduction": share} for share in request.reductions or usual] or [{}]
     configs = [prune_config(request, found.task.prune_defaults, **plan) for plan in asked]
     tuning = recover_config(request, found.task.recover_defaults)
-    prepared = prepared_for(found, configs[0], pick_device(request.device))
+    prepared = prepared_for(found, configs[0], request.torch_device)
     for config in configs:
         prepared.with_config(config).check_reach()
     found.policy = saved_as(configs[0])
@@ -220,7 +218,7 @@ def prune(request: Prune, out: Output) -> None:
         offload.prune(request, out)
         return
     padded = request.export is not None
-    found = target.find(request.target, texts_of(request))
+    found = target.find(request.target, request.texts)
     if padded and not found.pretrained:
         raise ConfigError(
             f"A padded twin of {request.target}", "it is no model of transformers", "Leave out --export"
@@ -234,7 +232,7 @@ def prune(request: Prune, out: Output) -> None:
             "zeros under a norm would change what it computes",
             "Leave out --export, or --residual",
         )
-    prepared = prepared_for(found, config, pick_device(request.device))
+    prepared = prepared_for(found, config, request.torch_device)
     prepared.check_reach()
     found.policy = saved_as(config)
     described = {"prune": config.model_dump(mode="json")}
@@ -263,7 +261,7 @@ def whole_pruning(
 
 def recover(request: Recover, out: Output) -> None:
     """One fine-tune of a checkpoint; a Hugging Face model of the user on texts of the user."""
-    found = target.find(request.checkpoint, texts_of(request))
+    found = target.find(request.checkpoint, request.texts)
     if found.plan is None:
         raise ConfigError(
             f"Recovering {request.checkpoint}",

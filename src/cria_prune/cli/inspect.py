@@ -14,7 +14,7 @@ from cria_prune.cli import show, target
 from cria_prune.cli.job import rounded
 from cria_prune.cli.outline import drawn, folded, frozen, inventory, module_tree, outline, shares
 from cria_prune.cli.output import Output
-from cria_prune.cli.settings import Eval, Inspect, pick_device, texts_of
+from cria_prune.cli.settings import Eval, Inspect
 from cria_prune.cli.target import Target, load_source, parse_shape
 from cria_prune.stages import discover
 
@@ -48,9 +48,9 @@ def inspect(request: Inspect, out: Output) -> None:
 
 def evaluate(request: Eval, out: Output) -> None:
     """The metric on the test split, or on texts of the user; or tasks of lm-eval."""
-    found = target.find(request.target, texts_of(request))
+    found = target.find(request.target, request.texts)
     seconds: dict[str, float] = {}
-    device, seed = pick_device(request.device), request.base_seed
+    device, seed = request.torch_device, request.base_seed
     with clock(seconds, "model"):
         model = found.model(device, seed, out.progress)
     metrics: dict[str, Any] = {}

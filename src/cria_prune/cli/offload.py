@@ -14,7 +14,7 @@ from cria_prune.cli import show
 from cria_prune.cli.folder import claimed
 from cria_prune.cli.job import PRUNED, rounded
 from cria_prune.cli.output import Output
-from cria_prune.cli.settings import Prune, pick_device, prune_config, texts_of
+from cria_prune.cli.settings import Prune, prune_config
 from cria_prune.config import PruneConfig
 from cria_prune.offload.prune import Offloaded, checked, prune_offloaded
 from cria_prune.recipes.registry import TASKS, folder_task
@@ -35,7 +35,7 @@ def prune(request: Prune, out: Output) -> None:
     task = _task(request)
     defaults = {**task.prune_defaults, "plan": {**task.prune_defaults["plan"], "rounds": 1}}
     config = checked(prune_config(request, defaults))
-    seed, device = request.base_seed, pick_device(request.device)
+    seed, device = request.base_seed, request.torch_device
     batches = task.calibration(config.record.examples, config.record.seed)
     origin = provenance(seed, request.command, task.fingerprint(), device)
     head: dict[str, Any] = {"recipe": None, "model": task.name, "seed": seed, "device": str(device)}
@@ -76,7 +76,7 @@ def _task(request: Prune) -> FolderTask:
         raise ConfigError(
             asked, f"found {kind}", "Give the folder of a Hugging Face model, or leave out --offload"
         )
-    return folder_task(folder, texts_of(request), load_pretrained(folder, meta=True))
+    return folder_task(folder, request.texts, load_pretrained(folder, meta=True))
 
 
 def _tell(out: Output, done: Offloaded, metric: Metric) -> None:

@@ -19,7 +19,7 @@ from cria_prune.cli.folder import check_file
 from cria_prune.cli.job import rounded
 from cria_prune.cli.output import Output, percent
 from cria_prune.cli.settings import Plan as Request
-from cria_prune.cli.settings import pick_device, prune_config, texts_of
+from cria_prune.cli.settings import prune_config
 from cria_prune.cli.target import Target
 from cria_prune.config import OF, PruneConfig
 from cria_prune.memory import (
@@ -39,7 +39,7 @@ CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 def plan(request: Request, out: Output) -> None:
     """Show what is reachable and what it takes, or with scores which units would stay."""
-    found = target.find(request.target, texts_of(request))
+    found = target.find(request.target, request.texts)
     config = prune_config(request, found.prune_defaults())
     check_file(request.output, request.overwrite)
     work = _dry if request.dry_run else _scored
@@ -58,7 +58,7 @@ Made = tuple[dict[str, Any], dict[str, Any] | None]
 
 def _dry(request: Request, found: Target, config: PruneConfig, out: Output) -> Made:
     """Structure, one batch's shapes, and arithmetic: nothing is trained, recorded or scored."""
-    device, seconds = pick_device(request.device), dict[str, float]()
+    device, seconds = request.torch_device, dict[str, float]()
     with clock(seconds, "structure"):
         prepared = prepared_for(found, config, device, calibrated=False).without_reference()
         prepared.check_reach()
@@ -162,7 +162,7 @@ def _say_memory(out: Output, memory: MemoryPrediction, data: int, here: int | No
 
 def _scored(request: Request, found: Target, config: PruneConfig, out: Output) -> Made:
     """Record and score once, and plan one round of the whole reduction."""
-    device, seconds, seed = pick_device(request.device), dict[str, float](), request.base_seed
+    device, seconds, seed = request.torch_device, dict[str, float](), request.base_seed
     plain = config.model_copy(update={"compensate": False})  # its moments would be thrown away
     prepared = prepared_for(found, plain, device, calibrated=False).without_reference()
     prepared.check_reach()  # before a dense model is trained

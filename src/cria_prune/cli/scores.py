@@ -15,7 +15,7 @@ from cria_prune.cli import show, target
 from cria_prune.cli.folder import claimed
 from cria_prune.cli.job import rounded
 from cria_prune.cli.output import Output
-from cria_prune.cli.settings import Score, Scoring, pick_device, prune_config, texts_of
+from cria_prune.cli.settings import Score, Scoring, prune_config
 from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig
 from cria_prune.scores import Scored, score_once
@@ -23,7 +23,7 @@ from cria_prune.scores import Scored, score_once
 
 def score(request: Score, out: Output) -> None:
     """Scores and diagnosis of every group, without cutting; with --output they are kept for pruning."""
-    found = target.find(request.target, texts_of(request))
+    found = target.find(request.target, request.texts)
     config, output = prune_config(request, found.prune_defaults()), request.output
     if output is None:
         config = config.model_copy(update={"compensate": False})  # its moments would be thrown away
@@ -37,7 +37,7 @@ def scored_answer(
     request: Score, found: Target, config: PruneConfig, out: Output, folder: Path | None
 ) -> None:
     """Score, show the diagnosis, keep the scores in a folder if there is one, and answer."""
-    device, seed = pick_device(request.device), request.base_seed
+    device, seed = request.torch_device, request.base_seed
     seconds: dict[str, float] = {}
     with clock(seconds, "model"):
         model = found.model(device, seed, out.progress)

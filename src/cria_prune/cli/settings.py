@@ -121,6 +121,16 @@ class Data(Request):
         None, "File of plain text to measure the perplexity on", shown="the end of the other, kept apart"
     )
 
+    @property
+    def texts(self) -> Texts:
+        """The data that were given. Raises a ConfigError where two of them are for the same."""
+        from cria_prune.tasks.folder import Texts
+
+        if self.calibration is not None and self.dataset is not None:
+            found = "both --calibration and --dataset were given"
+            raise ConfigError("Texts to calibrate on", found, "Give one of the two")
+        return Texts(self.calibration, self.dataset, self.text)
+
 
 class OnDevice(Request):
     """Where the work is done."""
@@ -128,6 +138,21 @@ class OnDevice(Request):
     group = RUNNING
 
     device: str = option("auto", "One of cpu, cuda, cuda:1, ..., or auto: cuda where there is one")
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device of that name. Raises a ConfigError where there is none here."""
+        import torch
+
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            asked, found = f"The device {self.device!r}", str(error).splitlines()[0].rstrip(".")
+            raise ConfigError(asked, found, "Give cpu, or a device that torch sees") from error
+        return device
 
 
 class Running(OnDevice):
@@ -410,27 +435,8 @@ def recover_config(request: Recover | Run, defaults: RecoverConfig) -> RecoverCo
 
     seed = {} if request.seed is None else {"seed": request.seed}
     config = RecoverConfig(**{**defaults.model_dump(), **seed, **request.tune.given()})
-    check_possible(config, pick_device(request.device))  # before the long work, not after it
+    check_possible(config, request.torch_device)  # before the long work, not after it
     return config
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device of that name.
-
-    Raises:
-        ConfigError: there is no such device here.
-    """
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        found = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(f"The device {name!r}", found, "Give cpu, or a device that torch sees") from error
-    return device
 
 
 def _read(path: Path) -> PruneConfig:
@@ -439,14 +445,3 @@ def _read(path: Path) -> PruneConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The configuration {path}", str(error), "Give a YAML or JSON file") from error
     return PruneConfig.from_text(text)
-
-
-def texts_of(request: Data) -> Texts:
-    """Return the data that were given."""
-    from cria_prune.tasks.folder import Texts
-
-    if request.calibration is not None and request.dataset is not None:
-        raise ConfigError(
-            "Texts to calibrate on", "both --calibration and --dataset were given", "Give one of the two"
-        )
-    return Texts(request.calibration, request.dataset, request.text)

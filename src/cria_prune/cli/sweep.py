@@ -26,7 +26,7 @@ from cria_prune.cli.job import PRUNED, Job
 from cria_prune.cli.output import Output
 from cria_prune.cli.report import picture
 from cria_prune.cli.scores import config_from, given_scores, keep_scores
-from cria_prune.cli.settings import Sweep, pick_device, texts_of
+from cria_prune.cli.settings import Sweep
 from cria_prune.config import PruneConfig
 from cria_prune.report.curves import plot_tradeoff
 from cria_prune.scores import Scored, hash_of, scored_of
@@ -38,7 +38,7 @@ RESULT, PICTURE, KEPT_SCORES = "sweep.json", "sweep.png", "scores"
 
 def sweep(request: Sweep, out: Output) -> None:
     """Score once, prune to every share in one round each, save and measure; then table and picture."""
-    found = target.find(request.target, texts_of(request))
+    found = target.find(request.target, request.texts)
     found.check_changeable()
     scored, shares = given_scores(request), request.reductions or SHARES
     defaults = found.prune_defaults()
@@ -46,7 +46,7 @@ def sweep(request: Sweep, out: Output) -> None:
     names = [member_name(config) for config in configs]
     if len(set(names)) < len(names):
         raise ConfigError("A family of reductions", f"found {', '.join(names)}", "Give each share once")
-    prepared = prepared_for(found, configs[0], pick_device(request.device))
+    prepared = prepared_for(found, configs[0], request.torch_device)
     configs, beyond = reachable(prepared, configs, asked=bool(request.reductions))
     found.policy = saved_as(configs[0])
     with job_of(found, "-sweep", request, out, several=True) as job:
