@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ from torch import nn
 
 from cria_prune.artifact.rebuild import Policy, peak_memory
 from cria_prune.base.batches import model_inputs, move
-from cria_prune.base.errors import ConfigError, PackageError
+from cria_prune.base.errors import ArtifactError, ConfigError, PackageError
 from cria_prune.base.files import check_free, write_text
 from cria_prune.base.metrics import logits_of
 from cria_prune.base.progress import clock
 from cria_prune.base.ranks import world
-from cria_prune.cli import report, show, target
+from cria_prune.cli import show, target
 from cria_prune.cli.folder import REPORT, claimed
 from cria_prune.cli.job import (
+    COUNTS,
     PRUNED,
     RECOVERED,
     Job,
@@ -40,8 +42,7 @@ from cria_prune.cli.settings import (
 )
 from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig, RecoverConfig
-from cria_prune.report.folder import folder_page
-from cria_prune.result import PruneResult
+from cria_prune.report.folder import History, folder_page, history_of, read_run, write_run
 from cria_prune.scores import Scored
 from cria_prune.stages import Prepared, prepare
 
@@ -49,6 +50,46 @@ from cria_prune.stages import Prepared, prepare
 def saved_as(config: PruneConfig) -> Policy:
     """Return how a model of transformers that was pruned like this can be saved."""
     return "vanilla" if config.plan.vanilla else "per-layer"
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What is done to a model.
+
+    Attributes:
+        config: the pruning.
+        tuning: the fine-tune after it, if any.
+        watch: evaluate after every round.
+        scored: the kept scores to prune by, if any.
+    """
+
+    config: PruneConfig
+    tuning: RecoverConfig | None = None
+    watch: bool = False
+    scored: Scored | None = None
+
+    @property
+    def result(self) -> str:
+        """The stage that its result is of."""
+        return PRUNED if self.tuning is None else RECOVERED
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The configurations as they are kept with the result."""
+        both = {"prune": self.config, "recover": self.tuning}
+        return {name: item.model_dump(mode="json") for name, item in both.items() if item is not None}
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder of one size of a family."""
+        return f"reduced-{100 * self.config.plan.reduction:g}"
+
+
+def check_family(family: Sequence[Steps]) -> None:
+    """Raise a ConfigError if two of a family are of one size."""
+    names = [steps.folder for steps in family]
+    if len(set(names)) < len(names):
+        raise ConfigError("A family of reductions", f"found {', '.join(names)}", "Give each share once")
 
 
 @contextmanager
@@ -88,23 +129,21 @@ def dense_model(job: Job) -> nn.Module:
     return model
 
 
-def finish(job: Job, result: PruneResult | None = None, before: Any = None) -> None:
-    """Keep the run and write its report, if there is a pruning to report on, now or `before`.
+def finish(job: Job, kept: Callable[[], History] | None = None) -> None:
+    """Keep the run and write its report, if there is a pruning to report on.
 
     The states of the rounds and the recovery are not needed any more.
     """
-    world().lead("The report", lambda: _finish(job, result, before))
+    world().lead("The report", lambda: _finish(job, kept))
 
 
-def _finish(job: Job, result: PruneResult | None, before: Any) -> None:
+def _finish(job: Job, kept: Callable[[], History] | None) -> None:
     job.forget()
     job.results |= {"seconds": rounded(job.seconds), "memory": peak_memory(job.device)}
-    if result is not None:
-        report.keep_run(job, result)
-    elif before is not None:
-        report.keep_recovered(job, before)
-    else:
+    if kept is None:
         return
+    history = kept()
+    write_run(job.output, history.page, history.rounds, history.graphs)
     try:
         page = folder_page(job.output).html
     except PackageError as error:
@@ -142,72 +181,58 @@ def run(request: Run, out: Output) -> None:
     asked = [{"reduction": share} for share in request.reductions or usual] or [{}]
     configs = [prune_config(request, found.task.prune_defaults, **plan) for plan in asked]
     tuning = recover_config(request, found.task.recover_defaults)
+    family = [Steps(config, tuning, request.watch) for config in configs]
     prepared = prepared_for(found, configs[0], request.torch_device)
     for config in configs:
         prepared.with_config(config).check_reach()
     found.policy = saved_as(configs[0])
-    several = len(configs) > 1
-    names = [member_name(config) for config in configs]
-    if len(set(names)) < len(names):
-        raise ConfigError("A family of reductions", f"found {', '.join(names)}", "Give each share once")
+    several = len(family) > 1
+    check_family(family)
     with job_of(found, "", request, out, several) as job:
-        done = None if several else job.done(described_by(configs[0], tuning), RECOVERED)
-        if done is not None:
-            job.out.answer(done)
+        if not several and job.ended(family[0].described, RECOVERED):
             return
         dense = prepared.with_model(dense_model(job))
         if not several:
-            whole_recipe(job, dense, configs[0], tuning, request.watch)
-            job.out.answer(job.results)
+            out.answer(do(job, dense, family[0]))
             return
-        family = [member(job, dense, config, tuning, request.watch) for config in configs]
-        show.family(job.out, family, found.metric)
-        job.out.answer({**job.results, "output": str(job.output), "family": family})
+        members = [member(job, dense, steps) for steps in family]
+        show.family(out, members, found.metric)
+        out.answer({**job.results, "output": str(job.output), "family": members})
 
 
-def member(
-    job: Job, dense: Prepared, config: PruneConfig, tuning: RecoverConfig, watch: bool
-) -> Mapping[str, Any]:
+def member(job: Job, dense: Prepared, steps: Steps) -> Mapping[str, Any]:
     """Return the results of one size of a family; one that is there already is not made again."""
-    part = job.part(member_name(config))
-    done = part.finished(described_by(config, tuning)) if job.request.resume else None
-    share = f"{100 * config.plan.reduction:g} % fewer"
+    part = job.part(steps.folder)
+    done = part.finished(steps.described, steps.result) if job.request.resume else None
+    share = f"{100 * steps.config.plan.reduction:g} % fewer"
     job.out.heading(share + (f": already in {part.output}" if done else ""))
     if done is not None:
+        part.forget()
         return done
     if job.target.pretrained and world().first:
         check_free(part.output, part.may_replace())
-    whole_recipe(part, dense, config, tuning, watch)
-    return part.results
+    return do(part, dense, steps)
 
 
-def member_name(config: PruneConfig) -> str:
-    """Return the folder's name of one size of a family."""
-    return f"reduced-{100 * config.plan.reduction:g}"
-
-
-def described_by(config: PruneConfig, tuning: RecoverConfig) -> dict[str, Any]:
-    """Return the configurations of a recipe as they are kept with its result."""
-    return {"prune": config.model_dump(mode="json"), "recover": tuning.model_dump(mode="json")}
-
-
-def whole_recipe(job: Job, dense: Prepared, config: PruneConfig, tuning: RecoverConfig, watch: bool) -> None:
-    """Prune the dense model, recover, save and report."""
-    metric = job.target.metric
-    result, plan = prune_stage(job, dense, config, watch)
+def do(job: Job, dense: Prepared, steps: Steps) -> Mapping[str, Any]:
+    """Prune a model, recover if that is asked, save and report; return the results."""
+    metric, tuning = job.target.metric, steps.tuning
+    result, plan = prune_stage(job, dense, steps.config, steps.watch, steps.scored)
     show.rounds(job.out, result.rounds, metric)
+    if tuning is None:
+        show.left_alone(job.out, result.dense)
     job.measure(result.model, "pruned")
-    described = described_by(config, tuning)
-    teacher = dense.model if tuning.distill else None
-    recovered = recover_stage(job, result.model, plan, tuning, teacher, described)
-    job.results["best_epoch"] = recovered.best_epoch
-    job.out.say(
-        f"recovery: epoch {recovered.best_epoch} of {tuning.epochs} kept, best on the validation split"
-    )
-    job.measure(recovered.model, "recovered")
+    model = result.model
+    if tuning is not None:
+        teacher = dense.model if tuning.distill else None
+        recovered = recover_stage(job, model, plan, tuning, teacher, steps.described)
+        epoch, model = recovered.best_epoch, recovered.model
+        job.out.say(f"recovery: epoch {epoch} of {tuning.epochs} kept, best on the validation split")
+        job.measure(model, "recovered")
     show.outcome(job.out, job.results, metric)
-    job.save(recovered.model, plan, described, RECOVERED)
-    finish(job, result)
+    job.save(model, plan, steps.described, steps.result)
+    finish(job, lambda: history_of(result, job.results, job.target.task.metric, job.origin))
+    return job.results
 
 
 def prune(request: Prune, out: Output) -> None:
@@ -235,28 +260,10 @@ def prune(request: Prune, out: Output) -> None:
     prepared = prepared_for(found, config, request.torch_device)
     prepared.check_reach()
     found.policy = saved_as(config)
-    described = {"prune": config.model_dump(mode="json")}
+    steps = Steps(config, watch=request.watch, scored=scored)
     with job_of(found, "-pruned", request, out, padded=padded) as job:
-        done = job.done(described, PRUNED)
-        if done is not None:
-            job.out.answer(done)
-            return
-        whole_pruning(job, prepared.with_model(dense_model(job)), config, request.watch, scored)
-        job.out.answer(job.results)
-
-
-def whole_pruning(
-    job: Job, prepared: Prepared, config: PruneConfig, watch: bool, scored: Scored | None
-) -> None:
-    """Prune a model, save and report."""
-    metric = job.target.metric
-    result, plan = prune_stage(job, prepared, config, watch, scored)
-    show.rounds(job.out, result.rounds, metric)
-    show.left_alone(job.out, result.dense)
-    job.measure(result.model, "pruned")
-    show.outcome(job.out, job.results, metric)
-    job.save(result.model, plan, {"prune": config.model_dump(mode="json")}, PRUNED)
-    finish(job, result)
+        if not job.ended(steps.described, PRUNED):
+            out.answer(do(job, prepared.with_model(dense_model(job)), steps))
 
 
 def recover(request: Recover, out: Output) -> None:
@@ -278,31 +285,47 @@ def recover(request: Recover, out: Output) -> None:
             "the texts have no labels",
             "Give --dataset with a column label",
         )
-    inherited = ("parameters_dense", "parameters", "macs_dense", "macs", "reduction", "asked", "of",
-                 "criterion", "changed", "scoring_over_forward")  # fmt: skip
+    inherited = (*COUNTS, "reduction", "asked", "of", "criterion", "changed", "scoring_over_forward")
     described = {"recover": tuning.model_dump(mode="json")}
     with job_of(found, "-recovered", request, out) as job:
-        done = job.done(described, RECOVERED)
-        if done is not None:
-            job.out.answer(done)
+        if job.ended(described, RECOVERED):
             return
         job.results |= {name: found.results[name] for name in inherited if name in found.results}
         job.inherit_dense()
-        before = report.earlier_run(job) if world().first else None
-        counts = ("parameters_dense", "parameters", "macs_dense", "macs")
-        job.results |= {name: found.plan.report[name] for name in counts if name in found.plan.report}
+        before = earlier_run(job) if world().first else None
+        job.results |= {name: found.plan.report[name] for name in COUNTS if name in found.plan.report}
         model = found.model(job.device, job.request.base_seed, job.out.progress)
         teacher = teacher_of(request.teacher, job, model) if tuning.distill else None
         job.measure(model, "pruned")
         with in_float32(model):
             recovered = recover_stage(job, model, found.plan, tuning, teacher, described)
-        job.results["best_epoch"] = recovered.best_epoch
         job.out.say(str(recovered))
         job.measure(recovered.model, "recovered")
         show.outcome(job.out, job.results, found.metric)
         job.save(recovered.model, found.plan, described, RECOVERED)
-        finish(job, before=before)
-        job.out.answer(job.results)
+        finish(job, None if before is None else lambda: recovered_history(job, before))
+        out.answer(job.results)
+
+
+def earlier_run(job: Job) -> History | None:
+    """Return what the checkpoint that a job goes on from keeps of its run; None if nothing whole."""
+    try:
+        return None if job.target.checkpoint is None else read_run(Path(job.target.checkpoint))
+    except ArtifactError as error:
+        job.out.note(f"the run before is not carried on in the report: {error}")
+        return None
+
+
+def recovered_history(job: Job, before: History) -> History:
+    """Return the run that was pruned before, now recovered."""
+    page = before.page
+    seconds = dict(page.get("seconds", {}))
+    for stage, spent in job.results["seconds"].items():
+        seconds[stage] = round(seconds.get(stage, 0.0) + spent, 3)
+    changed = {**job.results, "seconds": seconds, "rounds": page["rounds"], "provenance": job.origin}
+    return replace(
+        before, page={**page, **changed, "earlier": [*page.get("earlier", []), page["provenance"]]}
+    )
 
 
 @contextmanager

@@ -39,6 +39,7 @@ from cria_prune.scores import Scored
 from cria_prune.stages import Prepared
 
 RECOVERED, PRUNED = "the recovered model", "the pruned model"
+COUNTS = ("parameters_dense", "parameters", "macs_dense", "macs")
 
 
 @dataclass
@@ -99,7 +100,7 @@ class Job:
             self.request.resume and (self.rounds.exists() or self.recovery.exists())
         )
 
-    def finished(self, described: Mapping[str, Any], stage: str = RECOVERED) -> dict[str, Any] | None:
+    def finished(self, described: Mapping[str, Any], stage: str) -> dict[str, Any] | None:
         """Return the results that lie in the output folder, if they are of this stage and configuration."""
         return world().lead("The output folder", lambda: self._finished(described, stage))
 
@@ -113,29 +114,30 @@ class Job:
         data = (manifest.get("provenance") or {}).get("data") == self.origin["data"]
         return results if same and data and manifest.get("config") == described else None
 
-    def done(self, described: Mapping[str, Any], stage: str) -> dict[str, Any] | None:
-        """Return the results of the same command, if it is to be resumed and had ended already.
+    def ended(self, described: Mapping[str, Any], stage: str) -> bool:
+        """Answer with the results of the same command, if it is to be resumed and had ended already.
 
         Raises:
             ArtifactError: the output folder holds the result of another command.
         """
-        if not self.request.resume:
-            return None
-        return world().lead("The output folder", lambda: self._done(described, stage))
+        found = self.finished(described, stage) if self.request.resume else None
+        if found is None:
+            if self.request.resume:
+                world().lead("The output folder", self._check_same)
+            return False
+        self.forget()
+        self.out.say(f"already in {self.output}")
+        self.out.answer(found)
+        return True
 
-    def _done(self, described: Mapping[str, Any], stage: str) -> dict[str, Any] | None:
-        found = self._finished(described, stage)
+    def _check_same(self) -> None:
         results = self._there().get("results") or {}
-        if found is None and not self.may_replace() and results.get("stage") in (RECOVERED, PRUNED):
+        if not self.may_replace() and results.get("stage") in (RECOVERED, PRUNED):
             raise ArtifactError(
                 f"Resuming in {self.output}",
                 f"it holds {results['stage']} of another command, or of other settings",
                 "Name another --output, or pass --overwrite to start anew",
             )
-        if found is not None:
-            self.forget()
-            self.out.say(f"already in {self.output}")
-        return found
 
     def holds_result(self) -> bool:
         """Say whether a whole model of Cria's lies in the output folder."""
@@ -326,10 +328,7 @@ def note_costs(job: Job, result: PruneResult, plan: Plan) -> None:
         "of": result.config.plan.of,
         "reduction": report["reached"],
         "reachable": report["reachable"],
-        "parameters_dense": said["parameters_dense"],
-        "parameters": said["parameters"],
-        "macs_dense": said["macs_dense"],
-        "macs": said["macs"],
+        **{name: said[name] for name in COUNTS},
         "rounds": len(result.rounds),
     }
     earlier = job.target.results.get("changed")
@@ -371,7 +370,7 @@ def recover_stage(
     held = list(task.validation_batches())
     try:
         with clock(job.seconds, "recover"):
-            return recover(
+            found = recover(
                 model,
                 task.train_batches(config.seed, device=job.device),
                 config,
@@ -383,6 +382,8 @@ def recover_stage(
                 state=job.recovery,
                 data=job.origin["data"],
             )
+            job.results["best_epoch"] = found.best_epoch
+            return found
     except Exception:
         if here.first:
             shutil.rmtree(job.recovery, ignore_errors=True)

@@ -12,7 +12,7 @@ from cria_prune.base.metrics import Metric, metric
 from cria_prune.base.ranks import world
 from cria_prune.cli import show
 from cria_prune.cli.folder import claimed
-from cria_prune.cli.job import PRUNED, rounded
+from cria_prune.cli.job import COUNTS, PRUNED, rounded
 from cria_prune.cli.output import Output
 from cria_prune.cli.settings import Prune, prune_config
 from cria_prune.config import PruneConfig
@@ -91,13 +91,12 @@ def _tell(out: Output, done: Offloaded, metric: Metric) -> None:
 
 def _answer(done: Offloaded, config: PruneConfig) -> dict[str, Any]:
     said, last = done.plan.report, done.rounds[-1].report
-    counts = ("parameters_dense", "parameters", "macs_dense", "macs")
     return {
         "criterion": config.score.criterion,
         "asked": config.plan.reduction,
         "of": config.plan.of,
         "reduction": last["reached"],
-        **{name: said[name] for name in counts if name in said},
+        **{name: said[name] for name in COUNTS if name in said},
         "rounds": len(done.rounds),
         "turns": sum(item.turns for item in done.rounds),
         "masked_equals_pruned": done.difference,

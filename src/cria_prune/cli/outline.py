@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from cria_prune.cli.output import Output, percent
+from cria_prune.base.metrics import percent
+from cria_prune.cli.output import Output
 from cria_prune.config import OF
 from cria_prune.planning.budget import Budget, count_macs, count_parameters, largest_reachable
 from cria_prune.structure.groups import UnitGroups, without_residual

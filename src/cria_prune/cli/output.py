@@ -192,8 +192,3 @@ def _placed(
     widths = [max(map(len, cells)) + GAP for cells in zip(columns, *rows, strict=True)]
     fits = sum(widths) + max(map(len, remarks), default=0) <= width
     return (remarks, []) if fits else ([], remarks)
-
-
-def percent(share: float | None) -> str:
-    """Return a share as per cent with two digits: 0.9339 is 93.39 %."""
-    return "" if share is None else f"{share * 100:.2f} %"

@@ -12,12 +12,13 @@ import torch
 from cria_prune.artifact.rebuild import peak_memory
 from cria_prune.base.batches import batch_size
 from cria_prune.base.files import write_json
+from cria_prune.base.metrics import percent
 from cria_prune.base.progress import clock
 from cria_prune.cli import target
 from cria_prune.cli.commands import prepared_for
 from cria_prune.cli.folder import check_file
 from cria_prune.cli.job import rounded
-from cria_prune.cli.output import Output, percent
+from cria_prune.cli.output import Output
 from cria_prune.cli.settings import Plan as Request
 from cria_prune.cli.settings import prune_config
 from cria_prune.cli.target import Target

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cria_prune.base.batches import Batch, model_inputs
-from cria_prune.base.metrics import Metric, metric
-from cria_prune.cli.output import Output, percent
+from cria_prune.base.metrics import Metric, metric, percent
+from cria_prune.cli.output import Output
 from cria_prune.config import OF
-from cria_prune.result import PruneResult, Round
+from cria_prune.result import Round
 
 if TYPE_CHECKING:
     from cria_prune.cli.outline import Inventory
@@ -162,33 +162,3 @@ def diagnosis(out: Output, groups: Mapping[str, Mapping[str, Any]]) -> None:
         )
     columns = ["group", "solver", "status", "units", "dead", "split-half", "min", "median", "max"]
     out.table(columns, rows, left=3)
-
-
-def report(
-    result: PruneResult, results: Mapping[str, Any], metric: str, origin: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return what a run keeps for its page: plain JSON, see `artifact.history.write_run`."""
-    cost = OF.texts[results["of"]]
-    return {
-        **results,
-        "title": f"{results['recipe'] or results['model']}: {percent(results['reduction'])} of the {cost} "
-        "removed",
-        "metric": metric,
-        "rounds": [
-            {
-                "round": item.number,
-                "parameters": item.report["parameters"],
-                "reduction": item.report["reached"],
-                "metric": item.metric,
-                "masked_equals_pruned": None if item.verification is None else item.verification.difference,
-                "seconds": dict(item.seconds),
-            }
-            for item in result.rounds
-        ],
-        "widths": {
-            group.name: [group.size, result.groups[group.name].size] for group in result.dense.prunable
-        },
-        "frozen": {group.name: group.frozen for group in result.dense if group.frozen is not None},
-        "provenance": dict(origin),
-        "config": result.config.model_dump(mode="json"),
-    }

@@ -8,21 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from cria_prune.artifact.scores import SCORES, load_scores
-from cria_prune.base.errors import ConfigError, TargetError
-from cria_prune.base.files import check_free, write_json
+from cria_prune.base.errors import TargetError
+from cria_prune.base.files import write_json
 from cria_prune.base.progress import clock
 from cria_prune.base.ranks import world
 from cria_prune.cli import show, target
 from cria_prune.cli.commands import (
+    Steps,
+    check_family,
     dense_model,
     job_of,
-    member_name,
+    member,
     prepared_for,
     saved_as,
-    whole_pruning,
 )
 from cria_prune.cli.folder import interrupts_wait
-from cria_prune.cli.job import PRUNED, Job
+from cria_prune.cli.job import Job
 from cria_prune.cli.output import Output
 from cria_prune.cli.report import picture
 from cria_prune.cli.scores import config_from, given_scores, keep_scores
@@ -43,9 +44,7 @@ def sweep(request: Sweep, out: Output) -> None:
     scored, shares = given_scores(request), request.reductions or SHARES
     defaults = found.prune_defaults()
     configs = [config_from(request, defaults, scored, rounds=1, reduction=share) for share in shares]
-    names = [member_name(config) for config in configs]
-    if len(set(names)) < len(names):
-        raise ConfigError("A family of reductions", f"found {', '.join(names)}", "Give each share once")
+    check_family([Steps(config) for config in configs])
     prepared = prepared_for(found, configs[0], request.torch_device)
     configs, beyond = reachable(prepared, configs, asked=bool(request.reductions))
     found.policy = saved_as(configs[0])
@@ -57,7 +56,7 @@ def sweep(request: Sweep, out: Output) -> None:
             scored = own_scores(job, prepared.with_config(configs[0]))
         members, here, drawn = list[Mapping[str, Any]](), world(), ""
         for config in configs:
-            members.append(member(job, prepared, scored.applied(config), scored))
+            members.append(member(job, prepared, Steps(scored.applied(config), scored=scored)))
             drawn = here.lead("Keeping the sizes", lambda: keep(job, members))
         show.family(job.out, members, found.metric)
         job.out.say(f"result {job.output / RESULT}, {drawn}")
@@ -98,22 +97,6 @@ def own_scores(job: Job, prepared: Prepared) -> Scored:
         keep_scores(folder, scored, {**job.target.named(), "provenance": job.origin})
     job.out.kept = f"the scores are kept (go on with: the same command, --output {job.output} --resume)"
     return scored
-
-
-def member(job: Job, prepared: Prepared, config: PruneConfig, scored: Scored) -> Mapping[str, Any]:
-    """Return the results of one size; one that is there already is not made again."""
-    part = job.part(member_name(config))
-    described = {"prune": config.model_dump(mode="json")}
-    done = part.finished(described, PRUNED) if job.request.resume else None
-    share = f"{100 * config.plan.reduction:g} % fewer"
-    job.out.heading(share + (f": already in {part.output}" if done else ""))
-    if done is not None:
-        part.forget()
-        return done
-    if job.target.pretrained and world().first:
-        check_free(part.output, part.may_replace())
-    whole_pruning(part, prepared, config, False, scored)
-    return part.results
 
 
 def keep(job: Job, members: Sequence[Mapping[str, Any]]) -> str:

@@ -18,12 +18,14 @@ from cria_prune.artifact.rebuild import read_manifest
 from cria_prune.base.errors import ArtifactError, ConfigError, CriaError
 from cria_prune.base.files import MANIFEST as PRETRAINED
 from cria_prune.base.files import Layout, is_plain_file, readable
+from cria_prune.base.metrics import percent
+from cria_prune.config import OF
 from cria_prune.graph.graph import NeuronGraphs, choose_layer
 from cria_prune.planning.plan import Plan
 from cria_prune.recipes.registry import TASKS, task
 from cria_prune.report.bench_page import read_bench, render_bench
 from cria_prune.report.run_page import render
-from cria_prune.result import Round
+from cria_prune.result import PruneResult, Round
 from cria_prune.resume.rounds import (
     RoundFacts,
     facts_of,
@@ -75,6 +77,37 @@ class RunPage(BaseModel):
     provenance: dict[str, Any] = {}
     earlier: list[dict[str, Any]] = []
     diagnosis: list[dict[str, dict[str, Any]]] = []
+
+
+def history_of(
+    result: PruneResult, results: Mapping[str, Any], metric: str, origin: Mapping[str, Any]
+) -> History:
+    """Return what a run keeps for its page."""
+    cost = OF.texts[results["of"]]
+    page = {
+        **results,
+        "title": f"{results['recipe'] or results['model']}: {percent(results['reduction'])} of the {cost} "
+        "removed",
+        "metric": metric,
+        "rounds": [
+            {
+                "round": item.number,
+                "parameters": item.report["parameters"],
+                "reduction": item.report["reached"],
+                "metric": item.metric,
+                "masked_equals_pruned": None if item.verification is None else item.verification.difference,
+                "seconds": dict(item.seconds),
+            }
+            for item in result.rounds
+        ],
+        "widths": {
+            group.name: [group.size, result.groups[group.name].size] for group in result.dense.prunable
+        },
+        "frozen": {group.name: group.frozen for group in result.dense if group.frozen is not None},
+        "provenance": dict(origin),
+        "config": result.config.model_dump(mode="json"),
+    }
+    return History(page, result.rounds, result.graphs or {})
 
 
 def write_run(
