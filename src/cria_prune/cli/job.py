@@ -16,8 +16,7 @@ from torch import nn
 
 from cria_prune.artifact.card import Card
 from cria_prune.artifact.checkpoint import load
-from cria_prune.artifact.padded import save_padded
-from cria_prune.artifact.pretrained import save_pretrained
+from cria_prune.artifact.pretrained import save_padded, save_pretrained
 from cria_prune.artifact.rebuild import provenance
 from cria_prune.base.batches import Batch, batch_size, model_inputs, move
 from cria_prune.base.errors import ArtifactError
