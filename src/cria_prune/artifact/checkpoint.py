@@ -19,6 +19,7 @@ from torch import Tensor, nn, strided
 from cria_prune.artifact.rebuild import load_folder, replay
 from cria_prune.base.errors import ArtifactError
 from cria_prune.base.files import Layout, new_folder, strict_json
+from cria_prune.base.modules import first_names
 from cria_prune.planning.plan import Plan
 from cria_prune.tasks.loading import CONFIG
 
@@ -74,13 +75,17 @@ def save(
     Raises:
         ArtifactError: the folder is not empty, something is no tensor or no JSON, or the system refuses.
     """
-    tensors, aliases = _stored_tensors(model)
-    entries = {name: describe(value) for name, value in model.state_dict().items()}
+    state = _checked(model.state_dict())
+    same = first_names(state)
+    # Copies: views of one storage would be refused.
+    tensors = {
+        name: state[name].detach().cpu().contiguous().clone() for name, first in same.items() if name == first
+    }
     manifest = LAYOUT.said({
         "architecture": architecture,
         "plan": plan.to_dict(),
-        "tensors": entries,
-        "aliases": aliases,
+        "tensors": {name: describe(value) for name, value in state.items()},
+        "aliases": {name: first for name, first in same.items() if name != first},
         "sha256": "",
         "config": config.model_dump(mode="json") if isinstance(config, BaseModel) else config,
         "provenance": provenance,
@@ -134,27 +139,15 @@ def describe(tensor: Tensor) -> dict[str, Any]:
     return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
 
 
-def _stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Contiguous CPU tensors by name, and the further names of tensors that have several."""
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    first: dict[tuple[Any, ...], str] = {}
-    for name, value in model.state_dict().items():
+def _checked(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    for name, value in state.items():
         if not isinstance(value, Tensor) or value.is_meta or value.layout != strided:
             raise ArtifactError(
                 f"Saving {name!r} of the model",
                 f"found {type(value).__name__} without plain values",
                 "Save a model whose state holds dense tensors with values only",
             )
-        value = value.detach()
-        key = (value.device, value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
-        if value.numel() and key in first:
-            aliases[name] = first[key]
-            continue
-        first[key] = name
-        # A copy: views of one storage would be refused.
-        tensors[name] = value.cpu().contiguous().clone()
-    return tensors, aliases
+    return state
 
 
 def read_checkpoint_manifest(folder: Path) -> dict[str, Any]:
