@@ -301,7 +301,7 @@ class Plan(OfTarget, Data, Pruning, Saving):
 class Ablate(OfTarget, Data, Scoring, Saving):
     """Measure a criterion: remove the lowest-scored, the highest-scored and random units, share by share."""
 
-    group, work = MEASURE, "ablate.ablate"
+    group, work = MEASURE, "measure.ablate"
 
     shares: str | None = option(
         None, "Shares of every group's units to remove, separated by commas", shown="0.1 to 0.9 by 0.1"
@@ -374,7 +374,7 @@ class Bench(OnDevice):
 class Eval(OfTarget, Data, Running):
     """Evaluate a recipe's dense model or a checkpoint on the test split, any language model on a text."""
 
-    group, work = MEASURE, "inspect.evaluate"
+    group, work = MEASURE, "measure.evaluate"
 
     tasks: str | None = option(None, "Tasks of lm-eval, separated by commas, in place of a text")
     task_folder: Path | None = option(None, "Folder with further task files of lm-eval")

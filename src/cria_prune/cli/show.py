@@ -6,15 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cria_prune.base.batches import Batch, model_inputs
 from cria_prune.base.metrics import Metric, metric, percent
 from cria_prune.cli.output import Output
 from cria_prune.config import OF
 from cria_prune.result import Round
 
 if TYPE_CHECKING:
-    from cria_prune.cli.outline import Inventory
-    from cria_prune.cli.target import Source
     from cria_prune.structure.groups import UnitGroups
 
 
@@ -123,22 +120,6 @@ def further(out: Output, name: str, found: Mapping[str, float | str]) -> None:
             length = re.fullmatch(r"perplexity-(\d+)", key)
             said = f"  ({int(length[1]):,} tokens per sequence)" if length else ""
             out.say(f"{(name + ' ' + key).strip():<20} {metric(key).text(value):>9}{said}")
-
-
-def model(out: Output, source: Source, found: Inventory) -> None:
-    """Print which model it is, what it costs and on which inputs that was counted."""
-    out.say(
-        f"{type(source.model).__name__}: {found.parameters:,} parameters, {found.macs:,.0f} MACs per example"
-    )
-    out.say(f"example: {inputs(source.example)}")
-
-
-def inputs(example: Batch) -> str:
-    """Return the shapes of a batch: `(2, 3, 32, 32)` or `input_ids (2, 16), attention_mask (2, 16)`."""
-    args, named = model_inputs(example)
-    shapes = [str(tuple(item.shape)) for item in args]
-    shapes += [f"{name} {tuple(item.shape)}" for name, item in named.items() if hasattr(item, "shape")]
-    return ", ".join(shapes)
 
 
 def diagnosis(out: Output, groups: Mapping[str, Mapping[str, Any]]) -> None:

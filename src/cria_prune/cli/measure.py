@@ -1,4 +1,4 @@
-"""What `cria ablate` does: one scoring, many cuts, a table, a file and a picture."""
+"""`cria ablate` and `cria eval`: what a criterion is worth, and what a model is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from cria_prune.ablation import COLUMNS, SHARES, Ablation, check_seeds, check_shares
 from cria_prune.ablation import ablate as sweep
 from cria_prune.artifact.rebuild import provenance
@@ -14,13 +16,12 @@ from cria_prune.base.batches import Batch, batch_size
 from cria_prune.base.errors import ConfigError
 from cria_prune.base.files import write_json
 from cria_prune.base.progress import clock
-from cria_prune.cli import target
+from cria_prune.cli import show, target
 from cria_prune.cli.folder import claimed, interrupts_wait
-from cria_prune.cli.inspect import check_measured
 from cria_prune.cli.job import rounded
 from cria_prune.cli.output import Output
 from cria_prune.cli.report import picture
-from cria_prune.cli.settings import Ablate, prune_config
+from cria_prune.cli.settings import Ablate, Eval, prune_config
 from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig
 from cria_prune.report.curves import plot_ablation
@@ -63,7 +64,7 @@ def ablate(request: Ablate, out: Output) -> None:
             "limit": limit,
             "tested_on": tested_on,
         }
-        show(out, result, head)
+        show_ablation(out, result, head)
         drawn = keep(folder, {**result.to_dict(), **head, **described(config), "provenance": origin})
         out.say(f"result {folder / RESULT}, {drawn}")
     answer = {key: value for key, value in result.to_dict().items() if key != "curves"}
@@ -99,7 +100,7 @@ def test_split(found: Target, limit: int | None) -> tuple[Iterable[Batch], str]:
     return batches, f"the first {sum(map(batch_size, batches)):,} test examples"
 
 
-def show(out: Output, result: Ablation, head: dict[str, Any]) -> None:
+def show_ablation(out: Output, result: Ablation, head: dict[str, Any]) -> None:
     """Print the table, what was removed in it and what it says of the criterion."""
     name = result.metric.name
     out.say(f"dense {name:<14} {result.metric.text(result.dense):>9}  ({head['tested_on']})")
@@ -127,3 +128,57 @@ def keep(folder: Path, values: dict[str, Any]) -> str:
         drawn = picture(folder / PICTURE, title, (5.4, 3.6), partial(plot_ablation, values))
         write_json(folder / RESULT, values, allow_nan=False)
     return drawn
+
+
+def evaluate(request: Eval, out: Output) -> None:
+    """The metric on the test split, or on texts of the user; or tasks of lm-eval."""
+    found = target.find(request.target, request.texts)
+    seconds: dict[str, float] = {}
+    device, seed = request.torch_device, request.base_seed
+    with clock(seconds, "model"):
+        model = found.model(device, seed, out.progress)
+    metrics: dict[str, Any] = {}
+    with clock(seconds, "evaluate"):
+        if request.tasks:
+            metrics = harness_of(request, found, model)
+        else:
+            check_measured(found, request.target)
+            value = found.task.evaluate(model, found.task.test_batches(), out.progress)
+            metrics = {found.task.metric: value, **found.task.further(model, out.progress)}
+    parameters = sum(item.numel() for item in model.parameters())
+    out.table(["target", "parameters"], [[request.target, f"{parameters:,}"]])
+    show.further(out, "", metrics)
+    out.answer(
+        {
+            "target": request.target,
+            **found.named(),
+            **metrics,
+            "parameters": parameters,
+            "seed": seed,
+            "device": str(device),
+            "seconds": rounded(seconds),
+        }
+    )
+
+
+def check_measured(found: Target, name: str) -> None:
+    """Raise a ConfigError if the test split lacks what the metric needs."""
+    if not found.task.measured:
+        raise ConfigError(
+            f"An {found.task.metric} of {name}", "the texts have no labels",
+            "Give --dataset with a column label",
+        )  # fmt: skip
+
+
+def harness_of(request: Eval, found: Target, model: nn.Module) -> dict[str, float]:
+    """Return what lm-eval measures on the tasks that were named."""
+    from cria_prune.tasks.harness import harness
+
+    if not found.pretrained:
+        raise ConfigError(
+            f"Tasks of lm-eval for {request.target}",
+            "it is no language model of transformers",
+            "Leave out --tasks",
+        )
+    names = [name.strip() for name in (request.tasks or "").split(",") if name.strip()]
+    return harness(model, found.task.tokenizer, names, folder=request.task_folder, limit=request.limit)
