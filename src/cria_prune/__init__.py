@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
     from cria_prune.ablation import ablate
     from cria_prune.artifact.checkpoint import LoadedCheckpoint, load, save
-    from cria_prune.artifact.padded import save_padded
-    from cria_prune.artifact.pretrained import save_pretrained
+    from cria_prune.artifact.pretrained import save_padded, save_pretrained
     from cria_prune.artifact.scores import load_scores, save_scores
     from cria_prune.base.errors import CriaError
     from cria_prune.base.events import watch
@@ -88,8 +87,7 @@ _HOMES = {
     for home, names in {
         "ablation": "ablate",
         "artifact.checkpoint": "LoadedCheckpoint load save",
-        "artifact.padded": "save_padded",
-        "artifact.pretrained": "save_pretrained",
+        "artifact.pretrained": "save_padded save_pretrained",
         "artifact.scores": "load_scores save_scores",
         "base.errors": "CriaError",
         "base.events": "watch",

@@ -456,7 +456,7 @@ def full_in_safetensors(*args: Any, **others: Any) -> Any:
         ("cria_prune.artifact.pretrained.render_card", full),
         ("transformers.modeling_utils.safe_save_file", full),
         ("transformers.modeling_utils.safe_save_file", full_in_safetensors),
-        ("cria_prune.base.files._flush_folder", full),
+        ("cria_prune.base.files.flush", full),
         ("cria_prune.base.files.os.fsync", interrupted),
     ],
 )

@@ -17,9 +17,9 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 from cria_prune.base.errors import ArtifactError, ConfigError, CriaError, DataError
+from cria_prune.cli.inspect import Node, inventory, module_tree
 from cria_prune.cli.main import app
-from cria_prune.cli.outline import Node, inventory, module_tree
-from cria_prune.cli.talk import Breakable
+from cria_prune.cli.output import Breakable
 from cria_prune.cli.target import load_source, parse_shape
 from cria_prune.planning.budget import count_macs
 from cria_prune.planning.plan import identity_plan, make_plan

@@ -17,7 +17,7 @@ from cria_prune import discover, save
 from cria_prune.artifact.checkpoint import load
 from cria_prune.cli import launch
 from cria_prune.cli.main import app
-from cria_prune.cli.talk import Talk
+from cria_prune.cli.output import Output
 from cria_prune.planning.plan import identity_plan
 from cria_prune.recipes.registry import task
 from cria_prune.tasks.models import build
@@ -75,13 +75,13 @@ def test_a_command_of_one_process_says_so(
     result = CliRunner().invoke(app, ["bench", "digits"])
     assert result.exit_code == 2
     assert "error on rank 1: This command: 2 processes were launched for it. Start it alone" in result.output
-    talk = Talk()
-    talk.say("said")
-    talk.answer({"said": 1})
+    out = Output()
+    out.say("said")
+    out.answer({"said": 1})
     assert capsys.readouterr().out == ""
     monkeypatch.delenv("MASTER_PORT")  # WORLD_SIZE alone is also set by other tools
     assert launch.size() == 1
-    Talk().answer({"said": 1})
+    Output().answer({"said": 1})
     assert capsys.readouterr().out == '{"said": 1}\n'
 
 

@@ -8,25 +8,30 @@ a manifest is used as a path or run as code.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn, strided
 
 from cria_prune.artifact.rebuild import load_folder, replay
 from cria_prune.base.errors import ArtifactError
-from cria_prune.base.files import atomic, new_folder, refused, sha256, write_text
+from cria_prune.base.files import Layout, new_folder, strict_json
+from cria_prune.base.modules import first_names
 from cria_prune.planning.plan import Plan
 from cria_prune.tasks.loading import CONFIG
 
-FORMAT, VERSION = "cria-checkpoint", 1
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
+LAYOUT = Layout(
+    "cria-checkpoint", 1, MANIFEST, "the manifest of a Cria checkpoint",
+    "Give the folder of a checkpoint that Cria saved", WEIGHTS, weights=True,
+)  # fmt: skip
+KINDS: dict[str, type | tuple[type, ...]] = {
+    "architecture": (str, type(None)), "plan": dict, "tensors": dict, "aliases": dict, "sha256": str,
+}  # fmt: skip
+"""What a manifest has to hold, and of which type."""
 
 
 @dataclass(frozen=True)
@@ -70,30 +75,25 @@ def save(
     Raises:
         ArtifactError: the folder is not empty, something is no tensor or no JSON, or the system refuses.
     """
-    tensors, aliases = _stored_tensors(model)
-    entries = {name: describe(value) for name, value in model.state_dict().items()}
-    manifest: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
+    state = _checked(model.state_dict())
+    same = first_names(state)
+    # Copies: views of one storage would be refused.
+    tensors = {
+        name: state[name].detach().cpu().contiguous().clone() for name, first in same.items() if name == first
+    }
+    manifest = LAYOUT.said({
         "architecture": architecture,
         "plan": plan.to_dict(),
-        "tensors": entries,
-        "aliases": aliases,
+        "tensors": {name: describe(value) for name, value in state.items()},
+        "aliases": {name: first for name, first in same.items() if name != first},
         "sha256": "",
         "config": config.model_dump(mode="json") if isinstance(config, BaseModel) else config,
         "provenance": provenance,
         "results": results,
-    }
-    _to_json(manifest)
+    })  # fmt: skip
+    strict_json(manifest, "Writing the manifest")
     folder = new_folder(path, overwrite)
-    try:
-        (folder / MANIFEST).unlink(missing_ok=True)  # an interrupted overwrite leaves no manifest
-        with atomic(folder / WEIGHTS) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-        manifest["sha256"] = sha256(folder / WEIGHTS)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise refused(f"Saving {folder / WEIGHTS}", error) from error
-    write_text(folder / MANIFEST, _to_json(manifest))
+    LAYOUT.write(folder, manifest, tensors)
     return folder
 
 
@@ -112,9 +112,15 @@ def load(path: str | Path, model: nn.Module | None = None) -> LoadedCheckpoint:
     folder = Path(path)
     if (folder / CONFIG).exists() and not (folder / MANIFEST).exists():
         return LoadedCheckpoint(*load_folder(folder, model))
-    manifest = read_checkpoint_manifest(folder / MANIFEST)
+    manifest = read_checkpoint_manifest(folder)
     plan = Plan.from_dict(manifest["plan"])
-    stored = _read_weights(folder / WEIGHTS, manifest)
+    stored = LAYOUT.read_tensors(folder, manifest["sha256"])
+    _compare(
+        f"Reading {folder / WEIGHTS}",
+        {name: value for name, value in manifest["tensors"].items() if name not in manifest["aliases"]},
+        {name: describe(value) for name, value in stored.items()},
+        ("the manifest", "the file"),
+    )
     dense = _dense(manifest["architecture"]) if model is None else model
     smaller = replay(dense, plan)
     _compare(
@@ -133,100 +139,34 @@ def describe(tensor: Tensor) -> dict[str, Any]:
     return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
 
 
-def _stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Contiguous CPU tensors by name, and the further names of tensors that have several."""
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    first: dict[tuple[Any, ...], str] = {}
-    for name, value in model.state_dict().items():
+def _checked(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    for name, value in state.items():
         if not isinstance(value, Tensor) or value.is_meta or value.layout != strided:
             raise ArtifactError(
                 f"Saving {name!r} of the model",
                 f"found {type(value).__name__} without plain values",
                 "Save a model whose state holds dense tensors with values only",
             )
-        value = value.detach()
-        key = (value.device, value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
-        if value.numel() and key in first:
-            aliases[name] = first[key]
-            continue
-        first[key] = name
-        # A copy: views of one storage would be refused.
-        tensors[name] = value.cpu().contiguous().clone()
-    return tensors, aliases
+    return state
 
 
-def _to_json(manifest: Mapping[str, Any]) -> str:
-    try:
-        return json.dumps(manifest, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ArtifactError(
-            "Writing the manifest", f"something in it is no JSON, {error}", "Pass plain finite values"
-        ) from error
-
-
-def read_checkpoint_manifest(path: Path) -> dict[str, Any]:
+def read_checkpoint_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint; its plan and its tensors are not checked yet.
 
     Raises:
         ArtifactError: it cannot be read, is foreign, or of a newer format.
     """
-    asked, todo = f"Reading {path}", "Give the folder of a checkpoint that Cria saved"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArtifactError(asked, f"the system refused, {error}", todo) from error
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(asked, f"it is no JSON, {error}", todo) from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ArtifactError(asked, "it is not the manifest of a Cria checkpoint", todo)
-    version = manifest.get("version")
-    if version != VERSION:
-        raise ArtifactError(
-            asked,
-            f"found format version {version!r}, this Cria reads {VERSION}",
-            "Use the cria-prune that wrote it, or a newer one",
-        )
-    kinds: dict[str, type | tuple[type, ...]] = {
-        "architecture": (str, type(None)),
-        "plan": dict,
-        "tensors": dict,
-        "aliases": dict,
-        "sha256": str,
-    }
-    for key, kind in kinds.items():
+    manifest, asked = LAYOUT.read(folder), f"Reading {folder / MANIFEST}"
+    for key, kind in KINDS.items():
         if key not in manifest or not isinstance(manifest[key], kind):
-            raise ArtifactError(asked, f"{key!r} is missing or of the wrong type", todo)
-    for name, target in manifest["aliases"].items():
-        entries, known = manifest["tensors"], isinstance(target, str) and target not in manifest["aliases"]
+            raise ArtifactError(asked, f"{key!r} is missing or of the wrong type", LAYOUT.todo)
+    entries, aliases = manifest["tensors"], manifest["aliases"]
+    for name, target in aliases.items():
+        known = isinstance(target, str) and target not in aliases
         if not known or name not in entries or entries[name] != entries.get(target):
-            raise ArtifactError(
-                asked, f"{name!r} as another name of {target!r} does not fit the tensors", todo
-            )
+            found = f"{name!r} as another name of {target!r} does not fit the tensors"
+            raise ArtifactError(asked, found, LAYOUT.todo)
     return manifest
-
-
-def _read_weights(path: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Read the stored tensors; hash, names, shapes and types must be the manifest's."""
-    asked, todo = f"Reading {path}", "Copy the checkpoint again from where it was saved"
-    try:
-        found = sha256(path)
-        if found != manifest["sha256"]:
-            raise ArtifactError(
-                asked, f"its SHA-256 is {found[:12]}..., the manifest says {manifest['sha256'][:12]}...", todo
-            )
-        stored = load_file(path)
-    except OSError as error:
-        raise ArtifactError(asked, f"the system refused, {error}", todo) from error
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise ArtifactError(asked, f"it is no safetensors file, {error}", todo) from error
-    _compare(
-        asked,
-        {name: value for name, value in manifest["tensors"].items() if name not in manifest["aliases"]},
-        {name: describe(value) for name, value in stored.items()},
-        ("the manifest", "the file"),
-    )
-    return stored
 
 
 def _compare(asked: str, left: Mapping[str, Any], right: Mapping[str, Any], sides: tuple[str, str]) -> None:

@@ -7,77 +7,19 @@ What this costs are the zeros: they are stored, loaded and multiplied like other
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel
 from torch import Tensor, nn
 
-from cria_prune.artifact.card import Card
-from cria_prune.artifact.certificate import Certificate
-from cria_prune.artifact.layers import dense_twin, empty_model, fill, structure_of
-from cria_prune.artifact.pretrained import prepared, write_folder
+from cria_prune.artifact.layers import empty_model, fill, structure_of
 from cria_prune.base.batches import Batch
 from cria_prune.base.errors import ArtifactError, StructureError
 from cria_prune.base.modules import device_of, meta_copy
-from cria_prune.base.progress import quiet
 from cria_prune.planning.plan import Plan, make_plan
 from cria_prune.structure.groups import UnitGroups, counted_together, freeze
-from cria_prune.tasks.loading import find_library
 from cria_prune.vanilla import Holdable, holdable
-
-
-def save_padded(
-    path: str | Path,
-    model: nn.Module,
-    plan: Plan,
-    *,
-    dense_config: Any = None,
-    source: str | Path | None = None,
-    example: Batch | None = None,
-    config: BaseModel | Mapping[str, Any] | None = None,
-    provenance: Mapping[str, Any] | None = None,
-    results: Mapping[str, Any] | None = None,
-    card: Card | None = None,
-    max_shard_size: str = "5GB",
-    overwrite: bool = False,
-) -> Certificate:
-    """Write a pruned Hugging Face model, padded with zeros so that plain transformers loads it.
-
-    Layers that a configuration counts together are as wide as the widest of them, or as the next number
-    that it can hold; what it cannot count (the heads of a BERT) is as wide as in the dense model.
-
-    Args:
-        path, model, plan, source, example, config, provenance, results, card, max_shard_size, overwrite: as
-            in `save_pretrained`; any plan will do whose units are under no norm.
-        dense_config: configuration of the dense model; None undoes the plan's edits in the model's own.
-
-    Returns:
-        The certificate: plain transformers, in a fresh process, computes with the padded model what `model`
-        computes here. It says how many parameters are stored and how many of them are zeros.
-
-    Raises:
-        CertificateError: it does not load or computes something else. Nothing is left behind.
-        ArtifactError: the plan cuts under a norm, or does not fit; the place is taken, or the system refuses.
-        CaptureError, DataError: the dense model cannot be followed, or there is no example for it.
-    """
-    asked = f"Padding a {type(model).__name__}"
-    if plan.normed:
-        raise ArtifactError(
-            asked,
-            "the plan removes units over which a normalisation takes its statistics: zeros would change them",
-            "Use save_pretrained, with policy='per-layer' where layers differ, or keep the width",
-        )
-    job = prepared(
-        path, model, plan, "padded", asked, source=source, example=example, config=config,
-        provenance=provenance, results=results, card=card, max_shard_size=max_shard_size, overwrite=overwrite,
-    )  # fmt: skip
-    find_library(asked)
-    with quiet():
-        dense = dense_twin(model, plan, dense_config, asked)
-        return write_folder(job, padded(model, plan, dense, job.example, asked), asked)
 
 
 def padded(model: nn.Module, plan: Plan, dense: nn.Module, example: Batch, asked: str) -> nn.Module:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ from torch import nn
 from cria_prune.artifact.card import Card, render_card
 from cria_prune.artifact.certificate import Certificate, certify
 from cria_prune.artifact.layers import check_sizes, dense_twin, layered
+from cria_prune.artifact.padded import padded
 from cria_prune.artifact.rebuild import Policy, check_policy, render_manifest
 from cria_prune.base.batches import Batch
 from cria_prune.base.errors import ArtifactError, said
@@ -68,30 +68,6 @@ def container(model: nn.Module) -> nn.Module:
     return mistral.train(model.training)
 
 
-@dataclass(frozen=True)
-class Job:
-    """What is to be written, and where.
-
-    Attributes:
-        path: the folder; overwrite: replace one that Cria wrote.
-        model: the pruned model; plan: what was removed from the dense one.
-        policy: how it is stored; manifest: the text of `cria.json`.
-        source: folder of the dense model; max_shard_size: of a file of weights.
-        example: keyword arguments of the forward; card: what the model card says besides.
-    """
-
-    path: str | Path
-    model: nn.Module
-    plan: Plan
-    policy: Policy
-    manifest: str
-    source: Path | None
-    example: Batch
-    card: Card
-    max_shard_size: str
-    overwrite: bool
-
-
 def save_pretrained(
     path: str | Path,
     model: nn.Module,
@@ -138,66 +114,101 @@ def save_pretrained(
         DataError: there is no example for this kind of model.
     """
     check_policy(policy)
-    asked = f"Saving a {type(model).__name__} for transformers"
-    job = prepared(
-        path, model, plan, policy, asked, source=source, example=example, config=config,
-        provenance=provenance, results=results, card=card, max_shard_size=max_shard_size, overwrite=overwrite,
+    return _saved(
+        f"Saving a {type(model).__name__} for transformers", path, model, plan, policy, dense_config, source,
+        example, config, provenance, results, card, max_shard_size, overwrite,
     )  # fmt: skip
-    find_library(asked)
-    with quiet():
-        if policy == "vanilla":
-            stored = container(shared_copy(model))
-            check_sizes(stored, plan, asked)
-            return write_folder(job, stored, asked)
-        dense = dense_twin(model, plan, dense_config, asked)
-        stored = shared_copy(model)
-        stored.config, notes = layered(dense, plan, job.example)
-        return write_folder(job, stored, asked, notes)
 
 
-def prepared(
-    path: str | Path, model: nn.Module, plan: Plan, policy: Policy, asked: str, *,
+def save_padded(
+    path: str | Path,
+    model: nn.Module,
+    plan: Plan,
+    *,
+    dense_config: Any = None,
+    source: str | Path | None = None,
+    example: Batch | None = None,
+    config: BaseModel | Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    results: Mapping[str, Any] | None = None,
+    card: Card | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> Certificate:
+    """Write a pruned Hugging Face model, padded with zeros so that plain transformers loads it.
+
+    Layers that a configuration counts together are as wide as the widest of them, or as the next number
+    that it can hold; what it cannot count (the heads of a BERT) is as wide as in the dense model.
+
+    Args:
+        path, model, plan, source, example, config, provenance, results, card, max_shard_size, overwrite: as
+            in `save_pretrained`; any plan will do whose units are under no norm.
+        dense_config: configuration of the dense model; None undoes the plan's edits in the model's own.
+
+    Returns:
+        The certificate: plain transformers, in a fresh process, computes with the padded model what `model`
+        computes here. It says how many parameters are stored and how many of them are zeros.
+
+    Raises:
+        CertificateError: it does not load or computes something else. Nothing is left behind.
+        ArtifactError: the plan cuts under a norm, or does not fit; the place is taken, or the system refuses.
+        CaptureError, DataError: the dense model cannot be followed, or there is no example for it.
+    """
+    asked = f"Padding a {type(model).__name__}"
+    if plan.normed:
+        raise ArtifactError(
+            asked,
+            "the plan removes units over which a normalisation takes its statistics: zeros would change them",
+            "Use save_pretrained, with policy='per-layer' where layers differ, or keep the width",
+        )
+    return _saved(
+        asked, path, model, plan, "padded", dense_config, source, example, config, provenance, results, card,
+        max_shard_size, overwrite,
+    )  # fmt: skip
+
+
+def _saved(
+    asked: str, path: str | Path, model: nn.Module, plan: Plan, policy: Policy, dense_config: Any,
     source: str | Path | None, example: Batch | None, config: BaseModel | Mapping[str, Any] | None,
     provenance: Mapping[str, Any] | None, results: Mapping[str, Any] | None, card: Card | None,
     max_shard_size: str, overwrite: bool,
-) -> Job:  # fmt: skip
-    """Check what is to be saved, and return it with what was left open.
-
-    Raises:
-        ArtifactError: the model is none of transformers or has no values, or something is no JSON.
-        DataError: there is no example for this kind of model.
-    """
+) -> Certificate:  # fmt: skip
+    """Check what is to be saved, write and certify it, whole or not at all; `asked` is for error texts."""
     _check_model(model, find_library(asked), asked)
     manifest = render_manifest(model, plan, policy, config, provenance, results)
-    return Job(
-        path, model, plan, policy, manifest, None if source is None else Path(source),
-        example_inputs(model) if example is None else example,
-        card or Card(command=(provenance or {}).get("command")), max_shard_size, overwrite,
-    )  # fmt: skip
-
-
-def write_folder(job: Job, stored: nn.Module, asked: str, notes: tuple[str, ...] = ()) -> Certificate:
-    """Write and certify a folder, whole or not at all.
-
-    Args:
-        job: what is to be written.
-        stored: the model whose weights and configuration are written.
-        asked: for error texts.
-        notes: kept in the certificate and the card.
-    """
-    with whole_folder(job.path, job.overwrite) as folder:
-        left_out = _write_model(stored, folder, job, asked)
-        (folder / MANIFEST).write_text(job.manifest, encoding="utf-8")
-        if job.policy == "per-layer":  # Cria loads it, and asks for the hashes
-            (folder / CERTIFICATE).write_text(json.dumps({"sha256": hashes(folder)}), encoding="utf-8")
-        certificate = certify(
-            folder, job.model, job.example, stored=stored, policy=job.policy, left_out=left_out, notes=notes
-        )
-        (folder / CERTIFICATE).write_text(certificate.to_json(), encoding="utf-8")
-        name = Path(job.path).resolve().name
-        page = render_card(name, job.model, job.plan, certificate, job.card, job.source)
-        (folder / CARD).write_text(page, encoding="utf-8")
+    example = example_inputs(model) if example is None else example
+    source = None if source is None else Path(source)
+    card = card or Card(command=(provenance or {}).get("command"))
+    with quiet():
+        stored, notes = _stored(model, plan, policy, dense_config, example, asked)
+        with whole_folder(path, overwrite) as folder:
+            left_out = _write_model(stored, folder, policy, source, max_shard_size, asked)
+            (folder / MANIFEST).write_text(manifest, encoding="utf-8")
+            if policy == "per-layer":  # Cria loads it, and asks for the hashes
+                (folder / CERTIFICATE).write_text(json.dumps({"sha256": hashes(folder)}), encoding="utf-8")
+            certificate = certify(
+                folder, model, example, stored=stored, policy=policy, left_out=left_out, notes=notes
+            )
+            (folder / CERTIFICATE).write_text(certificate.to_json(), encoding="utf-8")
+            page = render_card(Path(path).resolve().name, model, plan, certificate, card, source)
+            (folder / CARD).write_text(page, encoding="utf-8")
     return certificate
+
+
+def _stored(
+    model: nn.Module, plan: Plan, policy: Policy, dense_config: Any, example: Batch, asked: str
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return the model whose weights and configuration are written, and what its reader has to know."""
+    if policy == "vanilla":
+        stored = container(shared_copy(model))
+        check_sizes(stored, plan, asked)
+        return stored, ()
+    dense = dense_twin(model, plan, dense_config, asked)
+    if policy == "padded":
+        return padded(model, plan, dense, example, asked), ()
+    stored = shared_copy(model)
+    stored.config, notes = layered(dense, plan, example)
+    return stored, notes
 
 
 def _check_model(model: nn.Module, library: Any, asked: str) -> None:
@@ -208,17 +219,18 @@ def _check_model(model: nn.Module, library: Any, asked: str) -> None:
         raise ArtifactError(asked, "its tensors have no values", "Load its weights before it is pruned")
 
 
-def _write_model(stored: Any, folder: Path, job: Job, asked: str) -> tuple[str, ...]:
+def _write_model(
+    stored: Any, folder: Path, policy: Policy, source: Path | None, max_shard_size: str, asked: str
+) -> tuple[str, ...]:
     """Write weights, configuration and what is copied; return what was not copied, and why."""
-    source = job.source
     vars(stored.config).pop("auto_map", None)  # there is no code in the folder
     if source is not None and (source / GENERATION).is_file() and stored.can_generate():
         stored.generation_config = type(stored.generation_config)()  # the source's file takes its place
     try:
         stored.save_pretrained(
             folder,
-            max_shard_size=job.max_shard_size,
-            save_original_format=job.policy != "per-layer",  # Cria reads the names that the model has
+            max_shard_size=max_shard_size,
+            save_original_format=policy != "per-layer",  # Cria reads the names that the model has
         )
     except SafetensorError as error:  # the system's refusal, in other words
         raise refused(asked, error) from error

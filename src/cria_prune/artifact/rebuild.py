@@ -16,13 +16,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from pydantic import BaseModel
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cria_prune.artifact.layers import empty_model, fill, unlayered
 from cria_prune.base.errors import ArtifactError, ConfigError, StructureError
-from cria_prune.base.files import CERTIFICATE, GENERATION, MANIFEST, hashes, refused
+from cria_prune.base.files import CERTIFICATE, GENERATION, MANIFEST, hashes, readable, strict_json
 from cria_prune.planning.plan import Plan
 from cria_prune.surgery.removal import apply
 from cria_prune.tasks.loading import (
@@ -153,12 +152,7 @@ def render_manifest(
         "provenance": provenance,
         "results": results,
     }
-    try:
-        return json.dumps(manifest, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ArtifactError(
-            f"Writing {MANIFEST}", f"something in it is no JSON, {error}", "Pass plain finite values"
-        ) from error
+    return strict_json(manifest, f"Writing {MANIFEST}")
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -168,16 +162,14 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         ArtifactError: there is no `cria.json` that this Cria reads.
     """
     asked, todo = f"Reading {Path(path) / MANIFEST}", "Give a folder that save_pretrained wrote"
-    try:
+    with readable(asked, todo):
         manifest = json.loads((Path(path) / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(asked, f"it cannot be read, {error}", todo) from error
     said = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else None
     if said != (FORMAT, VERSION):
         raise ArtifactError(asked, f"found {said}, this Cria reads {(FORMAT, VERSION)}", todo)
-    manifest.setdefault("policy", "vanilla")  # before there were others
-    if manifest["policy"] not in get_args(Policy):
-        raise ArtifactError(asked, f"found the policy {str(manifest['policy'])[:40]!r}", todo)
+    policy = manifest.setdefault("policy", "vanilla")  # before there were others
+    if policy not in get_args(Policy):
+        raise ArtifactError(asked, f"found the policy {str(policy)[:40]!r}", todo)
     return manifest
 
 
@@ -269,14 +261,11 @@ def _check_hashes(folder: Path, names: list[str], asked: str) -> None:
     """Compare the weights and the configuration with the hashes in the certificate."""
     todo = "Copy the folder again from where it was saved; after a change, save the model again"
     try:
-        certificate = json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))
-        said = dict(certificate["sha256"])
+        said = dict(json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))["sha256"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(asked, f"{CERTIFICATE} cannot be read, {error}", todo) from error
-    try:
+    with readable(asked, todo):
         found = hashes(folder)
-    except OSError as error:
-        raise refused(asked, error) from error
     for name in sorted({*names, *said, *found}):
         if name not in found:
             raise ArtifactError(asked, f"{name} is missing", todo)
@@ -293,12 +282,6 @@ def _check_hashes(folder: Path, names: list[str], asked: str) -> None:
 def _tensors(folder: Path, names: list[str]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name in names:
-        try:
+        with readable(f"Reading {folder / name}", "Copy the folder again"):
             tensors |= load_file(folder / name)
-        except OSError as error:
-            raise refused(f"Reading {folder / name}", error) from error
-        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-            raise ArtifactError(
-                f"Reading {folder / name}", f"it is no safetensors file, {error}", "Copy the folder again"
-            ) from error
     return tensors

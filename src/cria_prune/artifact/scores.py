@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cria_prune.base.errors import ArtifactError
-from cria_prune.base.files import (
-    atomic,
-    is_plain_file,
-    new_folder,
-    reading,
-    refused,
-    sha256,
-    write_json,
-)
+from cria_prune.base.files import Layout, is_plain_file, new_folder, readable
 from cria_prune.config import PruneConfig, score_of_before
 from cria_prune.resume.rounds import diagnoses_of, importances_of, moment_tensors, moments_of
 from cria_prune.scores import Scored
 
-FORMAT, VERSION = "cria-scores", 2
-READS = (1, VERSION)
-"""Version 1 says settings that its criterion did not read."""
 SCORES, TENSORS = "scores.json", "scores.safetensors"
+LAYOUT = Layout(
+    "cria-scores", 2, SCORES, "what cria score keeps",
+    "Score again with cria score --output, or name the folder that it wrote", TENSORS, earlier=(1,),
+)  # fmt: skip
+"""Version 1 says settings that its criterion did not read."""
 
 
 class ScoresFile(BaseModel):
@@ -43,7 +34,6 @@ class ScoresFile(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    format: str
     version: int
     sha256: str
     weights: str
@@ -75,24 +65,17 @@ def save_scores(
         for number, moments in enumerate(by_weight.values()):
             tensors |= moment_tensors(moments, f"{names.index(name)}/consumed/{number}/")
     folder = new_folder(path, overwrite)
-    try:
-        (folder / SCORES).unlink(missing_ok=True)  # an interrupted overwrite leaves no half that looks whole
-        with atomic(folder / TENSORS) as temporary:
-            # Copies, for a safetensors file takes no two views of one storage.
-            save_file({name: item.cpu().contiguous().clone() for name, item in tensors.items()}, temporary)
-        kept = ScoresFile(
-            format=FORMAT,
-            version=VERSION,
-            sha256=sha256(folder / TENSORS),
-            weights=scored.weights,
-            config=scored.config.model_dump(mode="json"),
-            groups=names,
-            diagnosis=diagnoses_of(scored.importances),
-            consumed=None if scored.consumed is None else consumed,
-        )
-        write_json(folder / SCORES, {**(said or {}), **kept.model_dump()})
-    except (OSError, SafetensorError) as error:
-        raise refused(f"Writing scores to {folder}", error) from error
+    facts = LAYOUT.said({
+        "sha256": "",
+        "weights": scored.weights,
+        "config": scored.config.model_dump(mode="json"),
+        "groups": names,
+        "diagnosis": diagnoses_of(scored.importances),
+        "consumed": None if scored.consumed is None else consumed,
+    })  # fmt: skip
+    # Copies, for a safetensors file takes no two views of one storage.
+    numbers = {name: item.cpu().contiguous().clone() for name, item in tensors.items()}
+    LAYOUT.write(folder, {**(said or {}), **facts}, numbers, indent=1)
     return folder
 
 
@@ -102,20 +85,13 @@ def load_scores(path: str | Path) -> Scored:
     Raises:
         ArtifactError: a file is missing, damaged, foreign or of a newer format.
     """
-    folder, todo = Path(path), "Score again with cria score --output, or name the folder that it wrote"
+    folder = Path(path)
     asked = f"Reading the scores in {folder}"
     if not is_plain_file(folder / SCORES):
-        raise ArtifactError(asked, f"it holds no {SCORES}", todo)
-    with reading(asked, todo):
-        kept = ScoresFile.model_validate(json.loads((folder / SCORES).read_text(encoding="utf-8")))
-        if kept.format != FORMAT or kept.version not in READS:
-            found = (
-                f"its format is {kept.format!r} version {kept.version}, this Cria reads {FORMAT!r} {VERSION}"
-            )
-            raise ArtifactError(asked, found, todo)
-        if not is_plain_file(folder / TENSORS) or sha256(folder / TENSORS) != kept.sha256:
-            raise ArtifactError(asked, f"{TENSORS} beside {SCORES} is missing or another", todo)
-        return _scored(kept, load_file(folder / TENSORS))
+        raise ArtifactError(asked, f"it holds no {SCORES}", LAYOUT.todo)
+    with readable(asked, LAYOUT.todo):
+        kept = ScoresFile.model_validate(LAYOUT.read(folder))
+        return _scored(kept, LAYOUT.read_tensors(folder, kept.sha256))
 
 
 def _scored(kept: ScoresFile, tensors: Mapping[str, Tensor]) -> Scored:

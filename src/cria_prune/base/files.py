@@ -8,13 +8,16 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from cria_prune.base.errors import ArtifactError, CriaError
 
@@ -32,10 +35,9 @@ def atomic(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
-        with suppress(OSError):  # some file systems cannot flush a folder
-            _flush(path.parent)
+        flush(path.parent)
     except OSError as error:
         raise refused(f"Writing {path}", error) from error
     finally:
@@ -44,7 +46,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def reading(asked: str, todo: str) -> Iterator[None]:
+def readable(asked: str, todo: str) -> Iterator[None]:
     """Say what was asked and what to do where a file cannot be read, or holds something else than it should.
 
     Raises:
@@ -55,12 +57,16 @@ def reading(asked: str, todo: str) -> Iterator[None]:
     except ArtifactError:
         raise
     except OSError as error:
-        raise ArtifactError(asked, f"the system refused, {error}", todo) from error
+        raise ArtifactError(asked, f"it cannot be read, the system refused, {error}", todo) from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ArtifactError(asked, f"its {where!r} is damaged, {first['msg']}", todo) from error
-    except (SafetensorError, CriaError, LookupError, TypeError, ValueError, RecursionError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ArtifactError(asked, f"it is damaged: it is no JSON, {error}", todo) from error
+    except SafetensorError as error:
+        raise ArtifactError(asked, f"it is damaged: it is no safetensors file, {error}", todo) from error
+    except (CriaError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ArtifactError(asked, f"it is damaged, {error!r}", todo) from error
 
 
@@ -89,12 +95,116 @@ def write_json(path: str | Path, values: Mapping[str, Any], *, allow_nan: bool =
     return write_text(path, json.dumps(values, indent=1, allow_nan=allow_nan) + "\n")
 
 
-def new_folder(path: str | Path, overwrite: bool = False) -> Path:
+def strict_json(values: Mapping[str, Any], asked: str, indent: int | None = None) -> str:
+    """Return values as JSON that any program reads.
+
+    Raises:
+        ArtifactError: something in them is no JSON, as NaN and infinity.
+    """
+    try:
+        return json.dumps(values, indent=indent, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        found = f"something in it is no JSON, {error}"
+        raise ArtifactError(asked, found, "Pass plain finite values") from error
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a folder's JSON file says that it is, and the tensors of which it has the hash.
+
+    Attributes:
+        name, version: its `format` and `version`.
+        facts, tensors: names of the two files.
+        what: it is, for errors.
+        todo: what to do about a file that cannot be read.
+        earlier: versions of before, which are read too.
+        weights: the tensors are those of a model: other programs read them too, and they may be a link.
+    """
+
+    name: str
+    version: int
+    facts: str
+    what: str
+    todo: str
+    tensors: str = ""
+    earlier: tuple[int, ...] = ()
+    weights: bool = False
+
+    def said(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Return facts with what says the layout before them."""
+        return {"format": self.name, "version": self.version, **facts}
+
+    def write(
+        self, folder: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], indent: int | None = None
+    ) -> None:
+        """Write both files into a folder in place of those there, the JSON with the hash last.
+
+        Args:
+            folder: where.
+            facts: plain JSON, with a place for `sha256`.
+            tensors: contiguous, no two of one storage.
+            indent: of the JSON.
+
+        Raises:
+            ArtifactError: the system refuses, or something is no JSON.
+        """
+        path, asked = folder / self.tensors, f"Writing {folder / self.facts}"
+        strict_json(facts, asked)  # before anything is replaced
+        try:
+            (folder / self.facts).unlink(missing_ok=True)  # what is interrupted is not to look whole
+            with atomic(path) as temporary:
+                save_file(dict(tensors), temporary, metadata={"format": "pt"} if self.weights else None)
+            text = strict_json({**facts, "sha256": sha256(path)}, asked, indent)
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            raise refused(f"Writing {path}", error) from error
+        write_text(folder / self.facts, text if indent is None else f"{text}\n")
+
+    def read(self, folder: Path) -> dict[str, Any]:
+        """Return what the JSON file says, of which the layout alone is checked.
+
+        Raises:
+            ArtifactError: it cannot be read, is foreign, or of a newer version.
+        """
+        asked = f"Reading {folder / self.facts}"
+        with readable(asked, self.todo):
+            known = json.loads((folder / self.facts).read_text(encoding="utf-8"))
+        if not isinstance(known, dict) or known.get("format") != self.name:
+            raise ArtifactError(asked, f"it is not {self.what}", self.todo)
+        if known.get("version") not in (self.version, *self.earlier):
+            found = f"found format version {known.get('version')!r}, this Cria reads {self.version}"
+            raise ArtifactError(asked, found, "Use the cria-prune that wrote it, or a newer one")
+        return known
+
+    def read_tensors(self, folder: Path, hashed: str) -> dict[str, Tensor]:
+        """Return the tensors, which have to have the hash that was written with them.
+
+        Raises:
+            ArtifactError: the file cannot be read, or is another one.
+        """
+        path, asked = folder / self.tensors, f"Reading {folder / self.facts}"
+        with readable(asked, self.todo):
+            found = sha256(path) if self.weights or is_plain_file(path) else "none of a file"
+            if found != hashed:
+                apart = f"its SHA-256 is {found[:12]}..., the manifest says {hashed[:12]}..."
+                raise ArtifactError(asked, f"{path.name} beside it is missing or another: {apart}", self.todo)
+            return load_file(path)
+
+
+def check_empty(folder: Path, asked: str, option: str = "overwrite=True") -> None:
+    """Raise an ArtifactError that names some of what a folder holds, and the option that accepts it."""
+    found = sorted(entry.name for entry in folder.iterdir())
+    if found:
+        names = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        raise ArtifactError(asked, f"it is not empty ({names})", f"Choose another folder, or pass {option}")
+
+
+def new_folder(path: str | Path, overwrite: bool = False, option: str = "overwrite=True") -> Path:
     """Make a folder, parents too, and return its path.
 
     Args:
         path: the folder; it may exist if it is empty.
         overwrite: accept a folder that holds files. None of them is removed here.
+        option: how a caller says so, for the error.
 
     Raises:
         ArtifactError: the folder holds files, the path is a file, or the system refuses.
@@ -102,28 +212,14 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Path:
     path = Path(path)
     asked = f"Writing to the folder {path}"
     try:
-        _held(path, asked, overwrite)
+        if path.exists() and not path.is_dir():
+            raise ArtifactError(asked, "found a file of that name", "Choose another name")
         path.mkdir(parents=True, exist_ok=True)
+        if not overwrite:
+            check_empty(path, asked, option)
     except OSError as error:
         raise refused(asked, error) from error
     return path
-
-
-def _held(path: Path, asked: str, overwrite: bool) -> list[str]:
-    """Return the names in a folder, sorted; none where there is no folder.
-
-    Raises:
-        ArtifactError: it holds files, which may not be, or it is a file itself.
-    """
-    if path.exists() and not path.is_dir():
-        raise ArtifactError(asked, "found a file of that name", "Choose another name")
-    found = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
-    if found and not overwrite:
-        names = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
-        raise ArtifactError(
-            asked, f"it is not empty ({names})", "Choose another folder, or pass overwrite=True"
-        )
-    return found
 
 
 def sha256(path: str | Path) -> str:
@@ -148,12 +244,14 @@ def refused(asked: str, error: Exception) -> ArtifactError:
     )
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def flush(path: Path) -> None:
+    """Have the system put a file, or the names in a folder, on the disk; some cannot do so with a folder."""
+    with suppress(OSError) if path.is_dir() else nullcontext():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 MANIFEST, CERTIFICATE, CARD = "cria.json", "certificate.json", "README.md"
@@ -197,10 +295,8 @@ def whole_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         check_free(target, overwrite)
         temporary.mkdir(parents=True)
         yield temporary
-        for entry in sorted(temporary.iterdir()):
-            _flush(entry)
-        with suppress(OSError):  # some file systems cannot flush a folder
-            _flush(temporary)
+        for written in (*sorted(temporary.iterdir()), temporary):
+            flush(written)
         check_free(target, overwrite)  # somebody may have come first
         _put(temporary, target, old)
     except OSError as error:
@@ -216,7 +312,14 @@ def whole_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
 def check_free(target: Path, overwrite: bool) -> None:
     """Raise an ArtifactError unless a folder may be written here; see `whole_folder`."""
-    found = _held(target, f"Writing the folder {target}", overwrite)
+    asked = f"Writing the folder {target}"
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ArtifactError(asked, "found a file of that name", "Choose another name")
+    if not overwrite:
+        check_empty(target, asked)
+    found = sorted(entry.name for entry in target.iterdir())
     strange = [
         name
         for name in found
@@ -241,8 +344,7 @@ def _put(temporary: Path, target: Path, old: Path) -> None:
         if old.exists() and not target.exists():
             os.replace(old, target)
         raise
-    with suppress(OSError):  # some file systems cannot flush a folder
-        _flush(target.parent)
+    flush(target.parent)
 
 
 def copy_known(source: Path, folder: Path) -> tuple[str, ...]:

@@ -14,6 +14,11 @@ from cria_prune.base.batches import Batch, batch_target, describe, model_inputs
 from cria_prune.base.errors import DataError
 
 
+def percent(share: float | None) -> str:
+    """Return a share as per cent with two digits: 0.9339 is 93.39 %."""
+    return "" if share is None else f"{share * 100:.2f} %"
+
+
 @dataclass(frozen=True)
 class Metric:
     """A metric by its name.
@@ -34,9 +39,7 @@ class Metric:
 
     def text(self, value: float | None) -> str:
         """Return a value as a person reads it: `98.80 %`, or four digits; nothing for None."""
-        if value is None:
-            return ""
-        return f"{value * 100:.2f} %" if self.share else f"{value:.4g}"
+        return percent(value) if self.share or value is None else f"{value:.4g}"
 
     def change(self, before: float | None, after: float | None) -> str:
         """Return the way from one value to another: points for shares, a factor for perplexities.

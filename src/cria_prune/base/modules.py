@@ -90,6 +90,16 @@ def check_in_memory(model: nn.Module) -> None:
             )  # fmt: skip
 
 
+def first_names(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return name -> the first name of the very same tensor; one without elements is no other's."""
+    first: dict[Any, str] = {}
+    found = {}
+    for name, value in state.items():
+        place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+        found[name] = first.setdefault(place if value.numel() else name, name)
+    return found
+
+
 def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of a text and of tensors with their names, dtypes and shapes."""
     total = hashlib.sha256(text.encode())

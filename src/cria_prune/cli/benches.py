@@ -12,9 +12,8 @@ from cria_prune.base.metrics import metric as metric_of
 from cria_prune.bench.run import run_grids
 from cria_prune.bench.suite import Grid, cells, file_name, read_suite
 from cria_prune.cli.folder import REPORT
+from cria_prune.cli.output import Output
 from cria_prune.cli.settings import Bench as Request
-from cria_prune.cli.settings import pick_device
-from cria_prune.cli.talk import Kept, Talk
 from cria_prune.report.bench_page import (
     Bench,
     Setting,
@@ -28,32 +27,32 @@ NARROWED = ("criteria", "reductions", "seeds")
 """Lists of a grid that can be narrowed: the fields of the request have the same names."""
 
 
-def bench(request: Request, kept: Kept) -> None:
+def bench(request: Request, out: Output) -> None:
     """Measure what is missing; tables, a page with pictures and one line for programs."""
-    talk, device = Talk(request.quiet), pick_device(request.device)
+    device = request.torch_device
     grids = narrowed(read_suite(request.suite), request)
     network = grids[0].network
     folder = request.output or Path("bench") / network
     wanted = {file_name(cell) for grid in grids for cell in cells(grid)}
     there = sum((folder / name).exists() for name in wanted)
-    talk.say(f"{network}: {len(wanted)} cells in {folder}, {there} of them measured before")
-    kept.text = f"the cells measured so far are in {folder}; the same command goes on"
+    out.say(f"{network}: {len(wanted)} cells in {folder}, {there} of them measured before")
+    out.kept = f"the cells measured so far are in {folder}; the same command goes on"
 
     def done(number: int, count: int, cell: dict[str, Any], values: dict[str, Any]) -> None:
         figures = [f"{key} {values[key]:.4f}" for key in ("pruned", "recovered") if key in values]
-        talk.note(f"cell {number} of {count}, {Path(file_name(cell)).stem}: {', '.join(figures)}")
+        out.note(f"cell {number} of {count}, {Path(file_name(cell)).stem}: {', '.join(figures)}")
 
     measured, failed = run_grids(
-        grids, folder, command=request.command, device=device, progress=talk.progress, on_cell=done
+        grids, folder, command=request.command, device=device, progress=out.progress, on_cell=done
     )
     found = read_bench(folder)
     for setting in found.settings():
-        show(talk, found, setting)
+        show(out, found, setting)
     page = write_text(folder / REPORT, render_bench(found, network))
-    talk.say(f"report {page}")
+    out.say(f"report {page}")
     for name, error in failed.items():
-        talk.note(f"{name} could not be measured: {error}")
-    talk.answer(
+        out.note(f"{name} could not be measured: {error}")
+    out.answer(
         {"suite": request.suite, "network": network, "output": str(folder), "cells": len(wanted),
          "measured": measured, "failed": len(failed)}
     )  # fmt: skip
@@ -85,7 +84,7 @@ def narrowed(grids: Sequence[Grid], request: Request) -> list[Grid]:
     return left
 
 
-def show(talk: Talk, found: Bench, setting: Setting) -> None:
+def show(out: Output, found: Bench, setting: Setting) -> None:
     """Print one setting as a table: criteria in the rows, reductions in the columns."""
     metric = found.of(setting)[0].metric
     states = [key for key in ("pruned", "recovered") if found.values(setting, key)]
@@ -105,5 +104,5 @@ def show(talk: Talk, found: Bench, setting: Setting) -> None:
     ]
     unit = " (%)" if metric_of(metric).share else ""
     dense = with_interval(list(found.dense.values()), metric) if found.dense else "unknown"
-    talk.heading(f"{setting_title(setting)}: {metric}{unit}, dense {dense}")
-    talk.table(["criterion", *(f"{key} at {100 * share:g} %" for key in states for share in shares)], rows)
+    out.heading(f"{setting_title(setting)}: {metric}{unit}, dense {dense}")
+    out.table(["criterion", *(f"{key} at {100 * share:g} %" for key in states for share in shares)], rows)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ from torch import nn
 
 from cria_prune.artifact.rebuild import Policy, peak_memory
 from cria_prune.base.batches import model_inputs, move
-from cria_prune.base.errors import ConfigError, PackageError
+from cria_prune.base.errors import ArtifactError, ConfigError, PackageError
 from cria_prune.base.files import check_free, write_text
 from cria_prune.base.metrics import logits_of
 from cria_prune.base.progress import clock
 from cria_prune.base.ranks import world
-from cria_prune.cli import report, show, target
+from cria_prune.cli import show, target
 from cria_prune.cli.folder import REPORT, claimed
 from cria_prune.cli.job import (
+    COUNTS,
     PRUNED,
     RECOVERED,
     Job,
@@ -28,22 +30,19 @@ from cria_prune.cli.job import (
     recover_stage,
     rounded,
 )
+from cria_prune.cli.output import Output
 from cria_prune.cli.scores import config_from, given_scores
 from cria_prune.cli.settings import (
     Prune,
     Recover,
     Resuming,
     Run,
-    pick_device,
     prune_config,
     recover_config,
-    texts_of,
 )
-from cria_prune.cli.talk import Kept, Talk
 from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig, RecoverConfig
-from cria_prune.report.folder import folder_page
-from cria_prune.result import PruneResult
+from cria_prune.report.folder import History, folder_page, history_of, read_run, write_run
 from cria_prune.scores import Scored
 from cria_prune.stages import Prepared, prepare
 
@@ -53,22 +52,59 @@ def saved_as(config: PruneConfig) -> Policy:
     return "vanilla" if config.plan.vanilla else "per-layer"
 
 
+@dataclass(frozen=True)
+class Steps:
+    """What is done to a model.
+
+    Attributes:
+        config: the pruning.
+        tuning: the fine-tune after it, if any.
+        watch: evaluate after every round.
+        scored: the kept scores to prune by, if any.
+    """
+
+    config: PruneConfig
+    tuning: RecoverConfig | None = None
+    watch: bool = False
+    scored: Scored | None = None
+
+    @property
+    def result(self) -> str:
+        """The stage that its result is of."""
+        return PRUNED if self.tuning is None else RECOVERED
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The configurations as they are kept with the result."""
+        both = {"prune": self.config, "recover": self.tuning}
+        return {name: item.model_dump(mode="json") for name, item in both.items() if item is not None}
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder of one size of a family."""
+        return f"reduced-{100 * self.config.plan.reduction:g}"
+
+
+def check_family(family: Sequence[Steps]) -> None:
+    """Raise a ConfigError if two of a family are of one size."""
+    names = [steps.folder for steps in family]
+    if len(set(names)) < len(names):
+        raise ConfigError("A family of reductions", f"found {', '.join(names)}", "Give each share once")
+
+
 @contextmanager
 def job_of(
-    found: Target, suffix: str, request: Resuming, kept: Kept, several: bool = False, padded: bool = False
+    found: Target, suffix: str, request: Resuming, out: Output, several: bool = False, padded: bool = False
 ) -> Iterator[Job]:
     """Claim the output folder, for `several` results a folder of folders, and begin a job; see `claimed`.
 
     With `padded` the folder beside it is for the padded twin.
     """
-    device = pick_device(request.device)
+    device = request.torch_device
     resume, output = request.resume, request.output
     if resume and output is None:
         raise ConfigError("Resuming", "no --output was given", "Name the folder of the interrupted run")
-    job = Job(
-        found, output or Path(), device, request.base_seed, Talk(request.quiet), kept, request.command,
-        padded, resume, request.overwrite,
-    )  # fmt: skip
+    job = Job(found, request, output or Path(), device, out, padded)
     left = resume and (several or job.may_replace() or job.holds_result())
     with claimed(output, found.task.name + suffix, request.overwrite or left) as folder:
         job.output = folder
@@ -82,9 +118,9 @@ def job_of(
 def dense_model(job: Job) -> nn.Module:
     """Return the model to prune and print its metric: the recipe's dense one, or the checkpoint's."""
     if job.target.recipe and job.target.checkpoint is None:
-        job.talk.note(f"dense model of {job.target.task.name}: loaded, or trained here")
+        job.out.note(f"dense model of {job.target.task.name}: loaded, or trained here")
     with clock(job.seconds, "model"):
-        model = job.target.model(job.device, job.seed, job.talk.progress)
+        model = job.target.model(job.device, job.request.base_seed, job.out.progress)
     if job.target.checkpoint is None:
         job.measure(model, "dense")
     else:
@@ -93,29 +129,27 @@ def dense_model(job: Job) -> nn.Module:
     return model
 
 
-def finish(job: Job, result: PruneResult | None = None, before: Any = None) -> None:
-    """Keep the run and write its report, if there is a pruning to report on, now or `before`.
+def finish(job: Job, kept: Callable[[], History] | None = None) -> None:
+    """Keep the run and write its report, if there is a pruning to report on.
 
     The states of the rounds and the recovery are not needed any more.
     """
-    world().lead("The report", lambda: _finish(job, result, before))
+    world().lead("The report", lambda: _finish(job, kept))
 
 
-def _finish(job: Job, result: PruneResult | None, before: Any) -> None:
+def _finish(job: Job, kept: Callable[[], History] | None) -> None:
     job.forget()
     job.results |= {"seconds": rounded(job.seconds), "memory": peak_memory(job.device)}
-    if result is not None:
-        report.keep_run(job, result)
-    elif before is not None:
-        report.keep_recovered(job, before)
-    else:
+    if kept is None:
         return
+    history = kept()
+    write_run(job.output, history.page, history.rounds, history.graphs)
     try:
         page = folder_page(job.output).html
     except PackageError as error:
-        job.talk.say(f"no report now: {error}, then run cria report {job.output}")
+        job.out.say(f"no report now: {error}, then run cria report {job.output}")
         return
-    job.talk.say(f"report {write_text(Path(job.output) / REPORT, page)}")
+    job.out.say(f"report {write_text(Path(job.output) / REPORT, page)}")
 
 
 def prepared_for(
@@ -139,7 +173,7 @@ def prepared_for(
 HALVES = (torch.float16, torch.bfloat16)
 
 
-def run(request: Run, kept: Kept) -> None:
+def run(request: Run, out: Output) -> None:
     """Dense model, pruning, one recovery, checkpoint and report; several reductions make a family."""
     options = {name: value for name, value in (("quick", request.quick), ("base", request.base)) if value}
     found = target.recipe(request.recipe, **options)
@@ -147,78 +181,69 @@ def run(request: Run, kept: Kept) -> None:
     asked = [{"reduction": share} for share in request.reductions or usual] or [{}]
     configs = [prune_config(request, found.task.prune_defaults, **plan) for plan in asked]
     tuning = recover_config(request, found.task.recover_defaults)
-    prepared = prepared_for(found, configs[0], pick_device(request.device))
+    family = [Steps(config, tuning, request.watch) for config in configs]
+    prepared = prepared_for(found, configs[0], request.torch_device)
     for config in configs:
         prepared.with_config(config).check_reach()
     found.policy = saved_as(configs[0])
-    several = len(configs) > 1
-    names = [member_name(config) for config in configs]
-    if len(set(names)) < len(names):
-        raise ConfigError("A family of reductions", f"found {', '.join(names)}", "Give each share once")
-    with job_of(found, "", request, kept, several) as job:
-        done = None if several else job.done(described_by(configs[0], tuning), RECOVERED)
-        if done is not None:
-            job.talk.answer(done)
+    several = len(family) > 1
+    check_family(family)
+    with job_of(found, "", request, out, several) as job:
+        if not several and job.ended(family[0].described, RECOVERED):
             return
         dense = prepared.with_model(dense_model(job))
         if not several:
-            whole_recipe(job, dense, configs[0], tuning, request.watch)
-            job.talk.answer(job.results)
+            out.answer(do(job, dense, family[0]))
             return
-        family = [member(job, dense, config, tuning, request.watch) for config in configs]
-        show.family(job.talk, family, found.metric)
-        job.talk.answer({**job.results, "output": str(job.output), "family": family})
+        members = [member(job, dense, steps) for steps in family]
+        show.family(out, members, found.metric)
+        out.answer({**job.results, "output": str(job.output), "family": members})
 
 
-def member(
-    job: Job, dense: Prepared, config: PruneConfig, tuning: RecoverConfig, watch: bool
-) -> Mapping[str, Any]:
+def member(job: Job, dense: Prepared, steps: Steps) -> Mapping[str, Any]:
     """Return the results of one size of a family; one that is there already is not made again."""
-    part = job.part(member_name(config))
-    done = part.finished(described_by(config, tuning)) if job.resume else None
-    share = f"{100 * config.plan.reduction:g} % fewer"
-    job.talk.heading(share + (f": already in {part.output}" if done else ""))
+    part = job.part(steps.folder)
+    done = part.finished(steps.described, steps.result) if job.request.resume else None
+    share = f"{100 * steps.config.plan.reduction:g} % fewer"
+    job.out.heading(share + (f": already in {part.output}" if done else ""))
     if done is not None:
+        part.forget()
         return done
     if job.target.pretrained and world().first:
         check_free(part.output, part.may_replace())
-    whole_recipe(part, dense, config, tuning, watch)
-    return part.results
+    return do(part, dense, steps)
 
 
-def member_name(config: PruneConfig) -> str:
-    """Return the folder's name of one size of a family."""
-    return f"reduced-{100 * config.plan.reduction:g}"
-
-
-def described_by(config: PruneConfig, tuning: RecoverConfig) -> dict[str, Any]:
-    """Return the configurations of a recipe as they are kept with its result."""
-    return {"prune": config.model_dump(mode="json"), "recover": tuning.model_dump(mode="json")}
-
-
-def whole_recipe(job: Job, dense: Prepared, config: PruneConfig, tuning: RecoverConfig, watch: bool) -> None:
-    """Prune the dense model, recover, save and report."""
-    metric = job.target.metric
-    result, plan = prune_stage(job, dense, config, watch)
-    show.rounds(job.talk, result.rounds, metric)
+def do(job: Job, dense: Prepared, steps: Steps) -> Mapping[str, Any]:
+    """Prune a model, recover if that is asked, save and report; return the results."""
+    metric, tuning = job.target.metric, steps.tuning
+    result, plan = prune_stage(job, dense, steps.config, steps.watch, steps.scored)
+    show.rounds(job.out, result.rounds, metric)
+    if tuning is None:
+        show.left_alone(job.out, result.dense)
     job.measure(result.model, "pruned")
-    described = described_by(config, tuning)
-    teacher = dense.model if tuning.distill else None
-    recovered = recover_stage(job, result.model, plan, tuning, teacher, described)
-    job.results["best_epoch"] = recovered.best_epoch
-    job.talk.say(
-        f"recovery: epoch {recovered.best_epoch} of {tuning.epochs} kept, best on the validation split"
-    )
-    job.measure(recovered.model, "recovered")
-    show.outcome(job.talk, job.results, metric)
-    job.save(recovered.model, plan, described, RECOVERED)
-    finish(job, result)
+    model = result.model
+    if tuning is not None:
+        teacher = dense.model if tuning.distill else None
+        recovered = recover_stage(job, model, plan, tuning, teacher, steps.described)
+        epoch, model = recovered.best_epoch, recovered.model
+        job.out.say(f"recovery: epoch {epoch} of {tuning.epochs} kept, best on the validation split")
+        job.measure(model, "recovered")
+    show.outcome(job.out, job.results, metric)
+    job.save(model, plan, steps.described, steps.result)
+    finish(job, lambda: history_of(result, job.results, job.target.task.metric, job.origin))
+    return job.results
 
 
-def prune(request: Prune, kept: Kept) -> None:
+def prune(request: Prune, out: Output) -> None:
     """Pruning without recovery, of a dense model or of a checkpoint once more."""
+    if request.offload:
+        from cria_prune.cli import offload
+
+        offload.prune(request, out)
+        return
     padded = request.export is not None
-    found = target.find(request.target, texts_of(request))
+    found = target.find(request.target, request.texts)
     if padded and not found.pretrained:
         raise ConfigError(
             f"A padded twin of {request.target}", "it is no model of transformers", "Leave out --export"
@@ -232,36 +257,18 @@ def prune(request: Prune, kept: Kept) -> None:
             "zeros under a norm would change what it computes",
             "Leave out --export, or --residual",
         )
-    prepared = prepared_for(found, config, pick_device(request.device))
+    prepared = prepared_for(found, config, request.torch_device)
     prepared.check_reach()
     found.policy = saved_as(config)
-    described = {"prune": config.model_dump(mode="json")}
-    with job_of(found, "-pruned", request, kept, padded=padded) as job:
-        done = job.done(described, PRUNED)
-        if done is not None:
-            job.talk.answer(done)
-            return
-        whole_pruning(job, prepared.with_model(dense_model(job)), config, request.watch, scored)
-        job.talk.answer(job.results)
+    steps = Steps(config, watch=request.watch, scored=scored)
+    with job_of(found, "-pruned", request, out, padded=padded) as job:
+        if not job.ended(steps.described, PRUNED):
+            out.answer(do(job, prepared.with_model(dense_model(job)), steps))
 
 
-def whole_pruning(
-    job: Job, prepared: Prepared, config: PruneConfig, watch: bool, scored: Scored | None
-) -> None:
-    """Prune a model, save and report."""
-    metric = job.target.metric
-    result, plan = prune_stage(job, prepared, config, watch, scored)
-    show.rounds(job.talk, result.rounds, metric)
-    show.left_alone(job.talk, result.dense)
-    job.measure(result.model, "pruned")
-    show.outcome(job.talk, job.results, metric)
-    job.save(result.model, plan, {"prune": config.model_dump(mode="json")}, PRUNED)
-    finish(job, result)
-
-
-def recover(request: Recover, kept: Kept) -> None:
+def recover(request: Recover, out: Output) -> None:
     """One fine-tune of a checkpoint; a Hugging Face model of the user on texts of the user."""
-    found = target.find(request.checkpoint, texts_of(request))
+    found = target.find(request.checkpoint, request.texts)
     if found.plan is None:
         raise ConfigError(
             f"Recovering {request.checkpoint}",
@@ -278,31 +285,47 @@ def recover(request: Recover, kept: Kept) -> None:
             "the texts have no labels",
             "Give --dataset with a column label",
         )
-    inherited = ("parameters_dense", "parameters", "macs_dense", "macs", "reduction", "asked", "of",
-                 "criterion", "changed", "scoring_over_forward")  # fmt: skip
+    inherited = (*COUNTS, "reduction", "asked", "of", "criterion", "changed", "scoring_over_forward")
     described = {"recover": tuning.model_dump(mode="json")}
-    with job_of(found, "-recovered", request, kept) as job:
-        done = job.done(described, RECOVERED)
-        if done is not None:
-            job.talk.answer(done)
+    with job_of(found, "-recovered", request, out) as job:
+        if job.ended(described, RECOVERED):
             return
         job.results |= {name: found.results[name] for name in inherited if name in found.results}
         job.inherit_dense()
-        before = report.earlier_run(job) if world().first else None
-        counts = ("parameters_dense", "parameters", "macs_dense", "macs")
-        job.results |= {name: found.plan.report[name] for name in counts if name in found.plan.report}
-        model = found.model(job.device, job.seed, job.talk.progress)
+        before = earlier_run(job) if world().first else None
+        job.results |= {name: found.plan.report[name] for name in COUNTS if name in found.plan.report}
+        model = found.model(job.device, job.request.base_seed, job.out.progress)
         teacher = teacher_of(request.teacher, job, model) if tuning.distill else None
         job.measure(model, "pruned")
         with in_float32(model):
             recovered = recover_stage(job, model, found.plan, tuning, teacher, described)
-        job.results["best_epoch"] = recovered.best_epoch
-        job.talk.say(str(recovered))
+        job.out.say(str(recovered))
         job.measure(recovered.model, "recovered")
-        show.outcome(job.talk, job.results, found.metric)
+        show.outcome(job.out, job.results, found.metric)
         job.save(recovered.model, found.plan, described, RECOVERED)
-        finish(job, before=before)
-        job.talk.answer(job.results)
+        finish(job, None if before is None else lambda: recovered_history(job, before))
+        out.answer(job.results)
+
+
+def earlier_run(job: Job) -> History | None:
+    """Return what the checkpoint that a job goes on from keeps of its run; None if nothing whole."""
+    try:
+        return None if job.target.checkpoint is None else read_run(Path(job.target.checkpoint))
+    except ArtifactError as error:
+        job.out.note(f"the run before is not carried on in the report: {error}")
+        return None
+
+
+def recovered_history(job: Job, before: History) -> History:
+    """Return the run that was pruned before, now recovered."""
+    page = before.page
+    seconds = dict(page.get("seconds", {}))
+    for stage, spent in job.results["seconds"].items():
+        seconds[stage] = round(seconds.get(stage, 0.0) + spent, 3)
+    changed = {**job.results, "seconds": seconds, "rounds": page["rounds"], "provenance": job.origin}
+    return replace(
+        before, page={**page, **changed, "earlier": [*page.get("earlier", []), page["provenance"]]}
+    )
 
 
 @contextmanager
@@ -324,10 +347,10 @@ def teacher_of(name: str | None, job: Job, model: nn.Module) -> nn.Module:
     Raises:
         ConfigError: its logits are not those of the model, in number.
     """
-    progress = job.talk.progress
+    progress = job.out.progress
     if name is None:
         return job.target.teacher(job.device, progress)
-    teacher = target.find(name).model(job.device, job.seed, progress).eval()
+    teacher = target.find(name).model(job.device, job.request.base_seed, progress).eval()
     args, kwargs = model_inputs(move(job.target.task.example, job.device))
     with torch.no_grad():
         shapes = [tuple(logits_of(network(*args, **kwargs)).shape) for network in (teacher, model.eval())]

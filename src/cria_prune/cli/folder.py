@@ -11,15 +11,17 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import nn
+
+from cria_prune.artifact.checkpoint import MANIFEST, WEIGHTS, save
 from cria_prune.base.errors import ArtifactError
+from cria_prune.base.files import MANIFEST as PRETRAINED
+from cria_prune.base.files import new_folder, refused
 from cria_prune.base.ranks import world
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from cria_prune.planning.plan import Plan
+from cria_prune.planning.plan import Plan
+from cria_prune.report.folder import FILES
 
 REPORT = "report.html"
 
@@ -43,11 +45,7 @@ def claimed(output: Path | None, name: str, overwrite: bool) -> Iterator[Path]:
         yield Path(here.lead("The output folder", str))
         return
     folder = _first_free(name) if output is None else _asked_for(output, overwrite)
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise _refused(folder, error) from error
+    _check_takes_files(folder)
     try:
         here.lead("The output folder", lambda: str(folder))
         yield folder
@@ -68,12 +66,17 @@ def check_file(path: Path | None, overwrite: bool) -> None:
         return
     if path.exists() and not (overwrite and path.is_file()):
         raise ArtifactError(f"Writing {path}", "it exists", "Choose another name, or pass --overwrite")
+    _check_takes_files(path.parent)
+
+
+def _check_takes_files(folder: Path) -> None:
+    """Make a folder if it is not there, and write a file into it that is gone at once."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise _refused(path.parent, error) from error
+        raise refused(f"Writing to the folder {folder}", error) from error
 
 
 def keep(folder: Path, model: nn.Module, plan: Plan, **described: Any) -> None:
@@ -85,9 +88,6 @@ def keep(folder: Path, model: nn.Module, plan: Plan, **described: Any) -> None:
     Raises:
         ArtifactError: the system refuses, or something is no JSON.
     """
-    from cria_prune.artifact.checkpoint import MANIFEST, WEIGHTS, save
-    from cria_prune.report.folder import FILES
-
     try:
         with (
             interrupts_wait(),
@@ -99,7 +99,7 @@ def keep(folder: Path, model: nn.Module, plan: Plan, **described: Any) -> None:
             for name in (WEIGHTS, MANIFEST):
                 os.replace(Path(aside) / name, folder / name)
     except OSError as error:
-        raise _refused(folder, error) from error
+        raise refused(f"Writing to the folder {folder}", error) from error
 
 
 @contextmanager
@@ -127,19 +127,15 @@ def _first_free(name: str) -> Path:
         folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
         try:
             folder.mkdir(parents=True)
+            return folder
         except FileExistsError:
             continue
         except OSError as error:
-            raise _refused(folder, error) from error
-        return folder
+            raise refused(f"Writing to the folder {folder}", error) from error
     raise AssertionError("count() does not end")
 
 
 def _asked_for(folder: Path, overwrite: bool) -> Path:
-    from cria_prune.artifact.checkpoint import MANIFEST, WEIGHTS
-    from cria_prune.base.files import MANIFEST as PRETRAINED
-    from cria_prune.base.files import new_folder
-
     asked = f"Writing to the folder {folder}"
     if folder.resolve() == Path.cwd():
         raise ArtifactError(asked, "it is the current folder", "Name a folder below it, or beside it")
@@ -148,20 +144,4 @@ def _asked_for(folder: Path, overwrite: bool) -> Path:
         raise ArtifactError(
             asked, f"its {WEIGHTS} was not written by Cria", "Choose another folder, or remove it yourself"
         )
-    if folder.is_dir() and not overwrite:
-        with suppress(OSError):  # new_folder says why
-            found = sorted(entry.name for entry in folder.iterdir())
-            if found:
-                names = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
-                raise ArtifactError(
-                    asked,
-                    f"it is not empty ({names})",
-                    "Choose another folder, or pass --overwrite",
-                )
-    return new_folder(folder, overwrite=True)
-
-
-def _refused(folder: Path, error: OSError) -> ArtifactError:
-    from cria_prune.base.files import refused
-
-    return refused(f"Writing to the folder {folder}", error)
+    return new_folder(folder, overwrite, "--overwrite")

@@ -1,100 +1,256 @@
-"""What the commands do that change nothing: inspect, evaluate; heavy imports begin here."""
+"""`cria inspect`: the unit groups of a model from anywhere, as a table or along its modules."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby, takewhile
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 
-from cria_prune.base.errors import ConfigError
-from cria_prune.base.progress import clock
-from cria_prune.cli import show, target
-from cria_prune.cli.job import rounded
-from cria_prune.cli.outline import drawn, folded, frozen, inventory, module_tree, outline, shares
-from cria_prune.cli.settings import Evaluate, Inspect, pick_device, texts_of
-from cria_prune.cli.talk import Talk
-from cria_prune.cli.target import Target, load_source, parse_shape
+from cria_prune.base.batches import Batch, model_inputs
+from cria_prune.base.metrics import percent
+from cria_prune.cli.output import Output
+from cria_prune.cli.settings import Inspect
+from cria_prune.cli.target import load_source, parse_shape
+from cria_prune.config import OF
+from cria_prune.planning.budget import Budget, count_macs, count_parameters, largest_reachable
 from cria_prune.stages import discover
+from cria_prune.structure.groups import UnitGroups, without_residual
+from cria_prune.structure.table import FLOW, FROZEN, LOOSE, Fold, Row, Status, flow, fold, merged, sections
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
+
+SHARES = ("parameters", "prunable", "macs")
 
 
-def inspect(request: Inspect) -> None:
+def inspect(request: Inspect, out: Output) -> None:
     """The unit groups of a model from anywhere, what they cost and why some are frozen."""
-    talk = Talk(request.quiet or request.as_json)
+    out.quiet |= request.as_json
     with redirect_stdout(sys.stderr):  # what the user's code prints is no part of the answer
         source = load_source(request.model, parse_shape(request.example), request.meta)
         groups = discover(source.model, source.example)
-    found = inventory(groups, request.plan.floor)
-    show.model(talk, source, found)
+    found, kind = inventory(groups, request.plan.floor), type(source.model).__name__
+    out.say(f"{kind}: {found.parameters:,} parameters, {found.macs:,.0f} MACs per example")
+    out.say(f"example: {inputs(source.example)}")
+    folds = [Fold(row) for row in found.rows] if request.all else fold(found.rows)
+    loose, stuck = (
+        sections([item for item in folds if (item.row.status == "frozen") == frozen])
+        for frozen in (False, True)
+    )
     if request.tree:
-        talk.tree(drawn(module_tree(source.model, found.rows, request.all)))
-        frozen(talk, folded(found.rows, request.all))
-        shares(talk, found)
-    else:
-        outline(talk, found, request.all)
+        out.tree(drawn(module_tree(source.model, found.rows, request.all)))
+    elif loose:
+        flows = [FLOW, *(flow(item, request.all) for item, _ in loose)]
+        out.table(LOOSE, [cells for _, cells in loose], left=2, remarks=flows)
+    if stuck:
+        out.table(FROZEN, [cells for _, cells in stuck], left=3)
+    shares(out, found)
+    counts = {
+        f"{status}_groups": sum(row.status == status for row in found.rows) for status in get_args(Status)
+    }
     answer = {
         "target": source.name,
         "source": source.kind,
-        "model": type(source.model).__name__,
+        "model": kind,
         "recipe": None if source.target is None else source.target.task.name,
         **found.to_dict(),
-        "prunable_groups": sum(row.status == "prunable" for row in found.rows),
-        "residual_groups": sum(row.status == "residual" for row in found.rows),
-        "frozen_groups": sum(row.status == "frozen" for row in found.rows),
+        **counts,
     }
-    talk.answer(answer if request.as_json else {**answer, "groups": len(found.rows)})
+    out.answer(answer if request.as_json else {**answer, "groups": len(found.rows)})
 
 
-def evaluate(request: Evaluate) -> None:
-    """The metric on the test split, or on texts of the user; or tasks of lm-eval."""
-    found, talk = target.find(request.target, texts_of(request)), Talk(request.quiet)
-    seconds: dict[str, float] = {}
-    device, seed = pick_device(request.device), request.base_seed
-    with clock(seconds, "model"):
-        model = found.model(device, seed, talk.progress)
-    metrics: dict[str, Any] = {}
-    with clock(seconds, "evaluate"):
-        if request.tasks:
-            metrics = harness_of(request, found, model)
-        else:
-            check_measured(found, request.target)
-            value = found.task.evaluate(model, found.task.test_batches(), talk.progress)
-            metrics = {found.task.metric: value, **found.task.further(model, talk.progress)}
-    parameters = sum(item.numel() for item in model.parameters())
-    talk.table(["target", "parameters"], [[request.target, f"{parameters:,}"]])
-    show.further(talk, "", metrics)
-    talk.answer(
-        {
-            "target": request.target,
-            **found.named(),
-            **metrics,
-            "parameters": parameters,
-            "seed": seed,
-            "device": str(device),
-            "seconds": rounded(seconds),
-        }
+def inputs(example: Batch) -> str:
+    """Return the shapes of a batch: `(2, 3, 32, 32)` or `input_ids (2, 16), attention_mask (2, 16)`."""
+    args, named = model_inputs(example)
+    shapes = [str(tuple(item.shape)) for item in args]
+    shapes += [f"{name} {tuple(item.shape)}" for name, item in named.items() if hasattr(item, "shape")]
+    return ", ".join(shapes)
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Everything that `inspect` prints about the structure of a model.
+
+    Attributes:
+        rows: one per group, in the order of the network.
+        parameters: of the model, tied ones once.
+        macs: multiply-accumulates of its weights per example.
+        floor: share of each group's units that always stays.
+        removable: cost (parameters, prunable, macs) -> largest share that can leave, without the
+            residual widths.
+        removable_with_residual: the same with them.
+    """
+
+    rows: tuple[Row, ...]
+    parameters: int
+    macs: float
+    floor: float
+    removable: Mapping[str, float]
+    removable_with_residual: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain JSON values, `rows` under the key `groups`."""
+        plain = asdict(self)
+        return {"groups": plain.pop("rows"), **plain}
+
+
+def inventory(groups: UnitGroups, floor: float) -> Inventory:
+    """Return what `inspect` prints of the groups of a model.
+
+    Args:
+        groups: as `discover` found them, with their residual widths.
+        floor: share of each group's units that always stays.
+    """
+    inner = without_residual(groups)
+    return Inventory(
+        rows=groups.rows(),
+        parameters=count_parameters(groups),
+        macs=count_macs(groups),
+        floor=floor,
+        removable=_shares(inner, floor),
+        removable_with_residual=_shares(groups, floor),
     )
 
 
-def check_measured(found: Target, name: str) -> None:
-    """Raise a ConfigError if the test split lacks what the metric needs."""
-    if not found.task.measured:
-        raise ConfigError(
-            f"An {found.task.metric} of {name}", "the texts have no labels",
-            "Give --dataset with a column label",
-        )  # fmt: skip
+def _shares(groups: UnitGroups, floor: float) -> dict[str, float]:
+    """Return cost -> largest share that can leave; a cost of which the model has none is left at 0."""
+    return {
+        of: largest_reachable(groups, floor, of) if Budget(groups, of).total > 0 else 0.0 for of in SHARES
+    }
 
 
-def harness_of(request: Evaluate, found: Target, model: nn.Module) -> dict[str, float]:
-    """Return what lm-eval measures on the tasks that were named."""
-    from cria_prune.tasks.harness import harness
+def shares(out: Output, found: Inventory) -> None:
+    """Print the largest share of each cost that can leave, without and with the residual widths."""
+    rows = [["without residual width", *map(percent, found.removable.values())]]
+    if any(row.status == "residual" for row in found.rows):
+        rows.append(["with it (--residual)", *map(percent, found.removable_with_residual.values())])
+    out.table(["can be removed at most", *(OF.texts[of] for of in found.removable)], rows)
+    out.say(f"{found.floor * 100:g} % of the units of each group always stay (--floor)")
 
-    if not found.pretrained:
-        raise ConfigError(
-            f"Tasks of lm-eval for {request.target}",
-            "it is no language model of transformers",
-            "Leave out --tasks",
+
+PLURALS = {"channel": "channels", "neuron": "neurons", "gated": "gated neurons", "head": "heads"}
+PLURALS |= {"kv group": "kv groups", "residual": "residual width"}
+STYLES = {"prunable": "green", "residual": "yellow", "frozen": "dim"}
+
+
+@dataclass(frozen=True)
+class Made:
+    """A group that a module makes: `text` names it, `status` is as in `Row`."""
+
+    text: str
+    status: str
+
+
+@dataclass(frozen=True)
+class Node:
+    """A module with parameters.
+
+    Attributes:
+        name: in its parent, a range where equal ones are folded; `` for the model.
+        kind: its class.
+        parameters: in it and below it; one that several modules share counts for the first alone.
+        makes: groups whose units it makes.
+        children: modules below it that have parameters.
+        count: how many equal ones it stands for.
+    """
+
+    name: str
+    kind: str
+    parameters: int
+    makes: tuple[Made, ...] = ()
+    children: tuple[Node, ...] = field(default=(), repr=False)
+    count: int = 1
+
+
+def module_tree(model: nn.Module, rows: Sequence[Row], everything: bool = False) -> Node:
+    """Return the modules of a model that have parameters, with the groups that they make.
+
+    Args:
+        model: the model.
+        rows: its groups.
+        everything: show every one of equal neighbours in place of one for all.
+    """
+    made: dict[str, list[Made]] = {}
+    streams = sum(row.kind == "residual" for row in rows)
+    for row in rows:
+        for path in dict.fromkeys(tensor.rpartition(".")[0] for tensor in row.producers):
+            made.setdefault(path, []).append(_made(row, path, streams > 1))
+    sizes: dict[str, int] = {}
+    for tensor, parameter in model.named_parameters():
+        parts = tensor.split(".")[:-1]
+        for depth in range(len(parts) + 1):
+            path = ".".join(parts[:depth])
+            sizes[path] = sizes.get(path, 0) + parameter.numel()
+
+    def node(module: nn.Module, path: str, name: str) -> Node:
+        children = tuple(
+            node(child, f"{path}.{key}" if path else key, key)
+            for key, child in module.named_children()
+            if any(True for _ in child.parameters())
         )
-    names = [name.strip() for name in (request.tasks or "").split(",") if name.strip()]
-    return harness(model, found.task.tokenizer, names, folder=request.task_folder, limit=request.limit)
+        inside = children if everything else _folded(children)
+        return Node(name, type(module).__name__, sizes.get(path, 0), tuple(made.get(path, ())), inside)
+
+    return node(model, "", "")
+
+
+def drawn(node: Node) -> Tree:
+    """Return the tree as rich draws it."""
+    from rich.text import Text
+    from rich.tree import Tree
+
+    def label(item: Node) -> Text:
+        text = Text.assemble((item.name, "bold"), "  " if item.name else "", item.kind)
+        text.append(f" × {item.count}" if item.count > 1 else "")
+        text.append(f"  {item.parameters:,}" if item.parameters else "  shared")
+        text.append(" each" if item.count > 1 else "")
+        if len(item.makes) == 1:
+            text.append("  ").append_text(arrow(item.makes[0]))
+        return text
+
+    def arrow(made: Made) -> Text:
+        return Text(f"→ {made.text}", STYLES[made.status])
+
+    def grow(item: Node, tree: Tree) -> Tree:
+        for made in item.makes if len(item.makes) > 1 else ():
+            tree.add(arrow(made))
+        for child in item.children:
+            grow(child, tree.add(label(child)))
+        return tree
+
+    return grow(node, Tree(label(node)))
+
+
+def _made(row: Row, path: str, several_streams: bool) -> Made:
+    text = f"{row.units:,} {PLURALS.get(row.kind, row.kind)}"
+    if row.kind == "residual":
+        text = f"{PLURALS[row.kind]} {row.units:,}" + (f" of {row.name}" if several_streams else "")
+    elif row.name.partition("#")[0] != path:
+        text += f" of {_relative(row.name, path)}"
+    return Made(f"{text}, frozen" if row.status == "frozen" else text, row.status)
+
+
+def _relative(name: str, path: str) -> str:
+    """Return a name without the modules that it shares with a path, if the rest has no layer's number."""
+    own, other = name.split("."), path.split(".")
+    shared = takewhile(lambda both: both[0] == both[1], zip(own[:-1], other[:-1], strict=False))
+    rest = own[len(list(shared)) :]
+    return name if any(part.isdecimal() for part in rest) else ".".join(rest)
+
+
+def _folded(children: Sequence[Node]) -> tuple[Node, ...]:
+    """Equal neighbours as one, if their names differ in a number alone."""
+    result: list[Node] = []
+    for _, equal in groupby(children, key=lambda node: replace(node, name="")):
+        run = list(equal)
+        names = merged([child.name for child in run])
+        if len(run) > 1 and len(names) == 1:
+            result.append(replace(run[0], name=names[0], count=len(run)))
+        else:
+            result += run
+    return tuple(result)

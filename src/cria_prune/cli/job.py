@@ -16,8 +16,7 @@ from torch import nn
 
 from cria_prune.artifact.card import Card
 from cria_prune.artifact.checkpoint import load
-from cria_prune.artifact.padded import save_padded
-from cria_prune.artifact.pretrained import save_pretrained
+from cria_prune.artifact.pretrained import save_padded, save_pretrained
 from cria_prune.artifact.rebuild import provenance
 from cria_prune.base.batches import Batch, batch_size, model_inputs, move
 from cria_prune.base.errors import ArtifactError
@@ -26,7 +25,8 @@ from cria_prune.base.progress import clock
 from cria_prune.base.ranks import alone, world
 from cria_prune.cli import show
 from cria_prune.cli.folder import interrupts_wait, keep
-from cria_prune.cli.talk import Kept, Talk
+from cria_prune.cli.output import Output
+from cria_prune.cli.settings import Resuming
 from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig, RecoverConfig
 from cria_prune.pipeline import prune
@@ -38,6 +38,7 @@ from cria_prune.scores import Scored
 from cria_prune.stages import Prepared
 
 RECOVERED, PRUNED = "the recovered model", "the pruned model"
+COUNTS = ("parameters_dense", "parameters", "macs_dense", "macs")
 
 
 @dataclass
@@ -46,30 +47,22 @@ class Job:
 
     Attributes:
         target: recipe, checkpoint or Hugging Face model.
+        request: what was asked: the seed, whether to go on or to replace what is there.
         output: the folder for the results.
         device: where the models run.
-        seed: of the dense training and of what the configurations do not seed.
-        talk: where to print.
-        kept: told what an interruption would leave.
-        command: the command line, for the provenance.
+        out: where to print; told what an interruption would leave.
         padded: also write the padded twin of a Hugging Face model.
-        resume: go on with the rounds or the fine-tune that were interrupted.
-        overwrite: replace what Cria wrote to the output folder.
         seconds: stage -> wall time.
         results: the JSON object so far.
         origin: provenance.
     """
 
     target: Target
+    request: Resuming
     output: Path
     device: torch.device
-    seed: int
-    talk: Talk
-    kept: Kept
-    command: list[str]
+    out: Output
     padded: bool = False
-    resume: bool = False
-    overwrite: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
@@ -78,8 +71,8 @@ class Job:
         """Load the data, and note where the results come from."""
         with clock(self.seconds, "data"):
             data = self.target.task.fingerprint()
-        self.origin = provenance(self.seed, self.command, data, self.device)
-        self.results |= {**self.target.named(), "seed": self.seed, "device": str(self.device)}
+        self.origin = provenance(self.request.base_seed, self.request.command, data, self.device)
+        self.results |= {**self.target.named(), "seed": self.request.base_seed, "device": str(self.device)}
         if self.target.task.options:
             self.results["options"] = dict(self.target.task.options)
         if self.target.checkpoint is not None:
@@ -102,9 +95,11 @@ class Job:
 
     def may_replace(self) -> bool:
         """Say whether the output folder may be overwritten: asked for, or left by an interrupted run."""
-        return self.overwrite or (self.resume and (self.rounds.exists() or self.recovery.exists()))
+        return self.request.overwrite or (
+            self.request.resume and (self.rounds.exists() or self.recovery.exists())
+        )
 
-    def finished(self, described: Mapping[str, Any], stage: str = RECOVERED) -> dict[str, Any] | None:
+    def finished(self, described: Mapping[str, Any], stage: str) -> dict[str, Any] | None:
         """Return the results that lie in the output folder, if they are of this stage and configuration."""
         return world().lead("The output folder", lambda: self._finished(described, stage))
 
@@ -118,29 +113,30 @@ class Job:
         data = (manifest.get("provenance") or {}).get("data") == self.origin["data"]
         return results if same and data and manifest.get("config") == described else None
 
-    def done(self, described: Mapping[str, Any], stage: str) -> dict[str, Any] | None:
-        """Return the results of the same command, if it is to be resumed and had ended already.
+    def ended(self, described: Mapping[str, Any], stage: str) -> bool:
+        """Answer with the results of the same command, if it is to be resumed and had ended already.
 
         Raises:
             ArtifactError: the output folder holds the result of another command.
         """
-        if not self.resume:
-            return None
-        return world().lead("The output folder", lambda: self._done(described, stage))
+        found = self.finished(described, stage) if self.request.resume else None
+        if found is None:
+            if self.request.resume:
+                world().lead("The output folder", self._check_same)
+            return False
+        self.forget()
+        self.out.say(f"already in {self.output}")
+        self.out.answer(found)
+        return True
 
-    def _done(self, described: Mapping[str, Any], stage: str) -> dict[str, Any] | None:
-        found = self._finished(described, stage)
+    def _check_same(self) -> None:
         results = self._there().get("results") or {}
-        if found is None and not self.may_replace() and results.get("stage") in (RECOVERED, PRUNED):
+        if not self.may_replace() and results.get("stage") in (RECOVERED, PRUNED):
             raise ArtifactError(
                 f"Resuming in {self.output}",
                 f"it holds {results['stage']} of another command, or of other settings",
                 "Name another --output, or pass --overwrite to start anew",
             )
-        if found is not None:
-            self.forget()
-            self.talk.say(f"already in {self.output}")
-        return found
 
     def holds_result(self) -> bool:
         """Say whether a whole model of Cria's lies in the output folder."""
@@ -172,20 +168,20 @@ class Job:
         """Evaluate a model on the test split, print and note the metric and what else there is to say."""
         task = self.target.task
         if not task.measured:
-            self.talk.note(f"the {name} model is not measured: the texts have no labels")
+            self.out.note(f"the {name} model is not measured: the texts have no labels")
             return
         with clock(self.seconds, "evaluate"):
-            progress = self.talk.progress
+            progress = self.out.progress
             value, further = world().lead(
                 "Measuring",
                 lambda: (task.evaluate(model, task.test_batches(), progress), task.further(model, progress)),
             )
         self.results[name] = value
         said = self.target.metric.text(value)
-        self.talk.say(f"{name + ' ' + task.metric:<20} {said:>9}  ({task.tested_on})")
+        self.out.say(f"{name + ' ' + task.metric:<20} {said:>9}  ({task.tested_on})")
         if further:
             self.results["further"] = {**self.results.get("further", {}), name: further}
-            show.further(self.talk, name, further)
+            show.further(self.out, name, further)
 
     def keep(self, model: nn.Module, plan: Plan, config: Mapping[str, Any], stage: str) -> None:
         """Save a checkpoint into the output folder; `stage` says what an interruption leaves.
@@ -226,14 +222,14 @@ class Job:
                 f"its logits differ by {distance:.3g} from those of the model that was saved",
                 "Please report this; the checkpoint should not be used",
             )
-        self.talk.say(f"checkpoint {self.output}: reloaded, the logits are equal bit for bit")
+        self.out.say(f"checkpoint {self.output}: reloaded, the logits are equal bit for bit")
 
     def _save_pretrained(self, model: nn.Module, plan: Plan, config: Mapping[str, Any], stage: str) -> None:
         self.results["output"] = str(self.output)
-        self.talk.note(f"saving to {self.output}, and loading it in a fresh process")
+        self.out.note(f"saving to {self.output}, and loading it in a fresh process")
         card = Card(
             base=self.target.base,
-            command=self.command,
+            command=self.request.command,
             measured=show.measured(self.results, self.target.metric),
             changed=str(self.results.get("changed", "")),
         )
@@ -248,11 +244,11 @@ class Job:
             )
             certificate = save_pretrained(self.output, model, plan, policy=policy, **common)
             self._kept(stage)
-            self.talk.say(f"folder {self.output}: {certificate}")
+            self.out.say(f"folder {self.output}: {certificate}")
             if self.padded:
                 twin = padded_folder(self.output)
                 padded = save_padded(twin, model, plan, **common)
-                self.talk.say(f"padded twin {twin}: {padded}")
+                self.out.say(f"padded twin {twin}: {padded}")
                 self.results["padded"] = str(twin)
         self.results["policy"] = policy
         self.results["reloaded"] = "bit-equal" if certificate.equal else certificate.relative
@@ -261,7 +257,7 @@ class Job:
         return self.results | {"stage": stage, "seconds": rounded(self.seconds)}
 
     def _kept(self, stage: str) -> None:
-        self.kept.text = f"{stage} is kept in {self.output} (go on with: cria recover {self.output})"
+        self.out.kept = f"{stage} is kept in {self.output} (go on with: cria recover {self.output})"
 
 
 def padded_folder(output: Path) -> Path:
@@ -289,10 +285,10 @@ def prune_stage(
         stage = f"round {len(result.rounds)} of {config.plan.rounds}"
         with clock(job.seconds, "save"):
             job.keep(result.model, whole(result), {"prune": config.model_dump(mode="json")}, stage)
-        job.kept.text = f"{stage} is kept (go on with: the same command, --output {job.output} --resume)"
+        job.out.kept = f"{stage} is kept (go on with: the same command, --output {job.output} --resume)"
 
     held = list(task.validation_batches()) if watch else []
-    if not job.resume:
+    if not job.request.resume:
         job.forget()
     result = prune(
         model,
@@ -301,7 +297,7 @@ def prune_stage(
         prepared=prepared,
         evaluate=(lambda smaller: task.evaluate(smaller, held)) if watch else None,
         on_round=on_round,
-        progress=job.talk.progress,
+        progress=job.out.progress,
         graphs=True,
         state=job.rounds,
         data=job.origin["data"],
@@ -331,10 +327,7 @@ def note_costs(job: Job, result: PruneResult, plan: Plan) -> None:
         "of": result.config.plan.of,
         "reduction": report["reached"],
         "reachable": report["reachable"],
-        "parameters_dense": said["parameters_dense"],
-        "parameters": said["parameters"],
-        "macs_dense": said["macs_dense"],
-        "macs": said["macs"],
+        **{name: said[name] for name in COUNTS},
         "rounds": len(result.rounds),
     }
     earlier = job.target.results.get("changed")
@@ -371,12 +364,12 @@ def recover_stage(
     """Fine-tune in place; an interruption keeps the best epoch so far and goes on up."""
     task = job.target.task
     here = world()
-    if not job.resume:
+    if not job.request.resume:
         here.lead("The recovery", lambda: shutil.rmtree(job.recovery, ignore_errors=True))
     held = list(task.validation_batches())
     try:
         with clock(job.seconds, "recover"):
-            return recover(
+            found = recover(
                 model,
                 task.train_batches(config.seed, device=job.device),
                 config,
@@ -384,10 +377,12 @@ def recover_stage(
                 teacher=dense if config.distill else None,
                 lower_is_better=not job.target.metric.higher_is_better,
                 device=job.device,
-                progress=job.talk.progress,
+                progress=job.out.progress,
                 state=job.recovery,
                 data=job.origin["data"],
             )
+            job.results["best_epoch"] = found.best_epoch
+            return found
     except Exception:
         if here.first:
             shutil.rmtree(job.recovery, ignore_errors=True)

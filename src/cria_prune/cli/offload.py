@@ -12,9 +12,9 @@ from cria_prune.base.metrics import Metric, metric
 from cria_prune.base.ranks import world
 from cria_prune.cli import show
 from cria_prune.cli.folder import claimed
-from cria_prune.cli.job import PRUNED, rounded
-from cria_prune.cli.settings import Prune, pick_device, prune_config, texts_of
-from cria_prune.cli.talk import Kept, Talk
+from cria_prune.cli.job import COUNTS, PRUNED, rounded
+from cria_prune.cli.output import Output
+from cria_prune.cli.settings import Prune, prune_config
 from cria_prune.config import PruneConfig
 from cria_prune.offload.prune import Offloaded, checked, prune_offloaded
 from cria_prune.recipes.registry import TASKS, folder_task
@@ -28,14 +28,14 @@ UNUSED = {
 """Options of `cria prune` that need the whole model, or keep what this does not."""
 
 
-def prune(request: Prune, kept: Kept) -> None:
+def prune(request: Prune, out: Output) -> None:
     """Prune a folder of transformers layer by layer, and save it shard by shard."""
     if request.resume and request.output is None:
         raise ConfigError("Resuming", "no --output was given", "Name the folder of the interrupted run")
     task = _task(request)
     defaults = {**task.prune_defaults, "plan": {**task.prune_defaults["plan"], "rounds": 1}}
     config = checked(prune_config(request, defaults))
-    seed, device, talk = request.base_seed, pick_device(request.device), Talk(request.quiet)
+    seed, device = request.base_seed, request.torch_device
     batches = task.calibration(config.record.examples, config.record.seed)
     origin = provenance(seed, request.command, task.fingerprint(), device)
     head: dict[str, Any] = {"recipe": None, "model": task.name, "seed": seed, "device": str(device)}
@@ -43,14 +43,14 @@ def prune(request: Prune, kept: Kept) -> None:
         state = folder.with_name(f".{folder.name}.offload")
         if not request.resume:
             shutil.rmtree(state, ignore_errors=True)
-        kept.text = f"what is finished is kept (go on with: the same command, --output {folder} --resume)"
+        out.kept = f"what is finished is kept (go on with: the same command, --output {folder} --resume)"
         done = prune_offloaded(
             task.folder, folder, batches, config, device=device, overwrite=request.overwrite,
-            provenance=origin, results={**head, "stage": PRUNED}, progress=talk.progress,
+            provenance=origin, results={**head, "stage": PRUNED}, progress=out.progress,
             state=state, data=task.fingerprint(),
         )  # fmt: skip
-        _tell(talk, done, metric(task.metric))
-        talk.answer({**head, **_answer(done, config), "memory": peak_memory(device)})
+        _tell(out, done, metric(task.metric))
+        out.answer({**head, **_answer(done, config), "memory": peak_memory(device)})
 
 
 def _task(request: Prune) -> FolderTask:
@@ -76,28 +76,27 @@ def _task(request: Prune) -> FolderTask:
         raise ConfigError(
             asked, f"found {kind}", "Give the folder of a Hugging Face model, or leave out --offload"
         )
-    return folder_task(folder, texts_of(request), load_pretrained(folder, meta=True))
+    return folder_task(folder, request.texts, load_pretrained(folder, meta=True))
 
 
-def _tell(talk: Talk, done: Offloaded, metric: Metric) -> None:
+def _tell(out: Output, done: Offloaded, metric: Metric) -> None:
     report, turns = done.plan.report, sum(item.turns for item in done.rounds)
-    show.rounds(talk, done.rounds, metric)
-    talk.say(
+    show.rounds(out, done.rounds, metric)
+    out.say(
         f"parameters {report['parameters_dense']:,.0f} before, {report['parameters']:,.0f} after, recorded "
         f"layer by layer in {turns} turn{'' if turns == 1 else 's'}"
     )
-    talk.say(f"folder {done.path}: plain transformers loads it (measure it with cria eval)")
+    out.say(f"folder {done.path}: plain transformers loads it (measure it with cria eval)")
 
 
 def _answer(done: Offloaded, config: PruneConfig) -> dict[str, Any]:
     said, last = done.plan.report, done.rounds[-1].report
-    counts = ("parameters_dense", "parameters", "macs_dense", "macs")
     return {
         "criterion": config.score.criterion,
         "asked": config.plan.reduction,
         "of": config.plan.of,
         "reduction": last["reached"],
-        **{name: said[name] for name in counts if name in said},
+        **{name: said[name] for name in COUNTS if name in said},
         "rounds": len(done.rounds),
         "turns": sum(item.turns for item in done.rounds),
         "masked_equals_pruned": done.difference,

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from inspect import Parameter, Signature, get_annotations
-from typing import Annotated, Any, NamedTuple, TypeVar, cast, get_args, get_origin, get_type_hints
+from collections.abc import Iterator
+from importlib import import_module
+from inspect import Parameter, Signature, get_annotations, getdoc
+from typing import Annotated, Any, NamedTuple, TypeVar, cast, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
 from cria_prune.base.errors import ConfigError
+from cria_prune.cli.output import answering
 from cria_prune.cli.settings import GROUPS, OUTPUT, RUNNING, Request, Scoring, extra_of, flags_of
-from cria_prune.cli.talk import Kept, answering
 from cria_prune.config import Choices, StageConfig
 
 EPILOG = "The defaults are Cria's own; those of a recipe, of --preset and of --config come before them."
@@ -172,35 +173,24 @@ class Grouped(TyperCommand):
                 formatter.write_dl([(left.ljust(width), text) for left, text in rows[group]], FIRST_COLUMN)
 
 
-def command(
-    app: typer.Typer, name: str | None = None, several: bool = False
-) -> Callable[[Callable[[Any, Kept], None]], Callable[[Any, Kept], None]]:
-    """Return a decorator that makes a command of the work on a request.
+def add_command(app: typer.Typer, kind: type[Request]) -> None:
+    """Make a command of a request: an option for each field, its text for --help, and the work on it."""
 
-    Args:
-        app: what gets the command.
-        name: of the command; that of the function if None.
-        several: it can be shared out over several processes.
-    """
+    def called(context: typer.Context, **_: Any) -> None:
+        with answering(kind.shared) as out:
+            request = request_of(kind, context)
+            out.quiet |= request.quiet
+            module, name = kind.work.split(".")  # heavy imports begin here
+            getattr(import_module(f"cria_prune.cli.{module}"), name)(request, out)
 
-    def made(work: Callable[[Any, Kept], None]) -> Callable[[Any, Kept], None]:
-        kind = get_type_hints(work)["request"]
-
-        def called(context: typer.Context, **_: Any) -> None:
-            with answering(several) as kept:
-                work(request_of(kind, context), kept)
-
-        found = sorted(
-            (item.parameter() for item in items(kind)), key=lambda item: item.default is not Parameter.empty
-        )
-        context = Parameter("context", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-        called.__signature__ = Signature([context, *found])  # type: ignore[attr-defined]
-        app.command(
-            name or work.__name__, cls=Grouped, help=work.__doc__,
-            short_help=(work.__doc__ or "").partition("\n")[0],
-            epilog=EPILOG if issubclass(kind, Scoring) else None,
-            context_settings={"max_content_width": WIDEST},
-        )(called)  # fmt: skip
-        return work
-
-    return made
+    found = sorted(
+        (item.parameter() for item in items(kind)), key=lambda item: item.default is not Parameter.empty
+    )
+    context = Parameter("context", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    called.__signature__ = Signature([context, *found])  # type: ignore[attr-defined]
+    text = getdoc(kind) or ""
+    app.command(
+        kind.__name__.lower(), cls=Grouped, help=text, short_help=text.partition("\n")[0],
+        epilog=EPILOG if issubclass(kind, Scoring) else None,
+        context_settings={"max_content_width": WIDEST},
+    )(called)  # fmt: skip

@@ -12,14 +12,15 @@ import torch
 from cria_prune.artifact.rebuild import peak_memory
 from cria_prune.base.batches import batch_size
 from cria_prune.base.files import write_json
+from cria_prune.base.metrics import percent
 from cria_prune.base.progress import clock
 from cria_prune.cli import target
 from cria_prune.cli.commands import prepared_for
 from cria_prune.cli.folder import check_file
 from cria_prune.cli.job import rounded
+from cria_prune.cli.output import Output
 from cria_prune.cli.settings import Plan as Request
-from cria_prune.cli.settings import pick_device, prune_config, texts_of
-from cria_prune.cli.talk import Talk, percent
+from cria_prune.cli.settings import prune_config
 from cria_prune.cli.target import Target
 from cria_prune.config import OF, PruneConfig
 from cria_prune.memory import (
@@ -37,28 +38,28 @@ from cria_prune.stages import Prepared, plan_cut, rank
 CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
-def plan(request: Request) -> None:
+def plan(request: Request, out: Output) -> None:
     """Show what is reachable and what it takes, or with scores which units would stay."""
-    found, talk = target.find(request.target, texts_of(request)), Talk(request.quiet)
+    found = target.find(request.target, request.texts)
     config = prune_config(request, found.prune_defaults())
     check_file(request.output, request.overwrite)
     work = _dry if request.dry_run else _scored
     head = {"target": request.target, **found.named(), "criterion": config.score.criterion}
-    values, kept = work(request, found, config, talk)
+    values, kept = work(request, found, config, out)
     answer = {**head, **values, "seed": request.base_seed}
     if request.output is not None:
         write_json(request.output, kept or {**answer, "command": request.command})
-        talk.say(f"plan written to {request.output}")
-    talk.answer({**answer, "output": None if request.output is None else str(request.output)})
+        out.say(f"plan written to {request.output}")
+    out.answer({**answer, "output": None if request.output is None else str(request.output)})
 
 
 Made = tuple[dict[str, Any], dict[str, Any] | None]
 """What is answered; and what goes into the file in its place."""
 
 
-def _dry(request: Request, found: Target, config: PruneConfig, talk: Talk) -> Made:
+def _dry(request: Request, found: Target, config: PruneConfig, out: Output) -> Made:
     """Structure, one batch's shapes, and arithmetic: nothing is trained, recorded or scored."""
-    device, seconds = pick_device(request.device), dict[str, float]()
+    device, seconds = request.torch_device, dict[str, float]()
     with clock(seconds, "structure"):
         prepared = prepared_for(found, config, device, calibrated=False).without_reference()
         prepared.check_reach()
@@ -73,9 +74,9 @@ def _dry(request: Request, found: Target, config: PruneConfig, talk: Talk) -> Ma
         "batches": len(batches),
         "bytes": sum(map(batch_bytes, batches)),
     }
-    _say_reach(talk, reach, config)
-    _say_passes(talk, memory, config, data)
-    _say_memory(talk, memory, data["bytes"] if device.type == "cpu" else 0, here)
+    _say_reach(out, reach, config)
+    _say_passes(out, memory, config, data)
+    _say_memory(out, memory, data["bytes"] if device.type == "cpu" else 0, here)
     values = {
         "dry_run": True,
         **reach,
@@ -112,14 +113,14 @@ def _least(prepared: Prepared, count: Callable[..., float]) -> float:
     return count(groups, fewest(stairs(groups, prepared.config.plan, prepared.allowed)))
 
 
-def _say_reach(talk: Talk, reach: Mapping[str, Any], config: PruneConfig) -> None:
+def _say_reach(out: Output, reach: Mapping[str, Any], config: PruneConfig) -> None:
     rows = [
         [name, f"{reach[f'{key}_dense']:,.0f}", f"{reach[f'{key}_least']:,.0f}",
          percent(1 - reach[f"{key}_least"] / max(reach[f"{key}_dense"], 1))]
         for name, key in (("parameters", "parameters"), ("MACs per example", "macs"))
     ]  # fmt: skip
-    talk.table(["what", "now", "left at least", "removed at most"], rows)
-    talk.say(
+    out.table(["what", "now", "left at least", "removed at most"], rows)
+    out.say(
         f"asked {percent(reach['asked'])} of the {OF.texts[reach['of']]}, "
         f"at most {percent(reach['reachable'])} can be removed: "
         f"{reach['units']:,} units in {reach['groups']} groups, "
@@ -127,51 +128,51 @@ def _say_reach(talk: Talk, reach: Mapping[str, Any], config: PruneConfig) -> Non
     )
 
 
-def _say_passes(talk: Talk, memory: MemoryPrediction, config: PruneConfig, data: Mapping[str, int]) -> None:
+def _say_passes(out: Output, memory: MemoryPrediction, config: PruneConfig, data: Mapping[str, int]) -> None:
     norms = memory.passes - memory.recorded
     how = f", with a backward pass for the gradients of each {memory.gradients}" if memory.gradients else ""
-    talk.say(
+    out.say(
         f"{memory.passes} passes over {data['examples']:,} examples in {data['batches']} batches: "
         f"{memory.recorded} to record{how}" + (", 1 for the batch norms at the end" if norms else "")
         + f"; {config.plan.rounds} rounds of {config.score.criterion}"
     )  # fmt: skip
 
 
-def _say_memory(talk: Talk, memory: MemoryPrediction, data: int, here: int | None) -> None:
+def _say_memory(out: Output, memory: MemoryPrediction, data: int, here: int | None) -> None:
     rows = []
     for stage in memory.stages:
         parts = {"model": memory.model, "calibration data": data, **stage.parts}
         about = f" ({stage.group})" if stage.group else ""
         rows.append([f"{stage.name}: at most{about}", amount(sum(parts.values()))])
         rows += [[f"    {name}", amount(size)] for name, size in parts.items() if size]
-    talk.table(["predicted memory", "bytes"], rows)
+    out.table(["predicted memory", "bytes"], rows)
     largest = memory.largest_group
     if largest is not None:
         kind = "sketches" if largest.sketched else "exact second moments"
         kept = max(largest.while_recording, largest.afterwards)
-        talk.say(f"the largest group is {largest.name}: {largest.units:,} units, {amount(kept)} as {kind}")
+        out.say(f"the largest group is {largest.name}: {largest.units:,} units, {amount(kept)} as {kind}")
     if memory.savings:
         texts = (f"{text}: {amount(memory.model + data + size)}" for text, size in memory.savings)
-        talk.say("less would be taken with " + "; ".join(texts) + " (--examples does not change it)")
+        out.say("less would be taken with " + "; ".join(texts) + " (--examples does not change it)")
     peak = memory.peak + data
     if here is not None and peak > here:
-        talk.say(f"warning: {amount(peak)} are needed, and there are {amount(here)}")
+        out.say(f"warning: {amount(peak)} are needed, and there are {amount(here)}")
     elif here is not None:
-        talk.say(f"{amount(peak)} of the {amount(here)} that there are")
+        out.say(f"{amount(peak)} of the {amount(here)} that there are")
 
 
-def _scored(request: Request, found: Target, config: PruneConfig, talk: Talk) -> Made:
+def _scored(request: Request, found: Target, config: PruneConfig, out: Output) -> Made:
     """Record and score once, and plan one round of the whole reduction."""
-    device, seconds, seed = pick_device(request.device), dict[str, float](), request.base_seed
+    device, seconds, seed = request.torch_device, dict[str, float](), request.base_seed
     plain = config.model_copy(update={"compensate": False})  # its moments would be thrown away
     prepared = prepared_for(found, plain, device, calibrated=False).without_reference()
     prepared.check_reach()  # before a dense model is trained
     with clock(seconds, "model"):
-        model = found.model(device, seed, talk.progress)
+        model = found.model(device, seed, out.progress)
     batches = found.task.calibration(config.record.examples, config.record.seed)
     made = one_round(prepared.with_model(model, batches), seconds)
     report = made.report
-    talk.say(str(made))
+    out.say(str(made))
     values = {
         "dry_run": False,
         **report,

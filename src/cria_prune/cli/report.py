@@ -1,38 +1,34 @@
-"""What `cria report` does, and what a run keeps for it."""
+"""What `cria report` does, and pictures beside a result."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cria_prune.base.errors import ArtifactError, PackageError
+from cria_prune.base.errors import PackageError
 from cria_prune.base.files import write_text
-from cria_prune.cli import show
 from cria_prune.cli.folder import REPORT, check_file
+from cria_prune.cli.output import Output
 from cria_prune.cli.settings import Report
-from cria_prune.cli.talk import Talk
-from cria_prune.report.folder import History, folder_page, read_run, write_run
+from cria_prune.report.folder import folder_page
 from cria_prune.report.html import is_page
 from cria_prune.report.pictures import write_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from cria_prune.cli.job import Job
-    from cria_prune.result import PruneResult
 
-
-def report(request: Report) -> None:
+def report(request: Report, out: Output) -> None:
     """Make the page of a run or a bench from the files in its folder."""
-    folder, talk = request.folder, Talk(request.quiet)
+    folder = request.folder
     found = folder_page(folder, request.layer)
     output = request.output or folder / REPORT
     ours = request.output is None and written_by_cria(output)
     check_file(output, request.overwrite or ours)
     write_text(output, found.html)
-    talk.say(f"report {output}")
-    talk.answer({"folder": str(folder), "kind": found.kind, "layer": found.layer, "output": str(output)})
+    out.say(f"report {output}")
+    out.answer({"folder": str(folder), "kind": found.kind, "layer": found.layer, "output": str(output)})
 
 
 def picture(path: Path, title: str, size: tuple[float, float], draw: Callable[[Axes], Any]) -> str:
@@ -51,30 +47,3 @@ def written_by_cria(path: Path) -> bool:
             return is_page(file.read(4096))
     except (OSError, UnicodeDecodeError):
         return False
-
-
-def keep_run(job: Job, result: PruneResult) -> None:
-    """Write what the report needs into the output folder, of a run that pruned."""
-    page = show.report(result, job.results, job.target.task.metric, job.origin)
-    write_run(job.output, page, result.rounds, result.graphs or {})
-
-
-def earlier_run(job: Job) -> History | None:
-    """Return what the checkpoint that a job goes on from keeps of its run; None if nothing whole."""
-    try:
-        return None if job.target.checkpoint is None else read_run(Path(job.target.checkpoint))
-    except ArtifactError as error:
-        job.talk.note(f"the run before is not carried on in the report: {error}")
-        return None
-
-
-def keep_recovered(job: Job, before: History) -> None:
-    """Write the run that was pruned before, now recovered, into the output folder."""
-    page = before.page
-    earlier: list[Mapping[str, Any]] = [*page.get("earlier", []), page["provenance"]]
-    seconds = dict(page.get("seconds", {}))
-    for stage, spent in job.results["seconds"].items():
-        seconds[stage] = round(seconds.get(stage, 0.0) + spent, 3)
-    page = {**page, **job.results, "seconds": seconds, "rounds": page["rounds"]}
-    page = {**page, "provenance": job.origin, "earlier": earlier}
-    write_run(job.output, page, before.rounds, before.graphs)

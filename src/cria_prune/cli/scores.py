@@ -14,47 +14,47 @@ from cria_prune.base.ranks import world
 from cria_prune.cli import show, target
 from cria_prune.cli.folder import claimed
 from cria_prune.cli.job import rounded
-from cria_prune.cli.settings import Score, Scoring, pick_device, prune_config, texts_of
-from cria_prune.cli.talk import Talk
+from cria_prune.cli.output import Output
+from cria_prune.cli.settings import Score, Scoring, prune_config
 from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig
 from cria_prune.scores import Scored, score_once
 
 
-def score(request: Score) -> None:
+def score(request: Score, out: Output) -> None:
     """Scores and diagnosis of every group, without cutting; with --output they are kept for pruning."""
-    found, talk = target.find(request.target, texts_of(request)), Talk(request.quiet)
+    found = target.find(request.target, request.texts)
     config, output = prune_config(request, found.prune_defaults()), request.output
     if output is None:
         config = config.model_copy(update={"compensate": False})  # its moments would be thrown away
-        scored_answer(request, found, config, talk, None)
+        scored_answer(request, found, config, out, None)
         return
     with claimed(output, "", request.overwrite) as folder:
-        scored_answer(request, found, config, talk, folder)
+        scored_answer(request, found, config, out, folder)
 
 
 def scored_answer(
-    request: Score, found: Target, config: PruneConfig, talk: Talk, folder: Path | None
+    request: Score, found: Target, config: PruneConfig, out: Output, folder: Path | None
 ) -> None:
     """Score, show the diagnosis, keep the scores in a folder if there is one, and answer."""
-    device, seed = pick_device(request.device), request.base_seed
+    device, seed = request.torch_device, request.base_seed
     seconds: dict[str, float] = {}
     with clock(seconds, "model"):
-        model = found.model(device, seed, talk.progress)
+        model = found.model(device, seed, out.progress)
     batches = found.task.calibration(config.record.examples, config.record.seed)
     scored = score_once(model, batches, config, example=found.task.example, seconds=seconds)
     rows = {
         name: {"scores": item.scores.tolist(), "diagnosis": item.diagnosis.to_dict()}
         for name, item in scored.importances.items()
     }
-    show.diagnosis(talk, rows)
+    show.diagnosis(out, rows)
     head = {"target": request.target, **found.named(), "criterion": config.score.criterion}
     if folder is not None:
         origin = provenance(seed, request.command, found.task.fingerprint(), device)
         keep_scores(folder, scored, {**head, "provenance": origin})
-        talk.say(f"scores {folder}: cria prune {request.target} --scores {folder} cuts to any size")
+        out.say(f"scores {folder}: cria prune {request.target} --scores {folder} cuts to any size")
     units = sum(len(item["scores"]) for item in rows.values())
-    talk.answer(
+    out.answer(
         {
             **head,
             "groups": len(rows),

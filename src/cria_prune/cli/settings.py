@@ -82,15 +82,19 @@ def several(section: type[StageConfig | Request], name: str, text: str, shown: s
 
 
 class Request(BaseModel):
-    """What a command was asked.
+    """What a command was asked. The text of a command's own class is that of its --help.
 
     Attributes:
         group: under which heading of --help the options are that a class adds; Output where it says nothing.
+        work: module of `cria_prune.cli` and function in it that does the work: `commands.run`.
+        shared: it can be shared out over several processes.
         command: the command with the options that were given, as it would be typed.
     """
 
     model_config = ConfigDict(frozen=True)
     group: ClassVar[str] = OUTPUT
+    work: ClassVar[str] = ""
+    shared: ClassVar[bool] = False
 
     command: list[str] = []
     quiet: bool = option(False, "Print the last line, the JSON object, and nothing else", "--quiet", "-q")
@@ -117,6 +121,16 @@ class Data(Request):
         None, "File of plain text to measure the perplexity on", shown="the end of the other, kept apart"
     )
 
+    @property
+    def texts(self) -> Texts:
+        """The data that were given. Raises a ConfigError where two of them are for the same."""
+        from cria_prune.tasks.folder import Texts
+
+        if self.calibration is not None and self.dataset is not None:
+            found = "both --calibration and --dataset were given"
+            raise ConfigError("Texts to calibrate on", found, "Give one of the two")
+        return Texts(self.calibration, self.dataset, self.text)
+
 
 class OnDevice(Request):
     """Where the work is done."""
@@ -124,6 +138,21 @@ class OnDevice(Request):
     group = RUNNING
 
     device: str = option("auto", "One of cpu, cuda, cuda:1, ..., or auto: cuda where there is one")
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device of that name. Raises a ConfigError where there is none here."""
+        import torch
+
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            asked, found = f"The device {self.device!r}", str(error).splitlines()[0].rstrip(".")
+            raise ConfigError(asked, found, "Give cpu, or a device that torch sees") from error
+        return device
 
 
 class Running(OnDevice):
@@ -205,7 +234,9 @@ class Tuning(Request):
 
 
 class Run(Pruning, Tuning, Watching, Resuming):
-    """What `cria run` was asked."""
+    """Do a whole recipe: dense model, pruning, one recovery, checkpoint and report."""
+
+    work, shared = "commands.run", True
 
     recipe: str = argument("digits, cifar10-resnet20, cifar10-resnet56, sst2-minilm or llama-shakespeare.")
     reductions: tuple[float, ...] = several(
@@ -221,7 +252,9 @@ class Run(Pruning, Tuning, Watching, Resuming):
 
 
 class Inspect(Request):
-    """What `cria inspect` was asked."""
+    """Show what can be removed from a network, what a unit costs, and why the rest cannot."""
+
+    work = "inspect.inspect"
 
     model: str = argument(
         "A recipe, the folder of a checkpoint or of a Hugging Face model, or package.module:function "
@@ -238,7 +271,12 @@ class Inspect(Request):
 
 
 class Score(OfTarget, Data, Scoring, Saving):
-    """What `cria score` was asked."""
+    """Score the units of every group and show how far the scores can be trusted; cut nothing.
+
+    With --output the scores are kept, and what repair needs, to prune to any size later.
+    """
+
+    work, shared = "scores.score", True
 
     repair: PruneConfig = options(PruneConfig, "compensate")
     output: Path | None = option(
@@ -247,7 +285,12 @@ class Score(OfTarget, Data, Scoring, Saving):
 
 
 class Plan(OfTarget, Data, Pruning, Saving):
-    """What `cria plan` was asked."""
+    """Show which units would stay after one round, and cut nothing; with --dry-run what it all would take.
+
+    --dry-run runs no calibration: it says what is reachable, the passes over the data and the peak memory.
+    """
+
+    work = "plans.plan"
 
     dry_run: bool = option(
         False, "Predict memory and passes, and say what is reachable; score nothing", group=RUNNING
@@ -256,9 +299,9 @@ class Plan(OfTarget, Data, Pruning, Saving):
 
 
 class Ablate(OfTarget, Data, Scoring, Saving):
-    """What `cria ablate` was asked."""
+    """Measure a criterion: remove the lowest-scored, the highest-scored and random units, share by share."""
 
-    group = MEASURE
+    group, work = MEASURE, "measure.ablate"
 
     shares: str | None = option(
         None, "Shares of every group's units to remove, separated by commas", shown="0.1 to 0.9 by 0.1"
@@ -268,7 +311,12 @@ class Ablate(OfTarget, Data, Scoring, Saving):
 
 
 class Prune(OfTarget, Data, FromScores, Watching, Resuming):
-    """What `cria prune` was asked."""
+    """Cut a share out of a network and save it, without recovery; a checkpoint can be cut again.
+
+    A Hugging Face model needs texts, --calibration or --dataset; plain transformers loads the result.
+    """
+
+    work, shared = "commands.prune", True
 
     offload: bool = option(
         False, "For a folder whose model is larger than the memory: layer by layer, in one round unless "
@@ -278,7 +326,9 @@ class Prune(OfTarget, Data, FromScores, Watching, Resuming):
 
 
 class Sweep(OfTarget, Data, FromScores, Resuming):
-    """What `cria sweep` was asked."""
+    """Score a network once and prune it to several sizes, each in one round: a family, and its trade-off."""
+
+    work, shared = "sweep.sweep", True
 
     reductions: tuple[float, ...] = several(
         PlanConfig, "reduction", "Share to remove, between 0 and 1; one size for each", "0.1 to 0.7 by 0.1"
@@ -287,14 +337,18 @@ class Sweep(OfTarget, Data, FromScores, Resuming):
 
 
 class Recover(Data, Tuning, Resuming):
-    """What `cria recover` was asked."""
+    """Fine-tune a checkpoint once and save the result."""
+
+    work, shared = "commands.recover", True
 
     checkpoint: str = argument("The folder of a checkpoint.")
     teacher: str | None = option(None, "Folder or hub name of the dense model, for --distill", group=RECOVER)
 
 
 class Report(Saving):
-    """What `cria report` was asked."""
+    """Make one HTML page of a run or a bench, from the files in its folder."""
+
+    work = "report.report"
 
     folder: Path = argument("What cria run or cria prune wrote, or a folder of a bench's result files.")
     layer: str | None = option(
@@ -304,7 +358,9 @@ class Report(Saving):
 
 
 class Bench(OnDevice):
-    """What `cria bench` was asked."""
+    """Measure criteria against each other, one result file per cell; what is there is not measured again."""
+
+    work = "benches.bench"
 
     suite: str = argument(
         "digits, resnet20, resnet56, sst2-minilm or llama-shakespeare, or a folder of YAML files."
@@ -315,10 +371,10 @@ class Bench(OnDevice):
     output: Path | None = option(None, "Folder for the result files", shown="bench/NETWORK", group=OUTPUT)
 
 
-class Evaluate(OfTarget, Data, Running):
-    """What `cria eval` was asked."""
+class Eval(OfTarget, Data, Running):
+    """Evaluate a recipe's dense model or a checkpoint on the test split, any language model on a text."""
 
-    group = MEASURE
+    group, work = MEASURE, "measure.evaluate"
 
     tasks: str | None = option(None, "Tasks of lm-eval, separated by commas, in place of a text")
     task_folder: Path | None = option(None, "Folder with further task files of lm-eval")
@@ -379,27 +435,8 @@ def recover_config(request: Recover | Run, defaults: RecoverConfig) -> RecoverCo
 
     seed = {} if request.seed is None else {"seed": request.seed}
     config = RecoverConfig(**{**defaults.model_dump(), **seed, **request.tune.given()})
-    check_possible(config, pick_device(request.device))  # before the long work, not after it
+    check_possible(config, request.torch_device)  # before the long work, not after it
     return config
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device of that name.
-
-    Raises:
-        ConfigError: there is no such device here.
-    """
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        found = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(f"The device {name!r}", found, "Give cpu, or a device that torch sees") from error
-    return device
 
 
 def _read(path: Path) -> PruneConfig:
@@ -408,14 +445,3 @@ def _read(path: Path) -> PruneConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The configuration {path}", str(error), "Give a YAML or JSON file") from error
     return PruneConfig.from_text(text)
-
-
-def texts_of(request: Data) -> Texts:
-    """Return the data that were given."""
-    from cria_prune.tasks.folder import Texts
-
-    if request.calibration is not None and request.dataset is not None:
-        raise ConfigError(
-            "Texts to calibrate on", "both --calibration and --dataset were given", "Give one of the two"
-        )
-    return Texts(request.calibration, request.dataset, request.text)

@@ -6,19 +6,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cria_prune.base.batches import Batch, model_inputs
-from cria_prune.base.metrics import Metric, metric
-from cria_prune.cli.talk import Talk, percent
+from cria_prune.base.metrics import Metric, metric, percent
+from cria_prune.cli.output import Output
 from cria_prune.config import OF
-from cria_prune.result import PruneResult, Round
+from cria_prune.result import Round
 
 if TYPE_CHECKING:
-    from cria_prune.cli.outline import Inventory
-    from cria_prune.cli.target import Source
     from cria_prune.structure.groups import UnitGroups
 
 
-def rounds(talk: Talk, done: Sequence[Round], metric: Metric) -> None:
+def rounds(out: Output, done: Sequence[Round], metric: Metric) -> None:
     """Print one row per round."""
     watched = any(item.metric is not None for item in done)
     columns = ["round", "parameters", "MACs", "removed", "masked = pruned", "seconds"]
@@ -34,10 +31,10 @@ def rounds(talk: Talk, done: Sequence[Round], metric: Metric) -> None:
             f"{sum(item.seconds.values()):.1f}",
         ]
         rows.append([*row, metric.text(item.metric)] if watched else row)
-    talk.table([*columns, f"validation {metric.name}"] if watched else columns, rows)
+    out.table([*columns, f"validation {metric.name}"] if watched else columns, rows)
 
 
-def outcome(talk: Talk, results: Mapping[str, Any], metric: Metric) -> None:
+def outcome(out: Output, results: Mapping[str, Any], metric: Metric) -> None:
     """Print dense, pruned and recovered side by side, and what was asked and reached."""
     dense = [f"{results['parameters_dense']:,.0f}", f"{results['macs_dense']:,.0f}"]
     now = [f"{results['parameters']:,.0f}", f"{results['macs']:,.0f}"]
@@ -49,19 +46,19 @@ def outcome(talk: Talk, results: Mapping[str, Any], metric: Metric) -> None:
     change = metric.change(results.get("dense"), results.get("recovered", results.get("pruned")))
     shares = (results[key] / results[f"{key}_dense"] for key in ("parameters", "macs"))
     rows.append(["left", change, *(percent(share) for share in shares)])
-    talk.table(["model", metric.name, "parameters", "MACs per example"], rows)
+    out.table(["model", metric.name, "parameters", "MACs per example"], rows)
     if "asked" in results:
         cost = results.get("scoring_over_forward")
-        talk.say(
+        out.say(
             f"asked {percent(results['asked'])} of the {OF.texts[results['of']]}, "
             f"removed {percent(results['reduction'])}; criterion {results['criterion']}, "
             + ("scored before" if cost is None else f"scoring took {cost:g} times a forward pass")
         )
     if "changed" in results:
-        talk.say(f"without training: {results['changed']}")
+        out.say(f"without training: {results['changed']}")
     if "milliseconds" in results:
         before, now = results["milliseconds_before"], results["milliseconds"]
-        talk.say(
+        out.say(
             f"a forward pass took {before:.3g} ms per calibration example before the pruning, {now:.3g} ms "
             f"after it ({before / max(now, 1e-9):.2f} times as fast)"
         )
@@ -86,7 +83,7 @@ def measured(results: Mapping[str, Any], metric: Metric) -> list[dict[str, Any]]
     return [{key: row.get(key, "") for key in columns} for row in rows]
 
 
-def family(talk: Talk, members: Sequence[Mapping[str, Any]], metric: Metric) -> None:
+def family(out: Output, members: Sequence[Mapping[str, Any]], metric: Metric) -> None:
     """Print one row per size of a family, the dense model first."""
     first, tuned = members[0], any("recovered" in item for item in members)
     last = "recovered" if tuned else "pruned"
@@ -103,45 +100,29 @@ def family(talk: Talk, members: Sequence[Mapping[str, Any]], metric: Metric) -> 
                 f"{item['parameters']:,.0f}",
             ]
         )
-    talk.table([*columns, "parameters"], rows)
+    out.table([*columns, "parameters"], rows)
 
 
-def left_alone(talk: Talk, groups: UnitGroups) -> None:
+def left_alone(out: Output, groups: UnitGroups) -> None:
     """Say which kinds of units a vanilla configuration cannot hold, and how to cut them all the same."""
     found = {group.kind: group.frozen for group in groups if "vanilla" in (group.frozen or "")}
     for kind, reason in found.items():
-        talk.say(f"{kind} units stay: {reason} (--policy per-layer cuts them)")
+        out.say(f"{kind} units stay: {reason} (--policy per-layer cuts them)")
 
 
-def further(talk: Talk, name: str, found: Mapping[str, float | str]) -> None:
+def further(out: Output, name: str, found: Mapping[str, float | str]) -> None:
     """Print what else there is to say of a model: one line per figure, a sample of text as it is."""
     for key, value in found.items():
         if isinstance(value, str):
-            talk.say(f"{name} {key}:".strip())
-            talk.say("\n".join(f"    {line}" for line in value.splitlines()))
+            out.say(f"{name} {key}:".strip())
+            out.say("\n".join(f"    {line}" for line in value.splitlines()))
         else:
             length = re.fullmatch(r"perplexity-(\d+)", key)
             said = f"  ({int(length[1]):,} tokens per sequence)" if length else ""
-            talk.say(f"{(name + ' ' + key).strip():<20} {metric(key).text(value):>9}{said}")
+            out.say(f"{(name + ' ' + key).strip():<20} {metric(key).text(value):>9}{said}")
 
 
-def model(talk: Talk, source: Source, found: Inventory) -> None:
-    """Print which model it is, what it costs and on which inputs that was counted."""
-    talk.say(
-        f"{type(source.model).__name__}: {found.parameters:,} parameters, {found.macs:,.0f} MACs per example"
-    )
-    talk.say(f"example: {inputs(source.example)}")
-
-
-def inputs(example: Batch) -> str:
-    """Return the shapes of a batch: `(2, 3, 32, 32)` or `input_ids (2, 16), attention_mask (2, 16)`."""
-    args, named = model_inputs(example)
-    shapes = [str(tuple(item.shape)) for item in args]
-    shapes += [f"{name} {tuple(item.shape)}" for name, item in named.items() if hasattr(item, "shape")]
-    return ", ".join(shapes)
-
-
-def diagnosis(talk: Talk, groups: Mapping[str, Mapping[str, Any]]) -> None:
+def diagnosis(out: Output, groups: Mapping[str, Mapping[str, Any]]) -> None:
     """Print one row per group: how its units were scored and how far the scores can be trusted."""
     rows = []
     for name, item in groups.items():
@@ -161,34 +142,4 @@ def diagnosis(talk: Talk, groups: Mapping[str, Mapping[str, Any]]) -> None:
             ]
         )
     columns = ["group", "solver", "status", "units", "dead", "split-half", "min", "median", "max"]
-    talk.table(columns, rows, left=3)
-
-
-def report(
-    result: PruneResult, results: Mapping[str, Any], metric: str, origin: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return what a run keeps for its page: plain JSON, see `report.folder.write_run`."""
-    cost = OF.texts[results["of"]]
-    return {
-        **results,
-        "title": f"{results['recipe'] or results['model']}: {percent(results['reduction'])} of the {cost} "
-        "removed",
-        "metric": metric,
-        "rounds": [
-            {
-                "round": item.number,
-                "parameters": item.report["parameters"],
-                "reduction": item.report["reached"],
-                "metric": item.metric,
-                "masked_equals_pruned": None if item.verification is None else item.verification.difference,
-                "seconds": dict(item.seconds),
-            }
-            for item in result.rounds
-        ],
-        "widths": {
-            group.name: [group.size, result.groups[group.name].size] for group in result.dense.prunable
-        },
-        "frozen": {group.name: group.frozen for group in result.dense if group.frozen is not None},
-        "provenance": dict(origin),
-        "config": result.config.model_dump(mode="json"),
-    }
+    out.table(columns, rows, left=3)

@@ -8,25 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from cria_prune.artifact.scores import SCORES, load_scores
-from cria_prune.base.errors import ConfigError, TargetError
-from cria_prune.base.files import check_free, write_json
+from cria_prune.base.errors import TargetError
+from cria_prune.base.files import write_json
 from cria_prune.base.progress import clock
 from cria_prune.base.ranks import world
 from cria_prune.cli import show, target
 from cria_prune.cli.commands import (
+    Steps,
+    check_family,
     dense_model,
     job_of,
-    member_name,
+    member,
     prepared_for,
     saved_as,
-    whole_pruning,
 )
 from cria_prune.cli.folder import interrupts_wait
-from cria_prune.cli.job import PRUNED, Job
+from cria_prune.cli.job import Job
+from cria_prune.cli.output import Output
 from cria_prune.cli.report import picture
 from cria_prune.cli.scores import config_from, given_scores, keep_scores
-from cria_prune.cli.settings import Sweep, pick_device, texts_of
-from cria_prune.cli.talk import Kept
+from cria_prune.cli.settings import Sweep
 from cria_prune.config import PruneConfig
 from cria_prune.report.curves import plot_tradeoff
 from cria_prune.scores import Scored, hash_of, scored_of
@@ -36,32 +37,30 @@ SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 RESULT, PICTURE, KEPT_SCORES = "sweep.json", "sweep.png", "scores"
 
 
-def sweep(request: Sweep, kept: Kept) -> None:
+def sweep(request: Sweep, out: Output) -> None:
     """Score once, prune to every share in one round each, save and measure; then table and picture."""
-    found = target.find(request.target, texts_of(request))
+    found = target.find(request.target, request.texts)
     found.check_changeable()
     scored, shares = given_scores(request), request.reductions or SHARES
     defaults = found.prune_defaults()
     configs = [config_from(request, defaults, scored, rounds=1, reduction=share) for share in shares]
-    names = [member_name(config) for config in configs]
-    if len(set(names)) < len(names):
-        raise ConfigError("A family of reductions", f"found {', '.join(names)}", "Give each share once")
-    prepared = prepared_for(found, configs[0], pick_device(request.device))
+    check_family([Steps(config) for config in configs])
+    prepared = prepared_for(found, configs[0], request.torch_device)
     configs, beyond = reachable(prepared, configs, asked=bool(request.reductions))
     found.policy = saved_as(configs[0])
-    with job_of(found, "-sweep", request, kept, several=True) as job:
+    with job_of(found, "-sweep", request, out, several=True) as job:
         if beyond:
-            job.talk.note(f"left out, beyond what can be removed: {', '.join(beyond)}")
+            job.out.note(f"left out, beyond what can be removed: {', '.join(beyond)}")
         prepared = prepared.with_model(dense_model(job))
         if scored is None:
             scored = own_scores(job, prepared.with_config(configs[0]))
         members, here, drawn = list[Mapping[str, Any]](), world(), ""
         for config in configs:
-            members.append(member(job, prepared, scored.applied(config), scored))
+            members.append(member(job, prepared, Steps(scored.applied(config), scored=scored)))
             drawn = here.lead("Keeping the sizes", lambda: keep(job, members))
-        show.family(job.talk, members, found.metric)
-        job.talk.say(f"result {job.output / RESULT}, {drawn}")
-        job.talk.answer({**job.results, "output": str(job.output), "family": members})
+        show.family(job.out, members, found.metric)
+        job.out.say(f"result {job.output / RESULT}, {drawn}")
+        job.out.answer({**job.results, "output": str(job.output), "family": members})
 
 
 def reachable(
@@ -87,7 +86,7 @@ def reachable(
 def own_scores(job: Job, prepared: Prepared) -> Scored:
     """Return the scores that an earlier run left in the output folder, if they are these; else score."""
     folder, config = job.output / KEPT_SCORES, prepared.config
-    if job.resume and (folder / SCORES).exists():
+    if job.request.resume and (folder / SCORES).exists():
         found = load_scores(folder)
         same = {"record", "score", "compensate"}
         asked = [item.model_dump(include=same) for item in (found.config, config)]
@@ -96,24 +95,8 @@ def own_scores(job: Job, prepared: Prepared) -> Scored:
     scored = scored_of(prepared, seconds=job.seconds)
     with clock(job.seconds, "save"):
         keep_scores(folder, scored, {**job.target.named(), "provenance": job.origin})
-    job.kept.text = f"the scores are kept (go on with: the same command, --output {job.output} --resume)"
+    job.out.kept = f"the scores are kept (go on with: the same command, --output {job.output} --resume)"
     return scored
-
-
-def member(job: Job, prepared: Prepared, config: PruneConfig, scored: Scored) -> Mapping[str, Any]:
-    """Return the results of one size; one that is there already is not made again."""
-    part = job.part(member_name(config))
-    described = {"prune": config.model_dump(mode="json")}
-    done = part.finished(described, PRUNED) if job.resume else None
-    share = f"{100 * config.plan.reduction:g} % fewer"
-    job.talk.heading(share + (f": already in {part.output}" if done else ""))
-    if done is not None:
-        part.forget()
-        return done
-    if job.target.pretrained and world().first:
-        check_free(part.output, part.may_replace())
-    whole_pruning(part, prepared, config, False, scored)
-    return part.results
 
 
 def keep(job: Job, members: Sequence[Mapping[str, Any]]) -> str:

@@ -11,21 +11,21 @@ from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cria_prune.artifact.checkpoint import MANIFEST, read_checkpoint_manifest
 from cria_prune.artifact.rebuild import read_manifest
 from cria_prune.base.errors import ArtifactError, ConfigError, CriaError
 from cria_prune.base.files import MANIFEST as PRETRAINED
-from cria_prune.base.files import atomic, is_plain_file, reading, refused, sha256, write_text
+from cria_prune.base.files import Layout, is_plain_file, readable
+from cria_prune.base.metrics import percent
+from cria_prune.config import OF
 from cria_prune.graph.graph import NeuronGraphs, choose_layer
 from cria_prune.planning.plan import Plan
 from cria_prune.recipes.registry import TASKS, task
 from cria_prune.report.bench_page import read_bench, render_bench
 from cria_prune.report.run_page import render
-from cria_prune.result import Round
+from cria_prune.result import PruneResult, Round
 from cria_prune.resume.rounds import (
     RoundFacts,
     facts_of,
@@ -38,8 +38,11 @@ from cria_prune.resume.rounds import (
 from cria_prune.resume.store import State
 from cria_prune.spectrum.pencil import solve_pencil
 
-FORMAT, VERSION = "cria-run", 1
 RUN, TENSORS = "run.json", "run.tensors"
+LAYOUT = Layout(
+    "cria-run", 1, RUN, "what a run of Cria keeps",
+    "Copy the folder again from where it was made, or run the command again", TENSORS,
+)  # fmt: skip
 FILES = (RUN, TENSORS)
 
 
@@ -76,6 +79,37 @@ class RunPage(BaseModel):
     diagnosis: list[dict[str, dict[str, Any]]] = []
 
 
+def history_of(
+    result: PruneResult, results: Mapping[str, Any], metric: str, origin: Mapping[str, Any]
+) -> History:
+    """Return what a run keeps for its page."""
+    cost = OF.texts[results["of"]]
+    page = {
+        **results,
+        "title": f"{results['recipe'] or results['model']}: {percent(results['reduction'])} of the {cost} "
+        "removed",
+        "metric": metric,
+        "rounds": [
+            {
+                "round": item.number,
+                "parameters": item.report["parameters"],
+                "reduction": item.report["reached"],
+                "metric": item.metric,
+                "masked_equals_pruned": None if item.verification is None else item.verification.difference,
+                "seconds": dict(item.seconds),
+            }
+            for item in result.rounds
+        ],
+        "widths": {
+            group.name: [group.size, result.groups[group.name].size] for group in result.dense.prunable
+        },
+        "frozen": {group.name: group.frozen for group in result.dense if group.frozen is not None},
+        "provenance": dict(origin),
+        "config": result.config.model_dump(mode="json"),
+    }
+    return History(page, result.rounds, result.graphs or {})
+
+
 def write_run(
     folder: Path, page: Mapping[str, Any], rounds: Sequence[Round], graphs: Mapping[str, NeuronGraphs]
 ) -> None:
@@ -102,27 +136,13 @@ def write_run(
         "rounds": [{**row, **facts_of(item, ["diagnosis"])} for row, item in zip(rows, rounds, strict=True)],
         "diagnosis": [dict(item.diagnosis) for item in rounds],
     }
-    known: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
+    known = LAYOUT.said({
         "groups": list(groups),
         "ridges": {name: ridges_of(both) for name, both in graphs.items()},
         "sha256": "",
         "page": _finite({**page, **said}),
-    }
-    try:
-        (folder / RUN).unlink(missing_ok=True)  # an interrupted write leaves no half that looks whole
-        with atomic(folder / TENSORS) as temporary:
-            save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, temporary)
-        known["sha256"] = sha256(folder / TENSORS)
-        text = json.dumps(known, allow_nan=False)
-    except (OSError, SafetensorError) as error:
-        raise refused(f"Writing {folder / TENSORS}", error) from error
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ArtifactError(
-            f"Writing {folder / RUN}", f"something in it is no JSON, {error}", "Pass plain values"
-        ) from error
-    write_text(folder / RUN, text)
+    })  # fmt: skip
+    LAYOUT.write(folder, known, {name: value.cpu().contiguous() for name, value in tensors.items()})
 
 
 def read_run(folder: Path) -> History | None:
@@ -131,25 +151,13 @@ def read_run(folder: Path) -> History | None:
     Raises:
         ArtifactError: one of the two files is missing, damaged, foreign or of a newer format.
     """
-    path, todo = folder / RUN, "Copy the folder again from where it was made, or run the command again"
-    if not is_plain_file(path):
+    if not is_plain_file(folder / RUN):
         return None
-    asked = f"Reading {path}"
-    with reading(asked, todo):
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(known, dict) or known.get("format") != FORMAT:
-            raise ArtifactError(asked, "it is not what a run of Cria keeps", todo)
-        if known.get("version") != VERSION:
-            raise ArtifactError(
-                asked,
-                f"found format version {known.get('version')!r}, this Cria reads {VERSION}",
-                "Use the cria-prune that wrote it, or a newer one",
-            )
+    with readable(f"Reading {folder / RUN}", LAYOUT.todo):
+        known = LAYOUT.read(folder)
         page = RunPage.model_validate(known["page"])
         groups, ridges = [str(name) for name in known["groups"]], known["ridges"]
-        if not is_plain_file(folder / TENSORS) or sha256(folder / TENSORS) != known["sha256"]:
-            raise ArtifactError(asked, f"{TENSORS} beside it is missing or another", todo)
-        tensors = load_file(folder / TENSORS)
+        tensors = LAYOUT.read_tensors(folder, str(known["sha256"]))
         graphs = {
             name: graphs_of(both, tensors, f"graph/{groups.index(name)}/") for name, both in ridges.items()
         }
@@ -345,14 +353,14 @@ def _ablation(folder: Path) -> dict[str, Any] | None:
     path = folder / ABLATION
     if not is_plain_file(path):
         return None
-    with reading(f"Reading {path}", "Make it again with cria ablate, or remove it"):
+    with readable(f"Reading {path}", "Make it again with cria ablate, or remove it"):
         return Ablation.model_validate(json.loads(path.read_text(encoding="utf-8"))).model_dump()
 
 
 def _from_manifest(folder: Path) -> dict[str, Any]:
     """Return what the manifest of a pruned model says of its run."""
     own = is_plain_file(folder / MANIFEST)
-    manifest = read_checkpoint_manifest(folder / MANIFEST) if own else read_manifest(folder)
+    manifest = read_checkpoint_manifest(folder) if own else read_manifest(folder)
     plan = Plan.from_dict(manifest["plan"])
     results, config = manifest.get("results"), manifest.get("config")
     results = results if isinstance(results, dict) else {}

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from cria_prune.base.batches import Batch
 from cria_prune.base.errors import CriaError
-from cria_prune.base.modules import digest
+from cria_prune.base.modules import digest, first_names
 from cria_prune.config import PruneConfig
 from cria_prune.graph.graph import Graph, NeuronGraphs
 from cria_prune.graph.moments import Moments
@@ -293,16 +293,12 @@ def asked_of(config: PruneConfig, example: Batch) -> dict[str, Any]:
 
 def _weights(model: nn.Module) -> State:
     """Return copies of the state, a tensor of several names under the first."""
-    seen: set[tuple[Any, ...]] = set()
-    found: State = {}
-    for name, value in model.state_dict().items():
-        # One memory, shape and stride is one tensor: tied weights
-        # are kept once, and are still tied when they come back.
-        place = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else (name,)
-        if place not in seen:
-            seen.add(place)
-            found[name] = value.detach().clone(memory_format=torch.contiguous_format)
-    return found
+    state = model.state_dict()
+    return {
+        name: state[name].detach().clone(memory_format=torch.contiguous_format)
+        for name, first in first_names(state).items()
+        if name == first
+    }
 
 
 def _put_back(model: nn.Module, state: State) -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cria_prune.base.errors import ArtifactError
+from cria_prune.base.files import flush
 from cria_prune.base.modules import digest
 
 ANOTHER = "Pass another folder, or remove this one to start anew"
@@ -80,12 +80,9 @@ class Store:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
             save_file(tensors, unfinished / self.path.name, metadata=said)
-            # First the contents, then the name: after a power failure a renamed file could be empty
-            # otherwise. The rename is whole or not at all, and the state before is there until then.
-            _flush(unfinished / self.path.name)
+            flush(unfinished / self.path.name)
             os.replace(unfinished / self.path.name, self.path)
-            with suppress(OSError):  # some file systems cannot flush a folder
-                _flush(self.folder)
+            flush(self.folder)
         except (OSError, SafetensorError) as error:
             raise ArtifactError(
                 asked,
@@ -238,11 +235,3 @@ def _differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
 def _short(value: Any) -> str:
     text = "nothing" if value is None else str(value)
     return text if len(text) <= 40 else f"{text[:12]}..."
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

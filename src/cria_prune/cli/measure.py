@@ -1,4 +1,4 @@
-"""What `cria ablate` does: one scoring, many cuts, a table, a file and a picture."""
+"""`cria ablate` and `cria eval`: what a criterion is worth, and what a model is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from cria_prune.ablation import COLUMNS, SHARES, Ablation, check_seeds, check_shares
 from cria_prune.ablation import ablate as sweep
 from cria_prune.artifact.rebuild import provenance
@@ -14,13 +16,12 @@ from cria_prune.base.batches import Batch, batch_size
 from cria_prune.base.errors import ConfigError
 from cria_prune.base.files import write_json
 from cria_prune.base.progress import clock
-from cria_prune.cli import target
+from cria_prune.cli import show, target
 from cria_prune.cli.folder import claimed, interrupts_wait
-from cria_prune.cli.inspect import check_measured
 from cria_prune.cli.job import rounded
+from cria_prune.cli.output import Output
 from cria_prune.cli.report import picture
-from cria_prune.cli.settings import Ablate, pick_device, prune_config, texts_of
-from cria_prune.cli.talk import Talk
+from cria_prune.cli.settings import Ablate, Eval, prune_config
 from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig
 from cria_prune.report.curves import plot_ablation
@@ -29,23 +30,23 @@ from cria_prune.stages import prepare, rank
 RESULT, PICTURE = "ablation.json", "ablation.png"
 
 
-def ablate(request: Ablate) -> None:
+def ablate(request: Ablate, out: Output) -> None:
     """Score the units once, then measure what is left without the lowest, the highest and random ones."""
-    found, talk = target.find(request.target, texts_of(request)), Talk(request.quiet)
+    found = target.find(request.target, request.texts)
     config = prune_config(request, found.prune_defaults())
     shares, seed, limit = given_shares(request.shares), request.base_seed, request.limit
     seeds = check_seeds(range(seed, seed + request.random_seeds))
     if limit is not None and limit < 1:
         raise ConfigError("A limit of test examples", f"found {limit}", "Give 1 or more, or leave it out")
     check_measured(found, request.target)
-    device, seconds = pick_device(request.device), dict[str, float]()
+    device, seconds = request.torch_device, dict[str, float]()
     with claimed(request.output, f"{found.task.name}-ablation", request.overwrite) as folder:
         with clock(seconds, "data"):
             origin = provenance(seed, request.command, found.task.fingerprint(), device)
             batches, tested_on = test_split(found, limit)
             calibration = found.task.calibration(config.record.examples, config.record.seed)
         with clock(seconds, "model"):
-            model = found.model(device, seed, talk.progress)
+            model = found.model(device, seed, out.progress)
         plain = config.model_copy(update={"compensate": False, "verify": True})  # cuts alone, each proven
         prepared = prepare(model, calibration, plain, example=found.task.example)
         ranking = rank(prepared)
@@ -54,7 +55,7 @@ def ablate(request: Ablate) -> None:
             result = sweep(
                 model, prepared.groups, ranking.importances,
                 lambda network: found.task.evaluate(network, batches), shares, seeds=seeds,
-                measure=found.metric, reference=prepared.reference, progress=talk.progress,
+                measure=found.metric, reference=prepared.reference, progress=out.progress,
             )  # fmt: skip
         head = {
             "target": request.target,
@@ -63,11 +64,11 @@ def ablate(request: Ablate) -> None:
             "limit": limit,
             "tested_on": tested_on,
         }
-        show(talk, result, head)
+        show_ablation(out, result, head)
         drawn = keep(folder, {**result.to_dict(), **head, **described(config), "provenance": origin})
-        talk.say(f"result {folder / RESULT}, {drawn}")
+        out.say(f"result {folder / RESULT}, {drawn}")
     answer = {key: value for key, value in result.to_dict().items() if key != "curves"}
-    talk.answer(
+    out.answer(
         {**head, **answer, "seed": seed, "device": str(device), "output": str(folder),
          "seconds": rounded(seconds)}
     )  # fmt: skip
@@ -99,18 +100,18 @@ def test_split(found: Target, limit: int | None) -> tuple[Iterable[Batch], str]:
     return batches, f"the first {sum(map(batch_size, batches)):,} test examples"
 
 
-def show(talk: Talk, result: Ablation, head: dict[str, Any]) -> None:
+def show_ablation(out: Output, result: Ablation, head: dict[str, Any]) -> None:
     """Print the table, what was removed in it and what it says of the criterion."""
     name = result.metric.name
-    talk.say(f"dense {name:<14} {result.metric.text(result.dense):>9}  ({head['tested_on']})")
-    talk.table(COLUMNS, result.rows(), left=0)
-    talk.say(
+    out.say(f"dense {name:<14} {result.metric.text(result.dense):>9}  ({head['tested_on']})")
+    out.table(COLUMNS, result.rows(), left=0)
+    out.say(
         f"{name} after removing units by {head['criterion']}, lowest or highest first, or in "
         f"{len(result.seeds)} random orders (mean, lowest to highest);"
     )
-    talk.say("units removed: the same share of every group, rounded to whole units, one at least stays")
-    talk.say(f"largest difference between masked and pruned: {result.difference:.0e}")
-    talk.say(result.verdict)
+    out.say("units removed: the same share of every group, rounded to whole units, one at least stays")
+    out.say(f"largest difference between masked and pruned: {result.difference:.0e}")
+    out.say(result.verdict)
 
 
 def described(config: PruneConfig) -> dict[str, Any]:
@@ -127,3 +128,57 @@ def keep(folder: Path, values: dict[str, Any]) -> str:
         drawn = picture(folder / PICTURE, title, (5.4, 3.6), partial(plot_ablation, values))
         write_json(folder / RESULT, values, allow_nan=False)
     return drawn
+
+
+def evaluate(request: Eval, out: Output) -> None:
+    """The metric on the test split, or on texts of the user; or tasks of lm-eval."""
+    found = target.find(request.target, request.texts)
+    seconds: dict[str, float] = {}
+    device, seed = request.torch_device, request.base_seed
+    with clock(seconds, "model"):
+        model = found.model(device, seed, out.progress)
+    metrics: dict[str, Any] = {}
+    with clock(seconds, "evaluate"):
+        if request.tasks:
+            metrics = harness_of(request, found, model)
+        else:
+            check_measured(found, request.target)
+            value = found.task.evaluate(model, found.task.test_batches(), out.progress)
+            metrics = {found.task.metric: value, **found.task.further(model, out.progress)}
+    parameters = sum(item.numel() for item in model.parameters())
+    out.table(["target", "parameters"], [[request.target, f"{parameters:,}"]])
+    show.further(out, "", metrics)
+    out.answer(
+        {
+            "target": request.target,
+            **found.named(),
+            **metrics,
+            "parameters": parameters,
+            "seed": seed,
+            "device": str(device),
+            "seconds": rounded(seconds),
+        }
+    )
+
+
+def check_measured(found: Target, name: str) -> None:
+    """Raise a ConfigError if the test split lacks what the metric needs."""
+    if not found.task.measured:
+        raise ConfigError(
+            f"An {found.task.metric} of {name}", "the texts have no labels",
+            "Give --dataset with a column label",
+        )  # fmt: skip
+
+
+def harness_of(request: Eval, found: Target, model: nn.Module) -> dict[str, float]:
+    """Return what lm-eval measures on the tasks that were named."""
+    from cria_prune.tasks.harness import harness
+
+    if not found.pretrained:
+        raise ConfigError(
+            f"Tasks of lm-eval for {request.target}",
+            "it is no language model of transformers",
+            "Leave out --tasks",
+        )
+    names = [name.strip() for name in (request.tasks or "").split(",") if name.strip()]
+    return harness(model, found.task.tokenizer, names, folder=request.task_folder, limit=request.limit)

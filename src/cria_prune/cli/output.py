@@ -63,18 +63,19 @@ class Breakable:
 WIDTH, GAP, INDENT, MARK = 120, 3, "    ", "\ue000"
 
 
-class Talk:
+class Output:
     """Prints for a person, unless quiet, and ends with one line for a program.
 
     Of several processes the first alone says anything.
 
-    Args:
+    Attributes:
         quiet: leave out everything but the last line.
+        kept: what an interruption would leave behind, in words; the command keeps it up to date.
     """
 
-    def __init__(self, quiet: bool = False) -> None:
-        self._silent = launch.rank() > 0
-        self.quiet = quiet or self._silent
+    def __init__(self) -> None:
+        self.quiet = self._silent = launch.rank() > 0
+        self.kept = "nothing was saved"
         self._spaced = False
 
     @property
@@ -164,30 +165,23 @@ class Talk:
             print(json.dumps(values, allow_nan=False), flush=True)
 
 
-class Kept:
-    """What an interrupted command leaves behind, in words; the command keeps it up to date."""
-
-    def __init__(self) -> None:
-        self.text = "nothing was saved"
-
-
 @contextmanager
-def answering(several: bool = False) -> Iterator[Kept]:
+def answering(several: bool = False) -> Iterator[Output]:
     """Turn the errors of Cria and Ctrl-C into one line on stderr and an exit code: 2 and 130.
 
     Args:
         several: the command can be shared out over several processes.
     """
-    kept = Kept()
+    out = Output()
     try:
         with launch.sharing(several):
-            yield kept
+            yield out
     except CriaError as error:
         where = f" on rank {launch.rank()}" if launch.size() > 1 else ""
         print(f"error{where}: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        print(f"interrupted: {kept.text}", file=sys.stderr)
+        print(f"interrupted: {out.kept}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
@@ -198,8 +192,3 @@ def _placed(
     widths = [max(map(len, cells)) + GAP for cells in zip(columns, *rows, strict=True)]
     fits = sum(widths) + max(map(len, remarks), default=0) <= width
     return (remarks, []) if fits else ([], remarks)
-
-
-def percent(share: float | None) -> str:
-    """Return a share as per cent with two digits: 0.9339 is 93.39 %."""
-    return "" if share is None else f"{share * 100:.2f} %"
