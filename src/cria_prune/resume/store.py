@@ -80,6 +80,8 @@ class Store:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
             save_file(tensors, unfinished / self.path.name, metadata=said)
+            # First the contents, then the name: after a power failure a renamed file could be empty
+            # otherwise. The rename is whole or not at all, and the state before is there until then.
             flush(unfinished / self.path.name)
             os.replace(unfinished / self.path.name, self.path)
             flush(self.folder)
