@@ -68,7 +68,7 @@ class Plan:
             dimension that stays whole has no cut.
         report: asked, reached and reachable shares and their denominators.
         attributes: what modules say of their sizes, beyond the shapes of their own parameters.
-        normed: a normalisation takes statistics over removed units, see `surgery/twin.py`.
+        normed: a normalisation takes statistics over removed units, see `surgery/verify.py`.
     """
 
     sizes: Mapping[str, int]

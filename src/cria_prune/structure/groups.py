@@ -96,7 +96,7 @@ class UnitGroup:
         assumes: what a trial cut has to show before the group may be pruned.
         counts: attributes of modules that say how many units there are.
         normed: a normalisation takes its statistics over the units, so that the others change
-            when some leave: verified by the twin of operations, see `surgery/twin.py`.
+            when some leave: verified by the twin of operations, see `surgery/verify.py`.
     """
 
     name: str
