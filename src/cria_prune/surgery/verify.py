@@ -210,14 +210,15 @@ class Verification:
 def mask(model: nn.Module, plan: Plan) -> nn.Module:
     """Return a copy of the dense model in which no consumer reads a removed unit."""
     masked = copy_of(model)
-    _zero_consumers(named_tensors(masked), plan)
+    zero_consumers(named_tensors(masked), plan)
     return masked
 
 
-def _zero_consumers(tensors: Mapping[str, Tensor], plan: Plan) -> None:
+def zero_consumers(tensors: Mapping[str, Tensor], plan: Plan) -> None:
+    """Zero, in place, what of these weights reads a removed unit."""
     with torch.no_grad():
         for cut in plan.cuts:
-            if cut.role == "consumes":
+            if cut.role == "consumes" and cut.tensor in tensors:
                 gone = torch.ones(cut.size, dtype=torch.bool)
                 gone[list(cut.kept)] = False
                 index = torch.nonzero(gone).ravel().to(tensors[cut.tensor].device)
@@ -370,7 +371,7 @@ class Reference:
         tensors = named_tensors(self.model)
         names = {cut.tensor for cut in plan.cuts if cut.role == "consumes"}
         before = {name: tensors[name].detach().clone() for name in names}
-        _zero_consumers(tensors, plan)
+        zero_consumers(tensors, plan)
         try:
             return self._run(self.model)
         finally:
