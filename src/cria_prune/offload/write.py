@@ -17,13 +17,12 @@ from torch import Tensor, nn
 
 from cria_prune.artifact.layers import check_sizes
 from cria_prune.artifact.pretrained import container
-from cria_prune.base.batches import Batch
+from cria_prune.base.batches import Batch, outputs
 from cria_prune.base.dispatched import Loaded, changed, first_names
 from cria_prune.base.errors import ArtifactError, StructureError, VerificationError, needed
 from cria_prune.base.events import passed
 from cria_prune.base.files import GENERATION, copy_known, refused
 from cria_prune.base.modules import give_back, named_tensors
-from cria_prune.offload.turns import outputs
 from cria_prune.planning.plan import Plan
 from cria_prune.repair.consumers import Repair, compensate
 from cria_prune.resume.turns import Spilled

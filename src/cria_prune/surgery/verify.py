@@ -20,11 +20,12 @@ from cria_prune.base.batches import (
     model_inputs,
     move,
     named_shortage,
+    outputs,
     ran_out,
 )
 from cria_prune.base.errors import VerificationError, said
 from cria_prune.base.events import passed
-from cria_prune.base.modules import cache_off, copy_of, device_of, named_tensors, shared_copy
+from cria_prune.base.modules import copy_of, device_of, named_tensors, shared_copy
 from cria_prune.planning.plan import Plan
 from cria_prune.structure.rules.core import argument, operation_name
 from cria_prune.structure.rules.layers import STATISTICS, reduced_dims
@@ -384,10 +385,7 @@ class Reference:
         return kwargs if kwargs else args[0]
 
     def _run(self, model: nn.Module) -> list[Tensor]:
-        args, kwargs = _cast(model_inputs(self._example), self.dtype)
-        model = shared_copy(model).eval()  # some forwards keep caches on their module
-        with cache_off(model), torch.random.fork_rng(devices=[]), torch.no_grad():
-            return [item for item in tree_leaves(model(*args, **kwargs)) if isinstance(item, Tensor)]
+        return outputs(shared_copy(model), self._batch())  # some forwards keep caches on their module
 
 
 LESS = (
