@@ -23,7 +23,7 @@ from watching import counted, interrupted_at, never
 
 from cria_prune import PruneConfig, discover, load, prune, prune_offloaded, record, score, watch
 from cria_prune.artifact.rebuild import read_plan
-from cria_prune.base.batches import Batch
+from cria_prune.base.batches import Batch, outputs
 from cria_prune.base.dispatched import (
     Weights,
     changed,
@@ -45,7 +45,7 @@ from cria_prune.base.progress import QUIET
 from cria_prune.cli.main import app
 from cria_prune.offload import write
 from cria_prune.offload.prune import Offloaded
-from cria_prune.offload.turns import Chain, outputs, plan_turns, score_in_turns
+from cria_prune.offload.turns import Chain, plan_turns, score_in_turns
 from cria_prune.result import PruneResult
 from cria_prune.stages import Prepared, prepare
 from cria_prune.tasks.loading import load_pretrained

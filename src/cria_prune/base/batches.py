@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from cria_prune.base.errors import CriaError, DataError, ResourceError, first_line
-from cria_prune.base.modules import digest
+from cria_prune.base.modules import cache_off, digest
 
 Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
@@ -71,6 +71,13 @@ def forward(model: Callable[..., Any], batch: Batch, step: Callable[[Batch], Any
             f"{type(error).__name__}: {error}",
             "Pass batches that the model's forward accepts",
         ) from error
+
+
+def outputs(model: nn.Module, example: Batch) -> list[Tensor]:
+    """Return the tensors of a model's output for an example, in evaluation mode, without gradients."""
+    args, kwargs = model_inputs(map_tensors(example, torch.clone))  # a forward may write into its input
+    with cache_off(model), torch.random.fork_rng(devices=[]), torch.no_grad():
+        return [item for item in tree_leaves(model.eval()(*args, **kwargs)) if isinstance(item, Tensor)]
 
 
 def ran_out(error: BaseException) -> bool:

@@ -193,18 +193,24 @@ def give_back() -> None:
 
 
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """On leaving, also by an exception, restore what recording changes.
-
-    That is: train or eval mode of every submodule, `requires_grad` and `.grad` of every parameter,
-    and the global generators of torch (CPU, and CUDA once in use), NumPy and Python.
-    """
+def random_kept() -> Iterator[None]:
+    """Put the global generators of torch (CPU, and CUDA once in use), NumPy and Python back on leaving."""
     python, numpy = random.getstate(), np.random.get_state()
-    forked = torch.random.fork_rng(devices=devices_in_use())
-    gradients = attributes_kept(model.parameters(), "requires_grad", "grad")
-    with modes_kept(model), cache_off(model), plain_attention(model), forked, gradients:
+    with torch.random.fork_rng(devices=devices_in_use()):
         try:
             yield
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """On leaving, also by an exception, restore what recording changes.
+
+    That is: train or eval mode of every submodule, `requires_grad` and `.grad` of every parameter,
+    and the global generators, see `random_kept`.
+    """
+    gradients = attributes_kept(model.parameters(), "requires_grad", "grad")
+    with modes_kept(model), cache_off(model), plain_attention(model), random_kept(), gradients:
+        yield

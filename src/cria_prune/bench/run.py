@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,7 @@ def run_grids(
     missing, measured = divide(grids, chosen, folder, data)
     for cell in measured:  # a kill between a cell's file and the removal of its state
         shutil.rmtree(state_of(folder, cell), ignore_errors=True)
+    origin = partial(provenance, command=command, data_fingerprint=data, device=device)
     failed: dict[str, CriaError] = {}
     folder.mkdir(parents=True, exist_ok=True)
     models: dict[int, nn.Module] = {}
@@ -177,7 +179,7 @@ def run_grids(
         seed = dense_seed(cell)
         if seed not in models:
             models = {seed: chosen.dense(seed, progress).to(device)}  # one at a time
-            _dense(chosen, models[seed], seed, folder, command, data, device, progress)
+            _dense(chosen, models[seed], seed, folder, origin(seed=seed), progress)
         state = state_of(folder, cell)
         try:
             values = _measure(chosen, models[seed], cell, config, progress, state, data)
@@ -186,8 +188,7 @@ def run_grids(
             if not isinstance(error, ArtifactError):  # a state that is another's is for the user to remove
                 shutil.rmtree(state, ignore_errors=True)
             continue
-        origin = provenance(seed=cell["seed"], command=command, data_fingerprint=data, device=device)
-        write_json(folder / file_name(cell), {**values, "provenance": origin})
+        write_json(folder / file_name(cell), {**values, "provenance": origin(seed=cell["seed"])})
         shutil.rmtree(state, ignore_errors=True)
         if on_cell is not None:
             on_cell(number, len(missing), cell, values)
@@ -195,14 +196,7 @@ def run_grids(
 
 
 def _dense(
-    chosen: Task,
-    model: nn.Module,
-    seed: int,
-    folder: Path,
-    command: Sequence[str],
-    data: str,
-    device: torch.device | str,
-    progress: Progress,
+    chosen: Task, model: nn.Module, seed: int, folder: Path, origin: dict[str, Any], progress: Progress
 ) -> None:
     """Measure the dense model of a seed, or see that it is the one that the folder's cells started from.
 
@@ -229,7 +223,6 @@ def _dense(
             "the model that was trained there (the folder CRIA_CACHE, by default ~/.cache/cria)",
         )
     if not said:
-        origin = provenance(seed=seed, command=command, data_fingerprint=data, device=device)
         said = {"metric": chosen.metric, "dense": value, "provenance": origin}
     write_json(path, {**said, "weights": weights})
 

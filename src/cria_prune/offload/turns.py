@@ -21,19 +21,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._pytree import (
     tree_flatten,
-    tree_leaves,
     tree_unflatten,
     treespec_dumps,
     treespec_loads,
 )
 
-from cria_prune.base.batches import Batch, map_tensors, model_inputs
+from cria_prune.base.batches import Batch, outputs
 from cria_prune.base.dispatched import Loaded
 from cria_prune.base.errors import StructureError
 from cria_prune.base.events import passed
 from cria_prune.base.modules import (
     attributes_kept,
-    cache_off,
     device_of,
     forward_of,
     give_back,
@@ -210,13 +208,6 @@ class _Held(Loaded):
 def _hooks(block: nn.Module) -> Iterator[Any]:
     for module in block.modules():
         yield from offloading_hooks(module)
-
-
-def outputs(model: nn.Module, example: Batch) -> list[Tensor]:
-    """Return the tensors of a model's output for an example, in evaluation mode."""
-    args, kwargs = model_inputs(map_tensors(example, torch.clone))
-    with cache_off(model), torch.random.fork_rng(devices=[]), torch.no_grad():
-        return [item for item in tree_leaves(model.eval()(*args, **kwargs)) if isinstance(item, Tensor)]
 
 
 @dataclass(frozen=True)

@@ -17,19 +17,18 @@ from torch import Tensor, nn
 
 from cria_prune.artifact.layers import check_sizes
 from cria_prune.artifact.pretrained import container
-from cria_prune.base.batches import Batch
+from cria_prune.base.batches import Batch, outputs
 from cria_prune.base.dispatched import changed, first_names
 from cria_prune.base.errors import ArtifactError, StructureError, VerificationError, needed
 from cria_prune.base.events import passed
 from cria_prune.base.files import GENERATION, copy_known, refused
 from cria_prune.base.modules import give_back, named_tensors
-from cria_prune.offload.turns import outputs
 from cria_prune.planning.plan import Plan
 from cria_prune.repair.consumers import Repair, compensate
 from cria_prune.resume.turns import Spilled
 from cria_prune.structure.groups import UnitGroups
 from cria_prune.surgery.removal import apply, check, slice_tensor
-from cria_prune.surgery.verify import ADVICE, TOLERANCE, Verification, difference
+from cria_prune.surgery.verify import ADVICE, TOLERANCE, Verification, difference, zero_consumers
 from cria_prune.tasks.loading import INDEX, load_pretrained
 
 
@@ -293,21 +292,14 @@ def verify_folder(
         ArtifactError: the folder cannot be loaded.
     """
     passed("verify", plan=plan, source=source, folder=folder)
-    gone: dict[str, list[tuple[int, Tensor]]] = {}
-    for cut in plan.cuts:
-        if cut.role == "consumes" and len(cut.kept) < cut.size:
-            left = torch.ones(cut.size, dtype=torch.bool)
-            left[list(cut.kept)] = False
-            gone.setdefault(cut.tensor, []).append((cut.dim, left.nonzero().ravel()))
+    gone = {cut.tensor for cut in plan.cuts if cut.role == "consumes" and len(cut.kept) < cut.size}
 
     def masked(name: str, value: Tensor) -> Tensor:
         give_back()
-        if name not in gone and name not in repaired.paths:
-            return value
-        # A copy: what accelerate holds is not ours to write into.
-        value = (repaired[name] if name in repaired.paths else value).to(value, copy=True)
-        for dim, index in gone.get(name, ()):
-            value.index_fill_(dim, index.to(value.device), 0)
+        if name in gone or name in repaired.paths:
+            # A copy: what accelerate holds is not ours to write into.
+            value = (repaired[name] if name in repaired.paths else value).to(value, copy=True)
+            zero_consumers({name: value}, plan)
         return value
 
     def plain(name: str, value: Tensor) -> Tensor:

@@ -63,10 +63,8 @@ class Sst2Task(SentenceTask):
     prune_defaults = PRUNE
 
     def __post_init__(self) -> None:
-        self.options = {
-            **({"quick": True} if self.quick else {}),
-            **({"base": self.base} if self.base else {}),
-        }
+        said: dict[str, Any] = {"quick": self.quick, "base": self.base}
+        self.options = {name: value for name, value in said.items() if value}
         ids = torch.arange(1000, 1000 + 2 * EXAMPLE_TOKENS).view(2, EXAMPLE_TOKENS)
         self.example: Batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 

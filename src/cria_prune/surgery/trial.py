@@ -11,13 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
-from cria_prune.base.batches import Batch, map_tensors, model_inputs, named_shortage
+from cria_prune.base.batches import Batch, map_tensors, named_shortage, outputs
 from cria_prune.base.errors import CriaError, ResourceError, said
-from cria_prune.base.modules import cache_off, device_of, meta_copy, shared_copy
+from cria_prune.base.modules import device_of, meta_copy, shared_copy
 from cria_prune.planning.plan import Plan, make_plan
 from cria_prune.structure.groups import UnitGroups, alike
 from cria_prune.surgery.removal import apply
@@ -228,8 +226,4 @@ class _Shapes:
         return None if found == self.expected else f"outputs of shape {found}, dense {self.expected}"
 
     def _outputs(self, model: nn.Module) -> list[tuple[int, ...]]:
-        args, kwargs = model_inputs(self.example)
-        model = shared_copy(model).eval()
-        with cache_off(model), torch.random.fork_rng(devices=[]), torch.no_grad():
-            leaves = tree_leaves(model(*args, **kwargs))
-        return [tuple(item.shape) for item in leaves if isinstance(item, Tensor)]
+        return [tuple(item.shape) for item in outputs(shared_copy(model), self.example)]

@@ -26,11 +26,12 @@ from cria_prune.base.batches import (
     model_inputs,
     move,
     named_shortage,
+    outputs,
     ran_out,
 )
 from cria_prune.base.errors import VerificationError, said
 from cria_prune.base.events import passed
-from cria_prune.base.modules import cache_off, copy_of, device_of, named_tensors, shared_copy
+from cria_prune.base.modules import copy_of, device_of, named_tensors, shared_copy
 from cria_prune.planning.plan import Plan
 from cria_prune.structure.rules.core import argument, operation_name
 from cria_prune.structure.rules.layers import STATISTICS, reduced_dims
@@ -227,16 +228,17 @@ class Verification:
 def mask(model: nn.Module, plan: Plan) -> nn.Module:
     """Return a copy of the dense model in which no consumer reads a removed unit."""
     masked = copy_of(model)
-    _zero_consumers(named_tensors(masked), plan)
+    zero_consumers(named_tensors(masked), plan)
     return masked
 
 
-def _zero_consumers(tensors: Mapping[str, Tensor], plan: Plan) -> None:
+def zero_consumers(tensors: Mapping[str, Tensor], plan: Plan) -> None:
+    """Zero, in place, what of these weights reads a removed unit."""
     with torch.no_grad():
         for cut in plan.cuts:
             # A consumer sums over this dimension, so zero columns are zero inputs. No hook is needed,
             # and nothing is shared with the slicing that is to be proved (docs/decisions/0003).
-            if cut.role == "consumes":
+            if cut.role == "consumes" and cut.tensor in tensors:
                 gone = torch.ones(cut.size, dtype=torch.bool)
                 gone[list(cut.kept)] = False
                 index = torch.nonzero(gone).ravel().to(tensors[cut.tensor].device)
@@ -394,7 +396,7 @@ class Reference:
         tensors = named_tensors(self.model)
         names = {cut.tensor for cut in plan.cuts if cut.role == "consumes"}
         before = {name: tensors[name].detach().clone() for name in names}
-        _zero_consumers(tensors, plan)
+        zero_consumers(tensors, plan)
         try:
             return self._run(self.model)
         finally:
@@ -407,10 +409,7 @@ class Reference:
         return kwargs if kwargs else args[0]
 
     def _run(self, model: nn.Module) -> list[Tensor]:
-        args, kwargs = _cast(model_inputs(self._example), self.dtype)
-        model = shared_copy(model).eval()  # some forwards keep caches on their module
-        with cache_off(model), torch.random.fork_rng(devices=[]), torch.no_grad():
-            return [item for item in tree_leaves(model(*args, **kwargs)) if isinstance(item, Tensor)]
+        return outputs(shared_copy(model), self._batch())  # some forwards keep caches on their module
 
 
 LESS = (

@@ -12,7 +12,6 @@ import copy
 import difflib
 import logging
 import os
-import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -20,12 +19,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from cria_prune.base.errors import ArtifactError, ConfigError, DataError, needed, said
-from cria_prune.base.modules import copy_of, device_of, devices_in_use, shared_copy
+from cria_prune.base.modules import copy_of, device_of, random_kept, shared_copy
 from cria_prune.base.progress import quiet
 from cria_prune.tasks.loading import find_library
 
@@ -212,21 +210,14 @@ def _left_alone() -> Iterator[None]:
     """
     loggers = [logging.getLogger(name) for name in (None, "lm_eval")]
     settings = [(item, item.level, item.handlers[:], item.propagate) for item in loggers]
-    states, pools = (random.getstate(), np.random.get_state()), os.environ.get("DISABLE_MULTIPROC")
-    blocked = sys.modules.get("evaluate", ...)
-    with (
-        torch.random.fork_rng(devices=devices_in_use()),
-        redirect_stdout(sys.stderr),
-        quiet(),
-    ):
+    pools, blocked = os.environ.get("DISABLE_MULTIPROC"), sys.modules.get("evaluate", ...)
+    with random_kept(), redirect_stdout(sys.stderr), quiet():
         try:
             loggers[1].setLevel(logging.ERROR)
             os.environ["DISABLE_MULTIPROC"] = "1"
             sys.modules["evaluate"] = None  # type: ignore[assignment]
             yield
         finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
             _put_back(os.environ, "DISABLE_MULTIPROC", pools)
             _put_back(sys.modules, "evaluate", None if blocked is ... else blocked)
             for item, level, handlers, propagate in settings:
