@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from cria_prune.artifact import reload
 from cria_prune.artifact.rebuild import Policy
 from cria_prune.base.batches import Batch, model_inputs
-from cria_prune.base.errors import CertificateError, DataError
+from cria_prune.base.errors import CertificateError, DataError, first_line
 from cria_prune.base.events import passed
 from cria_prune.base.files import hashes
 from cria_prune.base.modules import device_of, devices_in_use, shared_copy
-from cria_prune.structure.capture import first_line
 
 
 def distance(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> tuple[float, float]:
@@ -286,7 +285,7 @@ def _here(
                 copy.generation_config = GenerationConfig.from_pretrained(job["folder"])
                 tokens = reload.generated(copy, inputs, job["prompt"], job["tokens"])
     except Exception as error:  # the model's code
-        raise CertificateError(asked, f"{type(error).__name__}: {first_line(error)}", todo) from error
+        raise CertificateError(asked, first_line(error, named=True), todo) from error
     for name, value in found.items():
         if value.isnan().any():
             raise CertificateError(asked, f"its output {name!r} holds NaN", todo)

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from cria_prune.base.batches import Batch, move
-from cria_prune.base.errors import ArtifactError, CertificateError, CriaError, StructureError
+from cria_prune.base.errors import ArtifactError, CertificateError, CriaError, StructureError, first_line
 from cria_prune.base.modules import meta_copy
 from cria_prune.planning.plan import Plan
-from cria_prune.structure.capture import first_line
 from cria_prune.structure.discovery import discover as follow
 from cria_prune.structure.groups import (
     Count,

@@ -19,7 +19,7 @@ from cria_prune.artifact.layers import check_sizes, dense_twin, layered
 from cria_prune.artifact.padded import padded
 from cria_prune.artifact.rebuild import Policy, check_policy, render_manifest
 from cria_prune.base.batches import Batch
-from cria_prune.base.errors import ArtifactError
+from cria_prune.base.errors import ArtifactError, first_line
 from cria_prune.base.files import (
     CARD,
     CERTIFICATE,
@@ -32,7 +32,6 @@ from cria_prune.base.files import (
 )
 from cria_prune.base.modules import named_tensors, shared_copy
 from cria_prune.planning.plan import Plan
-from cria_prune.structure.capture import first_line
 from cria_prune.tasks.loading import example_inputs, find_library, quiet
 
 CLASSES = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "Model")
@@ -236,7 +235,7 @@ def _write_model(
         raise refused(asked, error) from error
     except (ValueError, RuntimeError, TypeError) as error:
         raise ArtifactError(
-            asked, f"transformers stops with {type(error).__name__}: {first_line(error)}",
+            asked, f"transformers stops with {first_line(error, named=True)}",
             "Mend what it names, in the model's configuration or generation settings",
         ) from error  # fmt: skip
     return () if source is None else copy_known(source, folder)

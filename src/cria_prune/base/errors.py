@@ -72,6 +72,12 @@ class RankError(CriaError):
     """Of several processes one has failed, is gone, or does something else than the others."""
 
 
+def first_line(error: BaseException, named: bool = False) -> str:
+    """Return the first line of an error's text, shortened; `named` puts its kind before it."""
+    text = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".")
+    return f"{type(error).__name__}: {text}" if named else text
+
+
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 """Imported name -> name on PyPI, where they differ by more than `_` and `-`."""
 

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from cria_prune.base.attention import plain_attention
 from cria_prune.base.batches import SMALLER, Batch, check_memory, model_inputs
-from cria_prune.base.errors import CaptureError, DataError
+from cria_prune.base.errors import CaptureError, DataError, first_line
 from cria_prune.base.events import passed
 from cria_prune.base.modules import cache_off, shared_copy
 
@@ -77,11 +77,6 @@ def _offender(model: nn.Module, error: BaseException) -> str:
         trace = trace.tb_next
     operation = re.search(r"\baten[.:]+[\w.]+", str(error))
     return f"{operation.group(0)} in {place}" if operation else place
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, shortened."""
-    return (str(error).strip().splitlines() or [""])[0][:200].rstrip(".")
 
 
 def operation_name(node: Node) -> str:

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from cria_prune.base.batches import Batch, map_tensors, model_inputs, named_shortage
-from cria_prune.base.errors import CriaError, ResourceError
+from cria_prune.base.errors import CriaError, ResourceError, first_line
 from cria_prune.base.modules import cache_off, device_of, meta_copy, shared_copy
 from cria_prune.planning.plan import Plan, make_plan
-from cria_prune.structure.capture import first_line
 from cria_prune.structure.groups import UnitGroups, alike
 from cria_prune.surgery.removal import apply
 from cria_prune.surgery.verify import LESS, Reference
@@ -212,7 +211,7 @@ class _Shapes:
         try:
             found = self._outputs(smaller)
         except Exception as error:
-            return f"{type(error).__name__}: {first_line(error)}"
+            return first_line(error, named=True)
         return None if found == self.expected else f"outputs of shape {found}, dense {self.expected}"
 
     def _outputs(self, model: nn.Module) -> list[tuple[int, ...]]:

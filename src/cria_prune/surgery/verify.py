@@ -22,11 +22,11 @@ from cria_prune.base.batches import (
     named_shortage,
     ran_out,
 )
-from cria_prune.base.errors import VerificationError
+from cria_prune.base.errors import VerificationError, first_line
 from cria_prune.base.events import passed
 from cria_prune.base.modules import cache_off, copy_of, device_of, named_tensors, shared_copy
 from cria_prune.planning.plan import Plan
-from cria_prune.structure.capture import first_line, operation_name
+from cria_prune.structure.capture import operation_name
 from cria_prune.structure.rules.core import argument
 from cria_prune.structure.rules.layers import STATISTICS, reduced_dims
 from cria_prune.structure.trace import Trace, live_nodes, trace, wrapped_graph
@@ -323,7 +323,7 @@ class Reference:
             if ran_out(error):
                 raise
             raise VerificationError(
-                "A forward pass of the pruned model", f"{type(error).__name__}: {first_line(error)}", ADVICE
+                "A forward pass of the pruned model", first_line(error, named=True), ADVICE
             ) from error
         apart = difference(expected, found)
         result = Verification(
@@ -362,7 +362,7 @@ class Reference:
                 raise
             raise VerificationError(
                 f"A forward pass of the dense model in {str(self.dtype).removeprefix('torch.')}",
-                f"{type(error).__name__}: {first_line(error)}",
+                first_line(error, named=True),
                 "Write its forward so that new tensors take the type of its input",
             ) from error
 
