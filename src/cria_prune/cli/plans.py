@@ -15,7 +15,6 @@ from cria_prune.base.files import write_json
 from cria_prune.base.metrics import percent
 from cria_prune.base.progress import clock
 from cria_prune.cli import target
-from cria_prune.cli.commands import prepared_for
 from cria_prune.cli.folder import check_file
 from cria_prune.cli.job import rounded
 from cria_prune.cli.output import Output
@@ -61,7 +60,7 @@ def _dry(request: Request, found: Target, config: PruneConfig, out: Output) -> M
     """Structure, one batch's shapes, and arithmetic: nothing is trained, recorded or scored."""
     device, seconds = request.torch_device, dict[str, float]()
     with clock(seconds, "structure"):
-        prepared = prepared_for(found, config, device, calibrated=False).without_reference()
+        prepared = found.prepared(config, device, calibrated=False).without_reference()
         prepared.check_reach()
     with clock(seconds, "data"):
         batches = found.task.calibration(config.record.examples, config.record.seed)
@@ -160,7 +159,7 @@ def _scored(request: Request, found: Target, config: PruneConfig, out: Output) -
     """Record and score once, and plan one round of the whole reduction."""
     device, seconds, seed = request.torch_device, dict[str, float](), request.base_seed
     plain = config.model_copy(update={"compensate": False})  # its moments would be thrown away
-    prepared = prepared_for(found, plain, device, calibrated=False).without_reference()
+    prepared = found.prepared(plain, device, calibrated=False).without_reference()
     prepared.check_reach()  # before a dense model is trained
     with clock(seconds, "model"):
         model = found.model(device, seed, out.progress)

@@ -328,7 +328,7 @@ class Prune(OfTarget, Data, FromScores, Watching, Resuming):
 class Sweep(OfTarget, Data, FromScores, Resuming):
     """Score a network once and prune it to several sizes, each in one round: a family, and its trade-off."""
 
-    work, shared = "sweep.sweep", True
+    work, shared = "commands.sweep", True
 
     reductions: tuple[float, ...] = several(
         PlanConfig, "reduction", "Share to remove, between 0 and 1; one size for each", "0.1 to 0.7 by 0.1"
@@ -360,7 +360,7 @@ class Report(Saving):
 class Bench(OnDevice):
     """Measure criteria against each other, one result file per cell; what is there is not measured again."""
 
-    work = "benches.bench"
+    work = "report.bench"
 
     suite: str = argument(
         "digits, resnet20, resnet56, sst2-minilm or llama-shakespeare, or a folder of YAML files."

@@ -20,8 +20,10 @@ from cria_prune.base.errors import ArtifactError, ConfigError, first_line
 from cria_prune.base.files import MANIFEST
 from cria_prune.base.metrics import Metric, metric
 from cria_prune.base.progress import Progress
+from cria_prune.config import PruneConfig
 from cria_prune.planning.plan import Plan
 from cria_prune.recipes.registry import TASKS, folder_task, task
+from cria_prune.stages import Prepared, prepare
 from cria_prune.tasks.base import Task
 from cria_prune.tasks.folder import Texts, with_weights
 from cria_prune.tasks.loading import CONFIG, HUB_NAME, example_inputs, find_folder, load_pretrained
@@ -100,6 +102,21 @@ class Target:
     def untrained(self) -> nn.Module:
         """Return a network of the target's structure, without waiting for a training."""
         return self.task.untrained() if self.saved is None else self.saved
+
+    def prepared(self, config: PruneConfig, device: torch.device, calibrated: bool = True) -> Prepared:
+        """Prepare the network before a dense model is trained, to see what can be reached.
+
+        One that has to be trained first is prepared untrained, and the trained one takes its place later
+        (`Prepared.with_model`).
+
+        Args:
+            calibrated: read the calibration batches already, and capture the model with the first of them;
+                else the task's example is taken, and there are no batches yet.
+        """
+        task, model = self.task, self.untrained().to(device)
+        if calibrated:
+            return prepare(model, task.calibration(config.record.examples, config.record.seed), config)
+        return prepare(model, (), config, example=task.example)
 
 
 def find(name: str, texts: Texts | None = None) -> Target:
