@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -59,8 +60,11 @@ def provenance(
         `command`, `data`; `time` in UTC (ISO 8601). No user, host or folder is named.
     """
     commit, dirty = _git()
+    installed = None
+    with suppress(PackageNotFoundError):
+        installed = version("cria-prune")
     return {
-        "cria_prune": _version("cria-prune"),
+        "cria_prune": installed,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -82,23 +86,14 @@ def peak_memory(device: torch.device | str | None = None) -> dict[str, int]:
     A system that does not tell leaves the process out.
     """
     found = {}
-    try:
+    with suppress(ImportError):  # there is none on Windows
         import resource
-    except ImportError:  # there is none on Windows
-        pass
-    else:
+
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         found["process"] = peak if platform.system() == "Darwin" else 1024 * peak
     if device is not None and torch.device(device).type == "cuda":
         found["device"] = torch.cuda.max_memory_allocated(device)
     return found
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
 
 
 def _device(device: torch.device | str | None) -> str | None:
