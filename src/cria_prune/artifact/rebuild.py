@@ -208,7 +208,11 @@ def load_folder(folder: Path, dense: nn.Module | None) -> tuple[nn.Module, Plan,
     library = find_library(asked)
     with reading(library, asked):
         smaller = replay(_dense(library, folder, asked) if dense is None else dense, plan)
-        fill(smaller, _tensors(folder, names))
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            with readable(f"Reading {folder / name}", "Copy the folder again"):
+                tensors |= load_file(folder / name)
+        fill(smaller, tensors)
         if smaller.can_generate() and (folder / GENERATION).is_file():  # type: ignore[operator]
             smaller.generation_config = library.GenerationConfig.from_pretrained(str(folder.resolve()))
     return smaller.eval(), plan, manifest
@@ -272,11 +276,3 @@ def _check_hashes(folder: Path, names: list[str], asked: str) -> None:
                 f"{name} has SHA-256 {found[name][:12]}..., {CERTIFICATE} says {str(said[name])[:12]}...",
                 todo,
             )
-
-
-def _tensors(folder: Path, names: list[str]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        with readable(f"Reading {folder / name}", "Copy the folder again"):
-            tensors |= load_file(folder / name)
-    return tensors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -76,6 +76,15 @@ def first_line(error: BaseException, named: bool = False) -> str:
     """Return the first line of an error's text, shortened; `named` puts its kind before it."""
     text = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".")
     return f"{type(error).__name__}: {text}" if named else text
+
+
+def some(items: Sequence[str], most: int = 3, between: str = ", ") -> str:
+    """Return the first of some texts, and how many more there are.
+
+    >>> some(["a", "b", "c", "d"], 2)
+    'a, b and 2 more'
+    """
+    return between.join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}

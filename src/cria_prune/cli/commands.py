@@ -109,7 +109,7 @@ def job_of(
     if resume and output is None:
         raise ConfigError("Resuming", "no --output was given", "Name the folder of the interrupted run")
     job = Job(found, request, output or Path(), device, out, padded)
-    left = resume and (several or job.may_replace() or job.holds_result())
+    left = resume and (several or job.may_replace() or bool(job.there()))
     with claimed(output, found.task.name + suffix, request.overwrite or left) as folder:
         job.output = folder
         if found.pretrained and not several and world().first:  # known before the long work

@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from cria_prune.base.errors import some
 from cria_prune.base.files import is_plain_file
 from cria_prune.base.metrics import metric as metric_of
 from cria_prune.config import OF
@@ -357,9 +358,9 @@ def _origins(bench: Bench) -> str:
     dates, dirty = found["time"], sum(bool(item.get("dirty")) for item in bench.origins)
     rows = [
         ["dates", " to ".join(dict.fromkeys([*dates[:1], *dates[-1:]]))],
-        ["commits", _listed(found["commit"])],
+        ["commits", some(found["commit"], LISTED)],
         ["changed after the commit", _many(dirty, "file") if dirty else "none"],
-        *([title, _listed(found[key])] for key, title in ORIGIN.items()),
+        *([title, some(found[key], LISTED)] for key, title in ORIGIN.items()),
     ]
     return table(["", ""], [row for row in rows if row[1]], "words")
 
@@ -371,11 +372,6 @@ def _left(bench: Bench) -> str:
     said = [*map(escape, bench.left[:LISTED]), *([f"and {count(more)} more"] if more > 0 else [])]
     listed = "".join(f"<li>{words}</li>" for words in said)
     return f"<p>Files in the folder that are no result of this bench.</p><ul>{listed}</ul>"
-
-
-def _listed(values: Sequence[str]) -> str:
-    more = f" and {len(values) - LISTED} more" if len(values) > LISTED else ""
-    return ", ".join(values[:LISTED]) + more
 
 
 def _many(items: int, noun: str, plural: str = "") -> str:
