@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from cria_prune.base.batches import Batch, again
-from cria_prune.base.errors import StructureError, needed
+from cria_prune.base.errors import StructureError, needed, some
 from cria_prune.base.metrics import Loss
 from cria_prune.base.modules import named_tensors
 from cria_prune.config import PruneConfig
@@ -77,7 +77,7 @@ class Units:
     def difference(self, owner: Unit, theirs: set[Place]) -> str:
         """Say in what a cut of Torch-Pruning differs from the unit."""
         apart = sorted({self._names.get(tensor, "?") for tensor, _, _ in theirs ^ self.places[owner]})
-        names = ", ".join(apart[:3]) + (f" and {len(apart) - 3} more" if len(apart) > 3 else "")
+        names = some(apart)
         return (
             f"Torch-Pruning cuts something else than unit {owner[1]} of {owner[0]!r}: they differ in {names}"
         )

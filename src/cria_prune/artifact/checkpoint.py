@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn, strided
 
 from cria_prune.artifact.rebuild import load_folder, replay
-from cria_prune.base.errors import ArtifactError
+from cria_prune.base.errors import ArtifactError, some
 from cria_prune.base.files import Layout, new_folder, strict_json
 from cria_prune.base.modules import first_names
 from cria_prune.planning.plan import Plan
@@ -179,10 +179,8 @@ def _compare(asked: str, left: Mapping[str, Any], right: Mapping[str, Any], side
         if name in right and value != right[name]
     ]
     if found:
-        more = f" and {len(found) - 4} more" if len(found) > 4 else ""
-        raise ArtifactError(
-            asked, "; ".join(found[:4]) + more, "Use the same dense architecture and an unchanged checkpoint"
-        )
+        todo = "Use the same dense architecture and an unchanged checkpoint"
+        raise ArtifactError(asked, some(found, 4, "; "), todo)
 
 
 def _dense(architecture: str | None) -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -13,7 +12,14 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from cria_prune.base.batches import Batch, move
-from cria_prune.base.errors import ArtifactError, CertificateError, CriaError, StructureError, first_line
+from cria_prune.base.errors import (
+    ArtifactError,
+    CertificateError,
+    CriaError,
+    StructureError,
+    first_line,
+    some,
+)
 from cria_prune.base.modules import meta_copy
 from cria_prune.planning.plan import Plan
 from cria_prune.structure.discovery import discover as follow
@@ -70,17 +76,17 @@ def dense_twin(model: nn.Module, plan: Plan, config: Any, asked: str) -> nn.Modu
         raise ArtifactError(asked, f"the plan does not fit its dense model ({error})", todo) from error
     except Exception as error:  # the model's code, the validators of configurations
         raise ArtifactError(asked, f"the dense model cannot be built, {first_line(error)}", todo) from error
-    made, found = (
-        {name: tuple(tensor.shape) for name, tensor in item.state_dict().items()} for item in (smaller, model)
-    )
+    made, found = shapes_of(smaller), shapes_of(model)
     for name in [*found, *made]:
         if made.get(name) != found.get(name):
-            raise ArtifactError(
-                asked,
-                f"{name!r} is {found.get(name)}, the plan makes {made.get(name)} of the dense one",
-                todo,
-            )
+            apart = f"{name!r} is {found.get(name)}, the plan makes {made.get(name)} of the dense one"
+            raise ArtifactError(asked, apart, todo)
     return dense
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of the tensors in a model's state."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def structure_of(dense: nn.Module, example: Batch, plan: Plan) -> UnitGroups:
@@ -114,7 +120,9 @@ def fill(model: nn.Module, values: dict[str, Tensor]) -> None:
         value = values.get(name)
         if value is None:
             continue
-        if value.shape != place.shape or not _alike(value, place):
+        # Floats may be of any type, for a model is saved in its own; other numbers are what the class says.
+        floats = value.is_floating_point() and place.is_floating_point()
+        if value.shape != place.shape or not (floats or value.dtype == place.dtype):
             wrong.append(f"{name!r} is {_said(value)}, the model has {_said(place)}")
         found[id(place)] = (
             nn.Parameter(value, place.requires_grad) if isinstance(place, nn.Parameter) else value
@@ -122,8 +130,7 @@ def fill(model: nn.Module, values: dict[str, Tensor]) -> None:
     wrong += [f"{name!r} is missing" for name, place in state.items() if id(place) not in found]
     asked, todo = f"Filling a {type(model).__name__}", "Use the plan and the weights of one saved folder"
     if wrong:
-        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ArtifactError(asked, "; ".join(wrong[:3]) + more, todo)
+        raise ArtifactError(asked, some(wrong, 3, "; "), todo)
     model.load_state_dict({name: found[id(place)] for name, place in state.items()}, assign=True)
     empty = [name for name, item in [*model.named_parameters(), *model.named_buffers()] if item.is_meta]
     if empty:
@@ -143,11 +150,6 @@ def _undone(model: nn.Module, plan: Plan) -> Any:
         if part is not None and edit.name.startswith("config."):
             setattr(part, edit.name.removeprefix("config."), edit.before)
     return config
-
-
-def _alike(value: Tensor, place: Tensor) -> bool:
-    """Floats may be of any type, for a model is saved in its own; other numbers are what the class says."""
-    return value.dtype == place.dtype or (value.is_floating_point() and place.is_floating_point())
 
 
 def _said(tensor: Tensor) -> str:
@@ -189,10 +191,9 @@ def check_sizes(model: nn.Module, plan: Plan, asked: str) -> None:
     kind, uneven = type(model.config).__name__, _uneven(plan, apart)
     name, (found, held) = next(iter(apart.items()))
     if uneven:
-        more = f"; and {len(uneven) - 4} more" if len(uneven) > 4 else ""
         raise CertificateError(
             asked,
-            f"{'; '.join(uneven[:4])}{more}",
+            some(uneven, 4, "; "),
             f"One {kind} describes all layers: prune with uniform=True, so that each keeps the same number",
         )
     raise CertificateError(
@@ -214,9 +215,10 @@ def _apart(model: nn.Module, asked: str) -> Shapes:
             f"{type(config).__name__} refuses what is left: {' '.join(str(error).split())[:300].rstrip('.')}",
             "Keep a number of units that it takes",
         ) from error
-    held = {name: tuple(value.shape) for name, value in plain.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    return {name: (shape, held.get(name)) for name, shape in found.items() if shape != held.get(name)}
+    held = shapes_of(plain)
+    return {
+        name: (shape, held.get(name)) for name, shape in shapes_of(model).items() if shape != held.get(name)
+    }
 
 
 def _head_size(model: nn.Module, apart: Shapes) -> tuple[str, int] | None:
@@ -287,7 +289,7 @@ def layered(dense: nn.Module, plan: Plan, example: Batch) -> tuple[Any, tuple[st
     except CriaError as error:
         return plain, (f"no {SCHEMA}: {error.found}",)
     overrides, unsaid = _overrides(dense, groups, plan)
-    notes = (f"{SCHEMA} does not count {_some(unsaid)}",) if unsaid else ()
+    notes = (f"{SCHEMA} does not count {some(unsaid)}",) if unsaid else ()
     if not overrides:
         return plain, (
             f"no {SCHEMA}: no field of a numbered layer counts what was removed",
@@ -371,7 +373,3 @@ def _with_head_sizes(config: Any, layers: dict[int, dict[str, int]]) -> dict[int
         for number in range(config.num_hidden_layers):
             layers.setdefault(number, {})["head_dim"] = size
     return layers
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -59,8 +60,11 @@ def provenance(
         `command`, `data`; `time` in UTC (ISO 8601). No user, host or folder is named.
     """
     commit, dirty = _git()
+    installed = None
+    with suppress(PackageNotFoundError):
+        installed = version("cria-prune")
     return {
-        "cria_prune": _version("cria-prune"),
+        "cria_prune": installed,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -82,23 +86,14 @@ def peak_memory(device: torch.device | str | None = None) -> dict[str, int]:
     A system that does not tell leaves the process out.
     """
     found = {}
-    try:
+    with suppress(ImportError):  # there is none on Windows
         import resource
-    except ImportError:  # there is none on Windows
-        pass
-    else:
+
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         found["process"] = peak if platform.system() == "Darwin" else 1024 * peak
     if device is not None and torch.device(device).type == "cuda":
         found["device"] = torch.cuda.max_memory_allocated(device)
     return found
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
 
 
 def _device(device: torch.device | str | None) -> str | None:
@@ -213,7 +208,11 @@ def load_folder(folder: Path, dense: nn.Module | None) -> tuple[nn.Module, Plan,
     library = find_library(asked)
     with reading(library, asked):
         smaller = replay(_dense(library, folder, asked) if dense is None else dense, plan)
-        fill(smaller, _tensors(folder, names))
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            with readable(f"Reading {folder / name}", "Copy the folder again"):
+                tensors |= load_file(folder / name)
+        fill(smaller, tensors)
         if smaller.can_generate() and (folder / GENERATION).is_file():  # type: ignore[operator]
             smaller.generation_config = library.GenerationConfig.from_pretrained(str(folder.resolve()))
     return smaller.eval(), plan, manifest
@@ -277,11 +276,3 @@ def _check_hashes(folder: Path, names: list[str], asked: str) -> None:
                 f"{name} has SHA-256 {found[name][:12]}..., {CERTIFICATE} says {str(said[name])[:12]}...",
                 todo,
             )
-
-
-def _tensors(folder: Path, names: list[str]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        with readable(f"Reading {folder / name}", "Copy the folder again"):
-            tensors |= load_file(folder / name)
-    return tensors

@@ -1,10 +1,11 @@
-"""What the commands do that cut or train: run, prune, recover; how each begins and ends."""
+"""What the commands do that cut or train: run, prune, recover, sweep; how each begins and ends."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ import torch
 from torch import nn
 
 from cria_prune.artifact.rebuild import Policy, peak_memory
+from cria_prune.artifact.scores import SCORES, load_scores
 from cria_prune.base.batches import model_inputs, move
-from cria_prune.base.errors import ArtifactError, ConfigError, PackageError
-from cria_prune.base.files import check_free, write_text
+from cria_prune.base.errors import ArtifactError, ConfigError, PackageError, TargetError
+from cria_prune.base.files import check_free, write_json, write_text
 from cria_prune.base.metrics import logits_of
 from cria_prune.base.progress import clock
 from cria_prune.base.ranks import world
 from cria_prune.cli import show, target
-from cria_prune.cli.folder import REPORT, claimed
+from cria_prune.cli.folder import REPORT, claimed, interrupts_wait, picture
 from cria_prune.cli.job import (
     COUNTS,
     PRUNED,
@@ -31,20 +33,22 @@ from cria_prune.cli.job import (
     rounded,
 )
 from cria_prune.cli.output import Output
-from cria_prune.cli.scores import config_from, given_scores
+from cria_prune.cli.scores import config_from, given_scores, keep_scores
 from cria_prune.cli.settings import (
     Prune,
     Recover,
     Resuming,
     Run,
+    Sweep,
     prune_config,
     recover_config,
 )
 from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig, RecoverConfig
+from cria_prune.report.curves import plot_tradeoff
 from cria_prune.report.folder import History, folder_page, history_of, read_run, write_run
-from cria_prune.scores import Scored
-from cria_prune.stages import Prepared, prepare
+from cria_prune.scores import Scored, hash_of, scored_of
+from cria_prune.stages import Prepared
 
 
 def saved_as(config: PruneConfig) -> Policy:
@@ -105,7 +109,7 @@ def job_of(
     if resume and output is None:
         raise ConfigError("Resuming", "no --output was given", "Name the folder of the interrupted run")
     job = Job(found, request, output or Path(), device, out, padded)
-    left = resume and (several or job.may_replace() or job.holds_result())
+    left = resume and (several or job.may_replace() or bool(job.there()))
     with claimed(output, found.task.name + suffix, request.overwrite or left) as folder:
         job.output = folder
         if found.pretrained and not several and world().first:  # known before the long work
@@ -152,24 +156,6 @@ def _finish(job: Job, kept: Callable[[], History] | None) -> None:
     job.out.say(f"report {write_text(Path(job.output) / REPORT, page)}")
 
 
-def prepared_for(
-    found: Target, config: PruneConfig, device: torch.device, calibrated: bool = True
-) -> Prepared:
-    """Prepare a target's network before a dense model is trained, to see what can be reached.
-
-    A network that has to be trained first is prepared untrained, and the trained one takes its place later
-    (`Prepared.with_model`).
-
-    Args:
-        calibrated: read the calibration batches already, and capture the model with the first of them; else
-            the task's example is taken, and there are no batches yet.
-    """
-    task, model = found.task, found.untrained().to(device)
-    if calibrated:
-        return prepare(model, task.calibration(config.record.examples, config.record.seed), config)
-    return prepare(model, (), config, example=task.example)
-
-
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -182,7 +168,7 @@ def run(request: Run, out: Output) -> None:
     configs = [prune_config(request, found.task.prune_defaults, **plan) for plan in asked]
     tuning = recover_config(request, found.task.recover_defaults)
     family = [Steps(config, tuning, request.watch) for config in configs]
-    prepared = prepared_for(found, configs[0], request.torch_device)
+    prepared = found.prepared(configs[0], request.torch_device)
     for config in configs:
         prepared.with_config(config).check_reach()
     found.policy = saved_as(configs[0])
@@ -257,7 +243,7 @@ def prune(request: Prune, out: Output) -> None:
             "zeros under a norm would change what it computes",
             "Leave out --export, or --residual",
         )
-    prepared = prepared_for(found, config, request.torch_device)
+    prepared = found.prepared(config, request.torch_device)
     prepared.check_reach()
     found.policy = saved_as(config)
     steps = Steps(config, watch=request.watch, scored=scored)
@@ -361,3 +347,85 @@ def teacher_of(name: str | None, job: Job, model: nn.Module) -> nn.Module:
             "Give the dense model that was pruned",
         )
     return teacher
+
+
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+RESULT, PICTURE, KEPT_SCORES = "sweep.json", "sweep.png", "scores"
+
+
+def sweep(request: Sweep, out: Output) -> None:
+    """Score once, prune to every share in one round each, save and measure; then table and picture."""
+    found = target.find(request.target, request.texts)
+    found.check_changeable()
+    scored, shares = given_scores(request), request.reductions or SHARES
+    defaults = found.prune_defaults()
+    configs = [config_from(request, defaults, scored, rounds=1, reduction=share) for share in shares]
+    check_family([Steps(config) for config in configs])
+    prepared = found.prepared(configs[0], request.torch_device)
+    configs, beyond = reachable(prepared, configs, asked=bool(request.reductions))
+    found.policy = saved_as(configs[0])
+    with job_of(found, "-sweep", request, out, several=True) as job:
+        if beyond:
+            job.out.note(f"left out, beyond what can be removed: {', '.join(beyond)}")
+        prepared = prepared.with_model(dense_model(job))
+        if scored is None:
+            scored = own_scores(job, prepared.with_config(configs[0]))
+        members, here, drawn = list[Mapping[str, Any]](), world(), ""
+        for config in configs:
+            members.append(member(job, prepared, Steps(scored.applied(config), scored=scored)))
+            drawn = here.lead("Keeping the sizes", lambda: keep_family(job, members))
+        show.family(job.out, members, found.metric)
+        job.out.say(f"result {job.output / RESULT}, {drawn}")
+        job.out.answer({**job.results, "output": str(job.output), "family": members})
+
+
+def reachable(
+    prepared: Prepared, configs: Sequence[PruneConfig], asked: bool
+) -> tuple[list[PruneConfig], list[str]]:
+    """Return the configurations that can be reached, and the shares that cannot, of the usual ones.
+
+    Raises:
+        TargetError: one that was `asked` for cannot be reached, or none can.
+    """
+    within, beyond = list[PruneConfig](), list[str]()
+    for config in configs:
+        try:
+            prepared.with_config(config).check_reach()
+            within.append(config)
+        except TargetError:
+            if asked or not within:
+                raise
+            beyond.append(f"{100 * config.plan.reduction:g} %")
+    return within, beyond
+
+
+def own_scores(job: Job, prepared: Prepared) -> Scored:
+    """Return the scores that an earlier run left in the output folder, if they are these; else score."""
+    folder, config = job.output / KEPT_SCORES, prepared.config
+    if job.request.resume and (folder / SCORES).exists():
+        found = load_scores(folder)
+        same = {"record", "score", "compensate"}
+        asked = [item.model_dump(include=same) for item in (found.config, config)]
+        if found.weights == hash_of(prepared.model) and asked[0] == asked[1]:
+            return found
+    scored = scored_of(prepared, seconds=job.seconds)
+    with clock(job.seconds, "save"):
+        keep_scores(folder, scored, {**job.target.named(), "provenance": job.origin})
+    job.out.kept = f"the scores are kept (go on with: the same command, --output {job.output} --resume)"
+    return scored
+
+
+def keep_family(job: Job, members: Sequence[Mapping[str, Any]]) -> str:
+    """Write the table and the picture of the sizes so far, each whole or not at all; see `picture`."""
+    metric = job.target.metric
+    dense = job.results.get("dense", job.results.get("before"))
+    points = [(item["parameters"], item["pruned"]) for item in members if "pruned" in item]
+    size = members[0]["parameters_dense"]
+    title = f"{job.target.task.name}: one scoring ({members[0]['criterion']}), one round, no training"
+    series = {"pruned": points} if dense is None else {"dense": [(size, dense)], "pruned": points}
+    draw = partial(plot_tradeoff, series, metric=metric.name)
+    with interrupts_wait():
+        drawn = picture(Path(job.output) / PICTURE, title, (5.4, 3.2), draw)
+        values = {**job.results, "metric": metric.name, "family": list(members), "provenance": job.origin}
+        write_json(Path(job.output) / RESULT, values)
+    return drawn

@@ -6,22 +6,26 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from cria_prune.artifact.checkpoint import MANIFEST, WEIGHTS, save
-from cria_prune.base.errors import ArtifactError
+from cria_prune.base.errors import ArtifactError, PackageError
 from cria_prune.base.files import MANIFEST as PRETRAINED
 from cria_prune.base.files import new_folder, refused
 from cria_prune.base.ranks import world
 from cria_prune.planning.plan import Plan
 from cria_prune.report.folder import FILES
+from cria_prune.report.pictures import write_picture
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 REPORT = "report.html"
 
@@ -100,6 +104,15 @@ def keep(folder: Path, model: nn.Module, plan: Plan, **described: Any) -> None:
                 os.replace(Path(aside) / name, folder / name)
     except OSError as error:
         raise refused(f"Writing to the folder {folder}", error) from error
+
+
+def picture(path: Path, title: str, size: tuple[float, float], draw: Callable[[Axes], Any]) -> str:
+    """Write a picture and return words that name it, or that say what it is left out for."""
+    try:
+        write_picture(path, title, size, draw)
+    except PackageError as error:
+        return f"left out: {error}"
+    return f"picture {path}"
 
 
 @contextmanager

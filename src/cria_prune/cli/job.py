@@ -104,7 +104,7 @@ class Job:
         return world().lead("The output folder", lambda: self._finished(described, stage))
 
     def _finished(self, described: Mapping[str, Any], stage: str) -> dict[str, Any] | None:
-        manifest = self._there()
+        manifest = self.there()
         results = manifest.get("results")
         if not isinstance(results, dict) or results.get("stage") != stage:
             return None
@@ -130,7 +130,7 @@ class Job:
         return True
 
     def _check_same(self) -> None:
-        results = self._there().get("results") or {}
+        results = self.there().get("results") or {}
         if not self.may_replace() and results.get("stage") in (RECOVERED, PRUNED):
             raise ArtifactError(
                 f"Resuming in {self.output}",
@@ -138,11 +138,7 @@ class Job:
                 "Name another --output, or pass --overwrite to start anew",
             )
 
-    def holds_result(self) -> bool:
-        """Say whether a whole model of Cria's lies in the output folder."""
-        return bool(self._there())
-
-    def _there(self) -> Mapping[str, Any]:
+    def there(self) -> Mapping[str, Any]:
         """Return the manifest of what lies in the output folder; empty if nothing whole does."""
         try:
             return load(self.output).manifest

@@ -17,10 +17,9 @@ from cria_prune.base.errors import ConfigError
 from cria_prune.base.files import write_json
 from cria_prune.base.progress import clock
 from cria_prune.cli import show, target
-from cria_prune.cli.folder import claimed, interrupts_wait
+from cria_prune.cli.folder import claimed, interrupts_wait, picture
 from cria_prune.cli.job import rounded
 from cria_prune.cli.output import Output
-from cria_prune.cli.report import picture
 from cria_prune.cli.settings import Ablate, Eval, prune_config
 from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig

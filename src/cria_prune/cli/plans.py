@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from cria_prune.base.files import write_json
 from cria_prune.base.metrics import percent
 from cria_prune.base.progress import clock
 from cria_prune.cli import target
-from cria_prune.cli.commands import prepared_for
 from cria_prune.cli.folder import check_file
 from cria_prune.cli.job import rounded
 from cria_prune.cli.output import Output
@@ -61,7 +60,7 @@ def _dry(request: Request, found: Target, config: PruneConfig, out: Output) -> M
     """Structure, one batch's shapes, and arithmetic: nothing is trained, recorded or scored."""
     device, seconds = request.torch_device, dict[str, float]()
     with clock(seconds, "structure"):
-        prepared = prepared_for(found, config, device, calibrated=False).without_reference()
+        prepared = found.prepared(config, device, calibrated=False).without_reference()
         prepared.check_reach()
     with clock(seconds, "data"):
         batches = found.task.calibration(config.record.examples, config.record.seed)
@@ -95,30 +94,25 @@ def _dry(request: Request, found: Target, config: PruneConfig, out: Output) -> M
 def _reach(prepared: Prepared) -> dict[str, Any]:
     """Return what is asked, and what is left at most and at least of the whole."""
     groups, plan = prepared.groups, prepared.config.plan
+    least = fewest(stairs(groups, plan, prepared.allowed))
     return {
         "of": plan.of,
         "asked": plan.reduction,
         "reachable": reachable(groups, plan, allowed=prepared.allowed),
         "parameters_dense": count_parameters(groups),
-        "parameters_least": _least(prepared, count_parameters),
+        "parameters_least": count_parameters(groups, least),
         "macs_dense": count_macs(groups),
-        "macs_least": _least(prepared, count_macs),
+        "macs_least": count_macs(groups, least),
         "groups": len(groups.prunable),
         "units": sum(group.size for group in groups.prunable),
     }
 
 
-def _least(prepared: Prepared, count: Callable[..., float]) -> float:
-    groups = prepared.groups
-    return count(groups, fewest(stairs(groups, prepared.config.plan, prepared.allowed)))
-
-
 def _say_reach(out: Output, reach: Mapping[str, Any], config: PruneConfig) -> None:
-    rows = [
-        [name, f"{reach[f'{key}_dense']:,.0f}", f"{reach[f'{key}_least']:,.0f}",
-         percent(1 - reach[f"{key}_least"] / max(reach[f"{key}_dense"], 1))]
-        for name, key in (("parameters", "parameters"), ("MACs per example", "macs"))
-    ]  # fmt: skip
+    rows = []
+    for name, key in (("parameters", "parameters"), ("MACs per example", "macs")):
+        now, least = reach[f"{key}_dense"], reach[f"{key}_least"]
+        rows.append([name, f"{now:,.0f}", f"{least:,.0f}", percent(1 - least / max(now, 1))])
     out.table(["what", "now", "left at least", "removed at most"], rows)
     out.say(
         f"asked {percent(reach['asked'])} of the {OF.texts[reach['of']]}, "
@@ -165,7 +159,7 @@ def _scored(request: Request, found: Target, config: PruneConfig, out: Output) -
     """Record and score once, and plan one round of the whole reduction."""
     device, seconds, seed = request.torch_device, dict[str, float](), request.base_seed
     plain = config.model_copy(update={"compensate": False})  # its moments would be thrown away
-    prepared = prepared_for(found, plain, device, calibrated=False).without_reference()
+    prepared = found.prepared(plain, device, calibrated=False).without_reference()
     prepared.check_reach()  # before a dense model is trained
     with clock(seconds, "model"):
         model = found.model(device, seed, out.progress)

@@ -328,7 +328,7 @@ class Prune(OfTarget, Data, FromScores, Watching, Resuming):
 class Sweep(OfTarget, Data, FromScores, Resuming):
     """Score a network once and prune it to several sizes, each in one round: a family, and its trade-off."""
 
-    work, shared = "sweep.sweep", True
+    work, shared = "commands.sweep", True
 
     reductions: tuple[float, ...] = several(
         PlanConfig, "reduction", "Share to remove, between 0 and 1; one size for each", "0.1 to 0.7 by 0.1"
@@ -360,7 +360,7 @@ class Report(Saving):
 class Bench(OnDevice):
     """Measure criteria against each other, one result file per cell; what is there is not measured again."""
 
-    work = "benches.bench"
+    work = "report.bench"
 
     suite: str = argument(
         "digits, resnet20, resnet56, sst2-minilm or llama-shakespeare, or a folder of YAML files."
@@ -400,26 +400,23 @@ def prune_config(request: Scoring, defaults: Mapping[str, Any] | None = None, **
     from cria_prune.criteria.score import find_criterion
     from cria_prune.planning.selection import check_share
 
-    layers: list[dict[str, Any]] = [dict(defaults or {})]
-    if request.preset is not None:
-        layers.append(preset(request.preset).model_dump(exclude_unset=True))
-    if request.config is not None:
-        layers.append(_read(request.config).model_dump(exclude_unset=True))
-    layers.append({"plan": {} if request.policy is None else POLICIES[request.policy][1]})
     seed = {} if request.seed is None else {"seed": request.seed}
-    layers.append({
-        "record": {**seed, **request.record.given()},
-        "score": {**seed, **request.score.given()},
-        "plan": {**request.plan.given(), **plan},
-        **request.repair.given(),
-    })  # fmt: skip
-    values: dict[str, Any] = {key: layer[key] for layer in layers for key in layer if key not in SECTIONS}
-    for section, kind in SECTIONS.items():
-        merged: dict[str, Any] = {}
-        for layer in layers:
-            merged |= layer.get(section, {})
-        values[section] = kind(**merged)
-    config = PruneConfig(**values)
+    layers: list[Mapping[str, Any]] = [
+        defaults or {},
+        {} if request.preset is None else preset(request.preset).model_dump(exclude_unset=True),
+        {} if request.config is None else _read(request.config).model_dump(exclude_unset=True),
+        {"plan": {} if request.policy is None else POLICIES[request.policy][1]},
+        {
+            "record": {**seed, **request.record.given()},
+            "score": {**seed, **request.score.given()},
+            "plan": {**request.plan.given(), **plan},
+            **request.repair.given(),
+        },
+    ]
+    values: dict[str, Any] = {}
+    for key, value in (item for layer in layers for item in layer.items()):
+        values[key] = {**values.get(key, {}), **value} if key in SECTIONS else value
+    config = PruneConfig(**{**values, **{name: kind(**values[name]) for name, kind in SECTIONS.items()}})
     find_criterion(config.score)
     check_share(config.plan.reduction)
     return config

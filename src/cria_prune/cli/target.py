@@ -8,25 +8,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from cria_prune.artifact.checkpoint import load
+from cria_prune.artifact.rebuild import Policy
 from cria_prune.base.batches import Batch
-from cria_prune.base.errors import ArtifactError, ConfigError
+from cria_prune.base.errors import ArtifactError, ConfigError, said
+from cria_prune.base.files import MANIFEST
 from cria_prune.base.metrics import Metric, metric
-from cria_prune.tasks.loading import CONFIG, example_inputs, load_pretrained
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from cria_prune.artifact.rebuild import Policy
-    from cria_prune.base.progress import Progress
-    from cria_prune.planning.plan import Plan
-    from cria_prune.tasks.base import Task
-    from cria_prune.tasks.folder import Texts
+from cria_prune.base.progress import Progress
+from cria_prune.config import PruneConfig
+from cria_prune.planning.plan import Plan
+from cria_prune.recipes.registry import TASKS, folder_task, task
+from cria_prune.stages import Prepared, prepare
+from cria_prune.tasks.base import Task
+from cria_prune.tasks.folder import Texts, with_weights
+from cria_prune.tasks.loading import CONFIG, HUB_NAME, example_inputs, find_folder, load_pretrained
 
 
 @dataclass
@@ -103,6 +103,21 @@ class Target:
         """Return a network of the target's structure, without waiting for a training."""
         return self.task.untrained() if self.saved is None else self.saved
 
+    def prepared(self, config: PruneConfig, device: torch.device, calibrated: bool = True) -> Prepared:
+        """Prepare the network before a dense model is trained, to see what can be reached.
+
+        One that has to be trained first is prepared untrained, and the trained one takes its place later
+        (`Prepared.with_model`).
+
+        Args:
+            calibrated: read the calibration batches already, and capture the model with the first of them;
+                else the task's example is taken, and there are no batches yet.
+        """
+        task, model = self.task, self.untrained().to(device)
+        if calibrated:
+            return prepare(model, task.calibration(config.record.examples, config.record.seed), config)
+        return prepare(model, (), config, example=task.example)
+
 
 def find(name: str, texts: Texts | None = None) -> Target:
     """Return the recipe of that name, the checkpoint in the folder of that name, or a Hugging Face model.
@@ -115,9 +130,6 @@ def find(name: str, texts: Texts | None = None) -> Target:
         ConfigError: there is nothing of that name, or texts were given to what brings its own.
         ArtifactError: the folder holds no whole model, or one whose recipe is unknown.
     """
-    from cria_prune.recipes.registry import TASKS
-    from cria_prune.tasks.loading import CONFIG, HUB_NAME, find_folder
-
     if name not in TASKS and not Path(name).is_dir() and not HUB_NAME.fullmatch(name):
         raise ConfigError(
             "A recipe, a checkpoint or a model",
@@ -140,8 +152,6 @@ def recipe(name: str, **options: Any) -> Target:
     Raises:
         ConfigError: no such recipe, or it has no such option.
     """
-    from cria_prune.recipes.registry import TASKS, task
-
     if name not in TASKS:
         raise ConfigError("A recipe", f"found {name!r}", f"Known recipes: {', '.join(TASKS)}")
     made = task(name, **options)
@@ -154,9 +164,6 @@ def checkpoint(name: str) -> Target:
     Raises:
         ArtifactError: the folder holds no whole checkpoint, or one whose recipe is unknown.
     """
-    from cria_prune.artifact.checkpoint import load
-    from cria_prune.recipes.registry import TASKS, task
-
     loaded = load(name)
     results = _mapping(loaded.manifest.get("results"))
     known = results.get("recipe") or loaded.manifest["architecture"]
@@ -172,12 +179,6 @@ def checkpoint(name: str) -> Target:
 
 def _pretrained(folder: Path, name: str, texts: Texts | None) -> Target:
     """Return a Hugging Face model; what Cria saved goes on with its recipe, if no other texts are given."""
-    from cria_prune.artifact.checkpoint import load
-    from cria_prune.base.files import MANIFEST
-    from cria_prune.recipes.registry import TASKS, folder_task, task
-    from cria_prune.tasks.folder import Texts, with_weights
-    from cria_prune.tasks.loading import HUB_NAME
-
     texts = texts or Texts()
     base = name if HUB_NAME.fullmatch(name) and not Path(name).is_dir() else None
     if not (folder / MANIFEST).is_file():
@@ -238,31 +239,24 @@ def load_source(text: str, example: Sequence[int] | None = None, meta: bool = Fa
         ArtifactError: a folder holds no model that can be read.
         DataError: the example's shape does not suit the model.
     """
-    from cria_prune.recipes.registry import TASKS
-
-    folder = Path(text)
-    if text not in TASKS and folder.is_dir() and (folder / CONFIG).is_file():
+    folder, own = Path(text), text in TASKS
+    if not own and folder.is_dir() and (folder / CONFIG).is_file():
         model = load_pretrained(folder, meta)
         return Source(model, example_inputs(model, example), text, "hugging-face")
-    if text not in TASKS and not folder.is_dir() and ":" in text:
+    if not own and not folder.is_dir():
+        if ":" not in text:
+            raise ConfigError(
+                "A model",
+                f"found {text!r}, which is no recipe and no folder",
+                f"Give a recipe ({', '.join(TASKS)}), the folder of a checkpoint or of a Hugging Face model, "
+                "or package.module:function",
+            )
         model, given = _from_factory(text, meta)
         return Source(model, _example(text, given, example), text, "factory")
-    if text not in TASKS and not folder.is_dir():
-        raise ConfigError(
-            "A model",
-            f"found {text!r}, which is no recipe and no folder",
-            f"Give a recipe ({', '.join(TASKS)}), the folder of a checkpoint or of a Hugging Face model, "
-            "or package.module:function",
-        )
     found = find(text)
-    model = found.untrained()
-    return Source(
-        model.to("meta") if meta else model,
-        _example(text, found.task.example, example),
-        text,
-        "recipe" if found.checkpoint is None else "checkpoint",
-        found,
-    )
+    model = found.untrained().to("meta") if meta else found.untrained()
+    kind: Kind = "recipe" if found.checkpoint is None else "checkpoint"
+    return Source(model, _example(text, found.task.example, example), text, kind, found)
 
 
 def parse_shape(text: str | None) -> tuple[int, ...] | None:
@@ -293,39 +287,36 @@ def _example(text: str, given: Batch | None, shape: Sequence[int] | None) -> Bat
 
 def _from_factory(text: str, meta: bool) -> tuple[nn.Module, Batch | None]:
     """Import and call `package.module:function`; the error says which of the steps failed."""
-    asked = f"The model {text}"
+
+    def refused(found: str, todo: str) -> ConfigError:
+        return ConfigError(f"The model {text}", found, todo)
+
+    module, _, path = text.partition(":")
     with _current_folder_importable():
-        factory = _imported(text, asked)
+        try:
+            made: Any = importlib.import_module(module)
+        except Exception as error:  # the user's code
+            if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+                todo = "Run from the folder that holds it, or install it"
+                raise refused(f"there is no module {error.name!r}", todo) from error
+            todo = "Install it" if isinstance(error, ModuleNotFoundError) else "Mend the module"
+            found = f"importing {module!r} raised {said(error)}"
+            raise refused(found, todo) from error
+        for name in path.split("."):
+            if not hasattr(made, name):
+                raise refused(f"{module!r} has no {path!r}", f"Name {FACTORY}")
+            made = getattr(made, name)
+        if not callable(made):
+            raise refused(f"{path!r} is {type(made).__name__}", f"Name {FACTORY}")
         try:
             with torch.device("meta") if meta else nullcontext():
-                made = factory if isinstance(factory, nn.Module) else factory()
+                made = made if isinstance(made, nn.Module) else made()
         except Exception as error:  # the user's code
-            raise ConfigError(asked, f"the function raised {_named(error)}", f"Give {FACTORY}") from error
+            raise refused(f"the function raised {said(error)}", f"Give {FACTORY}") from error
     model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
-        raise ConfigError(asked, f"the function returned {type(made).__name__}", f"Give {FACTORY}")
+        raise refused(f"the function returned {type(made).__name__}", f"Give {FACTORY}")
     return (model.to("meta") if meta else model).eval(), example
-
-
-def _imported(text: str, asked: str) -> Any:
-    module, _, path = text.partition(":")
-    try:
-        found: Any = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise ConfigError(asked, f"importing {module!r} raised {_named(error)}", "Install it") from error
-        raise ConfigError(
-            asked, f"there is no module {error.name!r}", "Run from the folder that holds it, or install it"
-        ) from error
-    except Exception as error:  # the user's code
-        raise ConfigError(asked, f"importing {module!r} raised {_named(error)}", "Mend the module") from error
-    for name in path.split("."):
-        if not hasattr(found, name):
-            raise ConfigError(asked, f"{module!r} has no {path!r}", f"Name {FACTORY}")
-        found = getattr(found, name)
-    if not callable(found):
-        raise ConfigError(asked, f"{path!r} is {type(found).__name__}", f"Name {FACTORY}")
-    return found
 
 
 @contextmanager
@@ -337,8 +328,3 @@ def _current_folder_importable() -> Iterator[None]:
     finally:
         if folder in sys.path:
             sys.path.remove(folder)
-
-
-def _named(error: Exception) -> str:
-    text = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".")
-    return f"{type(error).__name__}: {text}"

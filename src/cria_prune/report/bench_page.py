@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from cria_prune.base.errors import some
 from cria_prune.base.files import is_plain_file
 from cria_prune.base.metrics import metric as metric_of
 from cria_prune.config import OF
@@ -191,6 +193,11 @@ SAID = {
 }
 WITH = {"tune": "tuned by {}", "dense_seed": "dense model {}"}
 PLURAL = {"rounds": "round", "epochs": "epoch"}
+ORIGIN = {
+    "platform": "platform", "cpus": "processors", "device": "device", "cria_prune": "Cria",
+    "python": "Python", "torch": "torch", "numpy": "numpy", "data": "data",
+}  # fmt: skip
+"""Key of a provenance -> what a page calls it."""
 LISTED = 12  # so many commits or files are named, the others counted
 
 
@@ -247,11 +254,8 @@ def _lead(bench: Bench) -> str:
 def _seeds_text(cells: Sequence[CellFile]) -> str:
     """Say how many seeds there are, and so whether an interval can be shown."""
     seeds = sorted({item.cell.seed for item in cells})
-    per_point: dict[tuple[Setting, str, float], int] = {}
-    for item in cells:
-        key = (item.cell.setting(), item.cell.criterion, item.cell.reduction)
-        per_point[key] = per_point.get(key, 0) + 1
-    fewest, most = min(per_point.values()), max(per_point.values())
+    points = Counter((item.cell.setting(), item.cell.criterion, item.cell.reduction) for item in cells)
+    fewest, most = min(points.values()), max(points.values())
     several = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     named = ", ".join(map(str, seeds))
     if most == 1:
@@ -319,25 +323,19 @@ def _values_table(
 def _ranked(values: dict[str, Points], last: float, metric: str) -> list[str]:
     """Return the criteria, the best at the reduction `last` first; those without a value there at the end."""
     sign = -1 if metric_of(metric).higher_is_better else 1
-
-    def place(name: str) -> tuple[float, str]:
-        seeds = values[name].get(last)
-        return (sign * statistics.fmean(seeds.values()) if seeds else float("inf"), name)
-
-    return sorted(values, key=place)
+    there = {name: points[last] for name, points in values.items() if points.get(last)}
+    best = {name: sign * statistics.fmean(seeds.values()) for name, seeds in there.items()}
+    return sorted(values, key=lambda name: (best.get(name, math.inf), name))
 
 
 def with_interval(values: Sequence[float], metric: str) -> str:
     """Return the mean of some values of a metric, with half of its t-interval where there are several."""
-    mean, half = mean_interval(values)
-    shared = metric_of(metric).share
+    (mean, half), shared = mean_interval(values), metric_of(metric).share
     text = f"{100 * mean:.2f}" if shared else metric_text(mean, metric)
     if half is None:
         return text
     # On a telephone the line may break before the sign, and not after it.
-    return (
-        f"{text} ±\N{NO-BREAK SPACE}{100 * half:.2f}" if shared else f"{text} ±\N{NO-BREAK SPACE}{half:.3g}"
-    )
+    return f"{text} ±\N{NO-BREAK SPACE}" + (f"{100 * half:.2f}" if shared else f"{half:.3g}")
 
 
 def _times(bench: Bench) -> str:
@@ -345,46 +343,35 @@ def _times(bench: Bench) -> str:
     rows = []
     for name in bench.criteria:
         cells = [item.seconds for item in bench.cells if item.cell.criterion == name]
-        row = [name]
-        for stages in STAGES.values():
-            spent = [sum(item.get(stage, 0.0) for stage in stages) for item in cells if stages[0] in item]
-            row.append(f"{statistics.fmean(spent):.2f}" if spent else "–")
-        rows.append(row)
+        spent = [
+            [sum(item.get(stage, 0.0) for stage in stages) for item in cells if stages[0] in item]
+            for stages in STAGES.values()
+        ]
+        rows.append([name, *(f"{statistics.fmean(found):.2f}" if found else "–" for found in spent)])
     known = any(cell != "–" for row in rows for cell in row[1:])
     words = "<p>Mean seconds per cell, over all settings; the recovery where there was one.</p>"
     return words + table(["criterion", *STAGES], rows, "bench") if known else ""
 
 
 def _origins(bench: Bench) -> str:
-    dates = distinct(bench.origins, "time")
-    dirty = sum(bool(item.get("dirty")) for item in bench.origins)
+    found = {key: distinct(bench.origins, key) for key in ("time", "commit", *ORIGIN)}
+    dates, dirty = found["time"], sum(bool(item.get("dirty")) for item in bench.origins)
     rows = [
-        ["dates", dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"] if dates else None,
-        ["commits", _listed(distinct(bench.origins, "commit"))],
+        ["dates", " to ".join(dict.fromkeys([*dates[:1], *dates[-1:]]))],
+        ["commits", some(found["commit"], LISTED)],
         ["changed after the commit", _many(dirty, "file") if dirty else "none"],
-        *(
-            [title, _listed(distinct(bench.origins, key))]
-            for title, key in (
-                ("platform", "platform"), ("processors", "cpus"), ("device", "device"),
-                ("Cria", "cria_prune"), ("Python", "python"), ("torch", "torch"), ("numpy", "numpy"),
-                ("data", "data"),
-            )
-        ),
-    ]  # fmt: skip
-    return table(["", ""], [row for row in rows if row and row[1]], "words")
+        *([title, some(found[key], LISTED)] for key, title in ORIGIN.items()),
+    ]
+    return table(["", ""], [row for row in rows if row[1]], "words")
 
 
 def _left(bench: Bench) -> str:
     if not bench.left:
         return ""
-    said = "".join(f"<li>{escape(words)}</li>" for words in bench.left[:LISTED])
-    more = f"<li>and {count(len(bench.left) - LISTED)} more</li>" if len(bench.left) > LISTED else ""
-    return f"<p>Files in the folder that are no result of this bench.</p><ul>{said}{more}</ul>"
-
-
-def _listed(values: Sequence[str]) -> str:
-    more = f" and {len(values) - LISTED} more" if len(values) > LISTED else ""
-    return ", ".join(values[:LISTED]) + more
+    more = len(bench.left) - LISTED
+    said = [*map(escape, bench.left[:LISTED]), *([f"and {count(more)} more"] if more > 0 else [])]
+    listed = "".join(f"<li>{words}</li>" for words in said)
+    return f"<p>Files in the folder that are no result of this bench.</p><ul>{listed}</ul>"
 
 
 def _many(items: int, noun: str, plural: str = "") -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -324,29 +325,24 @@ def _spectra(
     diagnosis: Sequence[Mapping[str, dict[str, Any]]], graphs: Mapping[str, NeuronGraphs]
 ) -> dict[str, dict[str, list[float]]]:
     """Return group -> round -> z of the first and last round; the first from kept graphs, if need be."""
-    ends = {"first round": diagnosis[0], "last round": diagnosis[-1]} if diagnosis else {}
+    ends = {"first round": diagnosis[0], "last round": diagnosis[-1]} if len(diagnosis) > 1 else {}
     found: dict[str, dict[str, list[float]]] = {}
-    for name in diagnosis[0] if diagnosis else ():
-        known = {title: _numbers(end.get(name, {}).get("values")) for title, end in ends.items()}
-        known = known if len(diagnosis) > 1 else {"first round": known["first round"]}
+    for name, first in diagnosis[0].items() if diagnosis else ():
+        known = {title: _numbers(end.get(name, {})) for title, end in ends.items()}
+        known = known or {"first round": _numbers(first)}
         both = graphs.get(name)
-        if not known["first round"] and both is not None and len(both.units) <= SOLVED_UNITS:
-            known["first round"] = _solved(both)
+        solved = both is not None and both.output.ridge > 0 and len(both.units) <= SOLVED_UNITS
+        if both is not None and solved and not known["first round"]:
+            values = solve_pencil(both.input, both.output).values
+            known["first round"] = values[:SHOWN_VALUES].tolist()
         found[name] = {title: values for title, values in known.items() if values}
     return found
 
 
-def _solved(both: NeuronGraphs) -> list[float]:
-    if both.output.ridge <= 0:
-        return []
-    values: list[float] = solve_pencil(both.input, both.output).values[:SHOWN_VALUES].tolist()
-    return values
-
-
-def _numbers(values: Any) -> list[float]:
-    return (
-        [float(item) for item in values if isinstance(item, (int, float))] if isinstance(values, list) else []
-    )
+def _numbers(diagnosis: Mapping[str, Any]) -> list[float]:
+    values = diagnosis.get("values")
+    numbers = values if isinstance(values, list) else []
+    return [float(item) for item in numbers if isinstance(item, (int, float))]
 
 
 def _ablation(folder: Path) -> dict[str, Any] | None:
@@ -379,12 +375,9 @@ def _from_manifest(folder: Path) -> dict[str, Any]:
 
 def _metric(results: Mapping[str, Any]) -> str:
     """Return the name of a run's metric; manifests name the recipe only."""
-    recipe = results.get("recipe")
-    if recipe in TASKS:
-        try:
-            return task(str(recipe)).metric
-        except CriaError:  # the recipe needs a library that is not here; the number is shown all the same
-            pass
+    with suppress(CriaError):  # the recipe needs a library that is not here; the number is shown all the same
+        if results.get("recipe") in TASKS:
+            return task(str(results["recipe"])).metric
     return str(results.get("metric") or "metric")
 
 

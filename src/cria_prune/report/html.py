@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cria_prune.base.errors import needed
 from cria_prune.base.metrics import metric
+from cria_prune.report.pictures import new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,12 +112,11 @@ def figure(draw: Callable[[Axes], Any], size: tuple[float, float], label: str, c
     """
     with needed("report", "The pictures of a report"):
         import matplotlib
-        from matplotlib.figure import Figure
 
+    buffer = io.StringIO()
     with matplotlib.rc_context(STYLE):
-        drawn = Figure(figsize=size, layout="constrained")
-        draw(drawn.subplots())
-        buffer = io.StringIO()
+        ax, drawn = new_axes(size)
+        draw(ax)
         drawn.savefig(buffer, format="svg", transparent=True)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]

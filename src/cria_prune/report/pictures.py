@@ -18,6 +18,7 @@ from cria_prune.spectrum.embedding import laplacian_embedding
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 KEPT, GONE, LINE, INK = "#2a6f97", "#dfa27a", "#b3420f", "#333333"
 GREY = "#8a8a8a"
@@ -40,23 +41,25 @@ def write_picture(path: Path, title: str, size: tuple[float, float], draw: Calla
         PackageError: matplotlib is not installed.
         ArtifactError: the system refuses.
     """
-    with needed("report", f"The picture {path}"):
-        from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
+    ax, figure = new_axes(size, f"The picture {path}")
     figure.suptitle(title, fontsize=8, parse_math=False)
-    draw(figure.subplots())
+    draw(ax)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=160)
 
 
+def new_axes(size: tuple[float, float], asked: str = "A picture") -> tuple[Axes, Figure]:
+    """Return axes on a new figure of `size` inches; a PackageError where matplotlib is missing."""
+    with needed("report", asked):
+        from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure.subplots(), figure
+
+
 def axes_of(ax: Axes | None, size: tuple[float, float]) -> Axes:
     """Return the axes without its upper and right line, or new ones of `size` inches."""
-    if ax is None:
-        with needed("report", "A picture"):
-            from matplotlib.figure import Figure
-
-        ax = Figure(figsize=size, layout="constrained").subplots()
+    ax = new_axes(size)[0] if ax is None else ax
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 

@@ -40,13 +40,13 @@ from cria_prune.report.pictures import (
     plot_widths,
 )
 
-Sections = Mapping[str, Any]
+Result = Mapping[str, Any]
 PLOTS = 48  # small pictures of a kind; further layers are left out, and the page says so
 SMALL = (2.0, 1.3)  # inches: two side by side on a telephone, and their numbers still legible
 OPEN = 12  # so many are seen at once, the others unfold
 
 
-def all_scores(result: Sections) -> str:
+def all_scores(result: Result) -> str:
     """Return how the scores of every layer are spread, and where the cut lies."""
     groups = result.get("scores") or {}
     if not groups:
@@ -60,7 +60,7 @@ def all_scores(result: Sections) -> str:
     return legend + folded(found)
 
 
-def all_spectra(result: Sections) -> str:
+def all_spectra(result: Result) -> str:
     """Return the top of every layer's spectrum."""
     spectra = {name: found for name, found in (result.get("spectra") or {}).items() if any(found.values())}
     if not spectra:
@@ -77,7 +77,7 @@ def all_spectra(result: Sections) -> str:
     return words + folded(found)
 
 
-def one_layer(result: Sections) -> str:
+def one_layer(result: Result) -> str:
     """Return one layer looked at closely.
 
     `result["layer"]` holds `name`, `graphs` (NeuronGraphs or None), `removed` (units that left in the end,
@@ -110,7 +110,7 @@ def one_layer(result: Sections) -> str:
     return "".join(parts)
 
 
-def ablation_curves(result: Sections) -> str:
+def ablation_curves(result: Result) -> str:
     """Return what taking units out of the network by their scores does; nothing where it was not measured."""
     ablation = result.get("ablation")
     if not ablation:
@@ -143,11 +143,11 @@ def spread(names: Sequence[str], most: int) -> tuple[list[str], str]:
     return [names[place] for place in places], text
 
 
-def folded(found: Sequence[str]) -> str:
-    """Return small pictures; those beyond the first dozen unfold."""
-    rest = len(found) - OPEN
-    more = f"<details><summary>{rest} more</summary>{pictures('many', found[OPEN:])}</details>"
-    return pictures("many", found[:OPEN]) + (more if rest > 0 else "")
+def folded(found: Sequence[str], seen: int = OPEN, kind: str = "many", title: str = "") -> str:
+    """Return pictures; those beyond so many that are seen at once unfold, under a title."""
+    rest, title = pictures(kind, found[seen:]), title or f"{len(found) - seen} more"
+    more = f"<details><summary>{title}</summary>{rest}</details>" if rest else ""
+    return pictures(kind, found[:seen]) + more
 
 
 def _score_picture(name: str, entry: Mapping[str, Any], title: str) -> str:
@@ -161,21 +161,17 @@ def _spectrum_picture(name: str, values: Mapping[str, Sequence[float]]) -> str:
     known = {title: found for title, found in values.items() if len(found)}
     top = max(found[0] for found in known.values())
     caption = f"<b>{escape(str(name))}</b><br>largest z {top:.4g}"
-    draw = partial(plot_spectrum, known, names=False)
-    return figure(draw, SMALL, f"Spectrum of {name}", caption)
+    return figure(partial(plot_spectrum, known, names=False), SMALL, f"Spectrum of {name}", caption)
 
 
 def _graph_picture(side: str, graph: Graph, gone: Sequence[int], name: str) -> str:
-    outside = graph.units - len(largest_piece(graph))
+    units, edges, outside = graph.units, len(graph.rows), graph.units - len(largest_piece(graph))
     left = f"; {count(outside)} units outside its largest piece are not drawn" if outside else ""
-    caption = (
-        f"<b>{side} the activation</b><br>{count(graph.units)} neurons, {count(len(graph.rows))} edges{left}"
-    )
+    caption = f"<b>{side} the activation</b><br>{count(units)} neurons, {count(edges)} edges{left}"
     label = f"Neuron graph of {name} {side} the activation"
     return figure(partial(plot_neuron_graph, graph, gone), (4.2, 3.6), label, caption)
 
 
-Result = Mapping[str, Any]
 ROWS = 60  # layers in one picture of widths
 
 
@@ -235,123 +231,101 @@ def _lead(result: Result) -> str:
     return f"<p class=lead>{' '.join(lines)}</p>" if lines else ""
 
 
+def _models(result: Result) -> list[tuple[str, float | None, float | None, float | None]]:
+    """Return name, metric, parameters and MACs of the models; None for what is no number."""
+    ends = {"dense": "_dense", "pruned": "", "recovered": ""}
+    keys = {name: (name, f"parameters{end}", f"macs{end}") for name, end in ends.items()}
+    return [(name, *(number(result.get(key)) for key in three)) for name, three in keys.items()]  # type: ignore[misc]
+
+
 def _outcome(result: Result) -> str:
-    metric = str(result.get("metric") or "metric")
-    before = (result.get("parameters_dense"), result.get("macs_dense"))
-    after = (result.get("parameters"), result.get("macs"))
+    known, models = _metric(result), _models(result)
     rows = [
-        [name, metric_text(result.get(key), metric), count(counts[0]), brief(counts[1])]
-        for name, key, counts in (
-            ("dense", "dense", before),
-            ("pruned", "pruned", after),
-            ("recovered", "recovered", after),
-        )
-        if number(result.get(key)) is not None or (name != "recovered" and any(counts))
+        [name, metric_text(value, known), count(size), brief(macs)]
+        for name, value, size, macs in models
+        if value is not None or (name != "recovered" and (size or macs))
     ]
     if not rows:
         return ""
-    if all(number(value) for value in (*before, *after)):
+    (_, dense, *before), (_, pruned, *after), _ = models
+    if all((*before, *after)):
+        last = number(result["recovered"]) if "recovered" in result else pruned
         left = [share(new / old) for old, new in zip(before, after, strict=True)]  # type: ignore[operator]
-        rows.append(["to dense", _left_metric(result), *left])
-    return pictures(
-        "pair", [f"<div>{table(['', metric, 'parameters', 'MACs'], rows)}</div>", _tradeoff(result)]
-    )
+        rows.append(["to dense", metric(known).change(dense, last), *left])
+    figures = table(["", known, "parameters", "MACs"], rows)
+    return pictures("pair", [f"<div>{figures}</div>", _tradeoff(result)])
 
 
 def _tradeoff(result: Result) -> str:
     """The metric against the size; a single model would make no picture."""
-    known = str(result.get("metric") or "metric")
-    series: dict[str, list[tuple[float, float]]] = {}
-    for name, key in (("dense", "parameters_dense"), ("pruned", "parameters"), ("recovered", "parameters")):
-        size, value = number(result.get(key)), number(result.get(name))
-        if size is not None and value is not None:
-            series[name] = [(size, value)]
-    watched = [
-        (row["parameters"], row["metric"])
+    known, series = _metric(result), dict[str, list[tuple[float, float]]]()
+    measured = [
+        ("after a round (validation)", number(row.get("metric")), number(row.get("parameters")))
         for row in _round_rows(result)
-        if number(row.get("metric")) is not None and number(row.get("parameters")) is not None
     ]
-    if watched:
-        series["after a round (validation)"] = watched
+    for name, value, size in (*((name, value, size) for name, value, size, _ in _models(result)), *measured):
+        if size is not None and value is not None:
+            series.setdefault(name, []).append((size, value))
     if sum(map(len, series.values())) < 2:
         return ""
     return figure(partial(plot_tradeoff, series, metric=known), (4.2, 2.7), f"{known} against parameters")
+
+
+def _metric(result: Result) -> str:
+    return str(result.get("metric") or "metric")
 
 
 def _round_rows(result: Result) -> list[Mapping[str, Any]]:
     return [row for row in result.get("rounds") or [] if isinstance(row, Mapping)]
 
 
-def _left_metric(result: Result) -> str:
-    """Difference of the last metric to the dense one."""
-    dense = number(result.get("dense"))
-    last = number(result.get("recovered", result.get("pruned")))
-    if dense is None or last is None:
-        return ""
-    return metric(str(result.get("metric") or "metric")).change(dense, last)
-
-
 def _rounds(result: Result) -> str:
     rounds = _round_rows(result)
     if not rounds:
         return ""
-    metric = str(result.get("metric") or "metric")
-    history: list[Mapping[str, Any]] = list(rounds)
+    known, last = _metric(result), rounds[-1]
+    history: list[Mapping[str, Any]] = [*rounds]
+    if number(result.get("pruned")) is not None:
+        history[-1] = {**last, "metric": result["pruned"]}
     if number(result.get("parameters_dense")) is not None:
         dense = {"round": "dense", "parameters": result["parameters_dense"], "metric": result.get("dense")}
         history.insert(0, dense)
-    if number(result.get("pruned")) is not None:
-        history[-1] = {**history[-1], "metric": result["pruned"]}
     if number(result.get("recovered")) is not None:
-        last = {
-            "round": "recovered",
-            "parameters": rounds[-1].get("parameters"),
-            "metric": result["recovered"],
-        }
-        history.append(last)
-    rows = [
-        [
-            str(row.get("round", "")),
-            few(row.get("parameters")),
-            share(row.get("reduction")),
-            metric_text(row.get("metric"), metric),
-            seconds_text(sum(_stages(row).values())) if _stages(row) else "–",
-        ]
-        for row in rounds
-    ]
-    head = ["round", "parameters", "removed", metric, "time"]
+        end = {"round": "recovered", "parameters": last.get("parameters"), "metric": result["recovered"]}
+        history.append(end)
+    columns = {
+        "round": [str(row.get("round", "")) for row in rounds],
+        "parameters": [few(row.get("parameters")) for row in rounds],
+        "removed": [share(row.get("reduction")) for row in rounds],
+        known: [metric_text(row.get("metric"), known) for row in rounds],
+        "time": [seconds_text(sum(_stages(row).values())) if _stages(row) else "–" for row in rounds],
+    }
     if all(number(row.get("metric")) is None for row in rounds):  # no round was measured: no empty column
-        head, rows = [*head[:3], head[4]], [[*row[:3], row[4]] for row in rows]
-    figures = table(head, rows)
-    picture = figure(
-        partial(plot_rounds, history, metric=metric), (4.2, 2.7), "Parameters and metric over rounds"
-    )
+        del columns[known]
+    figures = table(list(columns), list(zip(*columns.values(), strict=True)))
+    draw = partial(plot_rounds, history, metric=known)
+    picture = figure(draw, (4.2, 2.7), "Parameters and metric over rounds")
     return f"<div class=pair>{picture}<div>{figures}</div></div>"
 
 
 def _widths(result: Result) -> str:
-    widths = result.get("widths")
-    if not widths:
-        return ""
+    widths = result.get("widths") or {}
     # Two columns of at most half the layers each stay readable on a telephone; very many are folded away.
     names = list(widths)
     half = len(names) if len(names) <= 16 else min(ROWS, math.ceil(len(names) / 2))
     found = []
-    for start in range(0, len(names), half):
+    for start in range(0, len(names), half or 1):
         chosen = {name: widths[name] for name in names[start : start + half]}
         size = (4.2, 0.7 + 0.19 * max(len(chosen), 2))
         found.append(figure(partial(plot_widths, chosen), size, "Units before and after"))
-    rest = pictures("pair", found[2:])
-    more = f"<details><summary>{len(names) - 2 * half} more layers</summary>{rest}</details>" if rest else ""
-    return pictures("pair", found[:2]) + more
+    return folded(found, 2, "pair", f"{len(names) - 2 * half} more layers")
 
 
 def _times(result: Result) -> str:
     stages = _stages(result)
-    if not stages:
-        for row in result.get("rounds") or []:
-            for stage, seconds in _stages(row).items():
-                stages[stage] = stages.get(stage, 0.0) + seconds
+    for row in () if stages else _round_rows(result):
+        for stage, seconds in _stages(row).items():
+            stages[stage] = stages.get(stage, 0.0) + seconds
     if not stages:
         return ""
     longest, total = max(stages.values()), sum(stages.values())
@@ -367,12 +341,8 @@ def _times(result: Result) -> str:
 
 
 def _frozen(result: Result) -> str:
-    frozen = result.get("frozen") or {}
-    return (
-        table(["group", "reason"], [[name, reason] for name, reason in frozen.items()], "words")
-        if frozen
-        else ""
-    )
+    rows = [list(pair) for pair in (result.get("frozen") or {}).items()]
+    return table(["group", "reason"], rows, "words") if rows else ""
 
 
 def _provenance(result: Result) -> str:

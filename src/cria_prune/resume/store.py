@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cria_prune.base.errors import ArtifactError
+from cria_prune.base.errors import ArtifactError, some
 from cria_prune.base.files import flush
 from cria_prune.base.modules import digest
 
@@ -137,10 +137,9 @@ class Store:
         """
         differing = list(_differences(dict(found), dict(asked)))
         if differing:
-            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise ArtifactError(
                 f"Going on with the {self.work} in {self.folder}",
-                f"its state is of another one: {'; '.join(differing[:3])}{more}",
+                f"its state is of another one: {some(differing, 3, '; ')}",
                 ANOTHER,
             )
 
