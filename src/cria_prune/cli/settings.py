@@ -86,7 +86,7 @@ class Request(BaseModel):
 
     Attributes:
         group: under which heading of --help the options are that a class adds; Output where it says nothing.
-        work: module of `cria_prune.cli` and function in it that does the work: `commands.run`.
+        work: module beside this one and function in it that does the work: `commands.run`.
         shared: it can be shared out over several processes.
         command: the command with the options that were given, as it would be typed.
     """
