@@ -85,7 +85,7 @@ def test_the_wheel_holds_types_and_suites(wheel: Path) -> None:
     with ZipFile(wheel) as file:
         names = set(file.namelist())
     suites = {f"cria_prune/bench/suites/{path.relative_to(SUITES)}" for path in SUITES.glob("*/*.yaml")}
-    assert suites and suites | {"cria_prune/py.typed"} <= names
+    assert suites and suites | {"cria_prune/py.typed", "cria_prune/report/page.html"} <= names
     assert {name.split("/")[0] for name in names} == {"cria_prune", f"cria_prune-{VERSION}.dist-info"}
 
 
