@@ -111,10 +111,10 @@ def said(call):
     except CriaError as error:
         return [isinstance(error, ImportError), str(error)]
 
-from cria_prune.artifact import plot_widths
+from cria_prune.report.pictures import plot_widths
 from cria_prune.bench.suite import read_suite
 from cria_prune.cli.target import find
-from cria_prune.tasks import task
+from cria_prune.recipes.registry import task
 
 answer = {
     "file": __file__, "same": same, "reached": result.report["reached"], "config": config == result.config,

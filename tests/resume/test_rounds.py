@@ -18,7 +18,7 @@ from cria_prune.graph.graph import Graph, NeuronGraphs
 from cria_prune.graph.moments import Moments
 from cria_prune.planning.plan import identity_plan
 from cria_prune.repair.consumers import Repair
-from cria_prune.report import folder
+from cria_prune.report import folder as report_folder
 from cria_prune.result import OffloadedRound, PruneResult, Round
 from cria_prune.resume import rounds, turns
 from cria_prune.resume.rounds import (
@@ -109,8 +109,8 @@ def in_the_offloaded_state(result: PruneResult, folder: Path) -> Round:
 
 
 def in_the_history(result: PruneResult, folder: Path) -> Round:
-    folder.write_run(folder, {}, result.rounds, {})
-    kept = folder.read_run(folder)
+    report_folder.write_run(folder, {}, result.rounds, {})
+    kept = report_folder.read_run(folder)
     assert kept is not None
     (found,) = kept.rounds
     return found
@@ -147,7 +147,7 @@ def test_a_round_comes_back_from_each_kind_of_file(name: str, pruned: PruneResul
 def test_a_field_that_is_added_to_a_round_is_in_each_kind_of_file(
     name: str, pruned: PruneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (rounds, folder):
+    for module in (rounds, report_folder):
         monkeypatch.setattr(module, "Round", LaterRound)
     monkeypatch.setattr(turns, "OffloadedRound", LaterOffloadedRound)
     kind, before = (LaterOffloadedRound, OffloadedRound) if name == "offloaded" else (LaterRound, Round)
