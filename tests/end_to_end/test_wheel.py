@@ -85,7 +85,7 @@ def test_the_wheel_holds_types_and_suites(wheel: Path) -> None:
     with ZipFile(wheel) as file:
         names = set(file.namelist())
     suites = {f"cria_prune/bench/suites/{path.relative_to(SUITES)}" for path in SUITES.glob("*/*.yaml")}
-    assert suites and suites | {"cria_prune/py.typed"} <= names
+    assert suites and suites | {"cria_prune/py.typed", "cria_prune/report/page.html"} <= names
     assert {name.split("/")[0] for name in names} == {"cria_prune", f"cria_prune-{VERSION}.dist-info"}
 
 
@@ -111,10 +111,10 @@ def said(call):
     except CriaError as error:
         return [isinstance(error, ImportError), str(error)]
 
-from cria_prune.artifact import plot_widths
+from cria_prune.report.pictures import plot_widths
 from cria_prune.bench.suite import read_suite
 from cria_prune.cli.target import find
-from cria_prune.tasks import task
+from cria_prune.recipes.registry import task
 
 answer = {
     "file": __file__, "same": same, "reached": result.report["reached"], "config": config == result.config,
