@@ -63,7 +63,7 @@ for words in {asked!r}:
 
 
 def test_every_public_name_is_imported_lazily_and_no_module_takes_its_place() -> None:
-    submodules = ("plan.budget", "record.collect", "recover.run")
+    submodules = ("planning.budget", "recording.collect", "recovery.loop")
     code = f"""
 import types
 import {", ".join(f"cria_prune.{name}" for name in submodules)}
