@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -113,20 +114,14 @@ def recover(
     _check(model, config, teacher, place)
     dense = teacher if config.distill else None
     shared = config.fsdp and config.epochs > 0  # a copy is trained: the model waits in nobody's way
-    keeper = None
-    if state is not None:
-        direction = "lower is better" if lower_is_better else "higher is better"
-        said: dict[str, Any] = {
-            "config": config.model_dump(mode="json"),
-            "device": place.type,
-            "metric": None if evaluate is None else direction,
-            "data": data,
-            "torch": torch.__version__,
-            "code": code_version(),
-        }
-        if world().size > 1:
-            said["processes"] = world().size
-        keeper = Keeper(state, identity(model, dense, **said), save_every)
+    direction = None if evaluate is None else "lower is better" if lower_is_better else "higher is better"
+    asked = {
+        "config": config.model_dump(mode="json"),
+        "device": place.type,
+        "metric": direction,
+        "data": data,
+    }
+    keeper = None if state is None else _keeper(state, model, dense, asked, save_every)
     with ExitStack() as stack:
         # What is entered first is left last: the generators are put back after all
         # else, and adapters are merged while the model is still on its device.
@@ -166,6 +161,20 @@ def recover(
             raise
     best = run.history[run.best_epoch]
     return RecoverResult(model, tuple(run.history), best.epoch, best.metric, run.history[-1].metric)
+
+
+def _keeper(
+    state: str | Path,
+    model: nn.Module,
+    dense: nn.Module | None,
+    asked: Mapping[str, Any],
+    save_every: float,
+) -> Keeper:
+    """Return what keeps a fine-tune in a folder; a state of another model, request or code is refused."""
+    said = {**asked, "torch": torch.__version__, "code": code_version()}
+    if world().size > 1:
+        said["processes"] = world().size
+    return Keeper(state, identity(model, dense, **said), save_every)
 
 
 def check_possible(config: RecoverConfig, device: torch.device) -> None:
