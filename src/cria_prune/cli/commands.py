@@ -138,22 +138,21 @@ def finish(job: Job, kept: Callable[[], History] | None = None) -> None:
 
     The states of the rounds and the recovery are not needed any more.
     """
-    world().lead("The report", lambda: _finish(job, kept))
 
+    def write() -> None:
+        job.forget()
+        job.results |= {"seconds": rounded(job.seconds), "memory": peak_memory(job.device)}
+        if kept is None:
+            return
+        history = kept()
+        write_run(job.output, history.page, history.rounds, history.graphs)
+        try:
+            page = folder_page(job.output).html
+            job.out.say(f"report {write_text(Path(job.output) / REPORT, page)}")
+        except PackageError as error:
+            job.out.say(f"no report now: {error}, then run cria report {job.output}")
 
-def _finish(job: Job, kept: Callable[[], History] | None) -> None:
-    job.forget()
-    job.results |= {"seconds": rounded(job.seconds), "memory": peak_memory(job.device)}
-    if kept is None:
-        return
-    history = kept()
-    write_run(job.output, history.page, history.rounds, history.graphs)
-    try:
-        page = folder_page(job.output).html
-    except PackageError as error:
-        job.out.say(f"no report now: {error}, then run cria report {job.output}")
-        return
-    job.out.say(f"report {write_text(Path(job.output) / REPORT, page)}")
+    world().lead("The report", write)
 
 
 HALVES = (torch.float16, torch.bfloat16)

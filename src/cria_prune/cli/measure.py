@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -22,7 +21,6 @@ from cria_prune.cli.job import rounded
 from cria_prune.cli.output import Output
 from cria_prune.cli.settings import Ablate, Eval, prune_config
 from cria_prune.cli.target import Target
-from cria_prune.config import PruneConfig
 from cria_prune.report.curves import plot_ablation
 from cria_prune.stages import prepare, rank
 
@@ -64,7 +62,14 @@ def ablate(request: Ablate, out: Output) -> None:
             "tested_on": tested_on,
         }
         show_ablation(out, result, head)
-        drawn = keep(folder, {**result.to_dict(), **head, **described(config), "provenance": origin})
+        asked = config.model_dump(mode="json")
+        asked["plan"] = {key: asked["plan"][key] for key in ("residual", "units", "vanilla")}
+        used = {key: asked[key] for key in ("record", "score", "plan")}
+        values = {**result.to_dict(), **head, "config": used, "provenance": origin}
+        title = f"{request.target}, {config.score.criterion}: {tested_on}"
+        with interrupts_wait():
+            drawn = picture(folder / PICTURE, title, (5.4, 3.6), partial(plot_ablation, values))
+            write_json(folder / RESULT, values, allow_nan=False)
         out.say(f"result {folder / RESULT}, {drawn}")
     answer = {key: value for key, value in result.to_dict().items() if key != "curves"}
     out.answer(
@@ -111,22 +116,6 @@ def show_ablation(out: Output, result: Ablation, head: dict[str, Any]) -> None:
     out.say("units removed: the same share of every group, rounded to whole units, one at least stays")
     out.say(f"largest difference between masked and pruned: {result.difference:.0e}")
     out.say(result.verdict)
-
-
-def described(config: PruneConfig) -> dict[str, Any]:
-    """Return the parts of the configuration that an ablation uses."""
-    values = config.model_dump(mode="json")
-    scope = {key: values["plan"][key] for key in ("residual", "units", "vanilla")}
-    return {"config": {"record": values["record"], "score": values["score"], "plan": scope}}
-
-
-def keep(folder: Path, values: dict[str, Any]) -> str:
-    """Write the result and the picture, each whole or not at all; return what became of the picture."""
-    title = f"{values['target']}, {values['criterion']}: {values['tested_on']}"
-    with interrupts_wait():
-        drawn = picture(folder / PICTURE, title, (5.4, 3.6), partial(plot_ablation, values))
-        write_json(folder / RESULT, values, allow_nan=False)
-    return drawn
 
 
 def evaluate(request: Eval, out: Output) -> None:

@@ -8,15 +8,14 @@ from typing import Any
 
 from cria_prune.artifact.rebuild import peak_memory, provenance
 from cria_prune.base.errors import ConfigError
-from cria_prune.base.metrics import Metric, metric
+from cria_prune.base.metrics import metric
 from cria_prune.base.ranks import world
 from cria_prune.cli import show
 from cria_prune.cli.folder import claimed
 from cria_prune.cli.job import COUNTS, PRUNED, rounded
 from cria_prune.cli.output import Output
 from cria_prune.cli.settings import Prune, prune_config
-from cria_prune.config import PruneConfig
-from cria_prune.offload.prune import Offloaded, checked, prune_offloaded
+from cria_prune.offload.prune import checked, prune_offloaded
 from cria_prune.recipes.registry import TASKS, folder_task
 from cria_prune.tasks.folder import FolderTask
 from cria_prune.tasks.loading import CONFIG, find_folder, load_pretrained
@@ -49,8 +48,27 @@ def prune(request: Prune, out: Output) -> None:
             provenance=origin, results={**head, "stage": PRUNED}, progress=out.progress,
             state=state, data=task.fingerprint(),
         )  # fmt: skip
-        _tell(out, done, metric(task.metric))
-        out.answer({**head, **_answer(done, config), "memory": peak_memory(device)})
+    report, turns = done.plan.report, sum(item.turns for item in done.rounds)
+    show.rounds(out, done.rounds, metric(task.metric))
+    out.say(
+        f"parameters {report['parameters_dense']:,.0f} before, {report['parameters']:,.0f} after, recorded "
+        f"layer by layer in {turns} turn{'' if turns == 1 else 's'}"
+    )
+    out.say(f"folder {done.path}: plain transformers loads it (measure it with cria eval)")
+    out.answer({
+        **head,
+        "criterion": config.score.criterion,
+        "asked": config.plan.reduction,
+        "of": config.plan.of,
+        "reduction": done.rounds[-1].report["reached"],
+        **{name: report[name] for name in COUNTS if name in report},
+        "rounds": len(done.rounds),
+        "turns": turns,
+        "masked_equals_pruned": done.difference,
+        "output": str(done.path),
+        "seconds": rounded(done.seconds),
+        "memory": peak_memory(device),
+    })  # fmt: skip
 
 
 def _task(request: Prune) -> FolderTask:
@@ -77,29 +95,3 @@ def _task(request: Prune) -> FolderTask:
             asked, f"found {kind}", "Give the folder of a Hugging Face model, or leave out --offload"
         )
     return folder_task(folder, request.texts, load_pretrained(folder, meta=True))
-
-
-def _tell(out: Output, done: Offloaded, metric: Metric) -> None:
-    report, turns = done.plan.report, sum(item.turns for item in done.rounds)
-    show.rounds(out, done.rounds, metric)
-    out.say(
-        f"parameters {report['parameters_dense']:,.0f} before, {report['parameters']:,.0f} after, recorded "
-        f"layer by layer in {turns} turn{'' if turns == 1 else 's'}"
-    )
-    out.say(f"folder {done.path}: plain transformers loads it (measure it with cria eval)")
-
-
-def _answer(done: Offloaded, config: PruneConfig) -> dict[str, Any]:
-    said, last = done.plan.report, done.rounds[-1].report
-    return {
-        "criterion": config.score.criterion,
-        "asked": config.plan.reduction,
-        "of": config.plan.of,
-        "reduction": last["reached"],
-        **{name: said[name] for name in COUNTS if name in said},
-        "rounds": len(done.rounds),
-        "turns": sum(item.turns for item in done.rounds),
-        "masked_equals_pruned": done.difference,
-        "output": str(done.path),
-        "seconds": rounded(done.seconds),
-    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from cria_prune.cli.folder import claimed
 from cria_prune.cli.job import rounded
 from cria_prune.cli.output import Output
 from cria_prune.cli.settings import Score, Scoring, prune_config
-from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig
 from cria_prune.scores import Scored, score_once
 
@@ -27,52 +27,33 @@ def score(request: Score, out: Output) -> None:
     config, output = prune_config(request, found.prune_defaults()), request.output
     if output is None:
         config = config.model_copy(update={"compensate": False})  # its moments would be thrown away
-        scored_answer(request, found, config, out, None)
-        return
-    with claimed(output, "", request.overwrite) as folder:
-        scored_answer(request, found, config, out, folder)
-
-
-def scored_answer(
-    request: Score, found: Target, config: PruneConfig, out: Output, folder: Path | None
-) -> None:
-    """Score, show the diagnosis, keep the scores in a folder if there is one, and answer."""
-    device, seed = request.torch_device, request.base_seed
-    seconds: dict[str, float] = {}
-    with clock(seconds, "model"):
-        model = found.model(device, seed, out.progress)
-    batches = found.task.calibration(config.record.examples, config.record.seed)
-    scored = score_once(model, batches, config, example=found.task.example, seconds=seconds)
-    rows = {
-        name: {"scores": item.scores.tolist(), "diagnosis": item.diagnosis.to_dict()}
-        for name, item in scored.importances.items()
-    }
-    show.diagnosis(out, rows)
-    head = {"target": request.target, **found.named(), "criterion": config.score.criterion}
-    if folder is not None:
-        origin = provenance(seed, request.command, found.task.fingerprint(), device)
-        keep_scores(folder, scored, {**head, "provenance": origin})
-        out.say(f"scores {folder}: cria prune {request.target} --scores {folder} cuts to any size")
-    units = sum(len(item["scores"]) for item in rows.values())
-    out.answer(
-        {
+    with nullcontext() if output is None else claimed(output, "", request.overwrite) as folder:
+        device, seed, seconds = request.torch_device, request.base_seed, dict[str, float]()
+        with clock(seconds, "model"):
+            model = found.model(device, seed, out.progress)
+        batches = found.task.calibration(config.record.examples, config.record.seed)
+        scored = score_once(model, batches, config, example=found.task.example, seconds=seconds)
+        show.diagnosis(out, scored.importances)
+        head = {"target": request.target, **found.named(), "criterion": config.score.criterion}
+        if folder is not None:
+            origin = provenance(seed, request.command, found.task.fingerprint(), device)
+            keep_scores(folder, scored, {**head, "provenance": origin})
+            out.say(f"scores {folder}: cria prune {request.target} --scores {folder} cuts to any size")
+        out.answer({
             **head,
-            "groups": len(rows),
-            "units": units,
+            "groups": len(scored.importances),
+            "units": sum(len(item.scores) for item in scored.importances.values()),
             "seed": seed,
             "output": None if folder is None else str(folder),
             "seconds": rounded(seconds),
-        }
-    )
+        })  # fmt: skip
 
 
 def keep_scores(folder: Path, scored: Scored, said: Mapping[str, Any]) -> None:
     """Write scores in place of those in a folder; of several processes the first does."""
-
-    def write() -> None:
-        save_scores(folder, scored, overwrite=True, said=said)
-
-    world().lead("Keeping the scores", write)
+    world().lead(
+        "Keeping the scores", lambda: save_scores(folder, scored, overwrite=True, said=said) and None
+    )
 
 
 def config_from(

@@ -10,6 +10,7 @@ from cria_prune.base.metrics import Metric, metric, percent
 from cria_prune.cli.output import Output
 from cria_prune.config import OF
 from cria_prune.result import Round
+from cria_prune.spectrum.importance import Importance
 
 if TYPE_CHECKING:
     from cria_prune.structure.groups import UnitGroups
@@ -122,24 +123,14 @@ def further(out: Output, name: str, found: Mapping[str, float | str]) -> None:
             out.say(f"{(name + ' ' + key).strip():<20} {metric(key).text(value):>9}{said}")
 
 
-def diagnosis(out: Output, groups: Mapping[str, Mapping[str, Any]]) -> None:
+def diagnosis(out: Output, found: Mapping[str, Importance]) -> None:
     """Print one row per group: how its units were scored and how far the scores can be trusted."""
     rows = []
-    for name, item in groups.items():
-        said, scores = item["diagnosis"], sorted(item["scores"])
-        half = "-" if said["split_half"] is None else f"{said['split_half']:.3f}"
-        spread = (scores[0], scores[len(scores) // 2], scores[-1])
-        dead = str(len(said["dead"]))
-        rows.append(
-            [
-                name,
-                said["solver"],
-                said["status"],
-                str(len(scores)),
-                dead,
-                half,
-                *(f"{v:.3g}" for v in spread),
-            ]
-        )
+    for name, item in found.items():
+        said, scores = item.diagnosis, sorted(item.scores.tolist())
+        counts = [str(len(scores)), str(len(said.dead))]
+        half = "-" if said.split_half is None else f"{said.split_half:.3f}"
+        spread = (f"{value:.3g}" for value in (scores[0], scores[len(scores) // 2], scores[-1]))
+        rows.append([name, said.solver, said.status, *counts, half, *spread])
     columns = ["group", "solver", "status", "units", "dead", "split-half", "min", "median", "max"]
     out.table(columns, rows, left=3)
