@@ -105,7 +105,7 @@ def needed(extra: str, asked: str) -> Iterator[None]:
     >>> with needed("report", "A picture"):
     ...     import matplotlib_of_nowhere
     Traceback (most recent call last):
-    cria_prune.errors.PackageError: A picture: matplotlib-of-nowhere is not installed. Install it with pip \
+    cria_prune.base.errors.PackageError: A picture: matplotlib-of-nowhere is not installed. Install it with pip \
 install 'cria-prune[report]'
     """
     try:
