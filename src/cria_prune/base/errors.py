@@ -105,8 +105,8 @@ def needed(extra: str, asked: str) -> Iterator[None]:
     >>> with needed("report", "A picture"):
     ...     import matplotlib_of_nowhere
     Traceback (most recent call last):
-    cria_prune.base.errors.PackageError: A picture: matplotlib-of-nowhere is not installed. Install it with pip \
-install 'cria-prune[report]'
+    cria_prune.base.errors.PackageError: A picture: matplotlib-of-nowhere is not installed. Install it with \
+pip install 'cria-prune[report]'
     """
     try:
         yield
