@@ -6,7 +6,6 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ from cria_prune.artifact.certificate import Certificate
 from cria_prune.base.files import is_plain_file
 from cria_prune.base.modules import named_tensors
 from cria_prune.planning.plan import Plan
+from cria_prune.structure.table import ranges
+from cria_prune.tasks.loading import HUB_NAME
 
 TAGS = ("cria", "pruned")
 LARGEST = 1 << 20
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 WORD = re.compile(r"[\w.+-][\w.+: -]{0,95}")
 
 
@@ -58,8 +58,7 @@ def render_card(
         f"# {_text(name)}",
         f"{_text(base)}, made smaller by Cria: structured pruning, plain tensors, no code of its own.",
         f"{before:,} parameters before, {after:,} after: {removed:.2%} removed.",
-        *_stored(certificate),
-        _use(certificate),
+        *_use(certificate),
         "## What was removed",
         _removed(plan),
         *([f"Without training, in what stays: {_text(card.changed)}."] if card.changed else []),
@@ -139,36 +138,24 @@ def _head(taken: Mapping[str, Any], base: str | None, library: str) -> str:
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
 
 
-def _stored(certificate: Certificate) -> list[str]:
-    """What the reader of a folder has to know that is not a smaller model of its class."""
+def _use(certificate: Certificate) -> list[str]:
+    """How the folder is loaded, and what its reader has to know that is not a smaller model of its class."""
+    said, load = "", f'model = {certificate.loader}.from_pretrained("path/to/this/folder")'
+    imported = f"from transformers import {certificate.loader}"
     if not certificate.alone:
-        return [
+        said = (
             "Its layers differ in size, or hold what its configuration cannot say, so plain "
             "`from_pretrained` of transformers does not build it yet: `config.json` is that of the dense "
             "model, and Cria replays `cria.json` on it."
-        ]
-    if certificate.zeros:
-        return [
+        )
+        imported = "from cria_prune import load  # pip install 'cria-prune[hf]'"
+        load = 'model = load("path/to/this/folder").model'
+    elif certificate.zeros:
+        said = (
             f"This folder {certificate.zeros}: layers are padded to sizes that one configuration can say. "
             "The outputs are those of the smaller model; memory and time are those of the stored one."
-        ]
-    return []
-
-
-def _use(certificate: Certificate) -> str:
-    if not certificate.alone:
-        return (
-            "```python\n"
-            "from cria_prune import load  # pip install 'cria-prune[hf]'\n\n"
-            'model = load("path/to/this/folder").model\n'
-            "```"
         )
-    return (
-        "```python\n"
-        f"from transformers import {certificate.loader}\n\n"
-        f'model = {certificate.loader}.from_pretrained("path/to/this/folder")\n'
-        "```"
-    )
+    return [*([said] if said else []), f"```python\n{imported}\n\n{load}\n```"]
 
 
 def _removed(plan: Plan) -> str:
@@ -181,21 +168,12 @@ def _removed(plan: Plan) -> str:
             key = name if number is None else f"{name[: number.start()]}\0{name[number.end() :]}"
             rows.setdefault((key, size, kept), []).append(int(number[0]) if number else 0)
     lines = [
-        [f"`{key.replace(chr(0), _ranges(numbers))}`", f"{size:,}", f"{kept:,}", f"{1 - kept / size:.1%}"]
+        [f"`{key.replace(chr(0), ranges(numbers))}`", f"{size:,}", f"{kept:,}", f"{1 - kept / size:.1%}"]
         for (key, size, kept), numbers in rows.items()
     ]
     if not lines:
         return "Nothing."
     return _table(["layers", "units before", "units after", "removed"], lines, "right")
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """`0-3,7` for 0, 1, 2, 3, 7."""
-    parts = []
-    for _, run in groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0]):
-        found = [number for _, number in run]
-        parts.append(str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}")
-    return ",".join(parts)
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], align: str = "") -> str:

@@ -207,8 +207,8 @@ def certify(
         sha256=hashes(folder),
         seconds=answer["seconds"],
         left_out=left_out,
-        parameters=_count(model),
-        stored=_count(stored),
+        parameters=sum(item.numel() for item in model.parameters()),
+        stored=sum(item.numel() for item in stored.parameters()),
         notes=notes,
     )
 
@@ -263,10 +263,6 @@ def _inputs(model: nn.Module, example: Batch) -> dict[str, Tensor]:
         name: value.to(device, dtype if value.is_floating_point() else value.dtype).contiguous()
         for name, value in inputs.items()
     }
-
-
-def _count(model: nn.Module) -> int:
-    return sum(item.numel() for item in model.parameters())
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -186,11 +186,9 @@ class Job:
         """
         if self.target.pretrained:
             return
-        described: dict[str, Any] = {
-            "architecture": self.target.task.architecture, "config": config, "provenance": self.origin,
-            "results": self._said(stage),
-        }  # fmt: skip
-        world().lead("Saving", lambda: keep(self.output, model, plan, **described))
+        architecture, results = self.target.task.architecture, self._said(stage)
+        described = {"config": config, "provenance": self.origin, "results": results}
+        world().lead("Saving", lambda: keep(self.output, model, plan, architecture=architecture, **described))
         self._kept(stage)
 
     def save(self, model: nn.Module, plan: Plan, config: Mapping[str, Any], stage: str) -> None:
@@ -235,10 +233,9 @@ class Job:
                 "provenance": self.origin, "results": self._said(stage), "card": card,
                 "overwrite": self.may_replace(),
             }  # fmt: skip
-            policy: Literal["vanilla", "per-layer"] = (
-                "per-layer" if self.target.policy == "per-layer" else "vanilla"
+            certificate = save_pretrained(
+                self.output, model, plan, policy=cast(Any, self.target.policy), **common
             )
-            certificate = save_pretrained(self.output, model, plan, policy=policy, **common)
             self._kept(stage)
             self.out.say(f"folder {self.output}: {certificate}")
             if self.padded:
@@ -246,7 +243,7 @@ class Job:
                 padded = save_padded(twin, model, plan, **common)
                 self.out.say(f"padded twin {twin}: {padded}")
                 self.results["padded"] = str(twin)
-        self.results["policy"] = policy
+        self.results["policy"] = self.target.policy
         self.results["reloaded"] = "bit-equal" if certificate.equal else certificate.relative
 
     def _said(self, stage: str) -> dict[str, Any]:
@@ -301,8 +298,7 @@ def prune_stage(
     )
     stages = result.seconds_by_stage
     job.seconds["structure"] = stages.pop("discover")
-    for stage, spent in stages.items():
-        job.seconds[stage] = job.seconds.get(stage, 0.0) + spent
+    job.seconds |= {stage: job.seconds.get(stage, 0.0) + spent for stage, spent in stages.items()}
     job.seconds["forward"] = forward_seconds(model, batches, job.device)
     milliseconds = 1000 / sum(map(batch_size, batches))
     job.results["milliseconds_before"] = job.seconds["forward"] * milliseconds

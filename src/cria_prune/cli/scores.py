@@ -33,7 +33,7 @@ def score(request: Score, out: Output) -> None:
             model = found.model(device, seed, out.progress)
         batches = found.task.calibration(config.record.examples, config.record.seed)
         scored = score_once(model, batches, config, example=found.task.example, seconds=seconds)
-        show.diagnosis(out, scored.importances)
+        show.diagnosis(out, scored)
         head = {"target": request.target, **found.named(), "criterion": config.score.criterion}
         if folder is not None:
             origin = provenance(seed, request.command, found.task.fingerprint(), device)

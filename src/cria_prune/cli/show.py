@@ -10,7 +10,7 @@ from cria_prune.base.metrics import Metric, metric, percent
 from cria_prune.cli.output import Output
 from cria_prune.config import OF
 from cria_prune.result import Round
-from cria_prune.spectrum.importance import Importance
+from cria_prune.scores import Scored
 
 if TYPE_CHECKING:
     from cria_prune.structure.groups import UnitGroups
@@ -123,10 +123,10 @@ def further(out: Output, name: str, found: Mapping[str, float | str]) -> None:
             out.say(f"{(name + ' ' + key).strip():<20} {metric(key).text(value):>9}{said}")
 
 
-def diagnosis(out: Output, found: Mapping[str, Importance]) -> None:
+def diagnosis(out: Output, scored: Scored) -> None:
     """Print one row per group: how its units were scored and how far the scores can be trusted."""
     rows = []
-    for name, item in found.items():
+    for name, item in scored.importances.items():
         said, scores = item.diagnosis, sorted(item.scores.tolist())
         counts = [str(len(scores)), str(len(said.dead))]
         half = "-" if said.split_half is None else f"{said.split_half:.3f}"

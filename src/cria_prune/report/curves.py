@@ -27,15 +27,11 @@ from cria_prune.report.pictures import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LEVEL = 0.95
+LEVEL = 0.95  # how often such an interval holds the true mean, if the values are normal
 
 
-def mean_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float | None]:
-    """Return the mean and the half width of its t-interval; None for one value, which has none.
-
-    Args:
-        values: one per seed, finite.
-        level: how often such an interval holds the true mean, if the values are normal.
+def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean of finite values, one per seed, and half of its t-interval; None for one value alone.
 
     >>> mean, half = mean_interval([1.0, 2.0, 3.0])
     >>> mean, round(half, 3)
@@ -45,7 +41,7 @@ def mean_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float,
     if len(values) < 2:
         return mean, None
     spread = statistics.stdev(values) / math.sqrt(len(values))
-    return mean, float(stdtrit(len(values) - 1, (1 + level) / 2)) * spread
+    return mean, float(stdtrit(len(values) - 1, (1 + LEVEL) / 2)) * spread
 
 
 Curve = Sequence[tuple[float, Sequence[float | None]]]

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
 from cria_prune.artifact.checkpoint import MANIFEST, read_checkpoint_manifest
 from cria_prune.artifact.rebuild import read_manifest
@@ -184,16 +183,13 @@ def _rounds(page: RunPage, tensors: State, groups: Sequence[str]) -> tuple[Round
             for kind, by_name in units[number].items()
         }
         for name, scores in numbers["scores"].items():
-            _check_units(name, scores, numbers["kept"][name])
+            kept = numbers["kept"][name]
+            kinds = scores.is_floating_point() and not kept.is_floating_point()
+            flat = kinds and scores.ndim == kept.ndim == 1
+            if not flat or (len(kept) and not 0 <= int(kept.min()) <= int(kept.max()) < len(scores)):
+                raise ValueError(f"the scores of {name} do not fit the units that stayed")
         found.append(round_of(facts, **numbers, kind=Round))
     return tuple(found)
-
-
-def _check_units(name: str, scores: Tensor, kept: Tensor) -> None:
-    """Raise a ValueError where the units that stayed are none of those that had scores."""
-    flat = scores.ndim == kept.ndim == 1 and scores.is_floating_point() and not kept.is_floating_point()
-    if not flat or (len(kept) and not 0 <= int(kept.min()) <= int(kept.max()) < len(scores)):
-        raise ValueError(f"the scores of {name} do not fit the units that stayed")
 
 
 def _finite(value: Any) -> Any:
@@ -258,8 +254,12 @@ def run_result(folder: Path, layer: str | None = None) -> dict[str, Any]:
         )
     rounds, graphs = found.rounds, found.graphs
     widths = found.page.get("widths") or {}
-    result = {**found.page, "ablation": _ablation(folder)}
-    if result["ablation"] is None:
+    result, path = {**found.page, "ablation": None}, folder / ABLATION
+    if is_plain_file(path):
+        with readable(f"Reading {path}", "Make it again with cria ablate, or remove it"):
+            ablation = Ablation.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        result["ablation"] = ablation.model_dump()
+    else:
         missing.append(f"No {ABLATION} lies in this folder, so there are no ablation curves.")
     if rounds:
         result["scores"] = {name: _units(rounds[-1], name) for name in rounds[-1].scores}
@@ -343,14 +343,6 @@ def _numbers(diagnosis: Mapping[str, Any]) -> list[float]:
     values = diagnosis.get("values")
     numbers = values if isinstance(values, list) else []
     return [float(item) for item in numbers if isinstance(item, (int, float))]
-
-
-def _ablation(folder: Path) -> dict[str, Any] | None:
-    path = folder / ABLATION
-    if not is_plain_file(path):
-        return None
-    with readable(f"Reading {path}", "Make it again with cria ablate, or remove it"):
-        return Ablation.model_validate(json.loads(path.read_text(encoding="utf-8"))).model_dump()
 
 
 def _from_manifest(folder: Path) -> dict[str, Any]:

@@ -69,9 +69,9 @@ def legend(ax: Axes, columns: int) -> None:
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, frameon=False, fontsize=8)
 
 
-def short(name: str, length: int = 22) -> str:
+def short(name: str) -> str:
     """Keep the ends of a long name: the layer's number is often at one of them."""
-    return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-length // 2 :]}"
+    return name if len(name) <= 22 else f"{name[:10]}…{name[-11:]}"
 
 
 def common_prefix(names: Sequence[str]) -> str:
@@ -316,8 +316,8 @@ def plot_neuron_graph(graph: Graph, removed: Iterable[int] = (), ax: Axes | None
     return ax
 
 
-def strongest_edges(graph: Graph, each: int = DRAWN_EDGES) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows and cols (m,) of the edges that are among the `each` strongest of one of their ends."""
+def strongest_edges(graph: Graph) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows and cols (m,) of the edges that are among the DRAWN_EDGES strongest of one end."""
     rows, cols, weights = graph.rows.numpy(), graph.cols.numpy(), graph.weights.numpy()
     order = np.argsort(-weights, kind="stable")
     ends = np.stack([rows[order], cols[order]], axis=1).ravel()
@@ -326,5 +326,5 @@ def strongest_edges(graph: Graph, each: int = DRAWN_EDGES) -> tuple[np.ndarray, 
     starts = np.r_[0, np.flatnonzero(np.diff(ends[first])) + 1] if len(ends) else np.zeros(0, dtype=int)
     rank = np.empty(len(ends), dtype=int)
     rank[first] = np.arange(len(ends)) - np.repeat(starts, np.diff(np.r_[starts, len(ends)]))
-    chosen = np.sort(order[(rank.reshape(-1, 2) < each).any(axis=1)])
+    chosen = np.sort(order[(rank.reshape(-1, 2) < DRAWN_EDGES).any(axis=1)])
     return rows[chosen], cols[chosen]
