@@ -37,7 +37,6 @@ from safetensors.torch import save_file
 
 from cria_prune import PruneConfig, prune, prune_offloaded
 from cria_prune.artifact.rebuild import provenance
-from cria_prune.base.dispatched import bytes_of
 from cria_prune.base.errors import CriaError
 from cria_prune.tasks.loading import load_pretrained
 from resident import resident
@@ -81,15 +80,15 @@ def make(folder: Path, shape: dict[str, Any], device: str) -> dict[str, int]:
                 value.normal_(generator=generator).mul_(value.shape[1] ** -0.5)
             shard[name], where[name] = value.cpu(), file
         save_file(shard, folder / file, metadata={"format": "pt"})
-    total = sum(map(bytes_of, tensors.values()))
+    total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config.save_pretrained(folder)
     return {
         "parameters": sum(item.numel() for item in tensors.values()),
         "weights": total,
-        "largest_layer": max(map(bytes_of, tensors.values())),
-        "block": sum(bytes_of(tensors[name]) for name in parts["0"]),
+        "largest_layer": max(tensor.nbytes for tensor in tensors.values()),
+        "block": sum(tensors[name].nbytes for name in parts["0"]),
     }
 
 

@@ -31,10 +31,11 @@ from torch import nn
 from coverage_cell import moved
 from cria_prune import UnitGroups, apply, discover, plan, save_pretrained, verify
 from cria_prune.artifact.rebuild import provenance
+from cria_prune.base.progress import quiet
 from cria_prune.config import PlanConfig
 from cria_prune.planning.selection import reachable
 from cria_prune.structure.groups import counted_together, without_residual
-from cria_prune.tasks.loading import example_inputs, find_library, quiet
+from cria_prune.tasks.loading import example_inputs, find_library
 from cria_prune.vanilla import Holdable, holdable
 from result_files import RESULTS, write
 from roundtrip_families import FAMILIES, SEED, UNEVEN, build
@@ -191,7 +192,7 @@ def main() -> None:
         path = RESULTS / "roundtrip" / f"{name}.json"
         if path.exists() and not options.again:
             continue
-        with quiet(library):
+        with quiet():
             values = measure(library, name)
         values["versions"] = {item: version(item) for item in ("transformers", "safetensors", "tokenizers")}
         values["provenance"] = provenance(SEED, ["benchmarks/roundtrip.py", *sys.argv[1:]], device="cpu")

@@ -341,3 +341,12 @@ def test_the_tests_stand_as_the_package_does() -> None:
         assert any(asked == name or asked.startswith(f"{name}_") for name in names), (
             f"{inside} is of no module"
         )
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples"])
+def test_scripts_import_what_is_there(folder: str) -> None:
+    for path in sorted((ROOT / folder).glob("*.py")):
+        for module, name, _ in imported(ast.parse(path.read_text())):
+            public = module == "cria_prune" and (name in PUBLIC or name == "__version__")
+            there = name in DEFINED.get(module, ()) or f"{module}.{name}" in TREES or not name
+            assert public or (module in TREES and there), f"{path.name}: {module}.{name}"

@@ -17,7 +17,7 @@ from tests.end_to_end.test_folders import made as folders
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from cria_prune import PruneConfig, prune, score_once, stages
+from cria_prune import PruneConfig, discover, prune, score_once, stages
 from cria_prune.base.errors import StructureError, TargetError
 from cria_prune.cli.main import app
 from cria_prune.result import PruneResult
@@ -236,3 +236,18 @@ def test_another_plan_is_another_scope_of_the_same_structure(counts: Counter[str
     with pytest.raises(TargetError, match="at most"):
         prepared.with_config(config(0.97)).check_reach()
     assert counts["captured"] == 1
+
+
+def test_what_is_no_preparation_is_refused() -> None:
+    net, batches = Plain().eval(), images()
+    with pytest.raises(StructureError, match=r"what was prepared is a UnitGroups\. Give what prepare\("):
+        prune(net, batches, prepared=discover(net, batches[0]))  # type: ignore[arg-type]
+
+
+def test_a_cut_of_what_was_prepared_for_repair_is_verified_without_it() -> None:
+    repaired = PruneConfig(plan={"rounds": 1})
+    plain = repaired.model_copy(update={"compensate": False})
+    ready = prepare(Plain().eval(), images(), repaired).with_config(plain)
+    assert ready.reference is None
+    made = cut(ready, rank(ready))
+    assert made.verification is not None and made.verification.difference < 1e-10

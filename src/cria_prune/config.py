@@ -118,7 +118,7 @@ class StageConfig(BaseModel):
         ends = [getattr(bound, end) for bound in field.metadata if (end := _end(bound))] if field else []
         if item["type"] in ("greater_than_equal", "less_than_equal") and len(ends) == 2:
             return f"must be between {min(ends):g} and {max(ends):g}"
-        return str(item["msg"])
+        return str(item["msg"]).removeprefix("Value error, ")
 
     @classmethod
     def setting(cls, name: str, value: Any) -> Any:
@@ -188,6 +188,18 @@ def _all_is_none(value: Any) -> Any:
     return None if value == "all" else value
 
 
+def _number_or_share(value: Any) -> Any:
+    """Read a text as it is written: 1.0 is a share, 1 a number; pydantic would take both for a number."""
+    if isinstance(value, bool):
+        raise ValueError('must be "all" or a number')
+    if isinstance(value, str) and value != "all":
+        try:
+            return int(value) if value.strip().isdecimal() else float(value)
+        except ValueError:
+            raise ValueError('must be "all" or a number') from None
+    return value
+
+
 class RecordConfig(StageConfig):
     """How the neurons' signals are recorded."""
 
@@ -225,7 +237,9 @@ class ScoreConfig(StageConfig):
         ge=1e-8,
         le=1e3,
     )
-    pairs: int | float | Literal["all"] = option("all", "Eigenpairs: all, a number, or a share of the units")
+    pairs: Annotated[int | float | Literal["all"], BeforeValidator(_number_or_share)] = option(
+        "all", "Eigenpairs: all, a number, or a share of the units"
+    )
     sketch: int = option(256, "Sign vectors for the scores over all pairs at scale", ge=1, le=2**16)
     split_half: bool = True
     seed: int = 0

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from cria_prune.base.batches import Batch
+from cria_prune.base.errors import StructureError
 from cria_prune.base.events import passed
 from cria_prune.base.modules import (
     check_finite,
@@ -140,6 +141,11 @@ def _ready(
     find_criterion(config.score)
     check_in_memory(model)
     check_finite(named_tensors(model))
+    if prepared is not None and not isinstance(prepared, Prepared):
+        raise StructureError(
+            f"Pruning {type(model).__name__}", f"what was prepared is a {type(prepared).__name__}",
+            "Give what prepare(model, batches, config) returned",
+        )  # fmt: skip
     if prepared is None:
         prepared = prepare(model, batches, config)
     else:

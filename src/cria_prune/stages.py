@@ -424,10 +424,12 @@ class InMemory:
         self, prepared: Prepared, step: Plan, total: Plan, source: Any, smaller: nn.Module
     ) -> Verification | None:
         """Compare the cut with the masked model."""
-        if prepared.config.compensate:  # the weights are not the dense ones any more: this cut alone
+        # With repair the weights are not the dense ones any more: this cut alone. So it is
+        # too where no copy was kept; no cut of a configuration that verifies goes unproven.
+        if prepared.config.compensate or prepared.reference is None:
             return Reference(source, prepared.example).compare(step, smaller)
         # Without repair all that was ever removed is compared at once, with the dense network itself.
-        return None if prepared.reference is None else prepared.reference.compare(total, smaller)
+        return prepared.reference.compare(total, smaller)
 
     def norms(self, prepared: Prepared, smaller: nn.Module, seconds: dict[str, float]) -> Remeasured:
         """Measure the batch norms again, for what stays is fed by fewer units."""

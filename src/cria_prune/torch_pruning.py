@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from cria_prune.base.batches import Batch, again
-from cria_prune.base.errors import StructureError, needed, some
+from cria_prune.base.errors import SignalError, StructureError, needed, some
 from cria_prune.base.metrics import Loss
 from cria_prune.base.modules import named_tensors
 from cria_prune.config import PruneConfig
@@ -244,7 +244,7 @@ class SpectralImportance:
             whole = len(own) == sum(place[:2] == side for place in ours)
             if not (theirs == ours if whole else theirs <= ours):
                 raise UnscoredError(units.difference(owner, theirs), warn=True)
-        relative = {name: _relative(self.scores[name].scores) for name in {name for name, _ in owners}}
+        relative = {name: _relative(name, self.scores[name].scores) for name in {name for name, _ in owners}}
         return torch.stack([relative[name][number] for name, number in owners])
 
     def _refresh(self) -> None:
@@ -276,6 +276,17 @@ def state_of(model: nn.Module) -> tuple[tuple[Any, ...], ...]:
     )
 
 
-def _relative(scores: Tensor) -> Tensor:
+def _relative(name: str, scores: Tensor) -> Tensor:
+    """Return scores relative to their group's mean, so that groups compare; all alike where all are 0.
+
+    Raises:
+        SignalError: one is negative: its share of a mean says nothing, as in the global ranking.
+    """
+    if bool((scores < 0).any()):
+        raise SignalError(
+            f"The importance of group {name!r} for Torch-Pruning",
+            f"a score is negative, {float(scores.min()):g}",
+            "Use a criterion whose scores are 0 or more, or prune with Cria's uniform ranking",
+        )
     mean = scores.mean()
     return scores / mean if mean > 0 else torch.ones_like(scores)

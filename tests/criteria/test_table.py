@@ -23,7 +23,7 @@ from cria_prune import (
     register_criterion,
     score,
 )
-from cria_prune.base.errors import ConfigError, CriterionError
+from cria_prune.base.errors import ConfigError, CriterionError, SignalError
 from cria_prune.bench.peer import IMPORTANCES
 from cria_prune.bench.suite import read_suite
 from cria_prune.criteria.score import graph_settings
@@ -297,3 +297,47 @@ def test_graphs_that_are_kept_are_those_of_the_criterion() -> None:
         ("l2", {}, {"neighbors": 32}),
     ):
         assert graph_settings(ScoreConfig(criterion=criterion, **given)) == expected
+
+
+def test_a_share_is_a_share_however_it_is_typed() -> None:
+    assert ScoreConfig(pairs="1.0").pairs == 1.0 and isinstance(ScoreConfig(pairs="1.0").pairs, float)
+    assert ScoreConfig.setting("pairs", "1.0") == 1.0
+    assert isinstance(ScoreConfig.setting("pairs", "1.0"), float)
+    found = ScoreConfig.setting("pairs", "4")
+    assert found == 4 and isinstance(found, int)
+    for wrong in (True, "some"):
+        with pytest.raises(ConfigError, match=r"pairs: must be \"all\" or a number"):
+            ScoreConfig(pairs=wrong)
+
+
+def test_negative_scores_are_no_importance_for_torch_pruning() -> None:
+    """They were all made 1 where the mean was not above 0: channels went by their place."""
+    register_criterion("below", lambda evidence, config: torch.arange(evidence.units) - 1000.0)
+    net, batches = network()
+    importance = SpectralImportance(net, batches, "below")
+    torch_pruning = pytest.importorskip("torch_pruning")
+    pruner = torch_pruning.pruner.BasePruner(net, batches[0], importance=importance, pruning_ratio=0.5)
+    with pytest.raises(SignalError, match=r"a score is negative, -1000.*uniform ranking"):
+        pruner.step()
+
+
+def test_an_error_of_ones_own_function_names_the_criterion_and_the_group() -> None:
+    register_criterion("broken", lambda evidence, config: 1 / 0)
+    net, batches = network()
+    with pytest.raises(CriterionError, match=r"'broken' for group '0'.*ZeroDivisionError: division by zero"):
+        prune(net, batches, PruneConfig(score={"criterion": "broken"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "options", "match"),
+    [
+        ("own", "no function", {}, "its function is 'no function'"),
+        (5, spread, {}, "it is no name"),
+        ("own", spread, {"needs": "states"}, "its needs are the text 'states'"),
+        ("own", spread, {"reads": "ridge"}, "its reads are the text 'ridge'"),
+    ],
+)
+def test_what_is_no_criterion(name: Any, function: Any, options: dict[str, Any], match: str) -> None:
+    with pytest.raises(CriterionError, match=match):
+        register_criterion(name, function, **options)
+    assert name not in CRITERIA

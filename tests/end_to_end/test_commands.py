@@ -213,7 +213,7 @@ def test_settings_of_the_scoring_reach_the_configuration() -> None:
     }  # fmt: skip
     assert config.record.tokens is None and config.record.examples == 64
     words = ["score", "digits", "--criterion", "distortion"]
-    assert "pairs.int: Input should be a valid integer" in error(*words, "--pairs", "some")
+    assert 'pairs: must be "all" or a number' in error(*words, "--pairs", "some")
     assert "tokens: Input should be greater than or equal to 1 (found '0')" in error(*words, "--tokens", "0")
 
 

@@ -176,7 +176,7 @@ def run(request: Run, out: Output) -> None:
     with job_of(found, "", request, out, several) as job:
         if not several and job.ended(family[0].described, RECOVERED):
             return
-        dense = prepared.with_model(dense_model(job))
+        dense = prepared = prepared.with_model(dense_model(job))  # the untrained twin is not held
         if not several:
             out.answer(do(job, dense, family[0]))
             return

@@ -19,7 +19,7 @@ from cria_prune.artifact.checkpoint import load
 from cria_prune.artifact.pretrained import save_padded, save_pretrained
 from cria_prune.artifact.rebuild import provenance
 from cria_prune.base.batches import Batch, batch_size, model_inputs, move
-from cria_prune.base.errors import ArtifactError
+from cria_prune.base.errors import ArtifactError, ConfigError
 from cria_prune.base.metrics import logits_of
 from cria_prune.base.progress import clock
 from cria_prune.base.ranks import alone, world
@@ -28,7 +28,7 @@ from cria_prune.cli.folder import interrupts_wait, keep
 from cria_prune.cli.output import Output
 from cria_prune.cli.settings import Resuming
 from cria_prune.cli.target import Target
-from cria_prune.config import PruneConfig, RecoverConfig
+from cria_prune.config import PruneConfig, RecoverConfig, ScoreConfig, score_of_before
 from cria_prune.pipeline import prune
 from cria_prune.planning.plan import Plan, compose
 from cria_prune.recovery.loop import RecoverResult
@@ -111,7 +111,8 @@ class Job:
         keys = ("recipe", "model", "options", "seed", "checkpoint")
         same = all(results.get(key) == self.results.get(key) for key in keys)
         data = (manifest.get("provenance") or {}).get("data") == self.origin["data"]
-        return results if same and data and manifest.get("config") == described else None
+        asked = manifest.get("config")
+        return results if same and data and described in (asked, _as_now(asked)) else None
 
     def ended(self, described: Mapping[str, Any], stage: str) -> bool:
         """Answer with the results of the same command, if it is to be resumed and had ended already.
@@ -251,6 +252,18 @@ class Job:
 
     def _kept(self, stage: str) -> None:
         self.out.kept = f"{stage} is kept in {self.output} (go on with: cria recover {self.output})"
+
+
+def _as_now(config: Any) -> Any:
+    """Return a kept configuration as it would be said now: before, a ridge stood there that was not read."""
+    if not isinstance(config, dict) or not isinstance(config.get("prune"), dict):
+        return config
+    prune = config["prune"]
+    try:
+        score = ScoreConfig(**score_of_before(prune.get("score", {})))
+    except (ConfigError, TypeError):  # of another version: not the same
+        return config
+    return {**config, "prune": {**prune, "score": score.model_dump(mode="json")}}
 
 
 def padded_folder(output: Path) -> Path:

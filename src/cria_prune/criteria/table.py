@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cria_prune.base.errors import CriterionError
+from cria_prune.base.errors import CriaError, CriterionError, said
 from cria_prune.config import SETTINGS, ScoreConfig, Setting
 from cria_prune.criteria import baselines, spectral
 from cria_prune.criteria.evidence import Evidence, Sizes, Steps
@@ -305,13 +305,19 @@ def register_criterion(
         >>> unregister_criterion("swing")
     """
     asked = f"Registering the criterion {name!r}"
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, flags=re.ASCII) or name.startswith(PEERS):
+    if not callable(function):
+        raise CriterionError(asked, f"its function is {function!r}", "Give a function of (evidence, config)")
+    plain = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, flags=re.ASCII)
+    if not plain or name.startswith(PEERS):
         raise CriterionError(
             asked, "it is no name for one",
             f"Use letters, digits, '.', '_' and '-', and another beginning than {PEERS!r}",
         )  # fmt: skip
     if name in CRITERIA:
         raise CriterionError(asked, "there is one of that name", "Choose another name, or unregister it")
+    for what, given in (("needs", needs), ("reads", reads)):
+        if isinstance(given, str):
+            raise CriterionError(asked, f"its {what} are the text {given!r}", f"Give a set: {{{given!r}}}")
     needed, read = frozenset(needs), frozenset(reads)
     for what, found, known in (("needs", needed, NEEDS), ("reads", read, frozenset(SETTINGS))):
         if not found <= known:
@@ -347,18 +353,28 @@ def _checked(name: str, function: OwnFunction) -> Function:
 
     @wraps(function)
     def scored(evidence: Evidence, config: ScoreConfig) -> Importance:
-        found = function(evidence, config)
-        values = found.scores if isinstance(found, Importance) else found
-        said = None
-        if not isinstance(values, Tensor) or values.is_complex():
-            said = f"it returned {'complex numbers' if isinstance(values, Tensor) else type(values).__name__}"
-        elif values.shape != (evidence.units,):
-            said = f"it returned scores of shape {tuple(values.shape)}"
-        elif not torch.isfinite(values).all():
-            said = f"{int((~torch.isfinite(values)).sum())} of its scores are NaN or infinite"
-        if said is not None:
+        try:
+            found = function(evidence, config)
+        except CriaError:
+            raise
+        except Exception as error:  # the user's code
             raise CriterionError(
-                f"The criterion {name!r} for group {evidence.name!r}", said,
+                f"The criterion {name!r} for group {evidence.name!r}",
+                f"its function stops with {said(error)}",
+                "Mend the function; it gets (evidence, config)",
+            ) from error  # fmt: skip
+        values = found.scores if isinstance(found, Importance) else found
+        wrong = None
+        if not isinstance(values, Tensor) or values.is_complex():
+            kind = "complex numbers" if isinstance(values, Tensor) else type(values).__name__
+            wrong = f"it returned {kind}"
+        elif values.shape != (evidence.units,):
+            wrong = f"it returned scores of shape {tuple(values.shape)}"
+        elif not torch.isfinite(values).all():
+            wrong = f"{int((~torch.isfinite(values)).sum())} of its scores are NaN or infinite"
+        if wrong is not None:
+            raise CriterionError(
+                f"The criterion {name!r} for group {evidence.name!r}", wrong,
                 f"Return one finite score for each unit, a tensor ({evidence.units},)",
             )  # fmt: skip
         return found if isinstance(found, Importance) else baselines.plain(values)

@@ -18,7 +18,7 @@ from cria_prune.base.progress import Progress
 from cria_prune.config import RecoverConfig
 from cria_prune.tasks.base import data_files
 from cria_prune.tasks.dense import trained
-from cria_prune.tasks.loading import read_by
+from cria_prune.tasks.loading import find_library, read_by
 from cria_prune.tasks.models import build
 from cria_prune.tasks.text import Sentences, SentenceTask
 
@@ -159,8 +159,9 @@ def encoder_folder() -> Path:
 
 def _from_base(kind: str, base: str | None, **options: Any) -> Any:
     """Read with `kind.from_pretrained` from a folder, a hub name, or (None) the PyPI package."""
-    source = encoder_folder() if base is None else base
-    return read_by(kind, source, f"The encoder {base or PACKAGE}", GET_ENCODER, **options)
+    asked = f"The encoder {base or PACKAGE}"
+    find_library(asked)  # before the encoder is looked for: without it none can be read
+    return read_by(kind, encoder_folder() if base is None else base, asked, GET_ENCODER, **options)
 
 
 def _shape(shape: torch.Size | None) -> str:

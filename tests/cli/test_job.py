@@ -1,0 +1,30 @@
+"""How a command knows the result of an earlier run again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cria_prune import PruneConfig, RecoverConfig
+from cria_prune.cli.job import _as_now
+
+
+def kept(criterion: str, **score: Any) -> dict[str, Any]:
+    config = PruneConfig(score={"criterion": criterion}).model_dump(mode="json")
+    tuning = RecoverConfig().model_dump(mode="json")
+    return {"prune": {**config, "score": {**config["score"], **score}}, "recover": tuning}
+
+
+@pytest.mark.parametrize("criterion", ["innovation", "distortion", "l2"])
+def test_a_result_of_before_is_known_by_the_ridge_that_nobody_read(criterion: str) -> None:
+    """Until 0.1.0 a ridge of 0.01 stood there whatever the criterion."""
+    assert _as_now(kept(criterion, ridge=0.01)) == kept(criterion)
+    assert _as_now(kept(criterion, seed=7)) != kept(criterion)
+
+
+@pytest.mark.parametrize(
+    "config", [None, {}, {"recover": {}}, {"prune": {"score": {"ridge": "x", "own": 1}}}]
+)
+def test_what_is_of_another_version_stays_another(config: Any) -> None:
+    assert _as_now(config) == config
