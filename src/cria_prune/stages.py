@@ -69,7 +69,7 @@ class Prepared:
         dense: the same with what the plan leaves alone frozen: the whole that shares are of.
         allowed: group name -> numbers of units that may stay; any number for groups not named.
         reference: the float64 copy of the model that was prepared, which its cuts are compared with; None
-            where nothing will be: each round is compared with its own repaired model then, or not at all.
+            where none is kept: each cut is compared with its own model then, the repaired one, or not at all.
         seconds: wall time of the capture and the discovery.
     """
 

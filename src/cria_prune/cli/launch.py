@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-from cria_prune.base.errors import ConfigError, RankError
+from cria_prune.base.errors import ConfigError, RankError, first_line
 
 NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT = "CRIA_TIMEOUT"
@@ -50,7 +50,7 @@ def launched() -> Iterator[None]:
     except (RuntimeError, ValueError) as error:
         found = error if isinstance(error, ConfigError) else RankError(
             f"Joining {size()} processes at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
-            (str(error).strip().splitlines() or [type(error).__name__])[0],
+            first_line(error),
             "Start all of them with one torchrun or accelerate launch for each machine",
         )  # fmt: skip
         print(f"error on rank {rank()}: {found}", file=sys.stderr)

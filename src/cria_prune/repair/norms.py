@@ -60,7 +60,7 @@ def remeasure(model: nn.Module, batches: Iterable[Batch]) -> Remeasured:
     try:
         _measure(measured, norms, batches)
     except CriaError as error:
-        reason = error.found if isinstance(error, CriaError) else "out of memory"
+        reason = error.found
     reached = [] if reason else [item for item in norms if item.num_batches_tracked]
     new = {id(tensor) for item in reached for tensor in (item.running_mean, item.running_var)}
     for buffer, before in buffers:
