@@ -19,7 +19,8 @@ but for those that say otherwise. Facts are the live objects of the work: read t
     scored       after they are                                                  scores
     factored     after two graphs were factored, in place of an eigensolver      device
     plan         what stays is chosen                                            groups, target
-    repair       the consumers are repaired                                      kept, consumed
+    repair       the consumers are repaired                                      kept, consumed, plan
+    refitted     after a layer was refitted                                      number, layers
     cut          a model is cut, or the copy of a trial                          model, plan
     verify       a cut model, or a folder, is compared with the masked model     plan, source, folder
     norms        the batch norms are measured again                              model
@@ -47,7 +48,7 @@ from typing import Any
 
 EVENTS = (
     *("dense", "weights", "calibration", "reference", "capture", "discover", "record", "batch", "turn"),
-    *("score", "factored", "scored", "plan", "repair", "cut", "verify", "norms", "round", "evaluate"),
+    *("score", "factored", "scored", "plan", "repair", "refitted", "cut", "verify", "norms", "round", "evaluate"),
     *("train", "epoch", "step", "measure", "write", "shard", "written", "certify", "cell"),
 )
 

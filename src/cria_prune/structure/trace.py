@@ -66,7 +66,7 @@ def trace(model: nn.Module, example: Batch) -> Trace:
     context = Context(Units())
     for name, tensor in tensors.items():
         context.labels[name] = [context.units.fresh(size) for size in tensor.shape]
-    names = _parameter_names(program, model, tensors)
+    names = parameter_names(program, model)
     _start(program.graph, context, names)
     for item in tree_leaves(follow(program.graph, context)):
         if isinstance(item, Node):
@@ -75,8 +75,13 @@ def trace(model: nn.Module, example: Batch) -> Trace:
     return Trace(program, context, tensors, names, context.units.resolve())
 
 
-def capture(model: nn.Module, example: Batch) -> ExportedProgram:
+def capture(model: nn.Module, example: Batch, dynamic: Any = None) -> ExportedProgram:
     """Return the model's operations on the example batch, in evaluation mode.
+
+    Args:
+        model: it is left as it was.
+        example: one batch.
+        dynamic: which of its sizes are to stay open, as torch.export's `dynamic_shapes`; none by default.
 
     Raises:
         DataError: the model's forward does not accept the example.
@@ -95,7 +100,7 @@ def capture(model: nn.Module, example: Batch) -> ExportedProgram:
     ):
         model.eval()
         try:
-            return torch.export.export(model, args, kwargs, strict=False)
+            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
         except Exception as error:
             check_memory(error, f"Capturing the operations of {type(model).__name__}", SMALLER)
             _raise_clear(model, args, kwargs, error)
@@ -268,10 +273,9 @@ def _freeze_two_ways(context: Context) -> None:
             freeze_all(context.labels[weight], context, f"{weight!r} is used forwards and transposed")
 
 
-def _parameter_names(
-    program: ExportedProgram, model: nn.Module, tensors: Mapping[str, Tensor]
-) -> dict[str, str]:
-    first, everything = {id(tensor): name for name, tensor in tensors.items()}, named_tensors(model)
-    signature = program.graph_signature
+def parameter_names(program: ExportedProgram, model: nn.Module) -> dict[str, str]:
+    """Return placeholder -> canonical name, of every parameter and buffer that a captured program reads."""
+    first = {id(tensor): name for name, tensor in canonical_tensors(model).items()}
+    everything, signature = named_tensors(model), program.graph_signature
     inputs = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     return {node: first[id(everything[name])] for node, name in inputs.items() if name in everything}

@@ -1,0 +1,464 @@
+"""The walk: layers refitted one after another in the order of the data, towards the dense network.
+
+Two networks run over the same examples, step by step: the dense one, and the one that was cut. At each layer
+that reads what a cut has changed, the walk looks at what the layer reads now, and at what it should give: what
+the dense one gives there, plus the error that the stream it is added to has gathered. The weight is then
+the best one for that, by least squares (`regress`), and the network goes on with it: the next layer sees
+what was mended, and what was not (docs/method.md section 5). No gradient, no label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil, prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cria_prune.base.batches import Batch, batch_size
+from cria_prune.base.errors import DataError, StructureError
+from cria_prune.base.events import passed
+from cria_prune.base.modules import copy_of, device_of, random_kept
+from cria_prune.base.progress import QUIET, Progress
+from cria_prune.base.ranks import World, world
+from cria_prune.planning.plan import Plan
+from cria_prune.recording.collect import limited
+from cria_prune.repair.consumers import Repair
+from cria_prune.repair.program import Look, Program, Run, programs_for
+from cria_prune.repair.regress import HELD, Regression, add_update, at_places, regressors
+from cria_prune.repair.sites import Site, find_sites, undo
+from cria_prune.structure.trace import canonical_tensors
+
+SAMPLES, FEWEST = 64, 4096
+"""Samples that are drawn of each layer for a regressor; and at least."""
+GAIN = 50.0
+"""A channel that is scaled so much less than the usual one on its way to the sum takes its own target."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the walk does; each part can be left out, for the ablation of the method.
+
+    Attributes:
+        order: a layer sees those before it mended.
+        shortcut: the target holds the error that the stream has gathered, where that is better.
+        drifted: layers whose own inputs were not cut are refitted too.
+        patches: a convolution is refitted at all places of its kernel, not at the middle alone.
+        samples: drawn of each layer for each regressor; 0 for all there are.
+    """
+
+    order: bool = True
+    shortcut: bool = True
+    drifted: bool = True
+    patches: bool = True
+    samples: int = SAMPLES
+
+
+@dataclass(frozen=True)
+class Walked:
+    """What the walk did.
+
+    Attributes:
+        model: a copy of the smaller model, refitted.
+        repairs: what became of each layer, in the order of the data.
+        left: weight that reads what was cut -> why it stayed as it is.
+    """
+
+    model: nn.Module = field(repr=False)
+    repairs: tuple[Repair, ...]
+    left: Mapping[str, str]
+
+
+class Network:
+    """One of the two networks on its way.
+
+    Args:
+        programs: of each batch.
+        batches: on which it runs.
+        device: where.
+        look: name of a weight to its value.
+    """
+
+    def __init__(
+        self, programs: Sequence[Program], batches: Sequence[Batch], device: torch.device, look: Look
+    ) -> None:
+        self.runs = [Run(program, batch, device) for program, batch in zip(programs, batches, strict=True)]
+        self.look = look
+
+
+def walk(
+    dense: nn.Module,
+    smaller: nn.Module,
+    plan: Plan,
+    batches: Iterable[Batch],
+    *,
+    examples: int,
+    seed: int = 0,
+    parts: Parts | None = None,
+    progress: Progress | None = None,
+) -> Walked:
+    """Refit the layers of a smaller model towards the dense one.
+
+    Args:
+        dense: the network that was trained; it is left as it was, as the smaller one is.
+        smaller: what `apply` made of it, or of what it had become in the rounds before.
+        plan: what was removed, relative to the dense one.
+        batches: calibration batches; at most `examples` examples are used, some of them held out.
+        seed: of the draw of positions.
+        parts: all of them by default.
+        progress: where to show how far it is.
+
+    Raises:
+        CaptureError: the operations of one of the two cannot be captured.
+        StructureError: their operations differ.
+        DataError: there are not two examples.
+    """
+    passed("repair", plan=plan)
+    model = copy_of(smaller)
+    tensors = canonical_tensors(model)
+
+    def put(name: str, value: Tensor) -> None:
+        tensors[name].copy_(value)
+
+    with torch.no_grad(), random_kept():
+        walker = Walker(
+            (dense, canonical_tensors(dense).__getitem__), (model, tensors.__getitem__, put), plan,
+            [*limited(batches, examples)], device_of(dense), seed, parts or Parts(), progress or QUIET,
+        )  # fmt: skip
+        repairs, left = walker.run()
+    return Walked(model, tuple(repairs), left)
+
+
+class Walker:
+    """The two networks, and how far they are.
+
+    Args:
+        dense: the dense model's structure, and its weights by name.
+        smaller: the same of the smaller one, and how a weight is changed.
+        plan: what was removed.
+        batches: all of them; each process runs its share.
+        device: where the networks run.
+        seed, parts, progress: see `walk`.
+    """
+
+    def __init__(
+        self,
+        dense: tuple[nn.Module, Look],
+        smaller: tuple[nn.Module, Look, Callable[[str, Tensor], None]],
+        plan: Plan,
+        batches: Sequence[Batch],
+        device: torch.device,
+        seed: int,
+        parts: Parts,
+        progress: Progress,
+    ) -> None:
+        self._world: World = world()
+        self._device, self._seed, self._parts, self._progress = device, seed, parts, progress
+        self._put = smaller[2]
+        self._rows = {(cut.tensor, cut.dim): cut.kept for cut in plan.cuts}
+        self._cut = {cut.tensor for cut in plan.cuts if cut.role == "consumes" and len(cut.kept) < cut.size}
+        sizes = [batch_size(batch) for batch in batches]
+        self._examples = sum(sizes)
+        if self._examples < 2:
+            raise DataError(
+                "Refitting layers on calibration examples", f"found {self._examples}",
+                "Pass two examples at least: one of them is held out from every fit",
+            )  # fmt: skip
+        every = hold_out_every(self._examples)
+        mine = [number for number in range(len(batches)) if self._world.mine(number)]
+        firsts = [sum(sizes[:number]) for number in mine]
+        self._numbers = mine
+        self._held = [
+            (torch.arange(first, first + sizes[number]) % every) == every - 1
+            for number, first in zip(mine, firsts, strict=True)
+        ]
+        self._batches = [batches[number] for number in mine]
+        shapes = self._batches or [batches[0]]  # to know the layers, even where there is nothing to run
+        programs = [programs_for(model, shapes) for model in (dense[0], smaller[0])]
+        self._sites, self.left = self._paired(programs)
+        self._dense, self._smaller = (
+            Network(found[: len(self._batches)], self._batches, device, look)
+            for found, look in zip(programs, (dense[1], smaller[1]), strict=True)
+        )
+
+    def _paired(self, programs: list[list[Program]]) -> tuple[list[str], dict[str, str]]:
+        """Find the layers in every program, the same in all; return their weights in order."""
+        wanted = None if self._parts.drifted else self._cut
+        self._found: list[dict[Program, dict[str, Site]]] = []
+        orders, left = list[list[str]](), dict[str, str]()
+        for side in programs:
+            kept = dict[Program, dict[str, Site]]()
+            for program in dict.fromkeys(side):
+                sites, missing = find_sites(program, wanted)
+                left |= {name: why for name, why in missing.items() if name in self._cut}
+                kept[program] = {site.weight: site for site in sites}
+                orders.append(list(kept[program]))
+            self._found.append(kept)
+        left |= {
+            name: "is read by an operation that cannot be refitted"
+            for name in sorted(self._cut)
+            if name not in left and not any(name in order for order in orders)
+        }
+        if any(order != orders[0] for order in orders):
+            raise StructureError(
+                "Running the dense and the smaller network side by side", "their layers come in another order",
+                "Use repair=once, and please report the network",
+            )  # fmt: skip
+        return orders[0], left
+
+    def run(self) -> tuple[list[Repair], dict[str, str]]:
+        """Walk; return what became of the layers, and why some that read what was cut stayed."""
+        repairs, after = list[Repair](), list[tuple[str, Tensor]]()
+        with self._progress.bar("repair", len(self._sites)) as bar:
+            for number, name in enumerate(self._sites):
+                found = self._refit(number, name, after)
+                if found is not None:
+                    repairs.append(found)
+                passed("refitted", number=number + 1, layers=len(self._sites))
+                bar.update(layer=name)
+        for name, value in after:
+            self._put(name, value)
+        return repairs, self.left
+
+    def _refit(self, number: int, name: str, after: list[tuple[str, Tensor]]) -> Repair | None:
+        """Bring both networks to a layer, refit it, and let the smaller one go on with it."""
+        for side, network in enumerate((self._dense, self._smaller)):
+            for run in network.runs:
+                site = self._found[side][run.program][name]
+                start = min([site.step, *site.path])
+                run.advance(start, network.look)
+                run.advance(site.step + 1 if site.meeting is None else site.meeting.at, network.look, free=False)
+        found = self._solve(number, name)
+        if found is not None:
+            repair, changes = found
+            for tensor, value in changes:
+                if self._parts.order:
+                    self._put(tensor, value)
+                else:
+                    after.append((tensor, value))
+            self._again(name)
+        for network in (self._dense, self._smaller):
+            for run in network.runs:
+                run.release()
+        return None if found is None else repair
+
+    def _again(self, name: str) -> None:
+        """Run a layer, and what stands between it and its sum, again."""
+        for run in self._smaller.runs:
+            site = self._found[1][run.program][name]
+            chain = () if site.meeting is None else site.meeting.chain
+            for step in (*site.path, site.step, *chain):
+                run.call(run.program.steps[step], self._smaller.look)
+
+    def _solve(self, number: int, name: str) -> tuple[Repair, list[tuple[str, Tensor]]] | None:
+        """Return what became of a layer, and the tensors to change; None where nothing is missing."""
+        program = next(iter(self._found[1]))
+        site, look = self._found[1][program][name], self._smaller.look
+        weight = look(name)
+        met = [self._met(run, name) for run in self._smaller.runs]
+        everywhere = self._world.total(torch.tensor([float(sum(met)), float(len(met))]))
+        meets = self._parts.shortcut and 0 < float(everywhere[0]) == float(everywhere[1])
+        missing = [self._missing(index, name, meets) for index in range(len(self._smaller.runs))]
+        some = any(bool(item[0].any()) or (item[1] is not None and bool(item[1].any())) for item in missing)
+        if not float(self._world.total(torch.tensor([float(some)]))):
+            return None
+        size = _size(site, weight, self._parts.patches)
+        held = ceil(HELD / self._world.size)
+        regression = Regression(
+            size, site.bias is not None or site.norm is not None, self._device, held, self._seed + number
+        )
+        gains = torch.ones(size[0] * size[2], dtype=torch.float64, device=self._device)
+        for index in range(len(missing)):
+            own, both, gain = missing[index]
+            missing[index] = (own, both, None)
+            if gain is not None:
+                gains = gain.double()
+            self._add(regression, index, number, name, own, both)
+        del missing
+        regression.pool(self._world)
+        solution = regression.solve(gains.reshape(size[0], size[2]), meets, self._world)
+        update = _whole(site, weight, solution.update, self._parts.patches)
+        changes = [] if solution.ridge is None else self._changes(site, weight, update, solution.intercept)
+        self._world.spread(value for _, value in changes)
+        repair = Repair(
+            name, 1 - solution.left / solution.lost if solution.lost else 0.0, site.bias is not None,
+            cut=name in self._cut, samples=regression.samples, regressors=size[1],
+            ridge=solution.ridge, shortcut=solution.shortcut,
+        )  # fmt: skip
+        return repair, changes
+
+    def _met(self, run: Run, name: str) -> bool:
+        """Say whether both networks follow a layer's output to a sum by the same operations."""
+        index = self._smaller.runs.index(run)
+        sides = ((self._dense.runs[index], self._found[0]), (run, self._found[1]))
+        paths = []
+        for item, found in sides:
+            site = found[item.program][name]
+            if site.meeting is None:
+                return False
+            paths.append([item.program.steps[step].name for step in (*site.meeting.chain, site.meeting.at)])
+        return paths[0] == paths[1]
+
+    def _missing(self, index: int, name: str, meets: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return what a layer's output lacks for one batch: of its own, for the sum; and each channel's gain."""
+        runs = (self._dense.runs[index], self._smaller.runs[index])
+        looks = (self._dense.look, self._smaller.look)
+        sites = [found[run.program][name] for run, found in zip(runs, self._found, strict=True)]
+        outputs = [run.values[site.step] for run, site in zip(runs, sites, strict=True)]
+        channel = sites[1].channel
+        rows = self._kept_rows(name, sites[1])
+
+        def missing(dense: Tensor, now: Tensor) -> Tensor:
+            if rows is not None:
+                dense = dense.index_select(channel, rows)
+            return dense - now
+
+        own = missing(*outputs)
+        if not meets:
+            return own, None, None
+        sums = []
+        for run, site, look in zip(runs, sites, looks, strict=True):
+            assert site.meeting is not None
+            total = run.values[site.meeting.operand] + run.values[site.meeting.other]
+            sums.append(undo(run, site, total, look))
+        # At what the sum now is, the layer's own share undone is its output and the shortcut's together.
+        both = missing(*sums)
+        one = outputs[1].new_ones(()).expand(outputs[1].shape)
+        gain = self._gain(runs[1], sites[1], looks[1], one)
+        usual = gain.median()
+        rare = (gain * GAIN < usual) | ~gain.isfinite()
+        if bool(rare.any()):
+            shape = [1] * own.ndim
+            shape[channel] = -1
+            both = torch.where(rare.reshape(shape), own, both)
+        return own, both, gain
+
+    def _gain(self, run: Run, site: Site, look: Look, output: Tensor) -> Tensor:
+        """Return (outputs,) what a unit of each channel is at the sum."""
+        assert site.meeting is not None
+        operand = run.values[site.meeting.operand]
+        undone = [undo(run, site, operand.new_full((), value).expand(operand.shape), look) for value in (1, 0)]
+        apart = (undone[0] - undone[1]).movedim(site.channel, 0).flatten(1)[:, 0]
+        return 1 / apart.abs()
+
+    def _kept_rows(self, name: str, site: Site) -> Tensor | None:
+        """Return which of the dense layer's outputs stay; None where all do."""
+        dim = 0 if site.outputs_first else 1
+        if site.transposed and site.groups > 1:
+            return None
+        kept = self._rows.get((name, dim))
+        return None if kept is None else torch.as_tensor(kept, device=self._device)
+
+    def _add(
+        self, regression: Regression, index: int, number: int, name: str, own: Tensor, both: Tensor | None
+    ) -> None:
+        """Add the samples of one batch."""
+        run = self._smaller.runs[index]
+        site = self._found[1][run.program][name]
+        data, weight = run.values[site.data], self._smaller.look(name)
+        held, examples = self._held[index], len(self._held[index])
+        generator = torch.Generator().manual_seed((self._seed * 1_000_003 + number) * 1_009 + self._numbers[index])
+        if site.spatial:
+            there = prod(own.shape[2:])
+            wanted = self._wanted(site, weight)
+            places = torch.randperm(there, generator=generator)[:wanted].sort()[0]
+            owner = torch.arange(len(own)).div(max(len(own) // examples, 1), rounding_mode="floor")
+            owner = owner.clamp(max=examples - 1).repeat_interleave(len(places))
+        else:
+            rows, owner = _rows(own, examples), _owners(own, examples)
+            valid = _valid(self._batches[index], own)
+            if valid is not None:
+                rows = rows[valid]
+            wanted = self._wanted(site, weight) * examples
+            places = rows[torch.randperm(len(rows), generator=generator)[:wanted]].sort()[0]
+            owner = owner[places]
+        places = places.to(self._device)
+        P = regressors(site, data, weight, places)
+        if not self._parts.patches and site.spatial:
+            P = _middle(P, weight)
+        targets = (at_places(site, own, places), None if both is None else at_places(site, both, places))
+        regression.add(P, *targets, held[owner].to(self._device))
+
+    def _wanted(self, site: Site, weight: Tensor) -> int:
+        """Return how many places are drawn of each example."""
+        if not self._parts.samples:
+            return 2**31
+        regressors = _size(site, weight, self._parts.patches)[1]
+        return max(1, ceil(max(self._parts.samples * regressors, FEWEST) / self._examples))
+
+    def _changes(self, site: Site, weight: Tensor, update: Tensor, shift: Tensor) -> list[tuple[str, Tensor]]:
+        """Return the new weight, and the new bias or running mean, by name."""
+        changes = [(site.weight, add_update(site, weight, update))]
+        look = self._smaller.look
+        if site.bias is not None:
+            before = look(site.bias)
+            changes.append((site.bias, (before.double() + shift.reshape(-1).to(before.device)).to(before)))
+        elif site.norm is not None:
+            before = look(site.norm)
+            changes.append((site.norm, (before.double() - shift.reshape(-1).to(before.device)).to(before)))
+        return changes
+
+
+def hold_out_every(examples: int) -> int:
+    return max(2, min(10, examples // 32))
+
+
+def _size(site: Site, weight: Tensor, patches: bool) -> tuple[int, int, int]:
+    """Return (G, n, o) of a layer."""
+    shape = tuple(weight.shape)
+    if not site.spatial:
+        n, o = (shape[1], shape[0]) if site.outputs_first else shape
+        return 1, n, o
+    places = prod(shape[2:]) if patches else 1
+    if site.transposed:
+        return site.groups, shape[0] // site.groups * places, shape[1]
+    return site.groups, shape[1] * places, shape[0] // site.groups
+
+
+def _middle(P: Tensor, weight: Tensor) -> Tensor:
+    """Return the regressors of the middle of the kernel alone."""
+    places = prod(weight.shape[2:])
+    return P.unflatten(2, (-1, places))[..., places // 2]
+
+
+def _whole(site: Site, weight: Tensor, update: Tensor, patches: bool) -> Tensor:
+    """Return an update at all places of the kernel, zero where it was not fitted."""
+    if patches or not site.spatial:
+        return update
+    places = prod(weight.shape[2:])
+    whole = update.new_zeros(*update.shape, places)
+    whole[..., places // 2] = update
+    return whole.flatten(2)
+
+
+def _rows(output: Tensor, examples: int) -> Tensor:
+    return torch.arange(prod(output.shape[:-1]))
+
+
+def _owners(output: Tensor, examples: int) -> Tensor:
+    """Return (rows,) the example that each row of a product's output belongs to.
+
+    The examples lie along the first dimension, or the second where a model keeps time first; where neither
+    can be, rows are taken one by one, as if each were an example.
+    """
+    rows = torch.arange(prod(output.shape[:-1]))
+    if output.shape[0] % examples == 0:
+        return rows // (len(rows) // examples)
+    if output.ndim > 2 and output.shape[1] == examples:
+        return rows // prod(output.shape[2:-1]) % examples
+    return rows % examples
+
+
+def _valid(batch: Batch, output: Tensor) -> Tensor | None:
+    """Return which rows of a product's output are no padding; None where that is not said."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    rows = prod(output.shape[:-1])
+    if tuple(output.shape[:2]) == tuple(mask.shape) and output.ndim == 3 or rows == mask.numel():
+        if output.ndim == 3 and output.shape[0] == mask.shape[1] != mask.shape[0]:
+            mask = mask.T
+        return mask.reshape(-1).bool().cpu()
+    return None
