@@ -27,6 +27,7 @@ from result_cells import (
     ROOT,
     SHARE_OF,
     SST2,
+    STARTS,
     WAYS,
     figures,
     metric_of,
@@ -72,7 +73,7 @@ def pruned_table(network: str, scope: str, how: tuple[Any, ...] = PLAIN) -> list
 def compact_table(network: str) -> list[str]:
     """The criteria that docs/findings.md compares, with and without what the default does beside cutting."""
     cells = pick(read(network), scope="inner", epochs=0, rounds=4)
-    repaired = (True, network not in SHARE_OF, "uniform")
+    repaired = ("once", network not in SHARE_OF, "uniform")
     most = len({item["cell"]["seed"] for item in cells})
     named = [(name, PLAIN) for name in ORDER if name.startswith("tp-")]
     named += [(name, how) for how in (PLAIN, repaired) for name in COMPARED]
@@ -103,7 +104,8 @@ def fixed(name: str, how: tuple[Any, ...]) -> int:
     return 1 if weights and how == PLAIN else 0
 
 
-REPAIRED = {(True, False, "uniform"): " + repair", (True, True, "uniform"): " + repair, norms"}
+REPAIRED = {how: f" + {STARTS[how[:2]]}" for how in WAYS}
+"""What a criterion in a compact table is followed by, where more is done than to cut."""
 COMPARED = ("random", "l2", "wanda-sp", "taylor", "distortion", "distortion-weighted",
             "consumed-distortion", "innovation")  # fmt: skip
 SHARES = (0.2, 0.3, 0.4, 0.5)

@@ -22,7 +22,7 @@ from cria_prune.tasks.models import build
 
 GRID = Grid(
     network="digits", criteria=["random", "innovation"], reductions=[0.5, 0.75], rounds=[1], examples=64,
-    compensate=[False, True], seeds=[0],
+    repair=["none", "once"], seeds=[0],
 )  # fmt: skip
 
 
@@ -149,8 +149,10 @@ def test_a_file_of_another_configuration_is_refused_before_any_work(tmp_path: Pa
     for path in tmp_path.glob("inner-*.json"):  # files from before there was a choice, or repair at all
         said = json.loads(path.read_text())
         del said["config"]["record"]["tokens"], said["config"]["batch_norm"]
-        if not said["cell"].get("compensate"):
-            del said["config"]["compensate"]
+        repaired = said["config"].pop("repair") == "once"
+        if repaired:
+            said["config"]["compensate"] = said["cell"]["compensate"] = True
+            del said["cell"]["repair"]
         path.write_text(json.dumps(said))
     assert measured(GRID, tmp_path) == 0
     with pytest.raises(ArtifactError, match=r"config\.record\.tokens None, asked is 16"):

@@ -37,7 +37,7 @@ SMALL = ["--examples", "64", "--rounds", "2", "--criterion", "l1", "--device", "
 PRUNING = {
     "--reduction", "--reduce", "--units", "--policy",
     "--of", "--criterion", "--preset", "--rounds", "--ranking", "--residual", "--no-residual",
-    "--compensate", "--no-compensate", "--batch-norm", "--no-batch-norm",
+    "--repair", "--batch-norm", "--no-batch-norm",
     "--floor", "--uniform", "--no-uniform", "--multiple", "--examples", "--positions", "--watch", "--config",
     "--neighbors", "--ridge", "--pairs", "--sketch", "--tokens",
 }  # fmt: skip
@@ -52,9 +52,9 @@ SCORING = {
 SURFACE = {
     "run": PRUNING | TUNING | COMMON | SAVING | {"--quick", "--base", "--resume"},
     "inspect": {"--example", "--meta", "--floor", "--tree", "--all", "--json", "--quiet", "-q"},
-    "score": SCORING | COMMON | SAVING | DATA | {"--compensate", "--no-compensate"},
+    "score": SCORING | COMMON | SAVING | DATA | {"--repair"},
     "ablate": SCORING | COMMON | SAVING | DATA | {"--shares", "--random-seeds", "--limit"},
-    "bench": {"--criterion", "--reduction", "--reduce", "--seed", "--device", "--output", "--quiet", "-q"},
+    "bench": COMMON | {"--criterion", "--reduction", "--reduce", "--repair", "--output"},
     "plan": (PRUNING - {"--watch"}) | COMMON | SAVING | DATA | {"--dry-run"},
     "prune": PRUNING | COMMON | SAVING | DATA | {"--export", "--resume", "--scores", "--offload"},
     "sweep": (PRUNING - {"--rounds", "--watch"}) | COMMON | SAVING | DATA | {"--scores", "--resume"},
@@ -377,7 +377,7 @@ def test_a_sweep_scores_once_and_goes_on_where_it_was() -> None:
 
 
 def test_the_usual_sizes_that_are_beyond_reach_are_left_out() -> None:
-    words = ["sweep", "digits", "--examples", "64", "--criterion", "l1", "--no-compensate", "--floor", "0.6"]
+    words = ["sweep", "digits", "--examples", "64", "--criterion", "l1", "--repair", "none", "--floor", "0.6"]
     result = cria(*words, "--no-batch-norm", "--output", "out")
     assert [item["asked"] for item in answer(result)["family"]] == [0.1, 0.2, 0.3]
     assert "left out, beyond what can be removed: 40 %, 50 %, 60 %, 70 %" in result.stderr
@@ -460,7 +460,7 @@ def test_a_run_keeps_what_its_report_needs() -> None:
     assert "One layer" in text and "recovered" in text and "Of the run before" in text
     answer(
         cria(
-            "prune", "digits", *small, "--criterion", "l2", "--no-compensate", "--output", "a", "--overwrite"
+            "prune", "digits", *small, "--criterion", "l2", "--repair", "none", "--output", "a", "--overwrite"
         )
     )
     text = Path("a/report.html").read_text()

@@ -215,7 +215,7 @@ def test_graphs_are_kept_on_request() -> None:
     assert found.graphs["0"].input.units == len(found.graphs["0"].units) <= 16
     assert "graphs" in found.rounds[0].seconds and "graphs" not in found.rounds[1].seconds
     assert prune(net, batches, config).graphs is None
-    blind = PruneConfig(plan={"reduction": 0.5, "rounds": 1}, score={"criterion": "l2"}, compensate=False)
+    blind = PruneConfig(plan={"reduction": 0.5, "rounds": 1}, score={"criterion": "l2"}, repair="none")
     assert prune(net, batches, blind, graphs=True).graphs == {}
 
 

@@ -44,7 +44,7 @@ def ablate(request: Ablate, out: Output) -> None:
             calibration = found.task.calibration(config.record.examples, config.record.seed)
         with clock(seconds, "model"):
             model = found.model(device, seed, out.progress)
-        plain = config.model_copy(update={"compensate": False, "verify": True})  # cuts alone, each proven
+        plain = config.model_copy(update={"repair": "none", "verify": True})  # cuts alone, each proven
         prepared = prepare(model, calibration, plain, example=found.task.example)
         ranking = rank(prepared)
         seconds |= {"structure": prepared.seconds, **ranking.seconds}

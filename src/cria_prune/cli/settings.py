@@ -278,7 +278,7 @@ class Score(OfTarget, Data, Scoring, Saving):
 
     work, shared = "scores.score", True
 
-    repair: PruneConfig = options(PruneConfig, "compensate")
+    repair: PruneConfig = options(PruneConfig, "repair")
     output: Path | None = option(
         None, "Folder to keep the scores in, for cria prune --scores and cria sweep --scores"
     )
@@ -368,6 +368,7 @@ class Bench(OnDevice):
     criteria: tuple[str, ...] = several(ScoreConfig, "criterion", "Only these criteria of the suite")
     reductions: tuple[float, ...] = several(PlanConfig, "reduction", "Only these reductions of the suite")
     seeds: tuple[int, ...] = several(Running, "seed", "Only these seeds of the suite")
+    repair: tuple[str, ...] = several(PruneConfig, "repair", "Only these repairs of the suite")
     output: Path | None = option(None, "Folder for the result files", shown="bench/NETWORK", group=OUTPUT)
 
 
