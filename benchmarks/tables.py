@@ -16,7 +16,7 @@ import scale_table
 from coverage_table import table
 from cria_prune import CRITERIA
 from cria_prune.base.metrics import metric
-from cria_prune.config import SETTINGS
+from cria_prune.config import REPAIRED, SETTINGS
 from macs_table import macs_table
 from result_cells import (
     LLAMA,
@@ -85,7 +85,7 @@ def compact_table(network: str) -> list[str]:
             for share in shares
         ]
         if any(found):
-            label = name + ("" if how == PLAIN else REPAIRED[how])
+            label = name + ("" if how == PLAIN else FOLLOWED[how])
             draws = (f", n = {len(group)}" if fixed(name, how) < len(group) < most else "" for group in found)
             figure = [figures(network, group, "pruned") if group else "" for group in found]
             rows.append([label, *(text + draw for text, draw in zip(figure, draws, strict=True))])
@@ -104,7 +104,7 @@ def fixed(name: str, how: tuple[Any, ...]) -> int:
     return 1 if weights and how == PLAIN else 0
 
 
-REPAIRED = {how: f" + {STARTS[how[:2]]}" for how in WAYS}
+FOLLOWED = {how: f" + {STARTS[how[:2]]}" for how in WAYS}
 """What a criterion in a compact table is followed by, where more is done than to cut."""
 COMPARED = ("random", "l2", "wanda-sp", "taylor", "distortion", "distortion-weighted",
             "consumed-distortion", "innovation")  # fmt: skip
@@ -162,6 +162,8 @@ def ablation_tables(network: str) -> list[str]:
         head = ["units gone", "prunable parameters gone", "lowest first", "random, mean", "random, lowest"]
         head += ["random, highest", "highest first"]
         title = f"### {network}: ablation of `{item['criterion']}`, {item['metric']}"
+        if item.get("repair", "none") != "none":  # files of before do not say it
+            title += f", {REPAIRED[item['repair']]}"
         dense = f"Dense: {known.text(item['dense'])}, {item['tested_on']}; {item['verdict']}."
         picture = f"pictures/ablation-{network}-{item['criterion']}.png"
         drawn = [f"![the curves]({picture})", ""] if (ROOT / "docs" / picture).exists() else []

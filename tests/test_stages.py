@@ -100,7 +100,8 @@ COMMANDS = {  # words -> models copied to be compared with: the prepared one, an
     "plan digits": 1,
     "plan digits --dry-run": 1,
     "score digits": 1,
-    "ablate digits --shares 0.3,0.6 --random-seeds 1 --limit 64": 1,
+    "ablate digits --shares 0.3,0.6 --random-seeds 1 --limit 64": 1 + 2 * 3,
+    "ablate digits --shares 0.3 --random-seeds 1 --limit 64 --repair none": 1,
 }
 
 

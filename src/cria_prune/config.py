@@ -73,6 +73,8 @@ REPAIR = Choices(
     },
     "repairs",
 )
+REPAIRED = {"walk": "repaired by the walk", "once": "repaired at once", "none": "without repair"}
+"""Repair -> what a result says of a network that was cut with it."""
 OPTIMIZER = Choices({"sgd": "with momentum", "adamw": "with momentum as its first decay rate"})
 SCHEDULE = Choices({"cosine": "falls like half a cosine", "linear": "falls in a straight line"})
 PRECISION = Choices({"float32": "of everything", "auto": "bfloat16 autocast where a CUDA device has it"})

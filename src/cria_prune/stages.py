@@ -309,6 +309,28 @@ def prepare(
     )  # fmt: skip
 
 
+def prepared_with(
+    model: nn.Module,
+    groups: UnitGroups,
+    batches: Iterable[Batch],
+    config: PruneConfig,
+    *,
+    example: Batch | None = None,
+) -> Prepared:
+    """Return a model prepared whose groups are known: nothing is captured, and nothing but they is frozen.
+
+    Its cuts are compared with its own copies. The arguments are those of `prepare`, and its groups.
+
+    Raises:
+        DataError: the batches are not batches, or empty.
+    """
+    batches, device = again(batches), device_of(model)
+    example = first_examples(batches, device) if example is None else shortened(example, device)
+    return Prepared(
+        model, groups, identity_plan(groups), batches, example, config, model, groups, groups, {}, None, 0.0
+    )
+
+
 def rank(
     prepared: Prepared, *, loss: Loss | None = None, graphs: bool = False, whole: bool = True
 ) -> Ranking:
@@ -495,6 +517,20 @@ def cut(
     if config.batch_norm and last:
         norms = hands.norms(prepared, smaller, seconds)
     return Cut(norms.model, step, total, repairs, verification, norms, seconds)
+
+
+def repaired(prepared: Prepared, ranking: Ranking, step: Plan) -> nn.Module:
+    """Return the model as a cut by a plan would take it: repaired, where its configuration says so.
+
+    Args:
+        prepared: its model is left as it was.
+        ranking: of that model, with what the repair needs.
+        step: relative to that model; the units that leave are still in what is returned.
+    """
+    if not _repairs(prepared.config, ranking):
+        return prepared.model
+    source: nn.Module = InMemory().repair(prepared, step, ranking)[0]
+    return source
 
 
 def remove(model: nn.Module, step: Plan) -> nn.Module:

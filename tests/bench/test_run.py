@@ -229,6 +229,13 @@ def test_a_suite_of_several_grids_is_narrowed_to_those_that_have_the_value(tmp_p
     only = ["--criterion", "l2", "--reduction", "0.5"]
     done = CliRunner().invoke(app, ["bench", str(tmp_path), "--output", str(tmp_path / "out"), *only])
     assert done.exit_code == 0 and json.loads(done.stdout.splitlines()[-1])["cells"] == 2
+    for repair in ("none", "foo"):
+        again = ["bench", str(tmp_path), "--output", str(tmp_path / "out"), *only, "--repair", repair]
+        done = CliRunner().invoke(app, again)
+        if repair == "none":
+            assert (json.loads(done.stdout.splitlines()[-1])["cells"], done.exit_code) == (1, 0)
+        else:
+            assert done.exit_code == 2 and "repair none, once" in done.stderr
 
 
 @pytest.mark.parametrize(

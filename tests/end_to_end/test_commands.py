@@ -53,7 +53,7 @@ SURFACE = {
     "run": PRUNING | TUNING | COMMON | SAVING | {"--quick", "--base", "--resume"},
     "inspect": {"--example", "--meta", "--floor", "--tree", "--all", "--json", "--quiet", "-q"},
     "score": SCORING | COMMON | SAVING | DATA | {"--repair"},
-    "ablate": SCORING | COMMON | SAVING | DATA | {"--shares", "--random-seeds", "--limit"},
+    "ablate": SCORING | COMMON | SAVING | DATA | {"--shares", "--random-seeds", "--limit", "--repair"},
     "bench": COMMON | {"--criterion", "--reduction", "--reduce", "--repair", "--output"},
     "plan": (PRUNING - {"--watch"}) | COMMON | SAVING | DATA | {"--dry-run"},
     "prune": PRUNING | COMMON | SAVING | DATA | {"--export", "--resume", "--scores", "--offload"},
@@ -321,8 +321,11 @@ def test_ablate_writes_a_table_a_file_and_a_picture() -> None:
     assert values["limit"] == 200 and values["tested_on"] == "the first 200 test examples"
     assert values["provenance"]["command"][:3] == ["cria", "ablate", "digits"]
     assert values["provenance"]["data"] == task("digits").fingerprint() and values["provenance"]["seed"] == 4
+    assert values["repair"] == said["repair"] == "once"
+    assert said["verdict"].startswith("repaired at once, the criterion holds")
     for text in ("the first 200 test examples", "lowest first", "the criterion holds", "ablation.png"):
         assert text in result.stdout
+    assert "every network is measured repaired at once, without training" in result.stdout
     assert (folder / "ablation.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     batches = task("digits").test_batches(200)
     assert values["dense"] == task("digits").evaluate(task("digits").dense(), batches)
@@ -393,6 +396,7 @@ def test_an_ablation_of_a_checkpoint_scores_what_is_there() -> None:
 
 
 def test_an_ablation_refuses_what_it_cannot_do_and_leaves_no_folder() -> None:
+    assert "repair: Input should be 'walk', 'once' or 'none'" in error("ablate", "digits", "--repair", "foo")
     assert "Give numbers between 0 and 1" in error("ablate", "digits", "--shares", "half")
     assert "it is not between 0 and 1" in error("ablate", "digits", "--shares", "0.5,1")
     assert "each once" in error("ablate", "digits", "--shares", "0.5,0.5")

@@ -181,7 +181,10 @@ def test_ablation_curves(tmp_path: Path) -> None:
     (tmp_path / "ablation.json").write_text(json.dumps(ablation()))
     text = words(folder_page(tmp_path).html)
     assert "criterion innovation" in text and "lowest 2, highest 2, random 1" in text and "fed" in text
+    assert "(criterion innovation), without repair, no training after it" in text  # a file of before
     assert "No ablation.json" not in text
+    (tmp_path / "ablation.json").write_text(json.dumps(ablation(repair="once")))
+    assert "(criterion innovation), repaired at once, no training" in words(folder_page(tmp_path).html)
     (tmp_path / "ablation.json").write_text(json.dumps(ablation(curves={"lowest": [[0.5, ["x"]]]})))
     with pytest.raises(ArtifactError, match=r"'curves\.lowest\.0\.1\.0' is damaged"):
         folder_page(tmp_path)

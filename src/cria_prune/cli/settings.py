@@ -299,9 +299,14 @@ class Plan(OfTarget, Data, Pruning, Saving):
 
 
 class Ablate(OfTarget, Data, Scoring, Saving):
-    """Measure a criterion: remove the lowest-scored, the highest-scored and random units, share by share."""
+    """Measure a criterion: remove the lowest-scored, the highest-scored and random units, share by share.
+
+    Every network is repaired as a pruning would before it is measured.
+    """
 
     group, work = MEASURE, "measure.ablate"
+
+    repair: PruneConfig = options(PruneConfig, "repair")
 
     shares: str | None = option(
         None, "Shares of every group's units to remove, separated by commas", shown="0.1 to 0.9 by 0.1"

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from cria_prune.base.errors import some
 from cria_prune.base.files import is_plain_file
 from cria_prune.base.metrics import metric as metric_of
-from cria_prune.config import OF, repair_of_before
+from cria_prune.config import OF, REPAIRED, repair_of_before
 from cria_prune.report.curves import mean_interval, plot_bench
 from cria_prune.report.html import (
     Part,
@@ -188,9 +188,7 @@ STAGES = {
     "recovery": ("recover",),
 }
 SAID = {
-    ("repair", "walk"): "repaired by the walk",
-    ("repair", "once"): "repaired at once",
-    ("repair", "none"): "without repair",
+    **{("repair", value): text for value, text in REPAIRED.items()},
     ("batch_norm", "True"): "batch norms measured again",
     ("batch_norm", "False"): "batch norms as they were",
     ("quick", "True"): "quick training data",
