@@ -210,7 +210,7 @@ def test_only_what_plainly_belongs_together_is_joined() -> None:
 
 def test_pruning_with_it_measures_after_the_last_cut_and_every_cut_is_verified() -> None:
     net, batches = network(), [torch.randn(32, 3, 6, 6).double() for _ in range(2)]
-    config = {"score": {"criterion": "l2"}, "plan": {"reduction": 0.3, "rounds": 2}, "compensate": False}
+    config = {"score": {"criterion": "l2"}, "plan": {"reduction": 0.3, "rounds": 2}, "repair": "none"}
     plain = prune(net, batches, PruneConfig(**config, batch_norm=False))
     found = prune(net, batches, PruneConfig(**config, batch_norm=True))
     assert found.plan.kept == plain.plan.kept
