@@ -19,6 +19,7 @@ from cria_prune.base.batches import (
     again,
     describe,
     first_examples,
+    limited,
     named_shortage,
     shortened,
 )
@@ -36,7 +37,7 @@ from cria_prune.planning.budget import count_parameters
 from cria_prune.planning.plan import Plan, compose, identity_plan
 from cria_prune.planning.plan import plan as make_plan
 from cria_prune.planning.selection import Allowed, Scope, check_reach, scope
-from cria_prune.recording.collect import limited, record
+from cria_prune.recording.collect import record
 from cria_prune.recording.states import States, reads_of
 from cria_prune.repair.consumers import Repair, compensate
 from cria_prune.repair.norms import Remeasured, batch_norms, remeasure
