@@ -186,6 +186,7 @@ STAGE_FUNCTIONS = {
     "cria_prune.surgery.verify.Reference": "verify",
     "cria_prune.surgery.verify.verify": "verify",
     "cria_prune.repair.norms.remeasure": "batch norms",
+    "cria_prune.repair.fidelity.comparable": "fidelity",
 }
 """Function -> its stage."""
 

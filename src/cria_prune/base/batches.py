@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from cria_prune.base.errors import CriaError, DataError, ResourceError, first_line
-from cria_prune.base.modules import cache_off, digest
+from cria_prune.base.modules import cache_off, digest, random_kept
 
 Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
@@ -265,7 +266,7 @@ def hold_out_every(examples: int) -> int:
 
 def count_examples(batches: Iterable[Batch], examples: int) -> int:
     """Return how many examples batches hold, at most `examples`; errors as in `limited`."""
-    with torch.random.fork_rng(devices=[]):  # a shuffling loader draws from the global generator
+    with random_kept():  # a shuffling loader draws from the global generators
         return sum(batch_size(batch) for batch in limited(batches, examples))
 
 
@@ -296,7 +297,7 @@ def held_batches(batches: Iterable[Batch], examples: int) -> list[Batch]:
     """
     every = hold_out_every(count_examples(batches, examples))
     found, most = list[Batch](), 0
-    with torch.random.fork_rng(devices=[]):
+    with random_kept():
         for batch, rows in _numbered(batches, examples):
             most = most or batch_size(batch)
             held = [row for row, number in rows if number % every == every - 1]
@@ -318,6 +319,22 @@ def fit_batches(batches: Iterable[Batch], examples: int) -> Iterator[Batch]:
         left = [row for row, number in rows if number % every != every - 1]
         if left:
             yield rows_of(batch, left)
+
+
+class HeldOut:
+    """The calibration examples in two parts, read once when they are first asked for; see `held_batches`."""
+
+    def __init__(self, batches: Iterable[Batch], examples: int) -> None:
+        self._batches, self._examples = batches, examples
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """Those that no fit sees; errors as in `held_batches`."""
+        return held_batches(self._batches, self._examples)
+
+    def fit(self) -> Iterator[Batch]:
+        """Yield the others."""
+        return fit_batches(self._batches, self._examples)
 
 
 def _numbered(batches: Iterable[Batch], examples: int) -> Iterator[tuple[Batch, list[tuple[int, int]]]]:
