@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tasks": BASE | {"recovery"},
     "recipes": BASE | {"recovery", "tasks"},
     "artifact": BASE | {"planning", "resume", "scores", "structure", "surgery", "tasks", "vanilla"},
-    "report": BASE | {"artifact", "graph", "planning", "recipes", "result", "resume", "spectrum"},
+    "report": BASE | {"artifact", "graph", "planning", "recipes", "repair", "result", "resume", "spectrum"},
     "offload": BASE
     | {"artifact", "criteria", "planning", "recording", "repair", "result", "resume", "spectrum", "stages"}
     | {"structure", "surgery", "tasks"},
@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"structure", "tasks"},
     "cli": BASE
     | {"ablation", "artifact", "bench", "criteria", "memory", "offload", "pipeline", "planning", "recipes"}
-    | {"recovery", "report", "result", "scores", "stages", "structure", "tasks"},
+    | {"recovery", "repair", "report", "result", "scores", "stages", "structure", "tasks"},
 }
 
 

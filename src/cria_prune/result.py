@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from cria_prune.base.metrics import percent
 from cria_prune.config import PruneConfig
 from cria_prune.graph.graph import NeuronGraphs
 from cria_prune.planning.plan import Plan
@@ -155,6 +156,23 @@ def column(rounds: Sequence[Round]) -> str:
     return "KL / same class" if last is None or last.worst.divergence is not None else "rel. error / cosine"
 
 
+def fidelity_rows(fidelity: Mapping[str, Fidelity]) -> list[dict[str, str]]:
+    """Return a row of texts for each stage, all with the same columns: the figures of the worst output."""
+    rows = []
+    for stage, item in fidelity.items():
+        worst = item.worst
+        row = {"after": stage, "output": worst.name}
+        if worst.divergence is not None:
+            row |= {"KL (nats)": f"{worst.divergence:.3g}", "same class": percent(worst.agreement)}
+        rows.append({**row, "relative error": f"{worst.relative_error:.3g}", "cosine": f"{worst.cosine:.3f}"})
+    return rows
+
+
 def stages_said(fidelity: Mapping[str, Fidelity]) -> list[str]:
     """Return a line for each stage: how far the model was after it from the dense one."""
     return [f"from the dense network, {stage}: {item}" for stage, item in fidelity.items()]
+
+
+def said_of(item: Round) -> dict[str, dict[str, Any]]:
+    """Return the fidelity of a round by stage, as plain JSON."""
+    return {stage: found.to_dict() for stage, found in item.fidelity.items()}
