@@ -29,7 +29,7 @@ from cria_prune.config import REPAIRED, PruneConfig
 from cria_prune.planning.budget import Budget
 from cria_prune.planning.plan import Plan, make_plan
 from cria_prune.planning.selection import check_prunable, check_share, checked_scores
-from cria_prune.stages import InMemory, Prepared, Ranking, prepared_with, rank, remove, repaired
+from cria_prune.stages import Prepared, Ranking, prepared_with, rank, remove, removed
 from cria_prune.structure.groups import UnitGroups
 from cria_prune.surgery.verify import Reference, Verification
 
@@ -256,14 +256,11 @@ def ablation_of(
 
     The arguments and errors are those of `ablate`. Every cut is compared with its masked twin.
     """
-    hands = InMemory()
 
     def cut(step: Plan) -> tuple[nn.Module, Verification | None]:
-        # What the repair needs was recorded once, on the network
-        # with all units: each cut is one from there, whatever its share.
-        source = repaired(prepared, ranking, step)
-        smaller = remove(source, step)
-        return smaller, hands.verify(prepared, step, step, source, smaller)
+        # What the repair `once` needs was recorded on the network with
+        # all units: each cut is one from there, whatever its share.
+        return removed(prepared, ranking, step)
 
     found = _measured(
         prepared.model, prepared.groups, ranking.importances, evaluate, cut, check_shares(shares),

@@ -368,7 +368,7 @@ class PruneConfig(StageConfig):
     plan: PlanConfig = PlanConfig()
     verify: bool = True
     repair: Annotated[str, REPAIR] = option(
-        "once", "Repair of the consumers in closed form after every cut, not in the paper"
+        "walk", "Repair of the consumers in closed form after every cut, not in the paper"
     )
     batch_norm: bool = option(
         True,

@@ -28,7 +28,7 @@ from cria_prune.planning.plan import Plan
 from cria_prune.result import PruneResult, Round
 from cria_prune.resume.rounds import RoundStore
 from cria_prune.scores import Scored
-from cria_prune.stages import Prepared, cut, plan_cut, prepare, rank, said, target_of
+from cria_prune.stages import InMemory, Prepared, cut, plan_cut, prepare, rank, said, target_of
 
 
 def prune(
@@ -107,12 +107,13 @@ def prune(
     done = len(result.rounds)
     # One process may not see the folder, and would begin anew while the others go on.
     world().meet("The rounds that are kept", lambda: str(done))
+    hands = InMemory(progress)
     with (progress or QUIET).bar("prune", rounds) as bar:
         bar.update(max(done - 1, 0))
         for number in range(max(done, 1), rounds + 1):  # the last of those that were kept is shown again
             if number > done:
                 now = replace(ready, model=result.model, groups=result.groups, plan=result.plan)
-                result = _round(now, result, number, loss, evaluate, scores)
+                result = _round(now, result, number, loss, evaluate, scores, hands)
                 _keep(store, result)
                 passed("round", number=number, rounds=rounds)
             report = result.report
@@ -151,6 +152,7 @@ def _ready(
     else:
         prepared = prepared.checked(model, batches, config)
     prepared.check_reach()
+    _ = prepared.held.batches  # too few examples to hold any out are told before the work
     if scores is not None:
         scores.check(model, prepared.dense)
     return prepared.with_reference()
@@ -163,12 +165,14 @@ def _round(
     loss: Callable[[nn.Module, Batch], torch.Tensor] | None,
     evaluate: Callable[[nn.Module], float] | None,
     scores: Scored | None,
+    hands: InMemory,
 ) -> PruneResult:
     """Do a round: rank the units, or take the scores that were given, and cut."""
     # The graphs that are drawn are the dense model's: the first round is the only one that sees it.
     drawn = before.graphs is not None and number == 1
     ranking = rank(now, loss=loss, graphs=drawn) if scores is None else scores.ranking(now.groups)
-    made = cut(now, ranking, target_of(now.config, number), last=number == now.config.plan.rounds)
+    last = number == now.config.plan.rounds
+    made = cut(now, ranking, target_of(now.config, number), last=last, hands=hands)
     metric = None
     if evaluate is not None:
         metric = world().lead("Evaluating", lambda: float(evaluate(made.model)))

@@ -60,7 +60,7 @@ SURFACE = {
     "sweep": (PRUNING - {"--rounds", "--watch"}) | COMMON | SAVING | DATA | {"--scores", "--resume"},
     "recover": TUNING | COMMON | SAVING | DATA | {"--teacher", "--resume"},
     "report": {"--layer", "--output", "--overwrite", "--quiet", "-q"},
-    "eval": COMMON | DATA | {"--tasks", "--task-folder", "--limit"},
+    "eval": COMMON | DATA | {"--tasks", "--task-folder", "--limit", "--against"},
 }
 
 

@@ -32,12 +32,15 @@ class Card:
         command: the command or call that made the model.
         measured: rows of a table, all with the same keys: `{"model": "pruned", "perplexity": 7.1}`.
         changed: what was done, without training, to the parts that stayed; empty for nothing.
+        fidelity: rows of a table, all with the same keys: how far the model was from the dense one after each
+            stage, before any training.
     """
 
     base: str | None = None
     command: str | Sequence[str] | None = None
     measured: Sequence[Mapping[str, Any]] = ()
     changed: str = ""
+    fidelity: Sequence[Mapping[str, Any]] = ()
 
 
 def render_card(
@@ -64,9 +67,13 @@ def render_card(
         *([f"Without training, in what stays: {_text(card.changed)}."] if card.changed else []),
     ]
     if card.measured:
-        columns = list(card.measured[0])
-        rows = [[_value(row.get(column, "")) for column in columns] for row in card.measured]
-        parts += ["## Measured", _table(columns, rows)]
+        parts += ["## Measured", _named_rows(card.measured)]
+    if card.fidelity:
+        parts += [
+            "## Distance from the dense model",
+            "On held-out calibration examples, without labels, before any training; the worst output.",
+            _named_rows(card.fidelity),
+        ]
     if card.command:
         command = card.command if isinstance(card.command, str) else shlex.join(card.command)
         parts += ["## How it was made", f"    {' '.join(command.split())}"]
@@ -174,6 +181,11 @@ def _removed(plan: Plan) -> str:
     if not lines:
         return "Nothing."
     return _table(["layers", "units before", "units after", "removed"], lines, "right")
+
+
+def _named_rows(found: Sequence[Mapping[str, Any]]) -> str:
+    columns = list(found[0])
+    return _table(columns, [[_value(row.get(column, "")) for column in columns] for row in found])
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], align: str = "") -> str:

@@ -270,7 +270,16 @@ def recover(request: Recover, out: Output) -> None:
             "the texts have no labels",
             "Give --dataset with a column label",
         )
-    inherited = (*COUNTS, "reduction", "asked", "of", "criterion", "changed", "scoring_over_forward")
+    inherited = (
+        *COUNTS,
+        "reduction",
+        "asked",
+        "of",
+        "criterion",
+        "changed",
+        "fidelity",
+        "scoring_over_forward",
+    )
     described = {"recover": tuning.model_dump(mode="json")}
     with job_of(found, "-recovered", request, out) as job:
         if job.ended(described, RECOVERED):

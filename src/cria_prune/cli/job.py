@@ -33,7 +33,7 @@ from cria_prune.pipeline import prune
 from cria_prune.planning.plan import Plan, compose
 from cria_prune.recovery.loop import RecoverResult
 from cria_prune.recovery.tune import recover
-from cria_prune.result import PruneResult
+from cria_prune.result import PruneResult, fidelity_rows, said_of
 from cria_prune.scores import Scored
 from cria_prune.stages import Prepared
 
@@ -227,6 +227,7 @@ class Job:
             command=self.request.command,
             measured=show.measured(self.results, self.target.metric),
             changed=str(self.results.get("changed", "")),
+            fidelity=fidelity_rows(show.known_fidelity(self.results)),
         )
         with TemporaryDirectory(prefix="cria-") as scratch:
             common: dict[str, Any] = {
@@ -340,6 +341,8 @@ def note_costs(job: Job, result: PruneResult, plan: Plan) -> None:
     changed = [result.changed, f"before this cut {earlier}" if earlier else ""]
     if any(changed):
         job.results["changed"] = ", ".join(filter(None, changed))
+    if result.rounds[-1].fidelity:
+        job.results["fidelity"] = said_of(result.rounds[-1])
     checks = [item.verification.difference for item in result.rounds if item.verification is not None]
     if checks:
         job.results["masked_equals_pruned"] = max(checks)

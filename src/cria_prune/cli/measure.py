@@ -21,6 +21,7 @@ from cria_prune.cli.output import Output
 from cria_prune.cli.settings import Ablate, Eval, prune_config
 from cria_prune.cli.target import Target
 from cria_prune.config import REPAIRED
+from cria_prune.repair.fidelity import fidelity
 from cria_prune.report.curves import plot_ablation
 from cria_prune.stages import prepare, rank
 
@@ -119,23 +120,33 @@ def show_ablation(out: Output, result: Ablation, head: dict[str, Any]) -> None:
 
 
 def evaluate(request: Eval, out: Output) -> None:
-    """The metric on the test split, or on texts of the user; or tasks of lm-eval."""
+    """The metric on the test split, or on texts of the user; or tasks of lm-eval; how far from another model.
+
+    Against another model texts without labels will do: then no metric is measured.
+    """
     found = target.find(request.target, request.texts)
     seconds: dict[str, float] = {}
     device, seed = request.torch_device, request.base_seed
     with clock(seconds, "model"):
         model = found.model(device, seed, out.progress)
-    metrics: dict[str, Any] = {}
+    metrics, distance = dict[str, Any](), None
+    if request.against is not None:
+        with clock(seconds, "fidelity"):
+            dense = target.find(request.against).model(device, seed, out.progress)
+            distance = fidelity(dense, model, found.task.test_batches())
     with clock(seconds, "evaluate"):
         if request.tasks:
             metrics = harness_of(request, found, model)
-        else:
+        elif found.task.measured or distance is None:
             check_measured(found, request.target)
             value = found.task.evaluate(model, found.task.test_batches(), out.progress)
             metrics = {found.task.metric: value, **found.task.further(model, out.progress)}
     parameters = sum(item.numel() for item in model.parameters())
     out.table(["target", "parameters"], [[request.target, f"{parameters:,}"]])
     show.further(out, "", metrics)
+    if distance is not None:
+        out.say(f"from {request.against}: {distance}")
+        metrics |= {"against": request.against, "fidelity": distance.to_dict()}
     out.answer(
         {
             "target": request.target,

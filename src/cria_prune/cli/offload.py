@@ -17,6 +17,7 @@ from cria_prune.cli.output import Output
 from cria_prune.cli.settings import Prune, prune_config
 from cria_prune.offload.prune import checked, prune_offloaded
 from cria_prune.recipes.registry import TASKS, folder_task
+from cria_prune.result import said_of
 from cria_prune.tasks.folder import FolderTask
 from cria_prune.tasks.loading import CONFIG, find_folder, load_pretrained
 
@@ -54,6 +55,7 @@ def prune(request: Prune, out: Output) -> None:
         f"parameters {report['parameters_dense']:,.0f} before, {report['parameters']:,.0f} after, recorded "
         f"layer by layer in {turns} turn{'' if turns == 1 else 's'}"
     )
+    show.fidelity(out, done.rounds[-1].fidelity)
     out.say(f"folder {done.path}: plain transformers loads it (measure it with cria eval)")
     out.answer({
         **head,
@@ -65,6 +67,7 @@ def prune(request: Prune, out: Output) -> None:
         "rounds": len(done.rounds),
         "turns": turns,
         "masked_equals_pruned": done.difference,
+        "fidelity": said_of(done.rounds[-1]),
         "output": str(done.path),
         "seconds": rounded(done.seconds),
         "memory": peak_memory(device),

@@ -382,6 +382,7 @@ class Eval(OfTarget, Data, Running):
 
     group, work = MEASURE, "measure.evaluate"
 
+    against: str | None = option(None, "Also measure how far it is from this model: the dense one")
     tasks: str | None = option(None, "Tasks of lm-eval, separated by commas, in place of a text")
     task_folder: Path | None = option(None, "Folder with further task files of lm-eval")
     limit: int | None = option(None, "Examples per task of lm-eval at most", shown="all")

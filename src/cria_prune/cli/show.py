@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from cria_prune.base.metrics import Metric, metric, percent
 from cria_prune.cli.output import Output
 from cria_prune.config import OF
-from cria_prune.result import Round
+from cria_prune.repair.fidelity import Fidelity
+from cria_prune.result import Round, column, stages_said
 from cria_prune.scores import Scored
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 def rounds(out: Output, done: Sequence[Round], metric: Metric) -> None:
     """Print one row per round."""
     watched = any(item.metric is not None for item in done)
-    columns = ["round", "parameters", "MACs", "removed", "masked = pruned", "seconds"]
+    columns = ["round", "parameters", "MACs", "removed", "masked = pruned", column(done), "seconds"]
     rows = []
     for item in done:
         report, check = item.report, item.verification
@@ -29,6 +30,7 @@ def rounds(out: Output, done: Sequence[Round], metric: Metric) -> None:
             f"{report['macs']:,.0f}",
             percent(float(report["reached"])),
             "not checked" if check is None else f"{check.difference:.0e}",
+            "" if item.nearness is None else item.nearness.brief,
             f"{sum(item.seconds.values()):.1f}",
         ]
         rows.append([*row, metric.text(item.metric)] if watched else row)
@@ -57,12 +59,24 @@ def outcome(out: Output, results: Mapping[str, Any], metric: Metric) -> None:
         )
     if "changed" in results:
         out.say(f"without training: {results['changed']}")
+    fidelity(out, known_fidelity(results))
     if "milliseconds" in results:
         before, now = results["milliseconds_before"], results["milliseconds"]
         out.say(
             f"a forward pass took {before:.3g} ms per calibration example before the pruning, {now:.3g} ms "
             f"after it ({before / max(now, 1e-9):.2f} times as fast)"
         )
+
+
+def known_fidelity(results: Mapping[str, Any]) -> dict[str, Fidelity]:
+    """Return the fidelity that results hold, by stage; empty where none was measured."""
+    return {stage: Fidelity.from_dict(item) for stage, item in results.get("fidelity", {}).items()}
+
+
+def fidelity(out: Output, found: Mapping[str, Fidelity]) -> None:
+    """Print a line for each stage of the last round: how far the model was from the dense one."""
+    for line in stages_said(found):
+        out.say(line)
 
 
 def measured(results: Mapping[str, Any], metric: Metric) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from cria_prune.criteria.score import find_criterion
 from cria_prune.offload.rounds import Places, Rounds, Standing, all_rounds, work_folder
 from cria_prune.offload.write import load_dispatched
 from cria_prune.planning.plan import Plan, compose
-from cria_prune.result import OffloadedRound
+from cria_prune.result import OffloadedRound, said_of
 from cria_prune.resume.turns import FinishedRounds, identity_of
 from cria_prune.stages import prepare
 from cria_prune.structure.groups import UnitGroups
@@ -142,6 +142,7 @@ def prune_offloaded(
         with clock(seconds, "structure"):
             prepared = prepare(model, batches, config, example=example).without_reference()
             prepared.check_reach()
+            _ = prepared.held.batches  # too few examples to hold any out are told before the work
         first = Standing(source, model, prepared.structure, prepared.dense, prepared.plan)
         rounds = Rounds(
             source, replace(prepared, model=prepared.structure), memory, max_shard_size, place,
@@ -150,6 +151,8 @@ def prune_offloaded(
         gone, done, smaller = all_rounds(rounds, places, first, finished, known, seconds)
         total = reduce(compose, [*plans, gone])
         said = {**(results or {}), "offloaded": True, "rounds": len(done)}
+        if done[-1].fidelity:
+            said["fidelity"] = said_of(done[-1])
         if config.verify:
             said["masked_equals_pruned"] = _largest(done)
         manifest = render_manifest(smaller, total, "vanilla", config, provenance, said)

@@ -154,9 +154,9 @@ class Repair:
             give back, by the recorded moments; between 0 and 1 up to the ridge. From a sketch, of what is
             to be expected on other samples.
         bias: its bias took the mean; without one, the units that stay stand in for the mean too.
-        cut: it reads units of which some have left; otherwise it was refitted since what it reads has drifted.
+        cut: it reads units of which some have left; else it was refitted since what it reads has drifted.
         samples, regressors: what it was fitted to, and how many features each of its outputs reads.
-        ridge: that was chosen on held-out samples, in mean variances; None where none was better than no change.
+        ridge: chosen on held-out samples, in mean variances; None where none was better than no change.
         shortcut: its target held the error that the stream had gathered.
     """
 

@@ -115,13 +115,9 @@ class Program:
                 numbers[node] = self._add("constant", node.name, None)
         self._follow(program.graph, numbers, None)
         output = next(node for node in program.graph.nodes if node.op == "output")
-        found = [numbers[item] for item in tree_leaves(output.args) if isinstance(item, Node)]
+        given = [item for item in tree_leaves(output.args) if isinstance(item, Node)]
         users = {name for name in signature.user_outputs if isinstance(name, str)}
-        self.outputs = [
-            ref.number
-            for item, ref in zip([n for n in tree_leaves(output.args) if isinstance(n, Node)], found, strict=True)
-            if item.name in users
-        ]  # fmt: skip
+        self.outputs = [numbers[item].number for item in given if item.name in users]
         self.readers: dict[int, list[int]] = {}
         self.last: dict[int, int] = {}
         for step in self.steps:
@@ -172,7 +168,9 @@ class Program:
 
     def _call(self, node: Node, numbers: dict[Node, Any], autocast: tuple[Any, ...] | None) -> Ref:
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda item: numbers[item])
-        reads = tuple(dict.fromkeys(ref.number for ref in tree_leaves((args, kwargs)) if isinstance(ref, Ref)))
+        reads = tuple(
+            dict.fromkeys(ref.number for ref in tree_leaves((args, kwargs)) if isinstance(ref, Ref))
+        )
         return self._add(
             "call", operation_name(node), node.target, args=tuple(args), kwargs=dict(kwargs), reads=reads,
             data=any(self.steps[number].data for number in reads), autocast=autocast,
@@ -341,5 +339,7 @@ def outputs_of(runs: Iterable[Run], look: Look) -> list[list[Tensor]]:
     found = []
     for run in runs:
         run.advance(len(run.program.steps), look)
-        found.append([run.values[number] for number in run.program.outputs if isinstance(run.values[number], Tensor)])
+        found.append(
+            [run.values[number] for number in run.program.outputs if isinstance(run.values[number], Tensor)]
+        )
     return found

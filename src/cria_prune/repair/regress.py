@@ -40,9 +40,9 @@ def regressors(site: Site, data: Tensor, weight: Tensor, places: Tensor) -> Tens
     windows = _windows(site, data, kernel)
     index = torch.unravel_index(places, windows.shape[2 : 2 + site.spatial])
     # (B, channels, places, kernel ...) -> (B · places, groups, channels of a group · kernel)
-    picked = windows[(slice(None), slice(None), *index)]
-    rows = picked.transpose(1, 2).reshape(len(data) * len(places), site.groups, -1)
-    return rows
+    every = slice(None)
+    picked: Tensor = windows[(every, every, *index)]  # type: ignore[index]
+    return picked.transpose(1, 2).reshape(len(data) * len(places), site.groups, -1)
 
 
 def _windows(site: Site, data: Tensor, kernel: torch.Size) -> Tensor:
@@ -64,7 +64,8 @@ def _windows(site: Site, data: Tensor, kernel: torch.Size) -> Tensor:
         data = data.unfold(2 + dim, site.dilation[dim] * (kernel[dim] - 1) + 1, stride[dim])
     for dim, step in enumerate(site.dilation):
         if step > 1:
-            data = data[(..., slice(None, None, step), *[slice(None)] * (site.spatial - 1 - dim))]
+            at = 2 + site.spatial + dim
+            data = data.movedim(at, -1)[..., ::step].movedim(-1, at)
     return data
 
 
@@ -72,7 +73,10 @@ def _spread(site: Site, data: Tensor, kernel: torch.Size) -> Tensor:
     """Return the input on which a plain convolution with the turned kernel is the transposed one."""
     size = [(n - 1) * step + 1 for n, step in zip(data.shape[2:], site.stride, strict=True)]
     spread = data.new_zeros(*data.shape[:2], *size)
-    spread[(..., *(slice(None, None, step) for step in site.stride))] = data
+    strided = spread
+    for dim, step in enumerate(site.stride):
+        strided = strided.unfold(2 + dim, 1, step).squeeze(-1)
+    strided.copy_(data)
     sides: list[int] = []
     assert not isinstance(site.padding, str)
     for dim in reversed(range(site.spatial)):

@@ -152,9 +152,7 @@ def _plain(program: Program, step: Step, data: Any, weight: Any, bias: Any, firs
     return Site(step.number, data.number, source.name, added, path, first != turned)
 
 
-def _convolution(
-    program: Program, step: Step, argument: Callable[..., Any], name: str
-) -> Site | None:
+def _convolution(program: Program, step: Step, argument: Callable[..., Any], name: str) -> Site | None:
     found, data = _weight(program, argument(1, "weight")), argument(0, "input")
     if found is None or found[2] or not isinstance(data, Ref) or not program.steps[data.number].data:
         return None
@@ -263,9 +261,7 @@ def _other_operand(program: Program, step: Step, current: int) -> int | None:
     return there if same else None
 
 
-def _blocked(
-    program: Program, site: Site, step: Step, chain: list[int], places: Collection[int]
-) -> str:
+def _blocked(program: Program, site: Site, step: Step, chain: list[int], places: Collection[int]) -> str:
     """Say why the sum at an addition cannot be a site's target; empty if it can."""
     # What the shortcut holds is not settled while a layer between here and there is still to be refitted.
     if any(site.step < place < step.number for place in places):
@@ -310,7 +306,9 @@ def undo(run: Run, site: Site, value: Tensor, look: Look) -> Tensor:
     """
     assert site.meeting is not None
     steps, source = run.program.steps, site.step
-    for number, before in reversed([*zip(site.meeting.chain, (source, *site.meeting.chain[:-1]), strict=True)]):
+    for number, before in reversed(
+        [*zip(site.meeting.chain, (source, *site.meeting.chain[:-1]), strict=True)]
+    ):
         value = _undo(run, steps[number], before, value, look)
     return value
 

@@ -1,30 +1,28 @@
 """The walk: layers refitted one after another in the order of the data, towards the dense network.
 
 Two networks run over the same examples, step by step: the dense one, and the one that was cut. At each layer
-that reads what a cut has changed, the walk looks at what the layer reads now, and at what it should give: what
-the dense one gives there, plus the error that the stream it is added to has gathered. The weight is then
-the best one for that, by least squares (`regress`), and the network goes on with it: the next layer sees
-what was mended, and what was not (docs/method.md section 5). No gradient, no label.
+that reads what a cut has changed, the walk looks at what the layer reads now, and at what it should give:
+what the dense one gives there, plus the error that the stream it is added to has gathered. The weight is
+then the best one for that, by least squares (`regress`), and the network goes on with it: the next layer
+sees what was mended, and what was not (docs/method.md section 5). No gradient, no label.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cria_prune.base.batches import Batch, batch_size
+from cria_prune.base.batches import Batch, batch_size, hold_out_every, limited
 from cria_prune.base.errors import DataError, StructureError
 from cria_prune.base.events import passed
 from cria_prune.base.modules import copy_of, device_of, random_kept
 from cria_prune.base.progress import QUIET, Progress
 from cria_prune.base.ranks import World, world
 from cria_prune.planning.plan import Plan
-from cria_prune.recording.collect import limited
 from cria_prune.repair.consumers import Repair
 from cria_prune.repair.program import Look, Program, Run, programs_for
 from cria_prune.repair.regress import HELD, Regression, add_update, at_places, regressors
@@ -203,8 +201,8 @@ class Walker:
         }
         if any(order != orders[0] for order in orders):
             raise StructureError(
-                "Running the dense and the smaller network side by side", "their layers come in another order",
-                "Use repair=once, and please report the network",
+                "Running the dense and the smaller network side by side",
+                "their layers come in another order", "Use repair=once, and please report the network",
             )  # fmt: skip
         return orders[0], left
 
@@ -229,7 +227,9 @@ class Walker:
                 site = self._found[side][run.program][name]
                 start = min([site.step, *site.path])
                 run.advance(start, network.look)
-                run.advance(site.step + 1 if site.meeting is None else site.meeting.at, network.look, free=False)
+                run.advance(
+                    site.step + 1 if site.meeting is None else site.meeting.at, network.look, free=False
+                )
         found = self._solve(number, name)
         if found is not None:
             repair, changes = found
@@ -302,7 +302,7 @@ class Walker:
         return paths[0] == paths[1]
 
     def _missing(self, index: int, name: str, meets: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return what a layer's output lacks for one batch: of its own, for the sum; and each channel's gain."""
+        """Return what a layer's output lacks for a batch, of its own and for the sum; each channel's gain."""
         runs = (self._dense.runs[index], self._smaller.runs[index])
         looks = (self._dense.look, self._smaller.look)
         sites = [found[run.program][name] for run, found in zip(runs, self._found, strict=True)]
@@ -339,7 +339,9 @@ class Walker:
         """Return (outputs,) what a unit of each channel is at the sum."""
         assert site.meeting is not None
         operand = run.values[site.meeting.operand]
-        undone = [undo(run, site, operand.new_full((), value).expand(operand.shape), look) for value in (1, 0)]
+        undone = [
+            undo(run, site, operand.new_full((), value).expand(operand.shape), look) for value in (1, 0)
+        ]
         apart = (undone[0] - undone[1]).movedim(site.channel, 0).flatten(1)[:, 0]
         return 1 / apart.abs()
 
@@ -359,7 +361,9 @@ class Walker:
         site = self._found[1][run.program][name]
         data, weight = run.values[site.data], self._smaller.look(name)
         held, examples = self._held[index], len(self._held[index])
-        generator = torch.Generator().manual_seed((self._seed * 1_000_003 + number) * 1_009 + self._numbers[index])
+        generator = torch.Generator().manual_seed(
+            (self._seed * 1_000_003 + number) * 1_009 + self._numbers[index]
+        )
         if site.spatial:
             there = prod(own.shape[2:])
             wanted = self._wanted(site, weight)
@@ -399,10 +403,6 @@ class Walker:
             before = look(site.norm)
             changes.append((site.norm, (before.double() - shift.reshape(-1).to(before.device)).to(before)))
         return changes
-
-
-def hold_out_every(examples: int) -> int:
-    return max(2, min(10, examples // 32))
 
 
 def _size(site: Site, weight: Tensor, patches: bool) -> tuple[int, int, int]:
@@ -457,7 +457,7 @@ def _valid(batch: Batch, output: Tensor) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         return None
     rows = prod(output.shape[:-1])
-    if tuple(output.shape[:2]) == tuple(mask.shape) and output.ndim == 3 or rows == mask.numel():
+    if (tuple(output.shape[:2]) == tuple(mask.shape) and output.ndim == 3) or rows == mask.numel():
         if output.ndim == 3 and output.shape[0] == mask.shape[1] != mask.shape[0]:
             mask = mask.T
         return mask.reshape(-1).bool().cpu()

@@ -15,6 +15,7 @@ from cria_prune.base.files import write_text
 from cria_prune.base.metrics import metric
 from cria_prune.config import OF, REPAIRED
 from cria_prune.graph.graph import Graph, largest_piece
+from cria_prune.repair.fidelity import Fidelity
 from cria_prune.report.curves import plot_ablation, plot_tradeoff
 from cria_prune.report.html import (
     brief,
@@ -39,6 +40,7 @@ from cria_prune.report.pictures import (
     plot_spectrum,
     plot_widths,
 )
+from cria_prune.result import fidelity_rows
 
 Result = Mapping[str, Any]
 PLOTS = 48  # small pictures of a kind; further layers are left out, and the page says so
@@ -185,11 +187,11 @@ def write_report(path: str | Path, result: Result) -> Path:
         result: `title`, `metric` (its name), `dense`, `pruned`, `recovered` (its values; accuracy as
             a share), `parameters_dense`, `parameters`, `macs_dense`, `macs`, `reduction`, `asked`,
             `reachable` (shares) and `of`, `rounds` (a list of `round`, `parameters`, `reduction`,
-            `metric`, `seconds`), `widths` (group -> before, after), `scores` (group -> `scores`,
-            `kept`), `spectra` (group -> name of a round -> z), `layer` (see `one_layer`), `ablation`,
-            `frozen` (group -> reason), `seconds` (stage -> seconds), `memory` (what -> bytes at most),
-            `provenance`, `earlier` (provenances of the runs before), `config` and `missing` (what is not on
-            the page, and why). A part whose keys are missing is left out.
+            `metric`, `seconds`, `fidelity` by stage), `widths` (group -> before, after), `scores` (group ->
+            `scores`, `kept`), `spectra` (group -> name of a round -> z), `layer` (see `one_layer`),
+            `ablation`, `frozen` (group -> reason), `seconds` (stage -> seconds), `memory` (what -> bytes at
+            most), `provenance`, `earlier` (provenances of the runs before), `config` and `missing` (what is
+            not on the page, and why). A part whose keys are missing is left out.
 
     Raises:
         ArtifactError: the system refuses to write.
@@ -204,6 +206,7 @@ def render(result: Result) -> str:
     parts: list[tuple[str, Callable[[Result], str]]] = [
         ("Result", _outcome),
         ("Rounds", _rounds),
+        ("Distance from the dense network", _fidelity),
         ("Units of every layer", _widths),
         ("Scores of the last round", all_scores),
         ("Spectrum of every layer", all_spectra),
@@ -308,6 +311,32 @@ def _rounds(result: Result) -> str:
     draw = partial(plot_rounds, history, metric=known)
     picture = figure(draw, (4.2, 2.7), "Parameters and metric over rounds")
     return f"<div class=pair>{picture}<div>{figures}</div></div>"
+
+
+def _fidelity(result: Result) -> str:
+    """A row and a bar for every round and stage: how far the network was from the dense one."""
+    found = [
+        (str(row.get("round", row.get("number", ""))), stage, Fidelity.from_dict(item))
+        for row in _round_rows(result)
+        for stage, item in (row.get("fidelity") or {}).items()
+    ]
+    if not found:
+        return ""
+    longest = max((item.loss for *_, item in found if math.isfinite(item.loss)), default=0.0) or 1.0
+    cells = [{"round": number, **fidelity_rows({stage: item})[0]} for number, stage, item in found]
+    columns = list(dict.fromkeys(key for row in cells for key in row))
+    head = "".join(f"<th>{escape(name)}</th>" for name in [*columns, found[-1][2].unit])
+    rows = [
+        f"<tr><th>{escape(row['round'])}</th>"
+        + "".join(f"<td>{escape(row.get(key, '–'))}</td>" for key in columns[1:])
+        + f'<td class=wide><i style="width:{100 * min(item.loss / longest, 1):.1f}%"></i></td></tr>'
+        for row, (*_, item) in zip(cells, found, strict=True)
+    ]
+    words = (
+        f"<p>On {count(found[-1][2].examples)} calibration examples that nothing was fitted on, without "
+        "labels and before any training: the worst output after each step.</p>"
+    )
+    return f"{words}<div class=scroll><table class=fidelity><tr>{head}</tr>{''.join(rows)}</table></div>"
 
 
 def _widths(result: Result) -> str:
