@@ -15,6 +15,8 @@ from cria_prune.base.errors import ArtifactError, ConfigError
 from cria_prune.bench.run import run_grids
 from cria_prune.bench.suite import Grid, cells, file_name, packaged, read_suite
 from cria_prune.cli.main import app
+from cria_prune.cli.report import narrowed
+from cria_prune.cli.settings import Bench
 from cria_prune.recipes.registry import TASKS
 from cria_prune.recovery import tune
 from cria_prune.tasks.images import ImageTask
@@ -229,13 +231,10 @@ def test_a_suite_of_several_grids_is_narrowed_to_those_that_have_the_value(tmp_p
     only = ["--criterion", "l2", "--reduction", "0.5"]
     done = CliRunner().invoke(app, ["bench", str(tmp_path), "--output", str(tmp_path / "out"), *only])
     assert done.exit_code == 0 and json.loads(done.stdout.splitlines()[-1])["cells"] == 2
-    for repair in ("none", "foo"):
-        again = ["bench", str(tmp_path), "--output", str(tmp_path / "out"), *only, "--repair", repair]
-        done = CliRunner().invoke(app, again)
-        if repair == "none":
-            assert (json.loads(done.stdout.splitlines()[-1])["cells"], done.exit_code) == (1, 0)
-        else:
-            assert done.exit_code == 2 and "repair none, once" in done.stderr
+    suite, grids = str(tmp_path), read_suite(str(tmp_path))
+    assert {grid.repair for grid in narrowed(grids, Bench(suite=suite, repair=("once",)))} == {("once",)}
+    with pytest.raises(ConfigError, match="repair none, once"):
+        narrowed(grids, Bench(suite=suite, repair=("walk",)))
 
 
 @pytest.mark.parametrize(

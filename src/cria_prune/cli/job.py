@@ -256,7 +256,9 @@ class Job:
 
 
 def _as_now(config: Any) -> Any:
-    """Return a kept configuration as it would be said now: before, a ridge stood there that was not read."""
+    """Return a kept configuration as it would be said now: before, a ridge stood there that was
+    not read, and of the repair whether there was one.
+    """
     if not isinstance(config, dict) or not isinstance(config.get("prune"), dict):
         return config
     prune = config["prune"]
