@@ -220,7 +220,7 @@ def test_prune_repairs_every_round_and_verifies_each_cut() -> None:
     )
     assert right < 0.5 * wrong
     assert preset("paper").repair == "none" and not preset("paper").batch_norm
-    assert PruneConfig().repair == "once" and PruneConfig().batch_norm
+    assert PruneConfig().repair == "walk" and PruneConfig().batch_norm
 
 
 def test_bad_input_is_told() -> None:
