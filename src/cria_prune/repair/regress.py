@@ -263,10 +263,14 @@ class Regression:
     def _error(self, update: Tensor, shift: Tensor, weights: Tensor, world: World) -> float:
         """Return the mean held-out error at the sum, over all processes."""
         total = torch.zeros(2, dtype=torch.float64, device=self._device)
+        if len(self._held) > 1:
+            whole = [torch.cat(items, dim) for dim, items in enumerate(zip(*self._held, strict=True))]
+            self._held = [(whole[0], whole[1])]
         for P, targets in self._held:
             # Towards the sum where there is one: that is what counts, whatever was fitted to.
-            left = targets[1].to(P) - torch.einsum("mgn,gon->mgo", P, update.to(P)) - shift.to(P)
-            total[0] += (left.double().square() * weights).sum()
+            given = torch.matmul(P.transpose(0, 1), update.to(P).transpose(1, 2)).transpose(0, 1)
+            left = targets[1].to(P) - given - shift.to(P)
+            total[0] += (left.square().sum(0, dtype=torch.float64) * weights).sum()
             total[1] += len(P)
         total = world.total(total) if world.size > 1 else total
         return float(total[0] / total[1]) if total[1] else 0.0

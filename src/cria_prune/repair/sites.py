@@ -292,6 +292,16 @@ def _undone(program: Program, step: Step, current: int) -> bool:
     return False
 
 
+def keeps_places(program: Program, site: Site) -> bool:
+    """Say whether what stands between a site and its sum maps every value by itself, in its place.
+
+    Then it can be undone on some places alone: (M, channels) rows of them.
+    """
+    assert site.meeting is not None
+    steps = [program.steps[number] for number in site.meeting.chain]
+    return all(_is_fixed_norm(step) or step.name.partition(".")[0] in SAME for step in steps)
+
+
 def undo(run: Run, site: Site, value: Tensor, look: Look) -> Tensor:
     """Return what the site would have to give for a value to come out at its meeting's operand.
 
@@ -301,7 +311,7 @@ def undo(run: Run, site: Site, value: Tensor, look: Look) -> Tensor:
     Args:
         run: that has run the chain, none of whose results was let go.
         site: with a meeting.
-        value: of the operand's shape.
+        value: of the operand's shape; or rows of it, see `keeps_places`.
         look: name of a weight to its value.
     """
     assert site.meeting is not None
@@ -318,7 +328,7 @@ def _undo(run: Run, step: Step, before: int, value: Tensor, look: Look) -> Tenso
     if name in RESHAPED:
         return value.reshape(data.shape)
     if name in SAME:
-        return value.to(data)
+        return value.to(data.dtype)
     if name == "permute":
         order = [int(dim) % value.ndim for dim in step.args[1]]
         return value.permute([order.index(dim) for dim in range(value.ndim)])
@@ -327,11 +337,11 @@ def _undo(run: Run, step: Step, before: int, value: Tensor, look: Look) -> Tenso
         return value.transpose(*dims)
     if name == "batch_norm":
         weight, bias, mean, variance = (run.of(item, look) for item in step.args[1:5])
+        factor = (variance + step.args[7]).sqrt()
+        factor = factor if weight is None else factor / weight
+        shift = mean if bias is None else mean - bias * factor
         shape = (1, -1, *[1] * (value.ndim - 2))
-        value = value if bias is None else value - bias.reshape(shape)
-        scale = torch.rsqrt(variance + step.args[7])
-        scale = scale if weight is None else scale * weight
-        return value / scale.reshape(shape) + mean.reshape(shape)
+        return torch.addcmul(shift.reshape(shape), value, factor.reshape(shape))
     others = [run.of(item, look) for item in step.args[:2] if item != Ref(before)]
     if name in ADDED:
         return value - others[0]

@@ -26,7 +26,7 @@ from cria_prune.planning.plan import Plan
 from cria_prune.repair.consumers import Repair
 from cria_prune.repair.program import Look, Program, Run, programs_for
 from cria_prune.repair.regress import HELD, Regression, add_update, at_places, regressors
-from cria_prune.repair.sites import Site, find_sites, undo
+from cria_prune.repair.sites import Site, find_sites, keeps_places, undo
 from cria_prune.structure.trace import canonical_tensors
 
 SAMPLES, FEWEST = 64, 4096
@@ -255,30 +255,33 @@ class Walker:
     def _solve(self, number: int, name: str) -> tuple[Repair, list[tuple[str, Tensor]]] | None:
         """Return what became of a layer, and the tensors to change; None where nothing is missing."""
         program = next(iter(self._found[1]))
-        site, look = self._found[1][program][name], self._smaller.look
-        weight = look(name)
-        met = [self._met(run, name) for run in self._smaller.runs]
-        everywhere = self._world.total(torch.tensor([float(sum(met)), float(len(met))]))
-        meets = self._parts.shortcut and 0 < float(everywhere[0]) == float(everywhere[1])
-        missing = [self._missing(index, name, meets) for index in range(len(self._smaller.runs))]
-        some = any(bool(item[0].any()) or (item[1] is not None and bool(item[1].any())) for item in missing)
-        if not float(self._world.total(torch.tensor([float(some)]))):
-            return None
+        site, weight = self._found[1][program][name], self._smaller.look(name)
+        meets = self._parts.shortcut and self._all_meet(name)
         size = _size(site, weight, self._parts.patches)
         held = ceil(HELD / self._world.size)
         regression = Regression(
             size, site.bias is not None or site.norm is not None, self._device, held, self._seed + number
         )
-        gains = torch.ones(size[0] * size[2], dtype=torch.float64, device=self._device)
-        for index in range(len(missing)):
-            own, both, gain = missing[index]
-            missing[index] = (own, both, None)
-            if gain is not None:
-                gains = gain.double()
-            self._add(regression, index, number, name, own, both)
-        del missing
+        gain = self._gain(name) if meets and self._smaller.runs else None
+        whole = list[int]()  # batches in which nothing is missing
+        missing = False
+        for index in range(len(self._smaller.runs)):
+            places, owner = self._draw(number, index, name)
+            targets = self._targets(index, name, places, gain)
+            if not missing and not any(item is not None and bool(item.any()) for item in targets):
+                whole.append(index)
+                continue
+            missing = True
+            self._add(regression, index, name, places, owner, targets)
+        if not float(self._world.total(torch.tensor([float(missing)]))):
+            return None
+        for index in whole:
+            places, owner = self._draw(number, index, name)
+            self._add(regression, index, name, places, owner, self._targets(index, name, places, gain))
         regression.pool(self._world)
-        solution = regression.solve(gains.reshape(size[0], size[2]), meets, self._world)
+        ones = torch.ones(size[0], size[2], dtype=torch.float64, device=self._device)
+        weights = ones if gain is None else gain.double().reshape(size[0], size[2])
+        solution = regression.solve(weights, meets, self._world)
         update = _whole(site, weight, solution.update, self._parts.patches)
         changes = [] if solution.ridge is None else self._changes(site, weight, update, solution.intercept)
         self._world.spread(value for _, value in changes)
@@ -288,6 +291,12 @@ class Walker:
             ridge=solution.ridge, shortcut=solution.shortcut,
         )  # fmt: skip
         return repair, changes
+
+    def _all_meet(self, name: str) -> bool:
+        """Say whether a layer's output is followed to a sum for every batch, on all processes."""
+        met = [self._met(run, name) for run in self._smaller.runs]
+        found = self._world.total(torch.tensor([float(sum(met)), float(len(met))]))
+        return 0 < float(found[0]) == float(found[1])
 
     def _met(self, run: Run, name: str) -> bool:
         """Say whether both networks follow a layer's output to a sum by the same operations."""
@@ -301,46 +310,59 @@ class Walker:
             paths.append([item.program.steps[step].name for step in (*site.meeting.chain, site.meeting.at)])
         return paths[0] == paths[1]
 
-    def _missing(self, index: int, name: str, meets: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return what a layer's output lacks for a batch, of its own and for the sum; each channel's gain."""
+    def _targets(
+        self, index: int, name: str, places: Tensor, gain: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what a layer's outputs lack at some places of a batch, of their own and for the sum.
+
+        Each is (M, G, o); without a gain there is no sum.
+        """
         runs = (self._dense.runs[index], self._smaller.runs[index])
         looks = (self._dense.look, self._smaller.look)
         sites = [found[run.program][name] for run, found in zip(runs, self._found, strict=True)]
-        outputs = [run.values[site.step] for run, site in zip(runs, sites, strict=True)]
-        channel = sites[1].channel
         rows = self._kept_rows(name, sites[1])
 
-        def missing(dense: Tensor, now: Tensor) -> Tensor:
-            if rows is not None:
-                dense = dense.index_select(channel, rows)
-            return dense - now
+        def missing(sides: Sequence[Tensor]) -> Tensor:
+            dense, now = (item.flatten(1) for item in sides)
+            return (dense if rows is None else dense.index_select(1, rows)) - now
 
-        own = missing(*outputs)
-        if not meets:
-            return own, None, None
-        sums = []
-        for run, site, look in zip(runs, sites, looks, strict=True):
-            assert site.meeting is not None
-            total = run.values[site.meeting.operand] + run.values[site.meeting.other]
-            sums.append(undo(run, site, total, look))
-        # At what the sum now is, the layer's own share undone is its output and the shortcut's together.
-        both = missing(*sums)
-        one = outputs[1].new_ones(()).expand(outputs[1].shape)
-        gain = self._gain(runs[1], sites[1], looks[1], one)
-        usual = gain.median()
-        rare = (gain * GAIN < usual) | ~gain.isfinite()
-        if bool(rare.any()):
-            shape = [1] * own.ndim
-            shape[channel] = -1
-            both = torch.where(rare.reshape(shape), own, both)
-        return own, both, gain
-
-    def _gain(self, run: Run, site: Site, look: Look, output: Tensor) -> Tensor:
-        """Return (outputs,) what a unit of each channel is at the sum."""
-        assert site.meeting is not None
-        operand = run.values[site.meeting.operand]
+        own = missing([at_places(s, run.values[s.step], places) for run, s in zip(runs, sites, strict=True)])
+        groups = sites[1].groups
+        if gain is None:
+            return own.unflatten(1, (groups, -1)), None
+        # What the layer would have to give alone for the sum to be as it is: the shortcut's share of
+        # it comes in. The difference of the two networks is what is missing at the sum.
         undone = [
-            undo(run, site, operand.new_full((), value).expand(operand.shape), look) for value in (1, 0)
+            self._at_sum(run, site, look, places) for run, site, look in zip(runs, sites, looks, strict=True)
+        ]
+        both = missing(undone)
+        rare = (gain * GAIN < gain.median()) | ~gain.isfinite()
+        if bool(rare.any()):
+            both = torch.where(rare, own, both)
+        return own.unflatten(1, (groups, -1)), both.unflatten(1, (groups, -1))
+
+    def _at_sum(self, run: Run, site: Site, look: Look, places: Tensor) -> Tensor:
+        """Return the sum at some places, undone down to the layer: (M, G, o)."""
+        assert site.meeting is not None
+        operands = (run.values[site.meeting.operand], run.values[site.meeting.other])
+        if not keeps_places(run.program, site):
+            return at_places(site, undo(run, site, operands[0] + operands[1], look), places)
+        # Most of a large map is not drawn: the places come first where the chain leaves them in theirs.
+        one, other = (at_places(site, item, places) for item in operands)
+        total = one.add_(other)
+        return undo(run, site, total.flatten(1), look).reshape(total.shape)
+
+    def _gain(self, name: str) -> Tensor:
+        """Return (outputs,) what a unit of each channel is at the sum; alike for all batches."""
+        run = self._smaller.runs[0]
+        site = self._found[1][run.program][name]
+        assert site.meeting is not None
+        operand = run.values[site.meeting.operand][:1]
+        if not keeps_places(run.program, site):
+            operand = run.values[site.meeting.operand]
+        undone = [
+            undo(run, site, operand.new_full((), value).expand(operand.shape), self._smaller.look)
+            for value in (1, 0)
         ]
         apart = (undone[0] - undone[1]).movedim(site.channel, 0).flatten(1)[:, 0]
         return 1 / apart.abs()
@@ -353,37 +375,42 @@ class Walker:
         kept = self._rows.get((name, dim))
         return None if kept is None else torch.as_tensor(kept, device=self._device)
 
+    def _draw(self, number: int, index: int, name: str) -> tuple[Tensor, Tensor]:
+        """Return the places that are drawn of a batch, and the example in it that each sample belongs to."""
+        run = self._smaller.runs[index]
+        site = self._found[1][run.program][name]
+        output, examples = run.values[site.step], len(self._held[index])
+        generator = torch.Generator().manual_seed(
+            (self._seed * 1_000_003 + number) * 1_009 + self._numbers[index]
+        )
+        wanted = self._wanted(site, self._smaller.look(name))
+        if site.spatial:
+            there = prod(output.shape[2:])
+            places = torch.randperm(there, generator=generator)[:wanted].sort()[0]
+            owner = torch.arange(len(output)).div(max(len(output) // examples, 1), rounding_mode="floor")
+            return places.to(self._device), owner.clamp(max=examples - 1).repeat_interleave(len(places))
+        rows, valid = torch.arange(prod(output.shape[:-1])), _valid(self._batches[index], output)
+        rows = rows if valid is None else rows[valid]
+        places = rows[torch.randperm(len(rows), generator=generator)[: wanted * examples]].sort()[0]
+        return places.to(self._device), _owners(output, examples)[places]
+
     def _add(
-        self, regression: Regression, index: int, number: int, name: str, own: Tensor, both: Tensor | None
+        self,
+        regression: Regression,
+        index: int,
+        name: str,
+        places: Tensor,
+        owner: Tensor,
+        targets: tuple[Tensor, Tensor | None],
     ) -> None:
         """Add the samples of one batch."""
         run = self._smaller.runs[index]
         site = self._found[1][run.program][name]
-        data, weight = run.values[site.data], self._smaller.look(name)
-        held, examples = self._held[index], len(self._held[index])
-        generator = torch.Generator().manual_seed(
-            (self._seed * 1_000_003 + number) * 1_009 + self._numbers[index]
-        )
-        if site.spatial:
-            there = prod(own.shape[2:])
-            wanted = self._wanted(site, weight)
-            places = torch.randperm(there, generator=generator)[:wanted].sort()[0]
-            owner = torch.arange(len(own)).div(max(len(own) // examples, 1), rounding_mode="floor")
-            owner = owner.clamp(max=examples - 1).repeat_interleave(len(places))
-        else:
-            rows, owner = _rows(own, examples), _owners(own, examples)
-            valid = _valid(self._batches[index], own)
-            if valid is not None:
-                rows = rows[valid]
-            wanted = self._wanted(site, weight) * examples
-            places = rows[torch.randperm(len(rows), generator=generator)[:wanted]].sort()[0]
-            owner = owner[places]
-        places = places.to(self._device)
-        P = regressors(site, data, weight, places)
+        weight = self._smaller.look(name)
+        P = regressors(site, run.values[site.data], weight, places)
         if not self._parts.patches and site.spatial:
             P = _middle(P, weight)
-        targets = (at_places(site, own, places), None if both is None else at_places(site, both, places))
-        regression.add(P, *targets, held[owner].to(self._device))
+        regression.add(P, *targets, self._held[index][owner].to(self._device))
 
     def _wanted(self, site: Site, weight: Tensor) -> int:
         """Return how many places are drawn of each example."""
@@ -431,10 +458,6 @@ def _whole(site: Site, weight: Tensor, update: Tensor, patches: bool) -> Tensor:
     whole = update.new_zeros(*update.shape, places)
     whole[..., places // 2] = update
     return whole.flatten(2)
-
-
-def _rows(output: Tensor, examples: int) -> Tensor:
-    return torch.arange(prod(output.shape[:-1]))
 
 
 def _owners(output: Tensor, examples: int) -> Tensor:
