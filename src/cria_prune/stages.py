@@ -35,7 +35,8 @@ from cria_prune.graph.moments import Moments
 from cria_prune.planning.budget import count_parameters
 from cria_prune.planning.plan import Plan, compose, identity_plan
 from cria_prune.planning.plan import plan as make_plan
-from cria_prune.planning.selection import Allowed, Scope, check_reach, scope
+from cria_prune.planning.selection import Scope, check_reach, scope
+from cria_prune.planning.stairs import Allowed
 from cria_prune.recording.collect import limited, record
 from cria_prune.recording.states import States, reads_of
 from cria_prune.repair.consumers import Repair, compensate

@@ -16,7 +16,8 @@ from cria_prune.base.events import passed
 from cria_prune.base.progress import screenful
 from cria_prune.config import PlanConfig
 from cria_prune.planning.budget import Budget, count_macs, count_parameters
-from cria_prune.planning.selection import Allowed, reachable, select
+from cria_prune.planning.selection import reachable, select
+from cria_prune.planning.stairs import Allowed
 from cria_prune.structure.groups import Role, UnitGroups, removed_positions, said_values
 
 FORMAT, VERSION = "cria-plan", 2
