@@ -124,9 +124,29 @@ def test_public_names_are_frozen_and_documented() -> None:
 
 
 PUBLIC = [
-    *["CRITERIA", "CriaError", "LoadedCheckpoint", "Plan", "PlanConfig", "Prepared", "PruneConfig"],
+    *[
+        "CRITERIA",
+        "CriaError",
+        "Fidelity",
+        "LoadedCheckpoint",
+        "Plan",
+        "PlanConfig",
+        "Prepared",
+        "PruneConfig",
+    ],
     *["PruneResult", "RecordConfig", "RecoverConfig", "ScoreConfig", "Scored", "UnitGroup", "UnitGroups"],
-    *["ablate", "apply", "discover", "load", "load_scores", "plan", "predict_memory", "prepare", "preset"],
+    *[
+        "ablate",
+        "apply",
+        "discover",
+        "fidelity",
+        "load",
+        "load_scores",
+        "plan",
+        "predict_memory",
+        "prepare",
+        "preset",
+    ],
     *["prune", "prune_offloaded", "record", "recover", "register_criterion"],
     *["save", "save_padded", "save_pretrained", "save_scores", "score", "score_once", "verify", "watch"],
 ]
@@ -166,6 +186,7 @@ STAGE_FUNCTIONS = {
     "cria_prune.surgery.verify.Reference": "verify",
     "cria_prune.surgery.verify.verify": "verify",
     "cria_prune.repair.norms.remeasure": "batch norms",
+    "cria_prune.repair.fidelity.comparable": "fidelity",
 }
 """Function -> its stage."""
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from cria_prune.planning.plan import Plan, plan
     from cria_prune.recording.collect import record
     from cria_prune.recovery.tune import recover
+    from cria_prune.repair.fidelity import Fidelity, fidelity
     from cria_prune.result import PruneResult
     from cria_prune.scores import Scored, score_once
     from cria_prune.stages import Prepared, discover, prepare
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CRITERIA",
     "CriaError",
+    "Fidelity",
     "LoadedCheckpoint",
     "Plan",
     "PlanConfig",
@@ -61,6 +63,7 @@ __all__ = [
     "ablate",
     "apply",
     "discover",
+    "fidelity",
     "load",
     "load_scores",
     "plan",
@@ -100,6 +103,7 @@ _HOMES = {
         "planning.plan": "Plan plan",
         "recording.collect": "record",
         "recovery.tune": "recover",
+        "repair.fidelity": "Fidelity fidelity",
         "result": "PruneResult",
         "scores": "Scored score_once",
         "stages": "Prepared discover prepare",

@@ -151,6 +151,7 @@ def _ready(
     else:
         prepared = prepared.checked(model, batches, config)
     prepared.check_reach()
+    _ = prepared.held.batches  # too few examples to hold any out are told before the work
     if scores is not None:
         scores.check(model, prepared.dense)
     return prepared.with_reference()

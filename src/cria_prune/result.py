@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from cria_prune.config import PruneConfig
 from cria_prune.graph.graph import NeuronGraphs
 from cria_prune.planning.plan import Plan
 from cria_prune.repair.consumers import Repair
+from cria_prune.repair.fidelity import Fidelity
 from cria_prune.structure.groups import UnitGroups
 from cria_prune.surgery.verify import Verification
 
@@ -33,6 +34,8 @@ class Round:
         repairs: what `compensate` did, consumer by consumer.
         batch_norms: how many batch norms were measured again; 0 but in the last round.
         batch_norms_kept: why none was, where that was asked for and there are some.
+        fidelity: stage (as cut, repaired, norms) -> how far the model was after it from the dense network
+            that was given, on calibration examples that nothing was fitted on.
     """
 
     number: int
@@ -46,6 +49,12 @@ class Round:
     repairs: tuple[Repair, ...] = field(default=(), repr=False)
     batch_norms: int = 0
     batch_norms_kept: str = ""
+    fidelity: Mapping[str, Fidelity] = field(default_factory=dict, repr=False)
+
+    @property
+    def nearness(self) -> Fidelity | None:
+        """How far the model was from the dense one after the last stage; None where nothing was compared."""
+        return ([None, *self.fidelity.values()])[-1]
 
 
 @dataclass(frozen=True)
@@ -109,22 +118,23 @@ class PruneResult:
         said = [
             *([f"{repaired} consumers repaired in closed form"] if repaired else []),
             *([f"{norms} batch norms measured again"] if norms else []),
-            *([f"batch norms as they were ({reason})"] if reason else []),
+            *([f"batch norms left as they were: {reason}"] if reason else []),
         ]
         return ", ".join(said)
 
     def __str__(self) -> str:
-        of = self.config.plan.of
+        of, far = self.config.plan.of, column(self.rounds)
         lines = [
             f"{'round':>5} {'parameters':>12} {'MACs':>14} {'reduction':>10} "
-            f"{'masked=pruned':>14} {'metric':>8}"
+            f"{'masked=pruned':>14} {far:>20} {'metric':>8}"
         ]
         for item in self.rounds:
             check = "" if item.verification is None else f"{item.verification.difference:.1e}"
             metric = "" if item.metric is None else f"{item.metric:.4f}"
+            now = "" if item.nearness is None else item.nearness.brief
             lines.append(
                 f"{item.number:>5} {item.report['parameters']:>12,.0f} {item.report['macs']:>14,.0f} "
-                f"{item.report['reached']:>10.1%} {check:>14} {metric:>8}"
+                f"{item.report['reached']:>10.1%} {check:>14} {now:>20} {metric:>8}"
             )
         last = self.report
         lines.append(
@@ -135,4 +145,16 @@ class PruneResult:
         )
         if self.changed:
             lines.append(self.changed)
+        lines += stages_said(self.rounds[-1].fidelity)
         return "\n".join(lines)
+
+
+def column(rounds: Sequence[Round]) -> str:
+    """Return the head of the column with the fidelity of rounds, by what their logits are or are not."""
+    last = next((item.nearness for item in reversed(rounds) if item.nearness is not None), None)
+    return "KL / same class" if last is None or last.worst.divergence is not None else "rel. error / cosine"
+
+
+def stages_said(fidelity: Mapping[str, Fidelity]) -> list[str]:
+    """Return a line for each stage: how far the model was after it from the dense one."""
+    return [f"from the dense network, {stage}: {item}" for stage, item in fidelity.items()]

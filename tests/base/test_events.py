@@ -73,7 +73,7 @@ def test_a_pruning_tells_its_stages_in_their_order() -> None:
     one = ["record", *["batch"] * 3, "score", "scored", "plan", "repair"]
     assert stages[:3] == ["reference", "capture", "discover"]
     rest = [name for name in stages[3:] if name not in ("reference", "capture")]
-    assert rest == [*one, "round", *one, "norms", "round"]
+    assert rest == [*one, "fidelity", "round", *one, "fidelity", "norms", "fidelity", "round"]
     with counted("cut") as cuts, counted("round") as rounds:
         prune(network(), data(), CONFIG)
     assert [item.facts["number"] for item in rounds] == [1, 2] and rounds[0].facts["rounds"] == 2

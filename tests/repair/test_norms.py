@@ -7,12 +7,14 @@ from collections import UserDict
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from cria_prune import PruneConfig, prune
+from cria_prune import PruneConfig, fidelity, prune
 from cria_prune.base.batches import batch_size, joined
+from cria_prune.base.errors import DataError
 from cria_prune.repair.norms import remeasure as remeasured
 
 
@@ -208,17 +210,50 @@ def test_only_what_plainly_belongs_together_is_joined() -> None:
     assert sizes({"x": x, "size": 3, "labels": None}, {"x": x, "size": 3, "labels": x}) == [16]
 
 
-def test_pruning_with_it_measures_after_the_last_cut_and_every_cut_is_verified() -> None:
-    net, batches = network(), [torch.randn(32, 3, 6, 6).double() for _ in range(2)]
+def test_pruning_measures_after_the_last_cut_on_what_is_not_held_out_where_that_is_nearer() -> None:
+    # The dense network has the statistics of these examples, and units that mostly add a constant: with them
+    # gone the mean is another one, which new statistics take out again.
+    batches, drifted = [torch.randn(32, 3, 6, 6).double() for _ in range(2)], network()
+    with torch.no_grad():
+        drifted[1].bias.fill_(3)
+        drifted[1].weight.fill_(0.5)
+    net = remeasured(drifted, batches).model
     config = {"score": {"criterion": "l2"}, "plan": {"reduction": 0.3, "rounds": 2}, "compensate": False}
     plain = prune(net, batches, PruneConfig(**config, batch_norm=False))
     found = prune(net, batches, PruneConfig(**config, batch_norm=True))
     assert found.plan.kept == plain.plan.kept
     assert all(item.verification.difference < 1e-10 for item in found.rounds)  # type: ignore[union-attr]
-    again, _ = remeasure(plain.model, batches)
+    again, _ = remeasure(plain.model, [torch.cat([item[::2] for item in batches])])
     assert [item.batch_norms for item in found.rounds] == [0, 2] and plain.changed == ""
     assert "2 batch norms measured again" in str(found)
     for one, other in zip(found.model.state_dict().values(), again.state_dict().values(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-    fewer = prune(net, batches, PruneConfig(**config, batch_norm=True, record={"examples": 32}))
-    assert not torch.equal(fewer.model[1].running_mean, found.model[1].running_mean)  # type: ignore[index]
+    held = [torch.cat([item[1::2] for item in batches])]
+    assert [list(item.fidelity) for item in found.rounds] == [["as cut"], ["as cut", "norms"]]
+    before, after = found.rounds[-1].fidelity.values()
+    assert before == plain.rounds[-1].fidelity["as cut"] == fidelity(net, plain.model, held)
+    assert after == fidelity(net, found.model, held) and after.loss < before.loss
+
+
+def test_batch_norms_measured_again_stay_as_they_were_where_the_held_out_examples_say_so() -> None:
+    # The statistics of this network are not those of these examples, as on other pictures than the trained.
+    net, batches = network(), [torch.randn(32, 3, 6, 6).double() for _ in range(2)]
+    config = {"score": {"criterion": "l2"}, "plan": {"reduction": 0.1, "rounds": 1}, "compensate": False}
+    plain = prune(net, batches, PruneConfig(**config, batch_norm=False))
+    found = prune(net, batches, PruneConfig(**config, batch_norm=True))
+    (item,) = found.rounds
+    assert item.batch_norms == 0 and list(item.fidelity) == ["as cut"]
+    worse = remeasured(plain.model, [torch.cat([part[::2] for part in batches])]).model
+    loss = fidelity(net, worse, [torch.cat([part[1::2] for part in batches])]).loss
+    before = item.fidelity["as cut"].loss
+    assert loss > before
+    assert item.batch_norms_kept == f"measured again KL {loss:.3g}, as they were {before:.3g}"
+    assert "batch norms left as they were: measured again KL" in str(found)
+    for one, other in zip(found.model.state_dict().values(), plain.model.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_too_few_examples_for_a_fit_and_for_what_is_held_out_are_told_before_the_work() -> None:
+    net = network()
+    with pytest.raises(DataError, match="one calibration example"):
+        prune(net, [torch.randn(1, 3, 6, 6).double()], PruneConfig(plan={"rounds": 1}, batch_norm=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from cria_prune.graph.graph import Graph, NeuronGraphs
 from cria_prune.graph.moments import Moments
 from cria_prune.planning.plan import identity_plan
 from cria_prune.repair.consumers import Repair
+from cria_prune.repair.fidelity import Distance, Fidelity
 from cria_prune.report import folder as history
 from cria_prune.result import OffloadedRound, PruneResult, Round
 from cria_prune.resume import rounds, turns
@@ -43,27 +45,33 @@ FULL: dict[str, Any] = {
     "batch_norms": 3,
     "batch_norms_kept": "they have no statistics",
     "turns": 2,
+    "fidelity": {
+        "as cut": Fidelity(
+            102, (Distance("logits", 102, 0.1, 0.9, 1 / 3, 0.75), Distance("z", 7, 0.2, -0.5))
+        ),
+        "norms": Fidelity(102, (Distance("logits", 102, math.inf, 0.0, math.inf, 0.0),)),
+    },
 }
 """A value for each field that is not what the plan says."""
 
 
 @dataclass(frozen=True)
-class Fidelity:
-    agreement: float
+class Drift:
+    share: float
     stages: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class LaterRound(Round):
-    fidelity: Mapping[str, Fidelity] = field(default_factory=dict)
+    drift: Mapping[str, Drift] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class LaterOffloadedRound(OffloadedRound):
-    fidelity: Mapping[str, Fidelity] = field(default_factory=dict)
+    drift: Mapping[str, Drift] = field(default_factory=dict)
 
 
-LATER = {"fidelity": {"cut": Fidelity(0.125, ("cut", "repair")), "batch norms": Fidelity(1 / 3, ())}}
+LATER = {"drift": {"cut": Drift(0.125, ("cut", "repair")), "batch norms": Drift(1 / 3, ())}}
 
 
 def network() -> nn.Module:

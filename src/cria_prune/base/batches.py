@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,12 +12,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from cria_prune.base.errors import CriaError, DataError, ResourceError, first_line
-from cria_prune.base.modules import cache_off, digest
+from cria_prune.base.modules import cache_off, digest, random_kept
 
 Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
 EXAMPLES = 2
 """Examples in the batch that captures and verifies a model."""
+
+HELD = 32
+"""Examples that are held out from every fit, at least, of as many as allow it."""
 
 SMALLER = "Pass smaller batches or shorter inputs, or run on a device with more memory"
 
@@ -169,8 +173,11 @@ def joined(batches: Iterable[Batch], least: int) -> Iterator[Batch]:
         yield waiting
 
 
-def _together(one: Batch, other: Batch) -> Any:
-    """Return two batches' inputs as one; None where they do not plainly belong together."""
+def _together(one: Batch, other: Batch, parted: bool = False) -> Any:
+    """Return two batches as one; None where they do not plainly belong together.
+
+    They are `parted` where `rows_of` gave them: what has their length is per example then.
+    """
     (ours, structure), (theirs, same) = tree_flatten(one), tree_flatten(other)
     if structure != same:
         return None
@@ -189,7 +196,8 @@ def _together(one: Batch, other: Batch) -> Any:
         # table (of positions) that has this length by chance. Whether to double it
         # cannot be told, so such batches are not joined. The first tensor is the input.
         per_example = left.ndim > 0 and (len(left), len(right)) == sizes
-        if per_example and (not equal or not any(isinstance(item, Tensor) for item in leaves)):
+        known = parted or not equal or not any(isinstance(item, Tensor) for item in leaves)
+        if per_example and known:
             leaves.append(torch.cat([left, right]))
         elif equal and not per_example:
             leaves.append(left)
@@ -214,6 +222,128 @@ def describe(value: Any) -> str:
 def cut(batch: Any, size: int, examples: int) -> Any:
     """Return the first examples of a batch: every tensor of leading length `size` is cut."""
     return map_tensors(batch, lambda item: item[:examples] if item.ndim and len(item) == size else item)
+
+
+def limited(batches: Iterable[Batch], examples: int) -> Iterator[Batch]:
+    """Yield batches until `examples` examples have come; the last batch is cut.
+
+    Raises:
+        DataError: the batches are not an iterable of batches.
+    """
+    if isinstance(batches, (Tensor, str, Mapping)) or not isinstance(batches, Iterable):
+        raise DataError(
+            "Calibration batches",
+            f"found {describe(batches)}",
+            "Pass an iterable of batches, such as a DataLoader",
+        )
+    for batch in batches:
+        size = batch_size(batch)
+        yield batch if size <= examples else cut(batch, size, examples)
+        examples -= size
+        if examples <= 0:
+            return
+
+
+def hold_out_every(examples: int) -> int:
+    """Return k for a number of calibration examples: of each k in a row the last is held out from every fit.
+
+    About a tenth, and more where that would be fewer than 32: half of 64, one of two.
+
+    Raises:
+        DataError: there is one example, or none, so that nothing is left to fit or to measure on.
+
+    >>> [hold_out_every(examples) for examples in (1024, 256, 64, 10)]
+    [10, 8, 2, 2]
+    """
+    if examples < 2:
+        raise DataError(
+            "Holding calibration examples out, to measure what a cut has done",
+            f"found {'one calibration example' if examples else 'no calibration examples'}",
+            "Pass two examples or more; some hundreds are usual",
+        )
+    return max(2, min(10, examples // HELD))
+
+
+def count_examples(batches: Iterable[Batch], examples: int) -> int:
+    """Return how many examples batches hold, at most `examples`; errors as in `limited`."""
+    with random_kept():  # a shuffling loader draws from the global generators
+        return sum(batch_size(batch) for batch in limited(batches, examples))
+
+
+def rows_of(batch: Any, rows: Sequence[int]) -> Any:
+    """Return some examples of a batch, by their places in it: every tensor of its length is picked from."""
+    size, index = batch_size(batch), torch.tensor(list(rows), dtype=torch.long)
+
+    def picked(item: Tensor) -> Tensor:
+        per_example = item.ndim > 0 and len(item) == size
+        return item.index_select(0, index.to(item.device)) if per_example else item
+
+    return map_tensors(batch, picked)
+
+
+def held_batches(batches: Iterable[Batch], examples: int) -> list[Batch]:
+    """Return the calibration examples that no fit sees, with their targets and masks.
+
+    The example with number i over all batches, from 0, is held out where i % k = k - 1, with k from
+    `hold_out_every`: spread, so that a loader sorted by class is no trap. Few of each batch are left, so
+    they are joined, up to the size of the first batch, where they have the same names and shapes.
+
+    Args:
+        batches: calibration batches, which can be gone through several times, the same each time.
+        examples: at most so many are used, see `limited`.
+
+    Raises:
+        DataError: there is one example or none, or these are no batches.
+    """
+    every = hold_out_every(count_examples(batches, examples))
+    found, most = list[Batch](), 0
+    with random_kept():
+        for batch, rows in _numbered(batches, examples):
+            most = most or batch_size(batch)
+            held = [row for row, number in rows if number % every == every - 1]
+            if not held:
+                continue
+            picked = rows_of(batch, held)
+            whole = _together(found[-1], picked, parted=True) if found else None
+            if whole is not None and batch_size(whole) <= most:
+                found[-1] = whole
+            else:
+                found.append(picked)
+    return found
+
+
+def fit_batches(batches: Iterable[Batch], examples: int) -> Iterator[Batch]:
+    """Yield the examples that `held_batches` leaves, batch by batch; its arguments and errors."""
+    every = hold_out_every(count_examples(batches, examples))
+    for batch, rows in _numbered(batches, examples):
+        left = [row for row, number in rows if number % every != every - 1]
+        if left:
+            yield rows_of(batch, left)
+
+
+class HeldOut:
+    """The calibration examples in two parts, read once when they are first asked for; see `held_batches`."""
+
+    def __init__(self, batches: Iterable[Batch], examples: int) -> None:
+        self._batches, self._examples = batches, examples
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """Those that no fit sees; errors as in `held_batches`."""
+        return held_batches(self._batches, self._examples)
+
+    def fit(self) -> Iterator[Batch]:
+        """Yield the others."""
+        return fit_batches(self._batches, self._examples)
+
+
+def _numbered(batches: Iterable[Batch], examples: int) -> Iterator[tuple[Batch, list[tuple[int, int]]]]:
+    """Yield batches with their examples' places in them and numbers over all."""
+    first = 0
+    for batch in limited(batches, examples):
+        size = batch_size(batch)
+        yield batch, [(row, first + row) for row in range(size)]
+        first += size
 
 
 def told_apart(batch: Batch) -> str:

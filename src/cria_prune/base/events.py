@@ -23,6 +23,7 @@ but for those that say otherwise. Facts are the live objects of the work: read t
     cut          a model is cut, or the copy of a trial                          model, plan
     verify       a cut model, or a folder, is compared with the masked model     plan, source, folder
     norms        the batch norms are measured again                              model
+    fidelity     a network is compared with another one on held-out examples     model, other
     round        after a round is over, and kept where that was asked for        number, rounds
     evaluate     a recipe's metric is measured                                   model
     train        a fine-tune                                                     model
@@ -47,8 +48,8 @@ from typing import Any
 
 EVENTS = (
     *("dense", "weights", "calibration", "reference", "capture", "discover", "record", "batch", "turn"),
-    *("score", "factored", "scored", "plan", "repair", "cut", "verify", "norms", "round", "evaluate"),
-    *("train", "epoch", "step", "measure", "write", "shard", "written", "certify", "cell"),
+    *("score", "factored", "scored", "plan", "repair", "cut", "verify", "norms", "fidelity", "round"),
+    *("evaluate", "train", "epoch", "step", "measure", "write", "shard", "written", "certify", "cell"),
 )
 
 

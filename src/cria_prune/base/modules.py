@@ -6,7 +6,7 @@ import copy
 import ctypes
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
@@ -202,6 +202,19 @@ def random_kept() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+@contextmanager
+def buffers_kept(model: nn.Module, but: Collection[Tensor] = ()) -> Iterator[None]:
+    """Put the values of a model's buffers (counters, caches) back on leaving, but for some."""
+    left = {id(tensor) for tensor in but}
+    before = [(item, item.clone()) for item in model.buffers() if id(item) not in left and not item.is_meta]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for item, value in before:
+                item.copy_(value)
 
 
 @contextmanager

@@ -142,6 +142,7 @@ def prune_offloaded(
         with clock(seconds, "structure"):
             prepared = prepare(model, batches, config, example=example).without_reference()
             prepared.check_reach()
+            _ = prepared.held.batches  # too few examples to hold any out are told before the work
         first = Standing(source, model, prepared.structure, prepared.dense, prepared.plan)
         rounds = Rounds(
             source, replace(prepared, model=prepared.structure), memory, max_shard_size, place,

@@ -22,6 +22,7 @@ from cria_prune.offload.turns import score_in_turns
 from cria_prune.offload.write import (
     Repaired,
     floats,
+    folder_fidelity,
     load_dispatched,
     repair,
     verify_folder,
@@ -29,6 +30,7 @@ from cria_prune.offload.write import (
 )
 from cria_prune.planning.plan import Plan, compose
 from cria_prune.repair.consumers import Repair
+from cria_prune.repair.fidelity import Fidelity
 from cria_prune.repair.norms import Remeasured
 from cria_prune.result import OffloadedRound
 from cria_prune.resume.turns import FinishedRounds, Spilled, TurnStore
@@ -169,9 +171,17 @@ class OnDisk(InMemory):
             self._rounds.device,
         )  # fmt: skip
 
-    def norms(self, prepared: Prepared, smaller: nn.Module, seconds: dict[str, float]) -> Remeasured:
+    def measure(self, prepared: Prepared, smaller: nn.Module) -> Fidelity | None:
+        """Compare the folder with that of the first model, both loaded layer by layer."""
+        return folder_fidelity(
+            self._rounds.source, self._folder, prepared.held.batches, self._scratch, self._rounds.device
+        )
+
+    def norms(
+        self, prepared: Prepared, smaller: nn.Module, before: Fidelity | None
+    ) -> tuple[Remeasured, Fidelity | None]:
         """Leave the batch norms as they are."""
-        return Remeasured(smaller, 0)
+        return Remeasured(smaller, 0), None
 
 
 @contextmanager

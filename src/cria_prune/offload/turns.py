@@ -26,7 +26,7 @@ from torch.utils._pytree import (
     treespec_loads,
 )
 
-from cria_prune.base.batches import Batch, outputs
+from cria_prune.base.batches import Batch, limited, outputs
 from cria_prune.base.dispatched import Loaded
 from cria_prune.base.errors import StructureError
 from cria_prune.base.events import passed
@@ -40,7 +40,6 @@ from cria_prune.base.modules import (
 from cria_prune.base.progress import Progress
 from cria_prune.config import PruneConfig
 from cria_prune.criteria.score import check_telling, find_criterion
-from cria_prune.recording.collect import limited
 from cria_prune.recording.signals import Collector
 from cria_prune.recording.states import reads_of
 from cria_prune.resume.turns import Spilled, TurnStore

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from cria_prune.base.files import GENERATION, copy_known, refused
 from cria_prune.base.modules import give_back, named_tensors
 from cria_prune.planning.plan import Plan
 from cria_prune.repair.consumers import Repair, compensate
+from cria_prune.repair.fidelity import Fidelity, comparable
 from cria_prune.resume.turns import Spilled
 from cria_prune.structure.groups import UnitGroups
 from cria_prune.surgery.removal import apply, check, slice_tensor
@@ -302,17 +303,13 @@ def verify_folder(
             zero_consumers({name: value}, plan)
         return value
 
-    def plain(name: str, value: Tensor) -> Tensor:
-        give_back()  # what the weight before took: it can be hundreds of megabytes after a few layers
-        return value
-
     # Both are read layer by layer. The dense one is masked as
     # its weights are loaded: nothing of it is written anew.
     dense, pruned = (
         in_type(load_dispatched(path, scratch / name, device), dtype)
         for path, name in ((source, "dense"), (folder, "pruned"))
     )
-    expected, found = _outputs(dense, example, masked), _outputs(pruned, example, plain)
+    expected, found = _outputs(dense, example, masked), _outputs(pruned, example, _lightly)
     give_back()
     apart, tolerance = difference(expected, found), TOLERANCE[dtype]
     if not apart <= tolerance:
@@ -321,6 +318,36 @@ def verify_folder(
             f"the relative difference is {apart:.3g}", ADVICE,
         )  # fmt: skip
     return Verification(apart, tolerance, str(dtype).removeprefix("torch."))
+
+
+def folder_fidelity(
+    source: Path, folder: Path, batches: Iterable[Batch], scratch: Path, device: torch.device
+) -> Fidelity | None:
+    """Return how far a folder's outputs are from another's, both loaded layer by layer; see `comparable`.
+
+    Args:
+        source: folder of the dense model.
+        folder: of the pruned one.
+        batches: examples that nothing was fitted on.
+        scratch: see `load_dispatched`.
+        device: where the layers run.
+    """
+    dense, pruned = (
+        load_dispatched(path, scratch / name, device) for path, name in ((source, "first"), (folder, "last"))
+    )
+    with changed(dense, _lightly), changed(pruned, _lightly):
+        found = comparable(dense, pruned, batches)
+    give_back()
+    return found
+
+
+def _lightly(name: str, value: Tensor) -> Tensor:
+    """Return a weight as it is, and hand back what the one before took.
+
+    That can be hundreds of megabytes after a few layers.
+    """
+    give_back()
+    return value
 
 
 def _outputs(model: nn.Module, example: Batch, change: Callable[[str, Tensor], Tensor]) -> list[Tensor]:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cria_prune.base.batches import Batch, batch_size, cut, describe, forward, map_tensors, told_apart
+from cria_prune.base.batches import Batch, batch_size, forward, limited, map_tensors, told_apart
 from cria_prune.base.errors import DataError
 from cria_prune.base.events import passed
 from cria_prune.base.metrics import Loss, cross_entropy
@@ -132,23 +132,3 @@ def record(
         per_example=per_example,
         reads=reads,
     )
-
-
-def limited(batches: Iterable[Batch], examples: int) -> Iterator[Batch]:
-    """Yield batches until `examples` examples have come; the last batch is cut.
-
-    Raises:
-        DataError: the batches are not an iterable of batches.
-    """
-    if isinstance(batches, (Tensor, str, Mapping)) or not isinstance(batches, Iterable):
-        raise DataError(
-            "Calibration batches",
-            f"found {describe(batches)}",
-            "Pass an iterable of batches, such as a DataLoader",
-        )
-    for batch in batches:
-        size = batch_size(batch)
-        yield batch if size <= examples else cut(batch, size, examples)
-        examples -= size
-        if examples <= 0:
-            return

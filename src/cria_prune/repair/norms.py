@@ -23,7 +23,7 @@ class Remeasured:
     """What became of a model's batch norms.
 
     Attributes:
-        model: a copy, with the new statistics.
+        model: a copy, with the new statistics; the model itself where it was left as it was.
         norms: how many have new ones.
         reason: why none has, where the model has some.
     """
