@@ -142,7 +142,7 @@ def measure(
     needs = find_criterion(config.score).needs
     warm_up()
     level = begin()
-    states = record_for(needs, model, groups, batches, config, consumed=config.compensate)
+    states = record_for(needs, model, groups, batches, config, consumed=config.repair == "once")
     recorded = resident("VmHWM") - level
     begin()
     score(model, groups, states, config.score)
@@ -157,7 +157,7 @@ def there(
     warm_up(device)
     level = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    states = record_for(needs, model, groups, batches, config, consumed=config.compensate)
+    states = record_for(needs, model, groups, batches, config, consumed=config.repair == "once")
     recorded = torch.cuda.max_memory_allocated(device) - level
     torch.cuda.reset_peak_memory_stats(device)
     score(model, groups, states, config.score)

@@ -101,7 +101,7 @@ def job(kind: str, folder: Path, output: Path, options: dict[str, Any]) -> dict[
         record={"examples": options["examples"], "sketch_columns": options["columns"]},
         score={"split_half": False, "criterion": options["criterion"]},
         plan={"reduction": 0.3, "rounds": 1, "vanilla": True, "multiple": 8},
-        compensate=options["compensate"],
+        repair=options["repair"],
     )
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     generator = torch.Generator().manual_seed(1)
@@ -206,7 +206,8 @@ def main() -> None:
     settings = {
         "examples": options.examples, "tokens": options.tokens, "columns": options.columns,
         "criterion": options.criterion, "memory": options.memory * MIB, "limit": options.limit * MIB,
-        "threads": options.threads, "compensate": not options.no_repair, "device": options.device,
+        "threads": options.threads, "device": options.device,
+        "repair": "none" if options.no_repair else "once",
     }  # fmt: skip
     with TemporaryDirectory(prefix="cria-offload-") as scratch:
         folder, tiny = Path(scratch) / "dense", Path(scratch) / "tiny"

@@ -68,8 +68,10 @@ def measure(
     rows = []
     for number in range(repetitions + 1):
         plain, _ = timed(lambda: all_forward(model, batches), device)
+        moments = config.repair == "once"
         recorded, states = timed(
-            lambda: record_for(needs, model, groups, batches, config, consumed=config.compensate), device
+            lambda: record_for(needs, model, groups, batches, config, consumed=moments),  # noqa: B023
+            device,
         )
         scored, _ = timed(lambda: score(model, groups, states, config.score), device)  # noqa: B023
         if number:  # the first touches code and memory
@@ -80,7 +82,7 @@ def measure(
     totals = sorted(sum(share.values()) for share in shares)
     return {
         "criterion": config.score.criterion,
-        "repair": config.compensate,
+        "repair": config.repair != "none",
         "tokens": config.record.tokens,
         "seconds": {name: statistics.median(row[name] for row in rows) for name in rows[0]},
         "shares": {name: statistics.median(share[name] for share in shares) for name in shares[0]},

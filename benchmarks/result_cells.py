@@ -10,6 +10,7 @@ from typing import Any
 
 from coverage_table import table
 from cria_prune.bench.suite import dense_seed
+from cria_prune.config import repair_of_before
 from cria_prune.report.curves import mean_interval
 
 ROOT = Path(__file__).parents[1]
@@ -48,24 +49,28 @@ def pick(cells: Cells, **wanted: Any) -> Cells:
 
 def way(item: dict[str, Any]) -> tuple[Any, ...]:
     """What a cell does beside scoring and cutting: repair, batch norms again, another ranking."""
-    cell = item["cell"]
-    return bool(cell.get("compensate")), bool(cell.get("batch_norm")), cell.get("ranking", "uniform")
+    cell = repair_of_before(item["cell"])
+    return cell.get("repair", "none"), bool(cell.get("batch_norm")), cell.get("ranking", "uniform")
 
 
 WAYS = {
-    (False, False, "uniform"): "right after pruning, no training",
-    (False, True, "uniform"): "with batch norms measured again, no training",
-    (True, False, "uniform"): "with closed-form repair, no training",
-    (True, True, "uniform"): "with closed-form repair and batch norms measured again, no training",
+    ("none", False, "uniform"): "right after pruning, no training",
+    ("none", True, "uniform"): "with batch norms measured again, no training",
+    ("once", False, "uniform"): "with closed-form repair, no training",
+    ("once", True, "uniform"): "with closed-form repair and batch norms measured again, no training",
+    ("walk", False, "uniform"): "with the repair walk, no training",
+    ("walk", True, "uniform"): "with the repair walk and batch norms measured again, no training",
 }
 STARTS = {
-    (False, False): "as cut",
-    (False, True): "norms",
-    (True, False): "repair",
-    (True, True): "repair, norms",
+    ("none", False): "as cut",
+    ("none", True): "norms",
+    ("once", False): "repair",
+    ("once", True): "repair, norms",
+    ("walk", False): "walk",
+    ("walk", True): "walk, norms",
 }
 """What a cell does after the cut, in a word or two; the keys are the first two of a way."""
-PLAIN, ALL = (False, False, "uniform"), (True, True, "uniform")
+PLAIN, ALL = ("none", False, "uniform"), ("once", True, "uniform")
 
 
 def percent(values: Sequence[float]) -> str:

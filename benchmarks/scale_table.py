@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coverage_table import table
+from cria_prune.config import repair_of_before
 
 FOLDER = Path(__file__).parent / "results"
 MB = 1e6
@@ -283,7 +284,7 @@ def ended(name: str, row: dict[str, Any], settings: dict[str, Any]) -> list[str]
     there = f", {row['device'] / MB:,.0f} MB of the GPU" if "device" in row else ""
     return [
         name,
-        "with repair" if settings["compensate"] else "without repair",
+        "with repair" if repair_of_before(settings)["repair"] != "none" else "without repair",
         f"{row['peak'] / MB:,.0f}" if "peak" in row else "",
         f"{row['anonymous'] / MB:,.0f}" if "anonymous" in row else "",
         f"{row['over_weights']:.2f}" if "over_weights" in row else "",

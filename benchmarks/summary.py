@@ -10,7 +10,7 @@ from cria_prune.bench.suite import dense_seed
 from cria_prune.report.curves import mean_interval
 from result_cells import ALL, LLAMA, PLAIN, Cells, dense_of, figures, metric_of, percent, pick, read, way
 
-REPAIR = (True, False, "uniform")
+REPAIR = ("once", False, "uniform")
 """What the default does beside cutting where a network has no batch norms."""
 
 

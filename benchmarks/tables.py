@@ -16,7 +16,7 @@ import scale_table
 from coverage_table import table
 from cria_prune import CRITERIA
 from cria_prune.base.metrics import metric
-from cria_prune.config import SETTINGS
+from cria_prune.config import REPAIRED, SETTINGS
 from macs_table import macs_table
 from result_cells import (
     LLAMA,
@@ -27,6 +27,7 @@ from result_cells import (
     ROOT,
     SHARE_OF,
     SST2,
+    STARTS,
     WAYS,
     figures,
     metric_of,
@@ -72,7 +73,7 @@ def pruned_table(network: str, scope: str, how: tuple[Any, ...] = PLAIN) -> list
 def compact_table(network: str) -> list[str]:
     """The criteria that docs/findings.md compares, with and without what the default does beside cutting."""
     cells = pick(read(network), scope="inner", epochs=0, rounds=4)
-    repaired = (True, network not in SHARE_OF, "uniform")
+    repaired = ("once", network not in SHARE_OF, "uniform")
     most = len({item["cell"]["seed"] for item in cells})
     named = [(name, PLAIN) for name in ORDER if name.startswith("tp-")]
     named += [(name, how) for how in (PLAIN, repaired) for name in COMPARED]
@@ -84,7 +85,7 @@ def compact_table(network: str) -> list[str]:
             for share in shares
         ]
         if any(found):
-            label = name + ("" if how == PLAIN else REPAIRED[how])
+            label = name + ("" if how == PLAIN else FOLLOWED[how])
             draws = (f", n = {len(group)}" if fixed(name, how) < len(group) < most else "" for group in found)
             figure = [figures(network, group, "pruned") if group else "" for group in found]
             rows.append([label, *(text + draw for text, draw in zip(figure, draws, strict=True))])
@@ -103,7 +104,8 @@ def fixed(name: str, how: tuple[Any, ...]) -> int:
     return 1 if weights and how == PLAIN else 0
 
 
-REPAIRED = {(True, False, "uniform"): " + repair", (True, True, "uniform"): " + repair, norms"}
+FOLLOWED = {how: f" + {STARTS[how[:2]]}" for how in WAYS}
+"""What a criterion in a compact table is followed by, where more is done than to cut."""
 COMPARED = ("random", "l2", "wanda-sp", "taylor", "distortion", "distortion-weighted",
             "consumed-distortion", "innovation")  # fmt: skip
 SHARES = (0.2, 0.3, 0.4, 0.5)
@@ -160,6 +162,8 @@ def ablation_tables(network: str) -> list[str]:
         head = ["units gone", "prunable parameters gone", "lowest first", "random, mean", "random, lowest"]
         head += ["random, highest", "highest first"]
         title = f"### {network}: ablation of `{item['criterion']}`, {item['metric']}"
+        if item.get("repair", "none") != "none":  # files of before do not say it
+            title += f", {REPAIRED[item['repair']]}"
         dense = f"Dense: {known.text(item['dense'])}, {item['tested_on']}; {item['verdict']}."
         picture = f"pictures/ablation-{network}-{item['criterion']}.png"
         drawn = [f"![the curves]({picture})", ""] if (ROOT / "docs" / picture).exists() else []

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from watching import counted
 
 import networks
 from cria_prune import stages
@@ -22,9 +23,12 @@ from cria_prune.base.errors import (
     VerificationError,
 )
 from cria_prune.base.metrics import Metric, metric
+from cria_prune.config import PruneConfig
 from cria_prune.planning.plan import make_plan
+from cria_prune.repair.consumers import compensate
 from cria_prune.stages import discover
 from cria_prune.structure.groups import without_residual
+from cria_prune.surgery.removal import apply
 from cria_prune.surgery.verify import mask
 
 
@@ -67,6 +71,54 @@ def test_what_is_left_is_the_sum_of_the_units_that_stay() -> None:
             assert row[column] == pytest.approx(55 - weights[order[:n]].sum())
     assert found.units == SHARES and found.reached == pytest.approx(SHARES)
     assert found.difference is not None and found.difference < 1e-10
+
+
+def test_what_the_repair_gives_back_is_measured() -> None:
+    """The units are all the same function, so those that stay can do the work of those that leave."""
+    model, weights = summed()
+    groups, inputs = discover(model, torch.ones(2, 1)), torch.linspace(0.5, 1.5, 64)[:, None]
+    found = ablate(model, groups, {"up": weights}, total, (0.1, 0.5, 0.9), batches=inputs.split(32))
+    assert found.repair == found.to_dict()["repair"] == "once"
+    assert found.difference is not None and found.difference < 1e-10
+    for curve in found.curves.values():  # of m units that stay the ridge is worth 1e-4 / m of them
+        for (value, *_), units in zip(curve, (9, 5, 1), strict=True):
+            assert 55 * (1 - 1.01e-4 / units) <= value <= 55
+    assert found.verdict.startswith("repaired at once, the criterion holds")
+    plain = ablate(model, groups, {"up": weights}, total, (0.5,), batches=inputs.split(32), repair="none")
+    assert plain == ablate(model, groups, {"up": weights}, total, (0.5,)) and plain.repair == "none"
+
+
+def test_every_repaired_network_is_the_one_that_compensate_makes() -> None:
+    model = networks.randomize(networks.Plain())
+    batches = list(torch.randn(64, 3, 10, 10, generator=torch.Generator().manual_seed(0)).split(32))
+    prepared = stages.prepare(model, batches, PruneConfig(score={"criterion": "l2"}))
+    ranking, seen = stages.rank(prepared), list[nn.Module]()
+
+    def evaluate(network: nn.Module) -> float:
+        seen.append(network)
+        return 0.5
+
+    scores, groups = ranking.scores, prepared.groups
+    with counted("record") as recorded:
+        ablate(model, groups, scores, evaluate, (0.4,), seeds=(3,), batches=batches)
+    assert len(recorded) == 1 and ranking.consumed is not None
+    for found, (_, order) in zip(seen[1:], removal_orders(groups, scores, (3,)), strict=True):
+        step = make_plan(
+            groups, {key: np.sort(first[leaving(len(first), 0.4) :]) for key, first in order.items()}
+        )
+        expected = apply(compensate(model, groups, step.kept, ranking.consumed)[0], step).state_dict()
+        states = found.state_dict()
+        assert expected.keys() == states.keys()
+        assert all(torch.equal(states[name], value) for name, value in expected.items())
+
+
+def test_a_repair_needs_batches_and_is_one_of_the_choices() -> None:
+    model, weights = summed()
+    groups, scores = discover(model, torch.ones(2, 1)), {"up": weights}
+    with pytest.raises(ConfigError, match="there are no batches to repair on"):
+        ablate(model, groups, scores, total, repair="once")
+    with pytest.raises(ConfigError, match="'walk', 'once' or 'none'"):
+        ablate(model, groups, scores, total, repair="foo", batches=[torch.ones(32, 1)])
 
 
 def test_every_value_is_that_of_the_masked_network_and_the_counts_are_those_of_the_cut_one() -> None:
@@ -140,8 +192,8 @@ def test_the_criterion_holds_only_beyond_every_random_seed() -> None:
     found = made({**curves, "random": random})
     assert found.misses() == {"lowest": (0.2, 0.3, 0.4), "highest": (0.2, 0.4)}
     assert found.verdict == (
-        "the criterion holds at 1 of 4 shares: lowest-first not better than every random seed at 0.2, 0.3, "
-        "0.4; highest-first not worse than every random seed at 0.2, 0.4"
+        "without repair, the criterion holds at 1 of 4 shares: lowest-first not better than every random "
+        "seed at 0.2, 0.3, 0.4; highest-first not worse than every random seed at 0.2, 0.4"
     )
     good = made({"lowest": [[0.8]], "highest": [[0.5]], "random": [[0.6, 0.7]]})
     assert good.verdict.endswith("at every share") and not any(good.misses().values())

@@ -6,6 +6,7 @@ import pytest
 
 from cria_prune import PruneConfig, preset
 from cria_prune.base.errors import ConfigError, PackageError
+from cria_prune.bench.suite import Grid
 
 
 def test_round_trip_through_json_and_yaml() -> None:
@@ -48,3 +49,16 @@ def test_the_paper_preset_is_the_protocol_of_the_abstracts() -> None:
     assert (config.plan.reduction, config.plan.rounds) == (0.3, 8)
     with pytest.raises(ConfigError, match="Known presets: paper"):
         preset("llama")
+
+
+def test_what_was_once_compensate_is_a_repair() -> None:
+    """Files from before there were several repairs said true or false, grids and cells of benches too."""
+    assert PruneConfig(compensate=True).repair == "once" and PruneConfig(compensate=False).repair == "none"
+    assert PruneConfig.from_text("compensate: false").given() == {"repair": "none"}
+    grid = Grid(network="digits", criteria=["l2"], reductions=[0.5], compensate=[False, True])
+    assert grid.repair == ("none", "once")
+    for wrong in ({"compensate": "sometimes"}, {"compensate": True, "repair": "once"}):
+        with pytest.raises(ConfigError, match=r"compensate: Extra inputs .*Known keys: .*repair"):
+            PruneConfig(**wrong)
+    with pytest.raises(ConfigError, match=r"repair: Input should be 'walk', 'once' or 'none' .found 'foo'"):
+        PruneConfig(repair="foo")

@@ -192,7 +192,7 @@ def test_a_prediction_says_where_the_bytes_go_and_what_saves_some() -> None:
         net, groups, batch, PruneConfig(record={"examples": 10**6})
     )  # the buffers are full
     assert again == found
-    weights = predict_memory(net, groups, batch, PruneConfig(score={"criterion": "l1"}, compensate=False))
+    weights = predict_memory(net, groups, batch, PruneConfig(score={"criterion": "l1"}, repair="none"))
     assert [stage.name for stage in weights.stages] == ["score"] and weights.passes == 0
     assert weights.largest_group is None
     repaired = predict_memory(net, groups, batch, PruneConfig(score={"criterion": "l1"}))
@@ -218,7 +218,7 @@ def test_layers_whose_graphs_are_kept_count_with_both_sides() -> None:
     net = nn.Sequential(nn.Linear(8, 3000), nn.ReLU(), nn.Linear(3000, 512), nn.ReLU(), nn.Linear(512, 3))
     batch = torch.randn(64, 8)
     groups = discover(net, batch)
-    config = PruneConfig(score={"criterion": "activation-norm"}, compensate=False)
+    config = PruneConfig(score={"criterion": "activation-norm"}, repair="none")
     plain, drawn = (predict_memory(net, groups, batch, config, graphs=graphs) for graphs in (False, True))
     # The wider layer is never drawn. Of the other three moments of both sides are kept instead of variances.
     assert drawn.stages[1].parts["states"] - plain.stages[1].parts["states"] == pytest.approx(

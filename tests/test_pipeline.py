@@ -63,7 +63,7 @@ def test_every_criterion_prunes_and_leaves_the_model(criterion: str, repair: boo
             **{
                 **config().model_dump(),
                 "score": {"criterion": criterion},
-                "compensate": repair,
+                "repair": "once" if repair else "none",
                 "batch_norm": repair,
             }
         ),

@@ -76,12 +76,12 @@ def test_what_the_scores_do_not_fit_is_refused(scored):
 
 
 def test_without_moments_there_is_no_repair(tmp_path):
-    made = score_once(network(), data(), config(compensate=False))
+    made = score_once(network(), data(), config(repair="none"))
     again = load_scores(save_scores(tmp_path / "scores", made))
     assert made.consumed is None and again.consumed is None
     with pytest.raises(ConfigError, match="the moments for it were not kept"):
         prune(network(), data(), config(), scores=again)
-    plain = config(compensate=False)
+    plain = config(repair="none")
     assert same(prune(network(), data(), plain, scores=again), prune(network(), data(), plain))
 
 

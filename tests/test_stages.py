@@ -93,14 +93,15 @@ def digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 FEW = ["--examples", "64", "--device", "cpu", "--quiet"]
 COMMANDS = {  # words -> models copied to be compared with: the prepared one, and those that were repaired
     "prune digits --reduce 0.3 --rounds 2": 1 + 2,
-    "prune digits --reduce 0.3 --rounds 2 --no-compensate": 1,
-    "run digits --reduce 0.3 --rounds 1 --no-compensate --epochs 1": 1,
-    "run digits --reduce 0.2 --reduce 0.4 --rounds 1 --no-compensate --epochs 1": 1,
-    "sweep digits --reduce 0.2 --reduce 0.4 --reduce 0.5 --no-compensate": 1,
+    "prune digits --reduce 0.3 --rounds 2 --repair none": 1,
+    "run digits --reduce 0.3 --rounds 1 --repair none --epochs 1": 1,
+    "run digits --reduce 0.2 --reduce 0.4 --rounds 1 --repair none --epochs 1": 1,
+    "sweep digits --reduce 0.2 --reduce 0.4 --reduce 0.5 --repair none": 1,
     "plan digits": 1,
     "plan digits --dry-run": 1,
     "score digits": 1,
-    "ablate digits --shares 0.3,0.6 --random-seeds 1 --limit 64": 1,
+    "ablate digits --shares 0.3,0.6 --random-seeds 1 --limit 64": 1 + 2 * 3,
+    "ablate digits --shares 0.3 --random-seeds 1 --limit 64 --repair none": 1,
 }
 
 
@@ -114,7 +115,7 @@ def test_a_command_captures_its_model_once(words: str, digits: None, counts: Cou
 
 @pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize(
-    "words", ["prune --reduce 0.3", "prune --reduce 0.3 --no-compensate", "sweep --reduce 0.2 --reduce 0.3"]
+    "words", ["prune --reduce 0.3", "prune --reduce 0.3 --repair none", "sweep --reduce 0.2 --reduce 0.3"]
 )
 def test_a_folder_is_captured_once(
     words: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counts: Counter[str]
@@ -126,11 +127,11 @@ def test_a_folder_is_captured_once(
     done = CliRunner().invoke(app, [command, *given, *options])
     assert done.exit_code == 0, done.output
     assert counts["captured"] == counts["discovered"] == 1
-    assert counts["copied"] == 1 if "--no-compensate" in options else 2 if command == "prune" else 3
+    assert counts["copied"] == 1 if "none" in options else 2 if command == "prune" else 3
 
 
 def test_what_a_sweep_cuts_is_what_prune_cuts_alone(digits: None) -> None:
-    one = ["--no-compensate", *FEW]
+    one = ["--repair", "none", *FEW]
     by_prune = ["prune", "digits", "--reduce", "0.3", "--rounds", "1"]
     answers = [
         json.loads(CliRunner().invoke(app, [*words, *one, "--output", words[0]]).stdout.splitlines()[-1])
@@ -141,13 +142,13 @@ def test_what_a_sweep_cuts_is_what_prune_cuts_alone(digits: None) -> None:
         assert member[key] == answers[1][key]
 
 
-@pytest.mark.parametrize("compensate", [True, False])
+@pytest.mark.parametrize("repair", ["once", "none"])
 @pytest.mark.parametrize("criterion", ["innovation", "l2"])
 def test_a_prepared_model_is_pruned_as_one_that_is_not(
-    compensate: bool, criterion: str, counts: Counter[str]
+    repair: str, criterion: str, counts: Counter[str]
 ) -> None:
     model, batches = randomize(Plain()), images()
-    options: dict[str, Any] = {"compensate": compensate, "score": {"criterion": criterion}}
+    options: dict[str, Any] = {"repair": repair, "score": {"criterion": criterion}}
     shares = (0.2, 0.5)
     alone = [prune(model, batches, config(share, **options)) for share in shares]
     counts.clear()
@@ -155,7 +156,7 @@ def test_a_prepared_model_is_pruned_as_one_that_is_not(
     found = [prune(model, batches, config(share, **options), prepared=prepared) for share in shares]
     assert all(map(same, alone, found))
     assert counts["captured"] == counts["discovered"] == 1
-    assert counts["copied"] == (1 + 4 if compensate else 1)
+    assert counts["copied"] == (1 + 4 if repair == "once" else 1)
     assert all(item.verification is not None for result in found for item in result.rounds)
 
 
@@ -185,7 +186,7 @@ def test_scores_of_what_is_prepared_are_those_of_the_model() -> None:
 
 def test_a_trained_model_takes_the_place_of_an_untrained_one(counts: Counter[str]) -> None:
     untrained, trained = randomize(Plain()), randomize(Plain(), seed=1)
-    asked = config(compensate=False)
+    asked = config(repair="none")
     alone = prune(trained, images(), asked)
     counts.clear()
     prepared = prepare(untrained, (), asked, example=images()[0]).with_model(trained, images())
@@ -196,7 +197,7 @@ def test_a_trained_model_takes_the_place_of_an_untrained_one(counts: Counter[str
 def test_a_twin_of_operations_takes_the_new_weights_too(counts: Counter[str]) -> None:
     torch.manual_seed(0)
     first, batches = Stream().eval(), [torch.randn(32, 5) for _ in range(2)]
-    asked = config(0.5, compensate=False, plan={"residual": True})
+    asked = config(0.5, repair="none", plan={"residual": True})
     prepared = prepare(first, batches, asked)
     with torch.no_grad():  # trained after it was prepared
         for tensor in first.parameters():
@@ -246,7 +247,7 @@ def test_what_is_no_preparation_is_refused() -> None:
 
 def test_a_cut_of_what_was_prepared_for_repair_is_verified_without_it() -> None:
     repaired = PruneConfig(plan={"rounds": 1})
-    plain = repaired.model_copy(update={"compensate": False})
+    plain = repaired.model_copy(update={"repair": "none"})
     ready = prepare(Plain().eval(), images(), repaired).with_config(plain)
     assert ready.reference is None
     made = cut(ready, rank(ready))

@@ -3,14 +3,17 @@
 Units leave by surgery, not under a mask: the networks that are measured get smaller with the share, so that
 the sweep takes less time than with masked dense ones; normalisations over removed units, which no mask of
 weights can imitate, are right too; and every cut is compared with its masked twin on the way.
+
+Every cut is repaired as a pruning would before it is measured. The default's score, and not it alone, is the
+loss after the best repair; without a repair it would be asked for what it does not promise.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -22,12 +25,13 @@ from cria_prune.base.errors import ConfigError, TargetError
 from cria_prune.base.metrics import Metric, metric
 from cria_prune.base.modules import copy_of
 from cria_prune.base.progress import QUIET, Progress
+from cria_prune.config import REPAIRED, PruneConfig
 from cria_prune.planning.budget import Budget
-from cria_prune.planning.plan import make_plan
+from cria_prune.planning.plan import Plan, make_plan
 from cria_prune.planning.selection import check_prunable, check_share, checked_scores
-from cria_prune.stages import remove
+from cria_prune.stages import InMemory, Prepared, Ranking, prepared_with, rank, remove, repaired
 from cria_prune.structure.groups import UnitGroups
-from cria_prune.surgery.verify import Reference
+from cria_prune.surgery.verify import Reference, Verification
 
 ORDERS = ("lowest", "highest", "random")
 COLUMNS = ["units removed", "prunable parameters", "lowest first", "random", "highest first"]
@@ -50,6 +54,7 @@ class Ablation:
         units: per share, the share of all prunable units that was really gone.
         difference: largest relative difference between a cut network and its masked twin; None if no
             example was given.
+        repair: how every cut network was repaired before it was measured, see `PruneConfig.repair`.
     """
 
     metric: Metric
@@ -60,6 +65,7 @@ class Ablation:
     reached: tuple[float, ...]
     units: tuple[float, ...]
     difference: float | None = None
+    repair: str = "none"
 
     def misses(self) -> dict[str, tuple[float, ...]]:
         """Return the shares at which an order is not on its side of random.
@@ -83,11 +89,12 @@ class Ablation:
 
     @property
     def verdict(self) -> str:
-        """Whether the criterion earns its name: one line, with the shares at which it does not."""
-        missed = self.misses()
+        """Whether the criterion earns its name: one line, with the repair and the shares that it misses."""
+        missed, done = self.misses(), REPAIRED[self.repair]
         if not any(missed.values()):
             return (
-                "the criterion holds: lowest-first better and highest-first worse than random at every share"
+                f"{done}, the criterion holds: lowest-first better and highest-first worse than random at "
+                "every share"
             )
         texts = {"lowest": "lowest-first not better", "highest": "highest-first not worse"}
         said = [
@@ -97,7 +104,7 @@ class Ablation:
         ]
         bad = {share for shares in missed.values() for share in shares}
         number = len(self.shares) - len(bad)
-        return f"the criterion holds at {number} of {len(self.shares)} shares: {'; '.join(said)}"
+        return f"{done}, the criterion holds at {number} of {len(self.shares)} shares: {'; '.join(said)}"
 
     def rows(self) -> list[list[str]]:
         """Return the table's cells: share, parameters gone, lowest first, random, highest first."""
@@ -135,6 +142,7 @@ class Ablation:
             "misses": {order: list(shares) for order, shares in self.misses().items()},
             "verdict": self.verdict,
             "masked_equals_pruned": self.difference,
+            "repair": self.repair,
         }
 
     def __str__(self) -> str:
@@ -172,14 +180,17 @@ def ablate(
     measure: str | Metric = "metric",
     example: Batch | None = None,
     reference: Reference | None = None,
+    repair: str | None = None,
+    batches: Iterable[Batch] | None = None,
     progress: Progress | None = None,
 ) -> Ablation:
     """Remove units lowest-scored first, highest-scored first and in random orders, and measure each time.
 
-    The scores are those of the whole network: nothing is scored again, trained or repaired. Of every
-    prunable group the same share of the units leaves, rounded to whole units (halves up), and at least one
-    stays. Of equal scores the lower index leaves first. Every order is fixed before the first cut, so a
-    larger share removes what a smaller one does and more.
+    The scores are those of the whole network: nothing is scored again or trained. Given batches, the
+    consumers of every cut network are repaired as `prune` would, and then it is measured. Of every prunable
+    group the same share of the units leaves, rounded to whole units (halves up), and at least one stays. Of
+    equal scores the lower index leaves first. Every order is fixed before the first cut, so a larger share
+    removes what a smaller one does and more.
 
     Args:
         model: the trained model; it is left as it was.
@@ -190,28 +201,98 @@ def ablate(
         seeds: one random order each; a group's order depends on the seed and the group's name alone.
         measure: name of the metric, see `base.metrics.metric`, or the metric itself.
         example: one batch; every cut is then compared with its masked twin on it.
-        reference: in place of an example, what the cuts are compared with (`Prepared.reference`).
+        reference: in place of an example, what the cuts are compared with (`Prepared.reference`). Repaired
+            cuts are compared with their own repaired network, on the example or the first batch.
+        repair: `walk`, `once` or `none`, see `PruneConfig.repair`; by default that of a `PruneConfig`, and
+            none without batches.
+        batches: calibration batches for the repair; a pass over them is made once, not for every cut.
         progress: where to show how far it is; silent if None.
 
     Raises:
         TargetError: there is no share, one is not between 0 and 1, or two are equal.
-        ConfigError: no random seed, or two equal ones.
+        ConfigError: no random seed, or two equal ones; no such repair, or no batches for it.
         StructureError: nothing is prunable, or the scores do not fit the groups.
         SignalError: a score is NaN or infinite.
         VerificationError: a cut network and its masked twin differ.
     """
     shares, seeds = check_shares(shares), check_seeds(seeds)
     check_prunable(groups)
+    if repair is None:
+        repair = "none" if batches is None else PruneConfig().repair
+    # The scores are given: a criterion that reads nothing leaves the recording to the repair.
+    config = PruneConfig(repair=repair, score={"criterion": "random"})
+    if repair != "none":
+        if batches is None:
+            raise ConfigError(
+                f"An ablation with the repair {repair}", "there are no batches to repair on",
+                "Give the calibration batches, or repair none",
+            )  # fmt: skip
+        prepared = prepared_with(model, groups, batches, config, example=example)
+        ranking = Ranking(scores, rank(prepared).consumed)
+        return ablation_of(
+            prepared, ranking, evaluate, shares, seeds=seeds, measure=measure, progress=progress
+        )
+    if reference is None and example is not None:
+        reference = Reference(model, example)
+
+    def cut(step: Plan) -> tuple[nn.Module, Verification | None]:
+        smaller = remove(model, step)
+        return smaller, None if reference is None else reference.compare(step, smaller)
+
+    return _measured(model, groups, scores, evaluate, cut, shares, seeds, measure, progress or QUIET)
+
+
+def ablation_of(
+    prepared: Prepared,
+    ranking: Ranking,
+    evaluate: Callable[[nn.Module], float],
+    shares: Sequence[float] = SHARES,
+    *,
+    seeds: Sequence[int] = SEEDS,
+    measure: str | Metric = "metric",
+    progress: Progress | None = None,
+) -> Ablation:
+    """Ablate a model that is prepared and ranked, every cut repaired as its configuration says.
+
+    The arguments and errors are those of `ablate`. Every cut is compared with its masked twin.
+    """
+    hands = InMemory()
+
+    def cut(step: Plan) -> tuple[nn.Module, Verification | None]:
+        # What the repair needs was recorded once, on the network
+        # with all units: each cut is one from there, whatever its share.
+        source = repaired(prepared, ranking, step)
+        smaller = remove(source, step)
+        return smaller, hands.verify(prepared, step, step, source, smaller)
+
+    found = _measured(
+        prepared.model, prepared.groups, ranking.importances, evaluate, cut, check_shares(shares),
+        check_seeds(seeds), measure, progress or QUIET,
+    )  # fmt: skip
+    return replace(found, repair=prepared.config.repair)
+
+
+def _measured(
+    model: nn.Module,
+    groups: UnitGroups,
+    scores: Mapping[str, Any],
+    evaluate: Callable[[nn.Module], float],
+    cut: Callable[[Plan], tuple[nn.Module, Verification | None]],
+    shares: tuple[float, ...],
+    seeds: tuple[int, ...],
+    measure: str | Metric,
+    progress: Progress,
+) -> Ablation:
+    """Measure the networks that `cut` makes, share by share in all orders; see `ablate`."""
+    check_prunable(groups)
     plain = {name: getattr(item, "scores", item) for name, item in scores.items()}
     orders = list(removal_orders(groups, plain, seeds))
     sizes = {group.name: group.size for group in groups.prunable}
-    if reference is None and example is not None:
-        reference = Reference(model, example)
     budget = Budget(groups, "prunable")
     ledger = budget.ledger(groups)
     values: dict[str, list[list[float]]] = {order: [] for order in ORDERS}
     reached, units, differences = [], [], []
-    with (progress or QUIET).bar("ablate", 1 + len(shares) * len(orders)) as bar:
+    with progress.bar("ablate", 1 + len(shares) * len(orders)) as bar:
         dense = float(evaluate(copy_of(model)))
         bar.update(metric=dense)
         for share in shares:
@@ -221,10 +302,10 @@ def ablate(
             for row in values.values():
                 row.append([])
             for name, order in orders:
-                cut = make_plan(groups, {key: np.sort(first[gone[key] :]) for key, first in order.items()})
-                smaller = remove(model, cut)
-                if reference is not None:
-                    differences.append(reference.compare(cut, smaller).difference)
+                step = make_plan(groups, {key: np.sort(first[gone[key] :]) for key, first in order.items()})
+                smaller, verification = cut(step)
+                if verification is not None:
+                    differences.append(verification.difference)
                 values[name][-1].append(float(evaluate(smaller)))
                 bar.update(share=share, order=name, metric=values[name][-1][-1])
     return Ablation(

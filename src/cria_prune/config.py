@@ -7,7 +7,7 @@ command line has an option for it (`option`). `cli.options` makes the commands' 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -65,6 +65,16 @@ UNITS = Choices(
         "heads": "heads and KV groups alone",
     }
 )
+REPAIR = Choices(
+    {
+        "walk": "consumers refitted one after another in the order of the data, towards the dense network",
+        "once": "all consumers at once, from what was recorded before the cut",
+        "none": "none",
+    },
+    "repairs",
+)
+REPAIRED = {"walk": "repaired by the walk", "once": "repaired at once", "none": "without repair"}
+"""Repair -> what a result says of a network that was cut with it."""
 OPTIMIZER = Choices({"sgd": "with momentum", "adamw": "with momentum as its first decay rate"})
 SCHEDULE = Choices({"cosine": "falls like half a cosine", "linear": "falls in a straight line"})
 PRECISION = Choices({"float32": "of everything", "auto": "bfloat16 autocast where a CUDA device has it"})
@@ -333,6 +343,21 @@ class RecoverConfig(StageConfig):
     seed: int = 0
 
 
+def repair_of_before(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings, or what says of a cell, from before there were several repairs, as said now.
+
+    `compensate` stood there, true or false (or in a grid some of both), for the one repair that there was.
+    """
+    said: Any = values.get("compensate")
+    several = isinstance(said, (list, tuple))
+    flags: Sequence[Any] = said if several else [said]
+    if "repair" in values or not all(isinstance(flag, bool) for flag in flags):
+        return dict(values)
+    found = ["once" if flag else "none" for flag in flags]
+    rest = {key: value for key, value in values.items() if key != "compensate"}
+    return {**rest, "repair": found if several else found[0]}
+
+
 class PruneConfig(StageConfig):
     """Everything `prune` needs to know."""
 
@@ -342,18 +367,25 @@ class PruneConfig(StageConfig):
     score: ScoreConfig = ScoreConfig()
     plan: PlanConfig = PlanConfig()
     verify: bool = True
-    compensate: bool = option(True, "Repair the consumers in closed form after every cut; not in the paper")
+    repair: Annotated[str, REPAIR] = option(
+        "once", "Repair of the consumers in closed form after every cut, not in the paper"
+    )
     batch_norm: bool = option(
         True,
         "Measure batch-norm statistics again after the last cut, on 32 examples or more; not in the paper",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_now(cls, values: Any) -> Any:
+        return repair_of_before(values) if isinstance(values, Mapping) else values
 
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "score": {"criterion": "distortion", "pairs": "all"},
         "plan": {"ranking": "uniform", "rounds": 4},
-        "compensate": False,
+        "repair": "none",
         "batch_norm": False,
     },
 }

@@ -368,7 +368,7 @@ def predict_memory(
     widths = {group.name: group.size for group in groups.prunable}
     drawn = worth_keeping(widths, config.score.neighbors) if graphs else frozenset[str]()
     passes = None
-    if needs or config.compensate:
+    if needs or config.repair == "once":
         one, two = (observe(model, groups.prunable, batch, needs, loss, drawn, count) for count in (1, 2))
         passes = one, two
     work = _Work(groups, passes, size, device_of(model).type, needs, drawn)
@@ -412,7 +412,7 @@ class _Work:
         if self.passes is None:
             return (self._score(config, []),), []
         collector = Collector(
-            self.groups.prunable, config.record, config.compensate, reads_of(self.needs), self.graphs
+            self.groups.prunable, config.record, config.repair == "once", reads_of(self.needs), self.graphs
         )
         run = carried_on(*self.passes, size)
         kept = collector.memory(run.calls, size)
@@ -451,9 +451,9 @@ class _Work:
         changes: list[tuple[str, PruneConfig, int]] = []
         if half and self.passes is not None:
             changes.append((f"batches of {half} examples", config, half))
-        if config.compensate:
-            without = config.model_copy(update={"compensate": False})
-            changes.append(("no repair (--no-compensate)", without, self.size))
+        if config.repair == "once":
+            without = config.model_copy(update={"repair": "none"})
+            changes.append(("no repair (--repair none)", without, self.size))
         for name, value, there in (
             ("exact_units", exact // 2, exact > 64),
             ("sketch_columns", record.sketch_columns // 2, max(widths, default=0) > record.exact_units),

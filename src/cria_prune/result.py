@@ -29,9 +29,9 @@ class Round:
         kept: group name -> the units, of those, that stayed.
         diagnosis: group name -> how far the scores can be trusted.
         verification: masked against pruned (None if not asked for): from the dense model to this one, with
-            `compensate` from the repaired model of this round; before batch norms are measured again.
+            a repair from the repaired model of this round; before batch norms are measured again.
         metric: of the pruned model, if `evaluate` was given.
-        repairs: what `compensate` did, consumer by consumer.
+        repairs: what the repair did, consumer by consumer.
         batch_norms: how many batch norms were measured again; 0 but in the last round.
         batch_norms_kept: why none was, where that was asked for and there are some.
         fidelity: stage (as cut, repaired, norms) -> how far the model was after it from the dense network

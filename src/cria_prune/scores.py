@@ -55,11 +55,11 @@ class Scored:
                 "they are those of the dense network, and each further round would need its own",
                 "Ask for one round, or leave out the scores",
             )
-        if config.compensate and self.consumed is None:
+        if config.repair == "once" and self.consumed is None:
             raise ConfigError(
                 "Repairing the consumers from scores",
                 "the moments for it were not kept with them",
-                "Score again with compensate, or prune without it",
+                "Score again with the repair once, or prune without it (repair none)",
             )
         return config.model_copy(update={"record": self.config.record, "score": self.config.score})
 
@@ -103,7 +103,7 @@ def score_once(
 ) -> Scored:
     """Score a model's units once, so that `prune(..., scores=...)` cuts it to any size without recording.
 
-    With `config.compensate` the second moments of what each consumer reads are recorded in the same pass, for
+    With the repair `once` the second moments of what each consumer reads are recorded in the same pass, for
     the repair.
 
     Args:

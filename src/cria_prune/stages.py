@@ -24,7 +24,7 @@ from cria_prune.base.batches import (
     shortened,
 )
 from cria_prune.base.dispatched import is_dispatched, structure_of
-from cria_prune.base.errors import CriaError, StructureError
+from cria_prune.base.errors import ConfigError, CriaError, StructureError
 from cria_prune.base.metrics import Loss
 from cria_prune.base.modules import device_of, digest
 from cria_prune.base.progress import clock
@@ -227,7 +227,7 @@ class Cut:
             not asked for.
         norms: what became of the batch norms.
         fidelity: stage, of `repair.fidelity.STAGES` -> how far the model was after it from the dense one.
-        seconds: stage (plan, compensate, surgery, verify, fidelity, batch norms) -> wall time.
+        seconds: stage (plan, repair, surgery, verify, fidelity, batch norms) -> wall time.
     """
 
     model: nn.Module = field(repr=False)
@@ -319,14 +319,36 @@ def prepare(
     )  # fmt: skip
 
 
+def prepared_with(
+    model: nn.Module,
+    groups: UnitGroups,
+    batches: Iterable[Batch],
+    config: PruneConfig,
+    *,
+    example: Batch | None = None,
+) -> Prepared:
+    """Return a model prepared whose groups are known: nothing is captured, and nothing but they is frozen.
+
+    Its cuts are compared with its own copies. The arguments are those of `prepare`, and its groups.
+
+    Raises:
+        DataError: the batches are not batches, or empty.
+    """
+    batches, device = again(batches), device_of(model)
+    example = first_examples(batches, device) if example is None else shortened(example, device)
+    return Prepared(
+        model, groups, identity_plan(groups), batches, example, config, model, groups, groups, {}, None, 0.0
+    )
+
+
 def rank(
     prepared: Prepared, *, loss: Loss | None = None, graphs: bool = False, whole: bool = True
 ) -> Ranking:
     """Record what the criterion and the repair need, in one pass over the batches, and score the units.
 
     Args:
-        prepared: its model is read, and run in evaluation mode; it is left as it was. With `compensate` in
-            its configuration the moments for the repair are recorded too.
+        prepared: its model is read, and run in evaluation mode; it is left as it was. With the
+            repair `once` in its configuration the moments for it are recorded too.
         loss: (model, batch) to a scalar, for criteria that take gradients; cross-entropy by default.
         graphs: keep the neuron graphs of as many groups as `keep_graphs` takes.
         whole: the groups are all that will be cut; of a part the scores may be alike.
@@ -356,7 +378,8 @@ def rank(
             kept = keep_graphs(sides, **graph_settings(config.score))
     # The moments of the consumers outlive the scoring: the repair comes after the
     # choice of units, and what it needs has to be of the network before the cut.
-    consumed = {name: item.consumed for name, item in states.groups.items()} if config.compensate else None
+    moments = {name: item.consumed for name, item in states.groups.items()}
+    consumed = moments if _keeps_moments(config) else None
     return Ranking(importances, consumed, kept, seconds)
 
 
@@ -364,11 +387,11 @@ def _recorded(prepared: Prepared, loss: Loss | None, graphs: bool) -> States | N
     """Record what the criterion and the repair need; None where neither needs anything."""
     config, groups = prepared.config, prepared.groups
     needs = find_criterion(config.score).needs
-    if not (needs or config.compensate):
+    if not (needs or _keeps_moments(config)):
         return None
     widths = {group.name: group.size for group in groups.prunable}
     return record_for(
-        needs, prepared.model, groups, prepared.batches, config, loss=loss, consumed=config.compensate,
+        needs, prepared.model, groups, prepared.batches, config, loss=loss, consumed=_keeps_moments(config),
         graphs=worth_keeping(widths, config.score.neighbors) if graphs else (),
     )  # fmt: skip
 
@@ -416,13 +439,19 @@ class InMemory:
         times: stage -> under which name its wall time is kept.
     """
 
-    times: ClassVar[Mapping[str, str]] = {"repair": "compensate", "remove": "surgery"}
+    times: ClassVar[Mapping[str, str]] = {"repair": "repair", "remove": "surgery"}
 
     def repair(self, prepared: Prepared, step: Plan, ranking: Ranking) -> tuple[Any, tuple[Repair, ...]]:
         """Return the model with its consumers repaired for the units that leave, which are still there.
 
-        Every consumer is refitted in closed form, by what was recorded before the cut.
+        Every consumer is refitted in closed form.
         """
+        if prepared.config.repair == "walk":
+            raise ConfigError("The repair walk", "it is not there yet", "Use the repair once, or none")
+        return self.once(prepared, step, ranking)
+
+    def once(self, prepared: Prepared, step: Plan, ranking: Ranking) -> tuple[Any, tuple[Repair, ...]]:
+        """Repair all consumers at once, by what was recorded before the cut."""
         assert ranking.consumed is not None
         return compensate(prepared.model, prepared.groups, step.kept, ranking.consumed)
 
@@ -436,7 +465,7 @@ class InMemory:
         """Compare the cut with the masked model."""
         # With repair the weights are not the dense ones any more: this cut alone. So it is
         # too where no copy was kept; no cut of a configuration that verifies goes unproven.
-        if prepared.config.compensate or prepared.reference is None:
+        if prepared.config.repair != "none" or prepared.reference is None:
             return Reference(source, prepared.example).compare(step, smaller)
         # Without repair all that was ever removed is compared at once, with the dense network itself.
         return prepared.reference.compare(total, smaller)
@@ -517,7 +546,7 @@ def cut(
         # nothing any more: all end here, with an error that says so.
         world().meet("The plan", lambda: digest(str(sorted(step.kept.items())), {}))
     repairs, source, verification = tuple[Repair, ...](), prepared.model, None
-    if config.compensate and ranking.consumed is not None:
+    if _repairs(config, ranking):
         with clock(seconds, hands.times["repair"]):
             source, repairs = hands.repair(prepared, step, ranking)
     with clock(seconds, hands.times["remove"]):
@@ -534,6 +563,20 @@ def cut(
             norms, fidelity[NORMS] = hands.norms(prepared, smaller, far)
     known = {stage: item for stage, item in fidelity.items() if item is not None}
     return Cut(norms.model, step, total, repairs, verification, norms, known, seconds)
+
+
+def repaired(prepared: Prepared, ranking: Ranking, step: Plan) -> nn.Module:
+    """Return the model as a cut by a plan would take it: repaired, where its configuration says so.
+
+    Args:
+        prepared: its model is left as it was.
+        ranking: of that model, with what the repair needs.
+        step: relative to that model; the units that leave are still in what is returned.
+    """
+    if not _repairs(prepared.config, ranking):
+        return prepared.model
+    source: nn.Module = InMemory().repair(prepared, step, ranking)[0]
+    return source
 
 
 def remove(model: nn.Module, step: Plan) -> nn.Module:
@@ -577,7 +620,17 @@ def said(
 
 def _compared(config: PruneConfig) -> bool:
     """Say whether cuts are compared with the dense model: with repair each has its own repaired one."""
-    return config.verify and not config.compensate
+    return config.verify and config.repair == "none"
+
+
+def _keeps_moments(config: PruneConfig) -> bool:
+    """Say whether what consumers read is recorded with the scores; the walk looks for itself."""
+    return config.repair == "once"
+
+
+def _repairs(config: PruneConfig, ranking: Ranking) -> bool:
+    """Say whether a cut repairs; at once it cannot where nothing was recorded for it."""
+    return config.repair == "walk" or (_keeps_moments(config) and ranking.consumed is not None)
 
 
 def _fits(model: nn.Module, groups: UnitGroups) -> bool:

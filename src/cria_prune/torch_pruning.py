@@ -251,7 +251,7 @@ class SpectralImportance:
         """Score the network anew if it is not the one that was scored."""
         if self._state == state_of(self.model):
             return
-        plain = self.config.model_copy(update={"compensate": False})  # the pruner repairs nothing
+        plain = self.config.model_copy(update={"repair": "none"})  # the pruner repairs nothing
         prepared = prepare(self.model, self.batches, plain).without_reference()
         self.scores = dict(rank(prepared, loss=self.loss).importances)
         self._units, self.left_alone = Units(self.model, prepared.groups), {}

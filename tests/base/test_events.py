@@ -36,7 +36,7 @@ def data(count: int = 3) -> list[tuple[torch.Tensor, torch.Tensor]]:
     ]
 
 
-CONFIG = PruneConfig(plan={"reduction": 0.3, "rounds": 2}, compensate=True)
+CONFIG = PruneConfig(plan={"reduction": 0.3, "rounds": 2}, repair="once")
 
 
 def test_the_table_names_every_event_with_the_facts_that_are_told() -> None:

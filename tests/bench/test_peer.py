@@ -21,7 +21,7 @@ GRID = Grid(
     criteria=["l2", "tp-lamp"],
     reductions=[0.5],
     rounds=[2],
-    compensate=[False, True],
+    repair=["none", "once"],
 )
 
 
@@ -125,10 +125,10 @@ def freely(name: str, dense: torch.nn.Module, reduction: float) -> tuple[Any, Pe
 
 
 def test_cells_that_the_peer_cannot_do_are_left_out() -> None:
-    assert [(cell["criterion"], cell.get("compensate", False)) for cell in cells(GRID)] == [
-        ("l2", False), ("tp-lamp", False), ("l2", True),
+    assert [(cell["criterion"], cell.get("repair", "none")) for cell in cells(GRID)] == [
+        ("l2", "none"), ("tp-lamp", "none"), ("l2", "once"),
     ]  # fmt: skip
-    both = Grid(**{**GRID.model_dump(), "ranking": ["global", "loss"], "compensate": [False]})
+    both = Grid(**{**GRID.model_dump(), "ranking": ["global", "loss"], "repair": ["none"]})
     assert [(cell["criterion"], cell["ranking"]) for cell in cells(both)] == [
         ("l2", "global"), ("tp-lamp", "global"), ("l2", "loss"),
     ]  # fmt: skip

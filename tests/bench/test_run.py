@@ -22,7 +22,7 @@ from cria_prune.tasks.models import build
 
 GRID = Grid(
     network="digits", criteria=["random", "innovation"], reductions=[0.5, 0.75], rounds=[1], examples=64,
-    compensate=[False, True], seeds=[0],
+    repair=["none", "once"], seeds=[0],
 )  # fmt: skip
 
 
@@ -149,8 +149,10 @@ def test_a_file_of_another_configuration_is_refused_before_any_work(tmp_path: Pa
     for path in tmp_path.glob("inner-*.json"):  # files from before there was a choice, or repair at all
         said = json.loads(path.read_text())
         del said["config"]["record"]["tokens"], said["config"]["batch_norm"]
-        if not said["cell"].get("compensate"):
-            del said["config"]["compensate"]
+        repaired = said["config"].pop("repair") == "once"
+        if repaired:
+            said["config"]["compensate"] = said["cell"]["compensate"] = True
+            del said["cell"]["repair"]
         path.write_text(json.dumps(said))
     assert measured(GRID, tmp_path) == 0
     with pytest.raises(ArtifactError, match=r"config\.record\.tokens None, asked is 16"):
@@ -227,6 +229,13 @@ def test_a_suite_of_several_grids_is_narrowed_to_those_that_have_the_value(tmp_p
     only = ["--criterion", "l2", "--reduction", "0.5"]
     done = CliRunner().invoke(app, ["bench", str(tmp_path), "--output", str(tmp_path / "out"), *only])
     assert done.exit_code == 0 and json.loads(done.stdout.splitlines()[-1])["cells"] == 2
+    for repair in ("none", "foo"):
+        again = ["bench", str(tmp_path), "--output", str(tmp_path / "out"), *only, "--repair", repair]
+        done = CliRunner().invoke(app, again)
+        if repair == "none":
+            assert (json.loads(done.stdout.splitlines()[-1])["cells"], done.exit_code) == (1, 0)
+        else:
+            assert done.exit_code == 2 and "repair none, once" in done.stderr
 
 
 @pytest.mark.parametrize(

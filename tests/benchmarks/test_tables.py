@@ -84,6 +84,10 @@ def test_what_is_recovered_otherwise_or_starts_otherwise_is_apart(given: Any) ->
     given += [cell("l2", 0, 505, compensate=True, recovered=0.9)]
     given += [cell("l2", 0, 505, compensate=True, batch_norm=True, recovered=0.7)]
     given += [cell("l2", 0, 505, batch_norm=True, recovered=0.6)]
+    given += [
+        cell("l2", 0, 505, repair="walk", recovered=0.95),
+        cell("l2", 1, 505, repair="once", recovered=0.9),
+    ]
     apart: list[dict[str, Any]] = [
         *({"tune": {"distill": 0.5}}, {"quick": True}, {"rounds": 1}),
         *({"scope": "all"}, {"epochs": 60}, {"dense_seed": 1}),
@@ -94,8 +98,8 @@ def test_what_is_recovered_otherwise_or_starts_otherwise_is_apart(given: Any) ->
         sum(line.startswith("### ") for line in table) == 1
     )  # the others were not asked for a share of the MACs
     assert [(row[2], row[3], row[5]) for row in lines_of(table)[2:]] == [
-        ("as cut", "1", "80.00"), ("norms", "1", "60.00"), ("repair", "1", "90.00"),
-        ("repair, norms", "1", "70.00"),
+        ("as cut", "1", "80.00"), ("norms", "1", "60.00"), ("repair", "2", "90.00 ± 0.0"),
+        ("repair, norms", "1", "70.00"), ("walk", "1", "95.00"),
     ]  # fmt: skip
     given += [cell("l2", 1, 505, reduction=0.4945, **{"of": "macs", **more}) for more in apart]
     titles = [line for line in macs_table("digits") if line.startswith("### ")]

@@ -70,7 +70,7 @@ def test_gradients_repair_and_what_does_not_fit_are_said(monkeypatch: pytest.Mon
     assert (said["passes"], said["gradients"]) == (1, "example")
     assert "backward pass for the gradients of each example" in result.stdout
     assert "warning: " in result.stdout and "there are 1000 B" in result.stdout
-    plain = answer(cria("digits", "--dry-run", *FAST, "--criterion", "l1", "--no-compensate", "--quiet"))
+    plain = answer(cria("digits", "--dry-run", *FAST, "--criterion", "l1", "--repair", "none", "--quiet"))
     assert "record" not in plain["memory"] and plain["recording_passes"] == 0
 
 
@@ -102,7 +102,7 @@ def test_a_round_is_the_first_of_a_pruning_of_one_round(untrained: torch.nn.Modu
 
     digits = task("digits")
     batches = digits.calibration(64, 0)
-    config = PruneConfig(plan={"rounds": 1}, compensate=False, batch_norm=False)
+    config = PruneConfig(plan={"rounds": 1}, repair="none", batch_norm=False)
     made = plans.one_round(stages.prepare(untrained, batches, config, example=digits.example), {})
     result = prune(untrained, batches, config)
     assert made == result.plan

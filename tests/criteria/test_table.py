@@ -77,9 +77,7 @@ def test_one_of_its_own_goes_wherever_a_criterion_goes(tmp_path: Path) -> None:
     found = register_criterion("spread", spread, needs={"output"}, source="us")
     assert found is CRITERIA["spread"] and found.needs == {"states", "output"} and found.source == "us"
     assert found.summary == "Spread of the output." and reads_of(found.needs) == {"output"}
-    config = PruneConfig(
-        score={"criterion": "spread"}, plan={"reduction": 0.4, "rounds": 1}, compensate=False
-    )
+    config = PruneConfig(score={"criterion": "spread"}, plan={"reduction": 0.4, "rounds": 1}, repair="none")
     result = prune(net, batches, config)
     scores = {name: torch.tensor(item, dtype=torch.float64) for name, item in result.rounds[0].scores.items()}
     with torch.no_grad():

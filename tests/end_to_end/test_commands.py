@@ -37,7 +37,7 @@ SMALL = ["--examples", "64", "--rounds", "2", "--criterion", "l1", "--device", "
 PRUNING = {
     "--reduction", "--reduce", "--units", "--policy",
     "--of", "--criterion", "--preset", "--rounds", "--ranking", "--residual", "--no-residual",
-    "--compensate", "--no-compensate", "--batch-norm", "--no-batch-norm",
+    "--repair", "--batch-norm", "--no-batch-norm",
     "--floor", "--uniform", "--no-uniform", "--multiple", "--examples", "--positions", "--watch", "--config",
     "--neighbors", "--ridge", "--pairs", "--sketch", "--tokens",
 }  # fmt: skip
@@ -52,9 +52,9 @@ SCORING = {
 SURFACE = {
     "run": PRUNING | TUNING | COMMON | SAVING | {"--quick", "--base", "--resume"},
     "inspect": {"--example", "--meta", "--floor", "--tree", "--all", "--json", "--quiet", "-q"},
-    "score": SCORING | COMMON | SAVING | DATA | {"--compensate", "--no-compensate"},
-    "ablate": SCORING | COMMON | SAVING | DATA | {"--shares", "--random-seeds", "--limit"},
-    "bench": {"--criterion", "--reduction", "--reduce", "--seed", "--device", "--output", "--quiet", "-q"},
+    "score": SCORING | COMMON | SAVING | DATA | {"--repair"},
+    "ablate": SCORING | COMMON | SAVING | DATA | {"--shares", "--random-seeds", "--limit", "--repair"},
+    "bench": COMMON | {"--criterion", "--reduction", "--reduce", "--repair", "--output"},
     "plan": (PRUNING - {"--watch"}) | COMMON | SAVING | DATA | {"--dry-run"},
     "prune": PRUNING | COMMON | SAVING | DATA | {"--export", "--resume", "--scores", "--offload"},
     "sweep": (PRUNING - {"--rounds", "--watch"}) | COMMON | SAVING | DATA | {"--scores", "--resume"},
@@ -321,8 +321,11 @@ def test_ablate_writes_a_table_a_file_and_a_picture() -> None:
     assert values["limit"] == 200 and values["tested_on"] == "the first 200 test examples"
     assert values["provenance"]["command"][:3] == ["cria", "ablate", "digits"]
     assert values["provenance"]["data"] == task("digits").fingerprint() and values["provenance"]["seed"] == 4
+    assert values["repair"] == said["repair"] == "once"
+    assert said["verdict"].startswith("repaired at once, the criterion holds")
     for text in ("the first 200 test examples", "lowest first", "the criterion holds", "ablation.png"):
         assert text in result.stdout
+    assert "every network is measured repaired at once, without training" in result.stdout
     assert (folder / "ablation.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     batches = task("digits").test_batches(200)
     assert values["dense"] == task("digits").evaluate(task("digits").dense(), batches)
@@ -377,7 +380,7 @@ def test_a_sweep_scores_once_and_goes_on_where_it_was() -> None:
 
 
 def test_the_usual_sizes_that_are_beyond_reach_are_left_out() -> None:
-    words = ["sweep", "digits", "--examples", "64", "--criterion", "l1", "--no-compensate", "--floor", "0.6"]
+    words = ["sweep", "digits", "--examples", "64", "--criterion", "l1", "--repair", "none", "--floor", "0.6"]
     result = cria(*words, "--no-batch-norm", "--output", "out")
     assert [item["asked"] for item in answer(result)["family"]] == [0.1, 0.2, 0.3]
     assert "left out, beyond what can be removed: 40 %, 50 %, 60 %, 70 %" in result.stderr
@@ -393,6 +396,7 @@ def test_an_ablation_of_a_checkpoint_scores_what_is_there() -> None:
 
 
 def test_an_ablation_refuses_what_it_cannot_do_and_leaves_no_folder() -> None:
+    assert "repair: Input should be 'walk', 'once' or 'none'" in error("ablate", "digits", "--repair", "foo")
     assert "Give numbers between 0 and 1" in error("ablate", "digits", "--shares", "half")
     assert "it is not between 0 and 1" in error("ablate", "digits", "--shares", "0.5,1")
     assert "each once" in error("ablate", "digits", "--shares", "0.5,0.5")
@@ -460,7 +464,7 @@ def test_a_run_keeps_what_its_report_needs() -> None:
     assert "One layer" in text and "recovered" in text and "Of the run before" in text
     answer(
         cria(
-            "prune", "digits", *small, "--criterion", "l2", "--no-compensate", "--output", "a", "--overwrite"
+            "prune", "digits", *small, "--criterion", "l2", "--repair", "none", "--output", "a", "--overwrite"
         )
     )
     text = Path("a/report.html").read_text()

@@ -134,7 +134,7 @@ def test_every_command_and_option_is_on_its_page() -> None:
     for command in ("run", "inspect", "prune", "recover", "report", "bench", "eval"):
         assert f"\n## cria {command}\n" in f"\n{text}"
     prune = text.split("## cria prune\n")[1].split("\n## ")[0]
-    for option in ("--calibration", "--reduce", "--criterion", "--no-compensate", "--offload", "--quiet"):
+    for option in ("--calibration", "--reduce", "--criterion", "--repair", "--offload", "--quiet"):
         assert option in prune
     assert "| Arguments | |" in prune and "--epochs" not in prune and "\x1b" not in text
     settings = hooks["settings"]()

@@ -382,7 +382,7 @@ def agree(done: Offloaded, expected: PruneResult) -> None:
     [
         ("llama", 1, {"record": {"examples": 14, "exact_units": 40, "sketch_columns": 64}}),
         ("tied", 2**31, {"plan": {"ranking": "global", "multiple": 8}}),
-        ("bert", 1, {"compensate": False, "score": {"criterion": "l2"}}),
+        ("bert", 1, {"repair": "none", "score": {"criterion": "l2"}}),
         ("gpt2", 1, {"score": {"criterion": "distortion"}}),
     ],
     ids=str,
@@ -397,7 +397,7 @@ def test_layer_by_layer_gives_what_pruning_in_memory_gives(
     )
     blocks = MODELS[name][2].get("num_hidden_layers", 2)
     agree(done, expected)
-    assert bool(done.rounds[0].repairs) == config.compensate
+    assert bool(done.rounds[0].repairs) == (config.repair != "none")
     assert done.rounds[0].turns == (0 if "l2" in str(values) else 1 if memory > 1 else blocks)
     assert hashes(made / name) == before
     plain, info = kind_of(name).from_pretrained(tmp_path / "small", output_loading_info=True)
@@ -449,7 +449,7 @@ def test_a_result_is_pruned_again_and_its_plan_is_of_the_dense_model(made: Path,
 @pytest.mark.parametrize(
     ("name", "memory", "values"),
     [
-        ("llama", 2**31, {"compensate": False, "score": {"criterion": "distortion"}}),
+        ("llama", 2**31, {"repair": "none", "score": {"criterion": "distortion"}}),
         ("llama", 1, {"record": {"exact_units": 40, "sketch_columns": 64}, "plan": {"ranking": "global"}}),
         ("tied", 1, {"plan": {"multiple": 8}}),
         ("gpt2", 1, {}),
@@ -468,7 +468,7 @@ def test_rounds_give_what_rounds_in_memory_give(
     agree(done, expected)
     sizes = [sum(map(len, item.kept.values())) for item in done.rounds]
     assert sizes[0] > sizes[1] > sizes[2], "a round removed nothing"
-    assert all(bool(item.repairs) == config.compensate for item in done.rounds)
+    assert all(bool(item.repairs) == (config.repair != "none") for item in done.rounds)
     assert [item.turns for item in done.rounds] == [1 if memory > 1 else 2] * 3
     assert done.difference == max(item.verification.difference for item in done.rounds if item.verification)
     assert done.seconds["score"] == sum(item.seconds["score"] for item in done.rounds)

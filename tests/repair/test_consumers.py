@@ -209,7 +209,7 @@ def test_prune_repairs_every_round_and_verifies_each_cut() -> None:
     model = randomize(Plain())
     batches = [torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
     config = {"plan": {"reduction": 0.5, "rounds": 2}, "score": {"criterion": "l2"}}
-    plain, better = (prune(model, batches, PruneConfig(**config, compensate=flag)) for flag in (False, True))
+    plain, better = (prune(model, batches, PruneConfig(**config, repair=how)) for how in ("none", "once"))
     assert not plain.rounds[0].repairs and all(item.repairs for item in better.rounds)
     for item in better.rounds:
         assert item.verification is not None and item.verification.difference < 1e-10
@@ -219,8 +219,8 @@ def test_prune_repairs_every_round_and_verifies_each_cut() -> None:
         for result in (plain, better)
     )
     assert right < 0.5 * wrong
-    assert not preset("paper").compensate and not preset("paper").batch_norm
-    assert PruneConfig().compensate and PruneConfig().batch_norm
+    assert preset("paper").repair == "none" and not preset("paper").batch_norm
+    assert PruneConfig().repair == "once" and PruneConfig().batch_norm
 
 
 def test_bad_input_is_told() -> None:

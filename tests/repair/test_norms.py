@@ -218,7 +218,7 @@ def test_pruning_measures_after_the_last_cut_on_what_is_not_held_out_where_that_
         drifted[1].bias.fill_(3)
         drifted[1].weight.fill_(0.5)
     net = remeasured(drifted, batches).model
-    config = {"score": {"criterion": "l2"}, "plan": {"reduction": 0.3, "rounds": 2}, "compensate": False}
+    config = {"score": {"criterion": "l2"}, "plan": {"reduction": 0.3, "rounds": 2}, "repair": "none"}
     plain = prune(net, batches, PruneConfig(**config, batch_norm=False))
     found = prune(net, batches, PruneConfig(**config, batch_norm=True))
     assert found.plan.kept == plain.plan.kept

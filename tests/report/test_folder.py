@@ -181,7 +181,10 @@ def test_ablation_curves(tmp_path: Path) -> None:
     (tmp_path / "ablation.json").write_text(json.dumps(ablation()))
     text = words(folder_page(tmp_path).html)
     assert "criterion innovation" in text and "lowest 2, highest 2, random 1" in text and "fed" in text
+    assert "(criterion innovation), without repair, no training after it" in text  # a file of before
     assert "No ablation.json" not in text
+    (tmp_path / "ablation.json").write_text(json.dumps(ablation(repair="once")))
+    assert "(criterion innovation), repaired at once, no training" in words(folder_page(tmp_path).html)
     (tmp_path / "ablation.json").write_text(json.dumps(ablation(curves={"lowest": [[0.5, ["x"]]]})))
     with pytest.raises(ArtifactError, match=r"'curves\.lowest\.0\.1\.0' is damaged"):
         folder_page(tmp_path)
@@ -215,7 +218,7 @@ def test_graphs_are_kept_on_request() -> None:
     assert found.graphs["0"].input.units == len(found.graphs["0"].units) <= 16
     assert "graphs" in found.rounds[0].seconds and "graphs" not in found.rounds[1].seconds
     assert prune(net, batches, config).graphs is None
-    blind = PruneConfig(plan={"reduction": 0.5, "rounds": 1}, score={"criterion": "l2"}, compensate=False)
+    blind = PruneConfig(plan={"reduction": 0.5, "rounds": 1}, score={"criterion": "l2"}, repair="none")
     assert prune(net, batches, blind, graphs=True).graphs == {}
 
 

@@ -33,7 +33,7 @@ from cria_prune.resume.rounds import (
 )
 from cria_prune.surgery.verify import Verification
 
-CONFIG = PruneConfig(plan={"reduction": 0.5, "rounds": 1}, score={"criterion": "l2"}, compensate=False)
+CONFIG = PruneConfig(plan={"reduction": 0.5, "rounds": 1}, score={"criterion": "l2"}, repair="none")
 BATCHES = [torch.randn(16, 4, generator=torch.Generator().manual_seed(0))]
 FULL: dict[str, Any] = {
     "report": {"asked": 0.5, "of": "parameters", "parameters": 177.0, "reached": 1 / 3, "reachable": 1.0},

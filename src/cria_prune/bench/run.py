@@ -23,7 +23,7 @@ from cria_prune.base.modules import device_of
 from cria_prune.base.progress import QUIET, Progress
 from cria_prune.bench.peer import IMPORTANCES, prune_by_peer
 from cria_prune.bench.suite import Cell, Grid, cells, config_of, dense_seed, file_name
-from cria_prune.config import PruneConfig, RecoverConfig, score_of_before
+from cria_prune.config import PruneConfig, RecoverConfig, repair_of_before, score_of_before
 from cria_prune.pipeline import prune
 from cria_prune.recipes.registry import task
 from cria_prune.recovery.loop import NAME as STATE
@@ -72,10 +72,10 @@ def _check(cell: Cell, config: PruneConfig, chosen: Task, folder: Path, data: st
     with reading(path):
         said = json.loads(path.read_text(encoding="utf-8"))
         # Files from before there was a choice, and from before there was repair at all.
-        said["config"] = {"compensate": False, "batch_norm": False, **said["config"]}
+        said["config"] = {"repair": "none", "batch_norm": False, **repair_of_before(said["config"])}
         said["config"]["record"].setdefault("tokens", None)
         said["config"]["score"] = score_of_before(said["config"]["score"])  # a cell sets none of its own
-        found, measured = PruneConfig(**said["config"]), said["cell"]
+        found, measured = PruneConfig(**said["config"]), repair_of_before(said["cell"])
         known = said["provenance"].get("data") in (data, chosen.fingerprint("test"))
         tuned = None if said.get("recover") is None else RecoverConfig(**said["recover"])
     asked: dict[str, Any] = {"cell": cell, "config": config.model_dump(mode="json")}

@@ -11,7 +11,15 @@ from pydantic import Field, model_validator
 
 from cria_prune.base.errors import ConfigError
 from cria_prune.bench.peer import IMPORTANCES, RANKINGS
-from cria_prune.config import OF, RANKING, PruneConfig, RecoverConfig, StageConfig
+from cria_prune.config import (
+    OF,
+    RANKING,
+    REPAIR,
+    PruneConfig,
+    RecoverConfig,
+    StageConfig,
+    repair_of_before,
+)
 from cria_prune.criteria.table import CRITERIA
 from cria_prune.recipes.registry import TASKS
 from cria_prune.tasks.base import Task
@@ -42,7 +50,7 @@ class Grid(StageConfig):
         None, description="what the reductions are shares of; the recipe's own if None"
     )
     ranking: tuple[Annotated[str, RANKING], ...] = Field(("uniform",), min_length=1)
-    compensate: tuple[bool, ...] = Field((False,), min_length=1, description="without and with repair")
+    repair: tuple[Annotated[str, REPAIR], ...] = Field(("none",), min_length=1)
     batch_norm: tuple[bool, ...] = Field(
         (False,), min_length=1, description="without and with batch-norm statistics measured again"
     )
@@ -52,6 +60,11 @@ class Grid(StageConfig):
     quick: bool = Field(False, description="recover on the recipe's --quick training data")
     examples: int | None = Field(None, ge=2, description="for the calibration; the recipe's, else 1,024")
     tokens: int | None = Field(None, ge=1, description="record.tokens: of each text; all if None")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_now(cls, values: Any) -> Any:
+        return repair_of_before(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
@@ -124,7 +137,7 @@ def cells(grid: Grid) -> list[Cell]:
     repair, batch norms as they are, all training data) is not in a cell. Importances of Torch-Pruning have no
     cells under the ranking `loss`, with repair, or with batch norms measured again.
     """
-    lists = ("seeds", "reductions", "rounds", "ranking", "compensate", "batch_norm", "criteria")
+    lists = ("seeds", "reductions", "rounds", "ranking", "repair", "batch_norm", "criteria")
     product = itertools.product(*(getattr(grid, name) for name in lists))
     return [
         {
@@ -138,13 +151,13 @@ def cells(grid: Grid) -> list[Cell]:
             **({"quick": True} if grid.quick and grid.epochs else {}),
             **({"tune": dict(grid.tune)} if grid.tune and grid.epochs else {}),
             **({"ranking": ranking} if ranking != "uniform" else {}),
-            **({"compensate": True} if compensate else {}),
+            **({"repair": repair} if repair != "none" else {}),
             **({"batch_norm": True} if batch_norm else {}),
             **({} if grid.of is None else {"of": grid.of}),
             **({} if grid.dense_seed is None else {"dense_seed": grid.dense_seed}),
         }
-        for seed, reduction, rounds, ranking, compensate, batch_norm, criterion in product
-        if criterion not in IMPORTANCES or (ranking in RANKINGS and not (compensate or batch_norm))
+        for seed, reduction, rounds, ranking, repair, batch_norm, criterion in product
+        if criterion not in IMPORTANCES or (ranking in RANKINGS and repair == "none" and not batch_norm)
     ]
 
 
@@ -153,13 +166,17 @@ def dense_seed(cell: Cell) -> int:
     return int(cell["dense_seed" if "dense_seed" in cell else "seed"])
 
 
+AFTER = {"none": [], "once": ["repair"], "walk": ["walk"]}
+"""Repair -> what the name of a result file says of it; `repair` was once the only one."""
+
+
 def file_name(cell: Cell) -> str:
     """Return the name of a cell's result file.
 
     >>> cell = {"scope": "inner", "criterion": "l2", "reduction": 0.5, "rounds": 4, "seed": 0, "epochs": 0}
     >>> file_name(cell)
     'inner-l2-0.5-rounds4-seed0-epochs0.json'
-    >>> file_name({**cell, "compensate": True, "ranking": "global"})
+    >>> file_name({**cell, "repair": "once", "ranking": "global"})
     'inner-l2-0.5-rounds4-seed0-epochs0-global-repair.json'
     >>> file_name({**cell, "epochs": 60, "tune": {"compile": True}})
     'inner-l2-0.5-rounds4-seed0-epochs60-compile_true.json'
@@ -169,7 +186,7 @@ def file_name(cell: Cell) -> str:
         *(["quick"] if cell.get("quick") else []),
         *(f"{key}_{value}".lower() for key, value in sorted(cell.get("tune", {}).items())),
         *([cell["ranking"]] if cell.get("ranking") else []),
-        *(["repair"] if cell.get("compensate") else []),
+        *AFTER[cell.get("repair", "none")],
         *(["norms"] if cell.get("batch_norm") else []),
         *([cell["of"]] if cell.get("of") else []),
         *([f"dense{cell['dense_seed']}"] if "dense_seed" in cell else []),
@@ -195,6 +212,6 @@ def config_of(task: Task, cell: Cell, grid: Grid) -> PruneConfig:
         record=record,
         score={"criterion": cell["criterion"], "seed": cell["seed"]},
         plan=plan,
-        compensate=cell.get("compensate", False),
+        repair=cell.get("repair", "none"),
         batch_norm=cell.get("batch_norm", False),
     )

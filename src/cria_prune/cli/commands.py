@@ -403,7 +403,7 @@ def own_scores(job: Job, prepared: Prepared) -> Scored:
     folder, config = job.output / KEPT_SCORES, prepared.config
     if job.request.resume and (folder / SCORES).exists():
         found = load_scores(folder)
-        same = {"record", "score", "compensate"}
+        same = {"record", "score", "repair"}
         asked = [item.model_dump(include=same) for item in (found.config, config)]
         if found.weights == hash_of(prepared.model) and asked[0] == asked[1]:
             return found

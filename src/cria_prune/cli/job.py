@@ -28,7 +28,7 @@ from cria_prune.cli.folder import interrupts_wait, keep
 from cria_prune.cli.output import Output
 from cria_prune.cli.settings import Resuming
 from cria_prune.cli.target import Target
-from cria_prune.config import PruneConfig, RecoverConfig, ScoreConfig, score_of_before
+from cria_prune.config import PruneConfig, RecoverConfig, ScoreConfig, repair_of_before, score_of_before
 from cria_prune.pipeline import prune
 from cria_prune.planning.plan import Plan, compose
 from cria_prune.recovery.loop import RecoverResult
@@ -260,6 +260,7 @@ def _as_now(config: Any) -> Any:
         return config
     prune = config["prune"]
     try:
+        prune = repair_of_before(prune)
         score = ScoreConfig(**score_of_before(prune.get("score", {})))
     except (ConfigError, TypeError):  # of another version: not the same
         return config

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from cria_prune.ablation import COLUMNS, SHARES, Ablation, check_seeds, check_shares
-from cria_prune.ablation import ablate as sweep
+from cria_prune.ablation import COLUMNS, SHARES, Ablation, ablation_of, check_seeds, check_shares
 from cria_prune.artifact.rebuild import provenance
 from cria_prune.base.batches import Batch, batch_size
 from cria_prune.base.errors import ConfigError
@@ -21,6 +20,7 @@ from cria_prune.cli.job import rounded
 from cria_prune.cli.output import Output
 from cria_prune.cli.settings import Ablate, Eval, prune_config
 from cria_prune.cli.target import Target
+from cria_prune.config import REPAIRED
 from cria_prune.report.curves import plot_ablation
 from cria_prune.stages import prepare, rank
 
@@ -44,15 +44,14 @@ def ablate(request: Ablate, out: Output) -> None:
             calibration = found.task.calibration(config.record.examples, config.record.seed)
         with clock(seconds, "model"):
             model = found.model(device, seed, out.progress)
-        plain = config.model_copy(update={"compensate": False, "verify": True})  # cuts alone, each proven
-        prepared = prepare(model, calibration, plain, example=found.task.example)
+        proven = config.model_copy(update={"verify": True})
+        prepared = prepare(model, calibration, proven, example=found.task.example)
         ranking = rank(prepared)
         seconds |= {"structure": prepared.seconds, **ranking.seconds}
         with clock(seconds, "ablate"):
-            result = sweep(
-                model, prepared.groups, ranking.importances,
-                lambda network: found.task.evaluate(network, batches), shares, seeds=seeds,
-                measure=found.metric, reference=prepared.reference, progress=out.progress,
+            result = ablation_of(
+                prepared, ranking, lambda network: found.task.evaluate(network, batches), shares, seeds=seeds,
+                measure=found.metric, progress=out.progress,
             )  # fmt: skip
         head = {
             "target": request.target,
@@ -66,7 +65,7 @@ def ablate(request: Ablate, out: Output) -> None:
         asked["plan"] = {key: asked["plan"][key] for key in ("residual", "units", "vanilla")}
         used = {key: asked[key] for key in ("record", "score", "plan")}
         values = {**result.to_dict(), **head, "config": used, "provenance": origin}
-        title = f"{request.target}, {config.score.criterion}: {tested_on}"
+        title = f"{request.target}, {config.score.criterion}, {REPAIRED[config.repair]}: {tested_on}"
         with interrupts_wait():
             drawn = picture(folder / PICTURE, title, (5.4, 3.6), partial(plot_ablation, values))
             write_json(folder / RESULT, values, allow_nan=False)
@@ -114,6 +113,7 @@ def show_ablation(out: Output, result: Ablation, head: dict[str, Any]) -> None:
         f"{len(result.seeds)} random orders (mean, lowest to highest);"
     )
     out.say("units removed: the same share of every group, rounded to whole units, one at least stays")
+    out.say(f"every network is measured {REPAIRED[result.repair]}, without training")
     out.say(f"largest difference between masked and pruned: {result.difference:.0e}")
     out.say(result.verdict)
 

@@ -159,7 +159,7 @@ def _say_memory(out: Output, memory: MemoryPrediction, data: int, here: int | No
 def _scored(request: Request, found: Target, config: PruneConfig, out: Output) -> Made:
     """Record and score once, and plan one round of the whole reduction."""
     device, seconds, seed = request.torch_device, dict[str, float](), request.base_seed
-    plain = config.model_copy(update={"compensate": False})  # its moments would be thrown away
+    plain = config.model_copy(update={"repair": "none"})  # its moments would be thrown away
     prepared = found.prepared(plain, device, calibrated=False).without_reference()
     prepared.check_reach()  # before a dense model is trained
     with clock(seconds, "model"):

@@ -48,7 +48,7 @@ def written_by_cria(path: Path) -> bool:
         return False
 
 
-NARROWED = ("criteria", "reductions", "seeds")
+NARROWED = ("criteria", "reductions", "seeds", "repair")
 """Lists of a grid that can be narrowed: the fields of the request have the same names."""
 
 
@@ -86,7 +86,7 @@ def bench(request: BenchRequest, out: Output) -> None:
 
 
 def narrowed(grids: Sequence[Grid], request: BenchRequest) -> list[Grid]:
-    """Return the grids with only those of their criteria, reductions and seeds that were asked for.
+    """Return the grids with only those of their criteria, reductions, seeds and repairs that were asked for.
 
     Raises:
         ConfigError: no grid has a value of each.

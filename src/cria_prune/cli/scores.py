@@ -26,7 +26,7 @@ def score(request: Score, out: Output) -> None:
     found = target.find(request.target, request.texts)
     config, output = prune_config(request, found.prune_defaults()), request.output
     if output is None:
-        config = config.model_copy(update={"compensate": False})  # its moments would be thrown away
+        config = config.model_copy(update={"repair": "none"})  # its moments would be thrown away
     with nullcontext() if output is None else claimed(output, "", request.overwrite) as folder:
         device, seed, seconds = request.torch_device, request.base_seed, dict[str, float]()
         with clock(seconds, "model"):
@@ -69,7 +69,7 @@ def config_from(
     if scored is None:
         return prune_config(request, defaults, **plan)
     theirs = scored.config.model_dump(include={"record", "score"})
-    base = {**defaults, **theirs, "compensate": scored.consumed is not None}
+    base = {**defaults, **theirs, "repair": scored.config.repair}
     config = prune_config(request, base, **{"rounds": request.plan.given().get("rounds", 1), **plan})
     for section, values in theirs.items():
         asked = getattr(config, section).model_dump()

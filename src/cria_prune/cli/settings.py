@@ -278,7 +278,7 @@ class Score(OfTarget, Data, Scoring, Saving):
 
     work, shared = "scores.score", True
 
-    repair: PruneConfig = options(PruneConfig, "compensate")
+    repair: PruneConfig = options(PruneConfig, "repair")
     output: Path | None = option(
         None, "Folder to keep the scores in, for cria prune --scores and cria sweep --scores"
     )
@@ -299,9 +299,14 @@ class Plan(OfTarget, Data, Pruning, Saving):
 
 
 class Ablate(OfTarget, Data, Scoring, Saving):
-    """Measure a criterion: remove the lowest-scored, the highest-scored and random units, share by share."""
+    """Measure a criterion: remove the lowest-scored, the highest-scored and random units, share by share.
+
+    Every network is repaired as a pruning would before it is measured.
+    """
 
     group, work = MEASURE, "measure.ablate"
+
+    repair: PruneConfig = options(PruneConfig, "repair")
 
     shares: str | None = option(
         None, "Shares of every group's units to remove, separated by commas", shown="0.1 to 0.9 by 0.1"
@@ -368,6 +373,7 @@ class Bench(OnDevice):
     criteria: tuple[str, ...] = several(ScoreConfig, "criterion", "Only these criteria of the suite")
     reductions: tuple[float, ...] = several(PlanConfig, "reduction", "Only these reductions of the suite")
     seeds: tuple[int, ...] = several(Running, "seed", "Only these seeds of the suite")
+    repair: tuple[str, ...] = several(PruneConfig, "repair", "Only these repairs of the suite")
     output: Path | None = option(None, "Folder for the result files", shown="bench/NETWORK", group=OUTPUT)
 
 

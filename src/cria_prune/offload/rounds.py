@@ -140,7 +140,7 @@ class OnDisk(InMemory):
         self._dense, self._spilled = Weights(before.model), spilled
         self._weights = Repaired(self._dense, scratch)
 
-    def repair(self, prepared: Prepared, step: Plan, ranking: Ranking) -> tuple[Any, tuple[Repair, ...]]:
+    def once(self, prepared: Prepared, step: Plan, ranking: Ranking) -> tuple[Any, tuple[Repair, ...]]:
         """Return the weights, some of them repaired, and what became of each consumer."""
         structure, groups = self._before.structure, prepared.groups
         self._weights, repairs = repair(

@@ -233,7 +233,7 @@ def score_in_turns(
 
     Args:
         prepared: the dispatched model, which is left as it was, and batches that are the same in every pass;
-            the moments for the repair are kept with `compensate`.
+            the moments for the repair are kept with the repair `once`.
         scratch: a folder for moments, and for what goes from block to block.
         memory: bytes for the moments and weights of a turn; a turn has one block at least.
         progress: where to show the turns.
@@ -244,7 +244,7 @@ def score_in_turns(
     """
     model, groups, config = prepared.model, prepared.groups, prepared.config
     spilled, found = Spilled(scratch, device_of(model)), dict[str, Importance]()
-    if not find_criterion(config.score).needs and not config.compensate:
+    if not find_criterion(config.score).needs and config.repair != "once":
         return dict(rank(prepared).importances), spilled, 0
     chain, turns = plan_turns(model, groups, config, memory, scratch, prepared.example)
     done = 0
@@ -350,5 +350,5 @@ def _parts(
 def moment_bytes(groups: Sequence[UnitGroup], config: PruneConfig) -> dict[str, int]:
     """Return group -> the bytes of its moments while they are made: the sums, beside the result."""
     reads = reads_of(find_criterion(config.score).needs)
-    kept = Collector(groups, config.record, config.compensate, reads).memory()
+    kept = Collector(groups, config.record, config.repair == "once", reads).memory()
     return {item.name: item.while_recording + item.afterwards for item in kept}

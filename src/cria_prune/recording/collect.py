@@ -56,7 +56,7 @@ def record(
         config: examples, positions, tokens, sketches and the seed.
         loss: (model, batch) to a scalar, for `gradients`; cross-entropy by default.
         gradients: also take first-order Taylor importances, by one backward pass per batch.
-        consumed: also keep the second moments of the features that each consumer reads, for `compensate`.
+        consumed: also keep the second moments of the features that each consumer reads, to repair `once`.
         per_example: with `gradients`, which it switches on, also take Fisher importances, from the
             gradients of each example; the loss is then a mean over the batch. It holds a copy of every
             input-side signal of a batch.

@@ -290,8 +290,8 @@ class Collector:
         return named_shortage(
             f"Recording the {units} units of group {group!r} from {self._examples} examples at once",
             f"{SMALLER}; wide groups take less with a lower record.exact_units ({config.exact_units}) or "
-            f"record.sketch_columns ({config.sketch_columns}), and all without the repair (compensate, "
-            "--no-compensate)",
+            f"record.sketch_columns ({config.sketch_columns}), and all without the repair "
+            "(--repair none)",
         )
 
     def pool(self, total: Total, device: torch.device | str) -> None:

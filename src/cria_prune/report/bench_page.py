@@ -13,12 +13,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from cria_prune.base.errors import some
 from cria_prune.base.files import is_plain_file
 from cria_prune.base.metrics import metric as metric_of
-from cria_prune.config import OF
+from cria_prune.config import OF, REPAIRED, repair_of_before
 from cria_prune.report.curves import mean_interval, plot_bench
 from cria_prune.report.html import (
     Part,
@@ -51,6 +51,11 @@ class Cell(BaseModel):
     seed: int = 0
     dense_seed: int | None = None
     network: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_now(cls, values: Any) -> Any:
+        return repair_of_before(values) if isinstance(values, Mapping) else values
 
     def setting(self) -> Setting:
         """Return all that is neither criterion, reduction, seed nor network."""
@@ -178,13 +183,12 @@ def _order(value: str) -> tuple[float, str]:
 STATES = (("pruned", "Right after pruning"), ("recovered", "After recovery"))
 STAGES = {
     "scoring": ("record", "discover", "score"),
-    "cutting": ("surgery", "plan", "compensate", "batch norms", "verify"),
+    "cutting": ("surgery", "plan", "repair", "compensate", "batch norms", "verify"),
     "Torch-Pruning and its search": ("prune", "search"),
     "recovery": ("recover",),
 }
 SAID = {
-    ("compensate", "True"): "with repair",
-    ("compensate", "False"): "without repair",
+    **{("repair", value): text for value, text in REPAIRED.items()},
     ("batch_norm", "True"): "batch norms measured again",
     ("batch_norm", "False"): "batch norms as they were",
     ("quick", "True"): "quick training data",
@@ -220,10 +224,10 @@ def setting_title(setting: Setting) -> str:
 
     >>> setting_title((("epochs", "3"), ("rounds", "1"), ("scope", "inner")))
     'scope inner, 1 round, 3 epochs of recovery'
-    >>> setting_title((("compensate", "True"), ("of", "macs")))
-    'with repair, share of the MACs'
-    >>> setting_title((("compensate", "False"), ("ranking", "global")))
-    'without repair, ranking global'
+    >>> setting_title((("of", "macs"), ("repair", "once")))
+    'share of the MACs, repaired at once'
+    >>> setting_title((("ranking", "global"), ("repair", "none")))
+    'ranking global, without repair'
     >>> setting_title((("dense_seed", "1"), ("tune", "distill 0.5")))
     'dense model 1, tuned by distill 0.5'
     """

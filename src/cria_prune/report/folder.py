@@ -225,6 +225,7 @@ class Ablation(BaseModel):
     criterion: str | None = None
     target: str | None = None
     tested_on: str | None = None
+    repair: str = "none"  # files from before there was a choice do not say it
     provenance: dict[str, Any] | None = None
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from cria_prune.base.files import write_text
 from cria_prune.base.metrics import metric
-from cria_prune.config import OF
+from cria_prune.config import OF, REPAIRED
 from cria_prune.graph.graph import Graph, largest_piece
 from cria_prune.report.curves import plot_ablation, plot_tradeoff
 from cria_prune.report.html import (
@@ -123,9 +123,11 @@ def ablation_curves(result: Result) -> str:
     def said_of(key: str, otherwise: str) -> str:
         return escape(str(ablation.get(key) or otherwise))
 
+    how = str(ablation.get("repair") or "none")
+    repaired = REPAIRED.get(how, f"repair {how}")
     words = (
         f"<p>Units taken out of {said_of('target', 'the trained network')} by their score (criterion "
-        f"{said_of('criterion', 'not known')}), no training after it, measured on "
+        f"{said_of('criterion', 'not known')}), {escape(repaired)}, no training after it, measured on "
         f"{said_of('tested_on', 'what the file does not say')}. Seeds: {said}. "
         "Lines are means, bands their 95 % t-intervals where there are at least two seeds. A criterion is "
         "worth its name where its lowest scores first lies above random, and highest first below it "
