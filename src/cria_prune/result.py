@@ -36,6 +36,8 @@ class Round:
         batch_norms_kept: why none was, where that was asked for and there are some.
         fidelity: stage (as cut, repaired, norms) -> how far the model was after it from the dense network
             that was given, on calibration examples that nothing was fitted on.
+        losses: group name -> units kept -> loss of the dense network with only this group cut, by which the
+            shares were chosen; empty but in the round that measured them.
     """
 
     number: int
@@ -50,6 +52,7 @@ class Round:
     batch_norms: int = 0
     batch_norms_kept: str = ""
     fidelity: Mapping[str, Fidelity] = field(default_factory=dict, repr=False)
+    losses: Mapping[str, Mapping[int, float]] = field(default_factory=dict, repr=False)
 
     @property
     def nearness(self) -> Fidelity | None:
@@ -143,6 +146,7 @@ class PruneResult:
             f"dense {last['parameters_dense']:,.0f} parameters, "
             f"{last['macs_dense']:,.0f} MACs"
         )
+        lines += speed_said(last)
         if self.changed:
             lines.append(self.changed)
         lines += stages_said(self.rounds[-1].fidelity)
@@ -153,6 +157,16 @@ def column(rounds: Sequence[Round]) -> str:
     """Return the head of the column with the fidelity of rounds, by what their logits are or are not."""
     last = next((item.nearness for item in reversed(rounds) if item.nearness is not None), None)
     return "KL / same class" if last is None or last.worst.divergence is not None else "rel. error / cosine"
+
+
+def speed_said(report: Mapping[str, float | str]) -> list[str]:
+    """Return the line that says how much faster a network was asked, foretold and measured to be; or none."""
+    if "speedup" not in report:
+        return []
+    return [
+        f"speed-up: asked {report['speedup_asked']:.2f}, predicted {report['speedup_predicted']:.2f}, "
+        f"reached {report['speedup']:.2f} times"
+    ]
 
 
 def stages_said(fidelity: Mapping[str, Fidelity]) -> list[str]:

@@ -18,6 +18,8 @@ but for those that say otherwise. Facts are the live objects of the work: read t
     score        the units are scored                                            criterion, states
     scored       after they are                                                  scores
     factored     after two graphs were factored, in place of an eigensolver      device
+    losses       what each group's cut costs alone is measured                   groups, levels, done
+    time         the seconds that each group's cut saves are measured            model, groups
     plan         what stays is chosen                                            groups, target
     repair       the consumers are repaired                                      kept, consumed
     cut          a model is cut, or the copy of a trial                          model, plan
@@ -48,7 +50,20 @@ from typing import Any
 
 EVENTS = (
     *("dense", "weights", "calibration", "reference", "capture", "discover", "record", "batch", "turn"),
-    *("score", "factored", "scored", "plan", "repair", "cut", "verify", "norms", "fidelity", "round"),
+    *(
+        "score",
+        "factored",
+        "scored",
+        "losses",
+        "time",
+        "plan",
+        "repair",
+        "cut",
+        "verify",
+        "norms",
+        "fidelity",
+        "round",
+    ),
     *("evaluate", "train", "epoch", "step", "measure", "write", "shard", "written", "certify", "cell"),
 )
 

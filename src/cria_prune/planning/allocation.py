@@ -14,12 +14,11 @@ solution, the others as they are there, and the sums are compared with what that
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 
 from cria_prune.base.errors import SignalError, StructureError, TargetError
-from cria_prune.planning.budget import SLACK
+from cria_prune.planning.budget import SLACK, Cost
 from cria_prune.planning.stairs import Stair
 
 Losses = Mapping[str, Mapping[int, float]]
@@ -28,16 +27,6 @@ Losses = Mapping[str, Mapping[int, float]]
 BINS = 2000  # or 32 for every stair, if that is more
 CANDIDATES = 64  # numbers of units of a stair that a pass over the whole of it looks at
 WIDE, PASSES = 2, 8  # passes over whole stairs, and all
-
-
-class Cost(Protocol):
-    """What numbers of units cost: parameters and MACs by `budget.Ledger`, seconds by `latency.Seconds`."""
-
-    def count(self, kept: Mapping[str, int] | None = None) -> float:
-        """Return the cost when `kept` units of the named groups stay, and all of the others."""
-
-    def along(self, names: Sequence[str], counts: np.ndarray, kept: Mapping[str, int]) -> np.ndarray:
-        """Return (n,) the cost of each number of units of these groups, up to a constant."""
 
 
 def loss_curve(stair: Stair, losses: Losses) -> np.ndarray:

@@ -12,16 +12,27 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from cria_prune.base.errors import StructureError, TargetError
 from cria_prune.config import OF
+from cria_prune.planning.latency import LatencyTable
 from cria_prune.structure.groups import ParameterSlice, UnitGroup, UnitGroups
 
 # Shares are quotients of exact counts; a target such as 3 * 0.1 misses them by a rounding error.
 SLACK = 1e-12
+
+
+class Cost(Protocol):
+    """What numbers of units cost: parameters and MACs by `budget.Ledger`, seconds by `latency.Seconds`."""
+
+    def count(self, kept: Mapping[str, int] | None = None) -> float:
+        """Return the cost when `kept` units of the named groups stay, and all of the others."""
+
+    def along(self, names: Sequence[str], counts: np.ndarray, kept: Mapping[str, int]) -> np.ndarray:
+        """Return (n,) the cost of each number of units of these groups, up to a constant."""
 
 
 class Ledger:
@@ -116,15 +127,22 @@ class Budget:
         dense: structure of the dense network.
         of: `parameters` (all), `prunable` (elements of the parameters that at least one
             prunable group of the dense network touches), `non-embedding` (all but
-            `UnitGroups.embeddings`) or `macs` (per example).
+            `UnitGroups.embeddings`), `macs` (per example) or `latency` (seconds of a batch).
+        latency: what the seconds were measured to be; needed for `latency` alone.
     """
 
     dense: UnitGroups
     of: str = "parameters"
+    latency: LatencyTable | None = None
 
     def __post_init__(self) -> None:
         if self.of not in OF.texts:
             raise TargetError(f"A share of {self.of!r}", "no such cost", f"Known: {', '.join(OF.texts)}")
+        if self.of == "latency" and self.latency is None:
+            raise TargetError(
+                f"A share of the {OF.texts[self.of]}", "nothing was measured",
+                "Give a table of latencies, or prune in memory, which measures one",
+            )  # fmt: skip
 
     @cached_property
     def weights(self) -> dict[str, float]:
@@ -140,11 +158,14 @@ class Budget:
 
     @cached_property
     def total(self) -> float:
-        """Cost of the dense network: parameters, or multiply-accumulates per example."""
+        """Cost of the dense network: parameters, multiply-accumulates per example, or seconds of a batch."""
         return self.ledger(self.dense).count()
 
-    def ledger(self, groups: UnitGroups) -> Ledger:
+    def ledger(self, groups: UnitGroups) -> Cost:
         """Return the counter of this cost on the network as it is now."""
+        if self.of == "latency":
+            assert self.latency is not None
+            return self.latency.ledger(groups)
         return Ledger(groups, self.weights)
 
     def amount(self, groups: UnitGroups, kept: Mapping[str, int] | None = None) -> float:

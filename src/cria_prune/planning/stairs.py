@@ -64,6 +64,22 @@ def fewest(made: Iterable[Stair]) -> dict[str, int]:
     return {name: int(stair.counts[-1]) for stair in made for name in stair.names}
 
 
+def levels(stair: Stair, parts: int = 8) -> list[int]:
+    """Return the numbers of units at which a stair is measured, descending: 1/8, ..., 7/8 gone, and its foot.
+
+    Each is the nearest that may stay; the number that there is now is left out.
+
+    >>> levels(Stair((), np.arange(16, 0, -1)))
+    [14, 12, 10, 8, 6, 4, 2, 1]
+    >>> levels(Stair((), np.array([16, 12, 8])))
+    [12, 8]
+    """
+    size = stair.groups[0].size if stair.groups else int(stair.counts[0])
+    wanted = [size * (1 - part / parts) for part in range(1, parts)]
+    nearest = {int(stair.counts[np.argmin(np.abs(stair.counts - count))]) for count in wanted}
+    return sorted((nearest | {int(stair.counts[-1])}) - {size}, reverse=True)
+
+
 def _stair(members: Sequence[UnitGroup], config: PlanConfig, allowed: Allowed) -> Stair:
     least = max(least_kept(group, config.floor) for group in members)
     size = members[0].size
