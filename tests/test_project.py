@@ -36,7 +36,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stages": BASE
     | {"result", "structure", "recording", "graph", "spectrum", "criteria", "planning", "surgery", "repair"},
     "scores": BASE | {"resume", "stages", "spectrum", "structure"},
-    "pipeline": BASE | {"criteria", "planning", "result", "resume", "scores", "stages"},
+    "latency": BASE | {"structure", "planning", "surgery"},
+    "measured": BASE | {"planning", "stages"},
+    "pipeline": BASE
+    | {"criteria", "latency", "measured", "planning", "result", "resume", "scores", "stages"},
     "ablation": BASE | {"stages", "structure", "planning", "surgery"},
     "torch_pruning": BASE | {"stages", "criteria", "spectrum", "structure"},
     "tasks": BASE | {"recovery"},

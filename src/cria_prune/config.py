@@ -49,10 +49,13 @@ OF = Choices(
         "prunable": "prunable parameters",
         "non-embedding": "parameters without embeddings",
         "macs": "MACs",
+        "latency": "seconds of a batch",
     }
 )
 RANKING = Choices(
     {
+        "auto": "measured for macs and latency where layers may differ, else uniform",
+        "measured": "shares of the layers from measured losses",
         "uniform": "the same share of every group",
         "global": "groups compete by scores relative to their mean",
         "loss": "groups compete by the scores as they are",
@@ -293,7 +296,7 @@ class PlanConfig(StageConfig):
     reduction: float = option(0.5, "Share to remove, between 0 and 1", "--reduction", "--reduce")
     of: Annotated[str, OF] = option("parameters", "What it is a share of")
     rounds: int = option(4, "Rounds of scoring and cutting", ge=1)
-    ranking: Annotated[str, RANKING] = option("uniform", "How groups share out what is removed")
+    ranking: Annotated[str, RANKING] = option("auto", "How groups share out what is removed")
     residual: bool = option(False, "Prune the width of residual streams too")
     floor: float = option(0.1, "Share of each group's units that always stays", ge=0, le=1)
     units: Annotated[str, UNITS] = option("all", "Kinds of units to remove")
@@ -304,6 +307,40 @@ class PlanConfig(StageConfig):
     multiple: int = option(
         1, "Neurons and channels that stay are a multiple of it, or all of them", ge=1, le=256
     )
+    speedup: float | None = option(
+        None, "How many times as fast, in place of a share: of latency, and 1 - 1 / it to remove", gt=1
+    )
+    latency_batch: int | None = option(
+        None, "Examples of the batch that is timed", shown="as the calibration batches have", ge=1
+    )
+    latency_table: str | None = option(None, "File of measured latencies: used if it is there, else written")
+
+    @property
+    def shared_by(self) -> str:
+        """How groups share out what is removed: the ranking, decided where it is `auto`."""
+        if self.ranking != "auto":
+            return self.ranking
+        # What a unit costs in MACs or seconds differs most between layers, and there measured
+        # shares gain most; of parameters little (docs/method.md, section 9).
+        differ = self.of in ("macs", "latency") and not (self.uniform or self.vanilla)
+        return "measured" if differ else "uniform"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _speedup_is_a_share(cls, values: Any) -> Any:
+        speedup = values.get("speedup") if isinstance(values, dict) else None
+        if isinstance(speedup, (int, float)) and speedup > 1:  # the field itself refuses all others
+            values = {**values, "of": "latency", "reduction": 1 - 1 / speedup, "speedup": None}
+        return values
+
+    @model_validator(mode="after")
+    def _seconds_of_a_unit_are_noise(self) -> Self:
+        if self.of == "latency" and self.ranking in ("global", "loss"):
+            raise ValueError(
+                f"the ranking of latency is measured or uniform and not {self.ranking}, for the seconds that "
+                "a single unit takes are noise"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

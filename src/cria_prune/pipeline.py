@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,15 +22,19 @@ from cria_prune.base.modules import (
     digest,
     named_tensors,
 )
-from cria_prune.base.progress import QUIET, Progress
+from cria_prune.base.progress import QUIET, Progress, clock
 from cria_prune.base.ranks import world
 from cria_prune.config import PruneConfig
 from cria_prune.criteria.score import find_criterion
+from cria_prune.latency import compare_speed, corrected, known_latency, timing_batch
+from cria_prune.measured import measure_losses
+from cria_prune.planning.allocation import Losses
+from cria_prune.planning.latency import LatencyTable
 from cria_prune.planning.plan import Plan
 from cria_prune.result import PruneResult, Round
 from cria_prune.resume.rounds import RoundStore
 from cria_prune.scores import Scored
-from cria_prune.stages import InMemory, Prepared, cut, plan_cut, prepare, rank, said, target_of
+from cria_prune.stages import Cut, InMemory, Prepared, Ranking, cut, plan_cut, prepare, rank, said, target_of
 
 
 def prune(
@@ -88,13 +94,18 @@ def prune(
         True
     """
     ready = _ready(model, batches, config or PruneConfig(), scores, prepared)
+    ready = _timed(ready, state, progress)
     config, rounds = ready.config, ready.config.plan.rounds
     result = PruneResult(
         model, ready.plan, ready.dense, ready.dense, (), config, ready.seconds, {} if graphs else None
     )
 
-    def planned(before: PruneResult, values: Mapping[str, np.ndarray], number: int) -> Plan:
-        return plan_cut(replace(ready, groups=before.groups), values, target_of(config, number))
+    def planned(before: PruneResult, item: Round) -> Plan:
+        values = {name: np.array(found) for name, found in item.scores.items()}
+        now = replace(ready, groups=before.groups, losses=_losses(ready, (*before.rounds, item)))
+        # The choice may have been corrected after the first one was measured.
+        aimed = float(item.report.get("aimed", target_of(config, item.number)))
+        return replace(plan_cut(now, values, aimed), report=dict(item.report))
 
     store = None
     if state is not None:
@@ -112,8 +123,12 @@ def prune(
         bar.update(max(done - 1, 0))
         for number in range(max(done, 1), rounds + 1):  # the last of those that were kept is shown again
             if number > done:
-                now = replace(ready, model=result.model, groups=result.groups, plan=result.plan)
-                result = _round(now, result, number, loss, evaluate, scores, hands)
+                now = replace(
+                    ready, model=result.model, groups=result.groups, plan=result.plan,
+                    losses=_losses(ready, result.rounds),
+                )  # fmt: skip
+                measure = partial(measure_losses, keep=_file(state, LOSSES), progress=progress)
+                result = _round(now, result, number, loss, evaluate, scores, measure, hands)
                 _keep(store, result)
                 passed("round", number=number, rounds=rounds)
             report = result.report
@@ -158,6 +173,83 @@ def _ready(
     return prepared.with_reference()
 
 
+LOSSES, LATENCIES = "losses.json", "latencies.json"
+"""What is kept beside the rounds in a state: so a pruning that goes on chooses the same shares."""
+
+
+def _file(state: str | Path | None, name: str) -> Path | None:
+    return None if state is None else Path(state) / name
+
+
+def _losses(ready: Prepared, rounds: Sequence[Round]) -> Losses | None:
+    """Return the losses that were given, or that the first round measured; None where there are none."""
+    # They are of numbers of units in the dense network, so that they hold for every round.
+    return ready.losses or next((item.losses for item in rounds if item.losses), None)
+
+
+def _timed(ready: Prepared, state: str | Path | None, progress: Progress | None) -> Prepared:
+    """Return the same with the seconds that cuts save measured, or read, where they are the cost.
+
+    Raises:
+        TargetError: what is asked cannot be reached.
+        ArtifactError: see `known_latency`.
+    """
+    if ready.config.plan.of != "latency":
+        return ready
+    if ready.latency is None:
+        found = world().lead(
+            "Measuring the latencies",
+            lambda: known_latency(
+                ready.model, ready.groups, ready.config.plan, ready.batches, allowed=ready.allowed,
+                keep=_file(state, LATENCIES), progress=progress,
+            ).model_dump(mode="json"),
+        )  # fmt: skip
+        ready = replace(ready, latency=LatencyTable.model_validate(found))
+    ready.check_reach()
+    return ready
+
+
+def _cut(now: Prepared, ranking: Ranking, number: int, hands: InMemory) -> Cut:
+    """Cut; of latency the last time measure what was reached, and where it is too little choose once more."""
+    target, last = target_of(now.config, number), number == now.config.plan.rounds
+    made = cut(now, ranking, target, last=last, hands=hands)
+    if now.config.plan.of != "latency" or not last:
+        return made
+    first = _with_speed(now, made, target)
+    aimed = corrected(
+        target, float(made.plan.report["reached"]), 1 - 1 / float(first.plan.report["speedup"]),
+        float(made.plan.report["reachable"]),
+    )  # fmt: skip
+    if aimed is None:
+        return first
+    second = _with_speed(now, cut(now, ranking, aimed, last=last, hands=hands), target, aimed=aimed)
+    # A second choice that ends further away, by noise or an odd width, is none.
+    far = [abs(target - 1 + 1 / float(item.plan.report["speedup"])) for item in (first, second)]
+    return second if far[1] < far[0] else first
+
+
+def _with_speed(now: Prepared, made: Cut, target: float, **more: float) -> Cut:
+    """Return a cut whose reports say how fast the network is beside the dense one."""
+    device = device_of(made.model)
+    batch = timing_batch(now.batches, device, now.config.plan.latency_batch)
+    # Processes that measure something else would choose something else.
+    speedup = world().lead(
+        "Measuring the speed", lambda: compare_speed(now.structure, made.model, batch).speedup
+    )
+    said = {
+        "asked": target,
+        "speedup_asked": 1 / (1 - target),
+        "speedup_predicted": 1 / (1 - float(made.plan.report["reached"])),
+        "speedup": speedup,
+        **more,
+    }
+    return replace(
+        made,
+        plan=replace(made.plan, report={**made.plan.report, **said}),
+        total=replace(made.total, report={**made.total.report, **said}),
+    )
+
+
 def _round(
     now: Prepared,
     before: PruneResult,
@@ -165,14 +257,21 @@ def _round(
     loss: Callable[[nn.Module, Batch], torch.Tensor] | None,
     evaluate: Callable[[nn.Module], float] | None,
     scores: Scored | None,
+    measure: Callable[[Prepared, Ranking], Losses],
     hands: InMemory,
 ) -> PruneResult:
-    """Do a round: rank the units, or take the scores that were given, and cut."""
+    """Do a round: rank the units, or take the scores that were given, and cut by shares that are measured."""
     # The graphs that are drawn are the dense model's: the first round is the only one that sees it.
     drawn = before.graphs is not None and number == 1
     ranking = rank(now, loss=loss, graphs=drawn) if scores is None else scores.ranking(now.groups)
-    last = number == now.config.plan.rounds
-    made = cut(now, ranking, target_of(now.config, number), last=last, hands=hands)
+    losses = dict[str, Any]()
+    if now.config.plan.shared_by == "measured" and now.losses is None:
+        seconds = dict[str, float]()
+        with clock(seconds, "losses"):
+            losses["losses"] = measure(now, ranking)
+        now = replace(now, losses=losses["losses"])
+        ranking = replace(ranking, seconds={**ranking.seconds, **seconds})
+    made = _cut(now, ranking, number, hands)
     metric = None
     if evaluate is not None:
         metric = world().lead("Evaluating", lambda: float(evaluate(made.model)))
@@ -182,7 +281,7 @@ def _round(
         model=after.model,
         plan=after.plan,
         groups=after.groups,
-        rounds=(*before.rounds, said(Round, number, ranking, made, metric)),
+        rounds=(*before.rounds, said(Round, number, ranking, made, metric, **losses)),
         graphs=before.graphs if ranking.graphs is None else ranking.graphs,
     )
 

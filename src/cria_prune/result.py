@@ -39,6 +39,8 @@ class Round:
             that was given, on calibration examples that nothing was fitted on.
         unrepaired: weight -> why it was not repaired, though it reads what was cut; under the empty name, why
             none was.
+        losses: group name -> units kept -> loss of the dense network with only this group cut, by which the
+            shares were chosen; empty but in the round that measured them.
     """
 
     number: int
@@ -54,6 +56,7 @@ class Round:
     batch_norms_kept: str = ""
     fidelity: Mapping[str, Fidelity] = field(default_factory=dict, repr=False)
     unrepaired: Mapping[str, str] = field(default_factory=dict, repr=False)
+    losses: Mapping[str, Mapping[int, float]] = field(default_factory=dict, repr=False)
 
     @property
     def nearness(self) -> Fidelity | None:
@@ -147,6 +150,7 @@ class PruneResult:
             f"dense {last['parameters_dense']:,.0f} parameters, "
             f"{last['macs_dense']:,.0f} MACs"
         )
+        lines += speed_said(last)
         if self.changed:
             lines.append(self.changed)
         lines += stages_said(self.rounds[-1].fidelity)
@@ -169,6 +173,16 @@ def fidelity_rows(fidelity: Mapping[str, Fidelity]) -> list[dict[str, str]]:
             row |= {"KL (nats)": f"{worst.divergence:.3g}", "same class": percent(worst.agreement)}
         rows.append({**row, "relative error": f"{worst.relative_error:.3g}", "cosine": f"{worst.cosine:.3f}"})
     return rows
+
+
+def speed_said(report: Mapping[str, float | str]) -> list[str]:
+    """Return the line that says how much faster a network was asked, foretold and measured to be; or none."""
+    if "speedup" not in report:
+        return []
+    return [
+        f"speed-up: asked {report['speedup_asked']:.2f}, predicted {report['speedup_predicted']:.2f}, "
+        f"reached {report['speedup']:.2f} times"
+    ]
 
 
 def stages_said(fidelity: Mapping[str, Fidelity]) -> list[str]:

@@ -33,10 +33,13 @@ from cria_prune.config import PruneConfig
 from cria_prune.criteria.score import find_criterion, graph_settings, score
 from cria_prune.graph.graph import NeuronGraphs, keep_graphs, worth_keeping
 from cria_prune.graph.moments import Moments
+from cria_prune.planning.allocation import Losses
 from cria_prune.planning.budget import count_parameters
+from cria_prune.planning.latency import LatencyTable
 from cria_prune.planning.plan import Plan, compose, identity_plan
 from cria_prune.planning.plan import plan as make_plan
-from cria_prune.planning.selection import Allowed, Scope, check_reach, scope
+from cria_prune.planning.selection import Scope, check_reach, scope
+from cria_prune.planning.stairs import Allowed
 from cria_prune.recording.collect import record
 from cria_prune.recording.states import States, reads_of
 from cria_prune.repair.consumers import Repair, compensate
@@ -75,6 +78,8 @@ class Prepared:
             where none is kept: each cut is compared with its own model then, the repaired one, or not at all.
         seconds: wall time of the capture and the discovery.
         held: the examples that no fit sees, on which a cut is compared with `structure`; and the others.
+        losses: group name -> units kept -> measured loss, for the ranking `measured`; None: not measured.
+        latency: measured seconds, for the cost `latency`; None: not measured.
     """
 
     model: nn.Module
@@ -90,6 +95,8 @@ class Prepared:
     reference: Reference | None
     seconds: float
     held: HeldOut
+    losses: Losses | None = field(default=None, repr=False)
+    latency: LatencyTable | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         return f"<{self}>"
@@ -103,9 +110,13 @@ class Prepared:
         )
 
     def check_reach(self) -> None:
-        """Raise a TargetError if the plan's reduction cannot be reached; see `selection.check_reach`."""
-        within = Scope(self.dense, self.allowed)
-        check_reach(self.structure, self.found, self.config.plan, within)
+        """Raise a TargetError if the plan's reduction cannot be reached; see `selection.check_reach`.
+
+        How fast it can get is known once seconds were measured, not before.
+        """
+        within, config = Scope(self.dense, self.allowed), self.config.plan
+        if config.of != "latency" or self.latency is not None:
+            check_reach(self.structure, self.found, config, within, self.latency)
 
     def with_config(self, config: PruneConfig) -> Prepared:
         """Return the same model prepared for another configuration; nothing is captured again.
@@ -117,7 +128,7 @@ class Prepared:
         return replace(
             self, config=config, groups=within.groups, dense=within.groups, allowed=within.allowed,
             plan=identity_plan(within.groups), reference=self.reference if _compared(config) else None,
-            held=HeldOut(self.batches, config.record.examples),
+            held=HeldOut(self.batches, config.record.examples), losses=None,
         )  # fmt: skip
 
     def with_model(self, model: nn.Module, batches: Iterable[Batch] | None = None) -> Prepared:
@@ -146,6 +157,7 @@ class Prepared:
         return replace(
             self, model=model, structure=structure_of(model) if is_dispatched(model) else model,
             batches=batches, reference=reference, held=HeldOut(batches, self.config.record.examples),
+            losses=None,
         )  # fmt: skip
 
     def checked(self, model: nn.Module, batches: Iterable[Batch], config: PruneConfig) -> Prepared:
@@ -432,7 +444,7 @@ def plan_cut(prepared: Prepared, scores: Mapping[str, np.ndarray], target: float
     """
     return make_plan(
         prepared.groups, scores, prepared.config.plan, dense=prepared.dense, target=target,
-        allowed=prepared.allowed,
+        allowed=prepared.allowed, losses=prepared.losses, latency=prepared.latency,
     )  # fmt: skip
 
 

@@ -167,7 +167,9 @@ def test_impossible_counts(kept, found):
 
 
 def test_errors_of_a_budget():
-    with pytest.raises(TargetError, match="Known: parameters, prunable, non-embedding, macs"):
+    with pytest.raises(TargetError, match="Known: parameters, prunable, non-embedding, macs, latency"):
+        Budget(convnet(), "watts")
+    with pytest.raises(TargetError, match=r"seconds of a batch: nothing was measured. Give a table"):
         Budget(convnet(), "latency")
     empty = UnitGroups((), {}, (), {})
     with pytest.raises(TargetError, match="the dense network has 0"):

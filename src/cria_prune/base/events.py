@@ -18,6 +18,8 @@ but for those that say otherwise. Facts are the live objects of the work: read t
     score        the units are scored                                            criterion, states
     scored       after they are                                                  scores
     factored     after two graphs were factored, in place of an eigensolver      device
+    losses       what each group's cut costs alone is measured                   groups, levels, done
+    time         the seconds that each group's cut saves are measured            model, groups
     plan         what stays is chosen                                            groups, target
     repair       the consumers are repaired                                      kept, consumed, plan
     refitted     after a layer was refitted                                      number, layers
@@ -53,6 +55,8 @@ EVENTS = (
         "score",
         "factored",
         "scored",
+        "losses",
+        "time",
         "plan",
         "repair",
         "refitted",

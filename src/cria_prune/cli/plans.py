@@ -31,7 +31,8 @@ from cria_prune.memory import (
 )
 from cria_prune.planning.budget import count_macs, count_parameters
 from cria_prune.planning.plan import Plan
-from cria_prune.planning.selection import fewest, reachable, stairs
+from cria_prune.planning.selection import reachable
+from cria_prune.planning.stairs import fewest, stairs
 from cria_prune.stages import Prepared, plan_cut, rank
 
 CGROUP = Path("/sys/fs/cgroup/memory.max")

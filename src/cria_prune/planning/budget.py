@@ -9,15 +9,30 @@ such differences and no array is built.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 
 from cria_prune.base.errors import StructureError, TargetError
 from cria_prune.config import OF
+from cria_prune.planning.latency import LatencyTable
 from cria_prune.structure.groups import ParameterSlice, UnitGroup, UnitGroups
+
+# Shares are quotients of exact counts; a target such as 3 * 0.1 misses them by a rounding error.
+SLACK = 1e-12
+
+
+class Cost(Protocol):
+    """What numbers of units cost: parameters and MACs by `budget.Ledger`, seconds by `latency.Seconds`."""
+
+    def count(self, kept: Mapping[str, int] | None = None) -> float:
+        """Return the cost when `kept` units of the named groups stay, and all of the others."""
+
+    def along(self, names: Sequence[str], counts: np.ndarray, kept: Mapping[str, int]) -> np.ndarray:
+        """Return (n,) the cost of each number of units of these groups, up to a constant."""
 
 
 class Ledger:
@@ -50,6 +65,10 @@ class Ledger:
             )
             for tensor, weight in weights.items()
         ]
+        self._touched: dict[str, list[int]] = {}
+        for number, (_, dims) in enumerate(self._rows):
+            for name in {name for _, terms in dims for name, _ in terms}:
+                self._touched.setdefault(name, []).append(number)
 
     def count(self, kept: Mapping[str, int] | None = None) -> float:
         """Return the cost when `kept` units of the named groups stay, and all units of the others.
@@ -73,6 +92,30 @@ class Ledger:
             for weight, dims in self._rows
         )
 
+    def along(self, names: Sequence[str], counts: np.ndarray, kept: Mapping[str, int]) -> np.ndarray:
+        """Return what each of several numbers of units costs, but for what these groups do not touch.
+
+        Differences of two of them are those of `count`, without a walk over all tensors.
+
+        Args:
+            names: prunable groups that keep the same number.
+            counts: (n,) how many units each of them keeps.
+            kept: the same for the other groups; all units where it names none.
+
+        Returns:
+            (n,) float64.
+        """
+        removed: dict[str, Any] = {name: size - kept.get(name, size) for name, size in self._sizes.items()}
+        removed |= {name: self._sizes[name] - np.asarray(counts, dtype=np.float64) for name in names}
+        total = np.zeros(len(counts))
+        for number in sorted({number for name in names for number in self._touched.get(name, ())}):
+            weight, dims = self._rows[number]
+            product: Any = weight
+            for n, terms in dims:
+                product = product * (n - sum(removed[name] * width for name, width in terms))
+            total += product
+        return total
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -84,15 +127,22 @@ class Budget:
         dense: structure of the dense network.
         of: `parameters` (all), `prunable` (elements of the parameters that at least one
             prunable group of the dense network touches), `non-embedding` (all but
-            `UnitGroups.embeddings`) or `macs` (per example).
+            `UnitGroups.embeddings`), `macs` (per example) or `latency` (seconds of a batch).
+        latency: what the seconds were measured to be; needed for `latency` alone.
     """
 
     dense: UnitGroups
     of: str = "parameters"
+    latency: LatencyTable | None = None
 
     def __post_init__(self) -> None:
         if self.of not in OF.texts:
             raise TargetError(f"A share of {self.of!r}", "no such cost", f"Known: {', '.join(OF.texts)}")
+        if self.of == "latency" and self.latency is None:
+            raise TargetError(
+                f"A share of the {OF.texts[self.of]}", "nothing was measured",
+                "Give a table of latencies, or prune in memory, which measures one",
+            )  # fmt: skip
 
     @cached_property
     def weights(self) -> dict[str, float]:
@@ -108,11 +158,14 @@ class Budget:
 
     @cached_property
     def total(self) -> float:
-        """Cost of the dense network: parameters, or multiply-accumulates per example."""
+        """Cost of the dense network: parameters, multiply-accumulates per example, or seconds of a batch."""
         return self.ledger(self.dense).count()
 
-    def ledger(self, groups: UnitGroups) -> Ledger:
+    def ledger(self, groups: UnitGroups) -> Cost:
         """Return the counter of this cost on the network as it is now."""
+        if self.of == "latency":
+            assert self.latency is not None
+            return self.latency.ledger(groups)
         return Ledger(groups, self.weights)
 
     def amount(self, groups: UnitGroups, kept: Mapping[str, int] | None = None) -> float:

@@ -15,8 +15,11 @@ from cria_prune.base.errors import ArtifactError, StructureError
 from cria_prune.base.events import passed
 from cria_prune.base.progress import screenful
 from cria_prune.config import PlanConfig
+from cria_prune.planning.allocation import Losses
 from cria_prune.planning.budget import Budget, count_macs, count_parameters
-from cria_prune.planning.selection import Allowed, reachable, select
+from cria_prune.planning.latency import LatencyTable
+from cria_prune.planning.selection import ranking_of, reachable, select
+from cria_prune.planning.stairs import Allowed
 from cria_prune.structure.groups import Role, UnitGroups, removed_positions, said_values
 
 FORMAT, VERSION = "cria-plan", 2
@@ -247,6 +250,8 @@ def plan(
     dense: UnitGroups | None = None,
     target: float | None = None,
     allowed: Allowed | None = None,
+    losses: Losses | None = None,
+    latency: LatencyTable | None = None,
 ) -> Plan:
     """Choose what stays so that a share of the dense network's cost is gone.
 
@@ -257,10 +262,13 @@ def plan(
         dense: structure of the dense network, the denominator; `groups` by default.
         target: share to be gone after this round, earlier rounds counted in; `config.reduction` by default.
         allowed: group name -> the numbers of units that may stay; any number for groups not named.
+        losses: group name -> units kept -> measured loss, for the ranking `measured`.
+        latency: measured seconds, for the cost `latency`.
 
     Returns:
         A plan relative to `groups`. Its report holds the shares `asked`, `reached` and `reachable`
-        of the dense cost `of`, and `parameters_dense`, `parameters`, `macs_dense`, `macs` (per example).
+        of the dense cost `of`, the `ranking`, and `parameters_dense`, `parameters`, `macs_dense`, `macs` (per
+        example). Of latency what was reached is foretold by the table, with `seconds_dense` and `seconds`.
 
     Raises:
         TargetError, StructureError, SignalError: see `select`.
@@ -268,18 +276,23 @@ def plan(
     dense = groups if dense is None else dense
     target = config.reduction if target is None else target
     passed("plan", groups=groups, target=target)
-    kept = select(groups, scores, target, config, dense=dense, allowed=allowed)
+    further: dict[str, Any] = {"dense": dense, "allowed": allowed, "latency": latency}
+    kept = select(groups, scores, target, config, losses=losses, **further)
     counts = {name: len(stays) for name, stays in kept.items()}
+    budget = Budget(dense, config.of, latency)
     report: dict[str, float | str] = {
         "asked": float(target),
-        "reached": Budget(dense, config.of).reduction(groups, counts),
-        "reachable": reachable(groups, config, dense=dense, allowed=allowed),
+        "reached": budget.reduction(groups, counts),
+        "reachable": reachable(groups, config, **further),
         "of": config.of,
+        "ranking": ranking_of(config, losses),
         "parameters_dense": count_parameters(dense),
         "parameters": count_parameters(groups, counts),
         "macs_dense": count_macs(dense),
         "macs": count_macs(groups, counts),
     }
+    if latency is not None and config.of == "latency":
+        report |= {"seconds_dense": budget.total, "seconds": budget.amount(groups, counts)}
     return make_plan(groups, kept, report)
 
 

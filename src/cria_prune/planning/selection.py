@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -12,102 +12,25 @@ from torch import nn
 
 from cria_prune.base.errors import CriaError, SignalError, StructureError, TargetError
 from cria_prune.config import PlanConfig
-from cria_prune.planning.budget import Budget, Ledger, least_kept
-from cria_prune.structure.groups import UnitGroup, UnitGroups, counted_together, freeze, without_residual
+from cria_prune.planning.allocation import Losses, allocate
+from cria_prune.planning.budget import SLACK, Budget, Cost
+from cria_prune.planning.latency import LatencyTable
+from cria_prune.planning.stairs import Allowed, Stair, fewest, stairs
+from cria_prune.structure.groups import UnitGroup, UnitGroups, freeze, without_residual
 from cria_prune.vanilla import holdable
-
-Allowed = Mapping[str, Sequence[int]]
-ROUNDED = ("neuron", "gated", "channel")
-
-
-@dataclass(frozen=True)
-class Stair:
-    """Groups that keep the same number of units, and the numbers that they may keep.
-
-    Attributes:
-        groups: the groups, all of one size.
-        counts: (steps + 1,) int64, descending: units that each group keeps after so many steps.
-    """
-
-    groups: tuple[UnitGroup, ...]
-    counts: np.ndarray
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the groups."""
-        return tuple(group.name for group in self.groups)
-
-
-def stairs(groups: UnitGroups, config: PlanConfig, allowed: Allowed | None = None) -> tuple[Stair, ...]:
-    """Return the stairs of the prunable groups, in the order of the network.
-
-    All units may stay, and every multiple of `config.multiple` (neurons, gated neurons and channels;
-    any number of heads and KV groups) down to max(1, ceil(floor * original units)). Where `allowed`
-    names a group, only the numbers in it remain, all units too only if it says so.
-
-    Args:
-        groups: the structure now.
-        config: `floor`, `multiple` and `uniform` are used. With `uniform`, the classes are those
-            of `counted_together`.
-        allowed: group name -> numbers of units that may stay.
-
-    Raises:
-        StructureError: `allowed` names an unknown group, holds something else than whole numbers,
-            or leaves a class no number.
-    """
-    allowed = {} if allowed is None else allowed
-    _check_names(groups, allowed)
-    prunable = {group.name: group for group in groups.prunable}
-    # A configuration says one number for all layers, so groups that one field counts go down together.
-    classes = counted_together(prunable.values()) if config.uniform else [(name,) for name in prunable]
-    return tuple(_stair([prunable[name] for name in names], config, allowed) for names in classes)
-
-
-def fewest(made: Iterable[Stair]) -> dict[str, int]:
-    """Return group name -> units at the foot of its stair."""
-    return {name: int(stair.counts[-1]) for stair in made for name in stair.names}
 
 
 def reachable(
-    groups: UnitGroups, config: PlanConfig, *, dense: UnitGroups | None = None, allowed: Allowed | None = None
+    groups: UnitGroups,
+    config: PlanConfig,
+    *,
+    dense: UnitGroups | None = None,
+    allowed: Allowed | None = None,
+    latency: LatencyTable | None = None,
 ) -> float:
     """Return the largest share of the dense cost `config.of` that can be gone; see `stairs`."""
-    budget = Budget(groups if dense is None else dense, config.of)
+    budget = Budget(groups if dense is None else dense, config.of, latency)
     return budget.reduction(groups, fewest(stairs(groups, config, allowed)))
-
-
-def _stair(members: Sequence[UnitGroup], config: PlanConfig, allowed: Allowed) -> Stair:
-    least = max(least_kept(group, config.floor) for group in members)
-    size = members[0].size
-    counts = np.arange(size, least - 1, -1, dtype=np.int64)
-    if config.multiple > 1 and members[0].kind in ROUNDED:
-        counts = counts[(counts % config.multiple == 0) | (counts == size)]
-    for group in members:
-        if group.name in allowed:
-            counts = counts[np.isin(counts, np.asarray(allowed[group.name]))]
-    if not len(counts):
-        names = ", ".join(group.name for group in members)
-        raise StructureError(
-            f"Keeping an allowed number of units of {names}",
-            f"none of {sorted({count for group in members for count in allowed.get(group.name, ())})} fits: "
-            f"there are {size} units, {least} always stay, and {config.multiple} is to divide what is kept",
-            "Allow the number that there are now, lower the floor, or use a multiple of 1",
-        )
-    return Stair(tuple(members), counts)
-
-
-def _check_names(groups: UnitGroups, allowed: Allowed) -> None:
-    asked, todo = "Allowed numbers of units", "Give whole numbers for names of groups"
-    unknown = sorted(set(allowed) - {group.name for group in groups})
-    if unknown:
-        raise StructureError(asked, f"found no group {unknown[0]!r}", todo)
-    for name, counts in allowed.items():
-        if np.asarray(counts).ndim != 1 or np.asarray(counts).dtype.kind not in "iu":
-            raise StructureError(asked, f"found {counts!r} for group {name!r}", todo)
-
-
-# Shares are quotients of exact counts; a target such as 3 * 0.1 misses them by a rounding error.
-SLACK = 1e-12
 
 
 def select(
@@ -118,6 +41,8 @@ def select(
     *,
     dense: UnitGroups | None = None,
     allowed: Allowed | None = None,
+    losses: Losses | None = None,
+    latency: LatencyTable | None = None,
 ) -> dict[str, np.ndarray]:
     """Choose the units that stay so that at least `target` of the dense cost is gone.
 
@@ -131,6 +56,8 @@ def select(
     - ranking `loss`: the same with the scores as they are, for criteria whose scores mean the same in
       every group (a change of the loss, a squared error).
 
+    With ranking `measured` there is no order of steps: see `allocate`. `auto` without losses is `uniform`.
+
     Of equal priorities the earlier group and the lower index leave first. The overshoot is less
     than what the last step frees. With `uniform`, a last step is left out as long as the steps after it
     reach the target with less overshoot.
@@ -142,6 +69,8 @@ def select(
         config: all but `reduction`, `rounds` and `residual` is used.
         dense: structure of the dense network; `groups` itself by default.
         allowed: group name -> the numbers of units that may stay; any number for groups not named.
+        losses: what `allocate` shares out by, where the ranking is `measured`.
+        latency: what seconds were measured, where they are the cost.
 
     Returns:
         Group name -> ascending int64 indices (of now) that stay, for every prunable group.
@@ -149,24 +78,46 @@ def select(
     Raises:
         TargetError: the target is not in (0, 1) or cannot be reached.
         StructureError: nothing is prunable, scores are missing or of the wrong length, or `allowed`
-            does not fit, see `stairs`.
-        SignalError: a score is NaN or infinite, or negative unless the ranking is `uniform`.
+            does not fit, see `stairs`; the ranking is `measured` and there are no losses.
+        SignalError: a score is NaN or infinite, or negative under the rankings `global` and `loss`.
     """
-    check_reachable(groups, target, config, dense=dense, allowed=allowed)
-    arrays = {group.name: checked_scores(group, scores, config.ranking) for group in groups.prunable}
-    budget = Budget(groups if dense is None else dense, config.of)
+    check_reachable(groups, target, config, dense=dense, allowed=allowed, latency=latency)
+    ranking = ranking_of(config, losses)
+    arrays = {group.name: checked_scores(group, scores, ranking) for group in groups.prunable}
+    budget = Budget(groups if dense is None else dense, config.of, latency)
     ledger = budget.ledger(groups)
     made = stairs(groups, config, allowed)
-    owner = _order(made, arrays, config.ranking, ledger)
-    walk = Walk(made, ledger, budget, target)
-    # Free plans take the shortest prefix of the order, so a larger target only adds
-    # to a smaller one. A step of a uniform plan takes a unit of every layer and can
-    # overshoot by far, so these end nearer and are not nested (docs/decisions/0008).
-    counts = _kept(made, walk.nearest(owner) if config.uniform else walk.steps(owner, walk.shortest(owner)))
+    if ranking == "measured":
+        assert losses is not None
+        counts = allocate(made, losses, ledger, budget.total, target)
+    else:
+        owner = _order(made, arrays, ranking, ledger)
+        walk = Walk(made, ledger, budget, target)
+        # Free plans take the shortest prefix of the order, so a larger target only adds
+        # to a smaller one. A step of a uniform plan takes a unit of every layer and can
+        # overshoot by far, so these end nearer and are not nested (docs/decisions/0008).
+        taken = walk.nearest(owner) if config.uniform else walk.steps(owner, walk.shortest(owner))
+        counts = _kept(made, taken)
     return {
         group.name: np.sort(np.argsort(arrays[group.name], kind="stable")[group.size - counts[group.name] :])
         for group in groups.prunable
     }
+
+
+def ranking_of(config: PlanConfig, losses: Losses | None) -> str:
+    """Return the ranking that a plan is made by.
+
+    Raises:
+        StructureError: it is `measured`, and there are no losses.
+    """
+    if config.shared_by != "measured" or losses is not None:
+        return config.shared_by
+    if config.ranking == "auto":  # what makes a plan of scores alone has nothing to measure with
+        return "uniform"
+    raise StructureError(
+        "The ranking measured", "found no measured losses",
+        "Give losses (prune measures them), or use another ranking",
+    )  # fmt: skip
 
 
 def check_reachable(
@@ -176,6 +127,7 @@ def check_reachable(
     *,
     dense: UnitGroups | None = None,
     allowed: Allowed | None = None,
+    latency: LatencyTable | None = None,
 ) -> float:
     """Return the largest share that can be removed, at least the target; see `select` for the arguments.
 
@@ -185,7 +137,7 @@ def check_reachable(
     """
     check_share(target)
     check_prunable(groups)
-    most = reachable(groups, config, dense=dense, allowed=allowed)
+    most = reachable(groups, config, dense=dense, allowed=allowed, latency=latency)
     if target > most + SLACK:
         limits = [
             f"a floor of {config.floor:g} of each group",
@@ -194,11 +146,15 @@ def check_reachable(
             *(["the numbers that are allowed"] if allowed else []),
         ]
         raise TargetError(
-            f"Removing {target:.2%} of the {config.of}",
-            f"at most {most:.2%} can be removed with {', '.join(limits)}",
+            f"Removing {target:.2%} of the {config.of}{_as_speedup(config, target)}",
+            f"at most {most:.2%} can be removed{_as_speedup(config, most)} with {', '.join(limits)}",
             f"Ask for {np.floor(most * 1e4) / 1e4:g} or less, or lower the floor",
         )
     return most
+
+
+def _as_speedup(config: PlanConfig, share: float) -> str:
+    return f" ({1 / (1 - share):.3g} times as fast)" if config.of == "latency" and share < 1 else ""
 
 
 def check_share(target: float) -> None:
@@ -228,7 +184,7 @@ def checked_scores(group: UnitGroup, scores: Mapping[str, np.ndarray], ranking: 
 
     Raises:
         StructureError: they are missing, or of another length.
-        SignalError: one is NaN or infinite, or negative under the ranking `global`.
+        SignalError: one is NaN or infinite, or negative under the rankings `global` and `loss`.
     """
     if group.name not in scores:
         raise StructureError(
@@ -249,7 +205,7 @@ def checked_scores(group: UnitGroup, scores: Mapping[str, np.ndarray], ranking: 
             f"{int((~np.isfinite(values)).sum())} of {group.size} scores are NaN or infinite",
             "Check the model's weights and the calibration data for NaN",
         )
-    if ranking != "uniform" and (values < 0).any():
+    if ranking in ("global", "loss") and (values < 0).any():
         raise SignalError(
             f"Ranking the units of group {group.name!r} against other groups",
             f"found negative scores, the lowest {values.min():g}",
@@ -258,9 +214,7 @@ def checked_scores(group: UnitGroup, scores: Mapping[str, np.ndarray], ranking: 
     return values
 
 
-def _order(
-    made: Sequence[Stair], scores: Mapping[str, np.ndarray], ranking: str, ledger: Ledger
-) -> np.ndarray:
+def _order(made: Sequence[Stair], scores: Mapping[str, np.ndarray], ranking: str, ledger: Cost) -> np.ndarray:
     """Return (steps,) the number of the stair that each step goes down, in the order of the steps."""
     whole = 0.0
     if ranking != "uniform":
@@ -286,7 +240,7 @@ def _shares_gone(stair: Stair) -> np.ndarray:
 
 
 def _scores_per_cost(
-    stair: Stair, scores: Mapping[str, np.ndarray], ledger: Ledger, whole: float
+    stair: Stair, scores: Mapping[str, np.ndarray], ledger: Cost, whole: float
 ) -> np.ndarray:
     """(steps,) mean score of the units that leave with each step / share that one unit frees."""
     if len(stair.counts) == 1:
@@ -327,7 +281,7 @@ class Walk:
     """Down the stairs until the target is reached. `owner`: (steps,) the stair of every step, in order."""
 
     made: Sequence[Stair]
-    ledger: Ledger
+    ledger: Cost
     budget: Budget
     target: float
 
@@ -407,13 +361,18 @@ def scope(model: nn.Module, groups: UnitGroups, config: PlanConfig) -> Scope:
 
 
 def check_reach(
-    model: nn.Module, groups: UnitGroups, config: PlanConfig, found: Scope | None = None
+    model: nn.Module,
+    groups: UnitGroups,
+    config: PlanConfig,
+    found: Scope | None = None,
+    latency: LatencyTable | None = None,
 ) -> Scope:
     """Return the scope if the reduction can be reached in it.
 
     Args:
         model, groups, config: see `scope`.
         found: what that returned, if it is there already.
+        latency: what seconds were measured, where they are the cost.
 
     Raises:
         TargetError: it cannot; the text says the most that can be removed, and what would lift it.
@@ -421,9 +380,11 @@ def check_reach(
     """
     found = found or scope(model, groups, config)
     try:
-        check_reachable(found.groups, config.reduction, config, allowed=found.allowed)
+        check_reachable(found.groups, config.reduction, config, allowed=found.allowed, latency=latency)
     except TargetError as error:
-        lifts = _lifts(model, groups, config) if found.groups.prunable else []
+        # What further units would save was not measured.
+        known = found.groups.prunable and latency is None
+        lifts = _lifts(model, groups, config) if known else []
         if not lifts:
             raise
         raise TargetError(error.asked, error.found, f"{error.todo}; or {', or '.join(lifts)}") from error

@@ -191,8 +191,8 @@ def _form(kind: Any) -> TypeAdapter[Any]:
 FORMAT = "cria-rounds-1"
 NAME = "rounds.safetensors"
 
-Planner = Callable[[PruneResult, Mapping[str, np.ndarray], int], Plan]
-"""(result before, scores by group, number of the round) -> the plan of that round."""
+Planner = Callable[[PruneResult, Round], Plan]
+"""(result before, a round) -> the plan of that round."""
 
 
 class PruningFacts(Facts):
@@ -238,7 +238,7 @@ class RoundStore:
 
         Args:
             start: the result before the first round.
-            planner: makes the plan of a round again from its scores.
+            planner: makes the plan of a round again from its scores, and the losses of the first.
 
         Raises:
             ArtifactError: the state is damaged, or of another pruning.
@@ -257,8 +257,7 @@ def _restored(
 ) -> PruneResult:
     result = start
     for item in rounds_of(facts.rounds, parts, Round):
-        scores = {name: np.array(found) for name, found in item.scores.items()}
-        step = planner(result, scores, item.number)
+        step = planner(result, item)
         # The plan follows from the scores, so it is made again. That it keeps
         # the same units shows that state, structure and code belong together.
         if item.kept != dict(step.kept):

@@ -1,0 +1,276 @@
+"""Measuring seconds: what each group saves when it is cut, and how fast the pruned network is.
+
+A network and a smaller one take turns in one loop, and what counts is the median of the quotients of
+neighbouring runs: a machine that slows down or is busy for a while slows both. Every group is really cut by
+the surgery, alone, to a few widths. The table of it, `planning.latency.LatencyTable`, is plain numbers; this
+module is beside the stages and no part of planning, for it cuts and runs networks.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from cria_prune.base.batches import (
+    Batch,
+    batch_size,
+    model_inputs,
+    move,
+    rows_of,
+)
+from cria_prune.base.errors import DataError
+from cria_prune.base.events import passed
+from cria_prune.base.modules import device_of, unchanged
+from cria_prune.base.progress import QUIET, Progress
+from cria_prune.config import PlanConfig
+from cria_prune.planning.latency import LatencyTable, Timed, structure_digest
+from cria_prune.planning.plan import make_plan
+from cria_prune.planning.stairs import Allowed, Stair, levels, stairs
+from cria_prune.structure.groups import UnitGroups
+from cria_prune.surgery.removal import apply
+
+Timer = Callable[[nn.Module, Batch], float]
+"""(model in evaluation mode, batch on its device) -> seconds of one forward."""
+
+SECONDS = 0.5  # of measuring for each width of a group
+LEAST, MOST = 5, 200  # turns for each width
+WARM = 2  # runs before the first turn
+FINAL = 5.0  # seconds of measuring the pruned network beside the dense one
+
+
+def wall(model: nn.Module, batch: Batch) -> float:
+    """Return the wall time of one forward; of a GPU until it has finished."""
+    args, kwargs = model_inputs(batch)
+    device = device_of(model)
+    _finish(device)
+    start = time.perf_counter()
+    model(*args, **kwargs)
+    _finish(device)
+    return time.perf_counter() - start
+
+
+def _finish(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Two networks side by side; prints as one line.
+
+    Attributes:
+        dense, pruned: median seconds of a batch.
+        ratio: median of pruned / dense over neighbouring runs.
+        turns: how many runs of each.
+    """
+
+    dense: float
+    pruned: float
+    ratio: float
+    turns: int
+
+    @property
+    def reduction(self) -> float:
+        """Share of the seconds that is gone; negative where the pruned network is slower."""
+        return 1 - self.ratio
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast the pruned network is."""
+        return 1 / self.ratio
+
+    def __str__(self) -> str:
+        return (
+            f"{1e3 * self.dense:.3g} -> {1e3 * self.pruned:.3g} ms a batch, {self.speedup:.2f} times as fast"
+        )
+
+
+def compare_speed(
+    dense: nn.Module, pruned: nn.Module, batch: Batch, *, seconds: float = FINAL, timer: Timer = wall
+) -> Speed:
+    """Run two networks in turns for some seconds, 5 turns at least, in evaluation mode without gradients.
+
+    Args:
+        dense, pruned: on one device; left as they were.
+        batch: on that device.
+        seconds: of measuring, for both together.
+        timer: what measures a run; for tests.
+
+    Raises:
+        ResourceError: the memory does not suffice, see `base.batches.forward`.
+    """
+    turns = list[tuple[float, float]]()
+    with unchanged(dense), unchanged(pruned), torch.inference_mode():
+        dense.eval(), pruned.eval()
+        for _ in range(WARM):
+            timer(dense, batch), timer(pruned, batch)
+        while len(turns) < LEAST or (sum(map(sum, turns)) < seconds and len(turns) < MOST):
+            # Who goes first changes: the second finds what the first left in the caches.
+            if len(turns) % 2:
+                second = timer(pruned, batch)
+                turns.append((timer(dense, batch), second))
+            else:
+                turns.append((timer(dense, batch), timer(pruned, batch)))
+    before, after = (median(side) for side in zip(*turns, strict=True))
+    # A clock may be too coarse for a tiny network: then it says nothing, and not infinity.
+    ratio = median(after / before if before else 1.0 for before, after in turns)
+    return Speed(before, after, ratio, len(turns))
+
+
+def timing_batch(batches: Iterable[Batch], device: torch.device, examples: int | None = None) -> Batch:
+    """Return the batch that is timed, on a device: the first one, cut or filled up with itself again.
+
+    Args:
+        batches: calibration batches.
+        device: where the model is.
+        examples: how many; as many as the first batch has if None.
+
+    Raises:
+        DataError: there is no batch.
+    """
+    batch = next(iter(batches), None)
+    if batch is None:
+        raise DataError("A batch to be timed", "found no calibration batch", "Pass at least one batch")
+    if examples is not None:
+        batch = rows_of(batch, list(islice(cycle(range(batch_size(batch))), examples)))
+    return move(batch, device)
+
+
+def timed_here(groups: UnitGroups, batch: Batch, device: torch.device) -> Timed:
+    """Return what seconds of a batch here would be of; see `Timed`."""
+    name = f"{device.type} {platform.processor() or platform.machine()}"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    args, kwargs = model_inputs(batch)
+    inputs = [
+        f"{str(item.dtype).removeprefix('torch.')} {tuple(item.shape)}"
+        for item in tree_leaves((args, kwargs))
+        if isinstance(item, Tensor)
+    ]
+    return Timed(
+        device=name, threads=torch.get_num_threads() if device.type == "cpu" else 0, batch=batch_size(batch),
+        inputs=tuple(inputs), structure=structure_digest(groups), torch=torch.__version__,
+    )  # fmt: skip
+
+
+def measure_latency(
+    model: nn.Module,
+    groups: UnitGroups,
+    config: PlanConfig,
+    batch: Batch,
+    *,
+    allowed: Allowed | None = None,
+    seconds: float = SECONDS,
+    timer: Timer = wall,
+    progress: Progress | None = None,
+) -> LatencyTable:
+    """Measure the seconds of a batch, and what every group saves of them at a few widths.
+
+    Each group, or class of groups that go down together, is cut alone to every eighth and to the smallest
+    number that may stay; what a class saves is shared out evenly. Which units leave does not matter to time.
+
+    Args:
+        model: the dense network; it is left as it was.
+        groups: its structure, frozen where a plan leaves it alone.
+        config: `floor`, `multiple` and `uniform` are used.
+        batch: on the model's device, see `timing_batch`.
+        allowed: group name -> numbers of units that may stay.
+        seconds: of measuring for every width.
+        timer: what measures a run; for tests.
+        progress: where to show it.
+
+    Raises:
+        ResourceError: the memory does not suffice.
+    """
+    made = stairs(groups, config, allowed)
+    points = [(stair, count) for stair in made for count in levels(stair)]
+    saved: dict[str, dict[int, float]] = {name: {} for stair in made for name in stair.names}
+    dense = list[float]()
+    passed("time", model=model, groups=groups)
+    with (progress or QUIET).bar("measure latency", len(points)) as bar:
+        for stair, count in points:
+            smaller = apply(model, make_plan(groups, _first_units(stair, count)))
+            speed = compare_speed(model, smaller, batch, seconds=seconds, timer=timer)
+            dense.append(speed.dense)
+            for name in stair.names:
+                saved[name][count] = speed.reduction / len(stair.groups)
+            bar.update(ms=1e3 * speed.pruned)
+    # Shares of the dense seconds of the same turns were measured; the table has one dense network.
+    whole = median(dense) if dense else compare_speed(model, model, batch, seconds=seconds, timer=timer).dense
+    return LatencyTable(
+        of=timed_here(groups, batch, device_of(model)), dense=whole,
+        sizes={group.name: group.size for group in groups.prunable},
+        saved={name: {count: share * whole for count, share in each.items()} for name, each in saved.items()},
+    )  # fmt: skip
+
+
+def _first_units(stair: Stair, count: int) -> dict[str, np.ndarray]:
+    return {name: np.arange(count) for name in stair.names}
+
+
+def known_latency(
+    model: nn.Module,
+    groups: UnitGroups,
+    config: PlanConfig,
+    batches: Iterable[Batch],
+    *,
+    allowed: Allowed | None = None,
+    keep: str | Path | None = None,
+    progress: Progress | None = None,
+) -> LatencyTable:
+    """Return the latencies that are kept in `config.latency_table` or `keep`, or measure and keep them.
+
+    Args:
+        model, groups, config, allowed, progress: see `measure_latency`.
+        batches: calibration batches; `config.latency_batch` says how many examples are timed.
+        keep: a file for it where the configuration names none.
+
+    Raises:
+        ArtifactError: the file is no such table, or is one of another device, batch or network.
+    """
+    path = config.latency_table or keep
+    batch = timing_batch(batches, device_of(model), config.latency_batch)
+    if path is not None and Path(path).is_file():
+        table = LatencyTable.read(path)
+        table.check(timed_here(groups, batch, device_of(model)))
+        table.ledger(groups)  # every group that may be cut is in it
+        return table
+    table = measure_latency(model, groups, config, batch, allowed=allowed, progress=progress)
+    if path is not None:
+        table.write(path)
+    return table
+
+
+def corrected(asked: float, aimed: float, reached: float, most: float, near: float = 0.03) -> float | None:
+    """Return the share to aim for in a second choice, after the first was measured; None: it is near enough.
+
+    What the table foretells is off by a factor, which is taken to be the same a little further on.
+
+    Args:
+        asked: share of the seconds that is to be gone.
+        aimed: share that the table foretold of the network that was measured.
+        reached: share that was measured to be gone.
+        most: largest share that the table says can be gone.
+        near: by how much the seconds that are left may differ from those that were asked for.
+
+    >>> corrected(0.4, 0.4, 0.39, 0.9) is None
+    True
+    >>> round(corrected(0.4, 0.4, 0.3, 0.9), 3), round(corrected(0.4, 0.4, 0.5, 0.9), 3)
+    (0.533, 0.32)
+    """
+    if abs((1 - reached) / (1 - asked) - 1) <= near:
+        return None
+    # A network that got no faster says nothing about the factor: half of the way to the most.
+    further = asked * aimed / reached if reached > 0 else (aimed + most) / 2
+    further = min(further, most)
+    return None if further == aimed else further

@@ -1,0 +1,126 @@
+"""What each group's cut costs alone: the losses by which layers share out what is removed.
+
+The loss of a group at a number of units is the fidelity's (KL of logits, else relative error) between the
+dense network and one where only this group is cut to so many, and repaired as the configuration says, on
+calibration examples that nothing is fitted on. No labels. `planning.allocation` then chooses.
+
+This is the general way: a cut, a repair and two runs for each level of each group, over the whole network.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cria_prune.base.errors import DataError
+from cria_prune.base.events import passed
+from cria_prune.base.files import write_json
+from cria_prune.base.modules import digest, named_tensors
+from cria_prune.base.progress import QUIET, Progress
+from cria_prune.base.ranks import world
+from cria_prune.planning.plan import make_plan
+from cria_prune.planning.stairs import Stair, levels, stairs
+from cria_prune.stages import InMemory, Prepared, Ranking, removed
+
+MOST = 1e6
+"""Loss of a network that gives NaN or infinity: worse than any that gives numbers."""
+
+
+def measure_losses(
+    prepared: Prepared,
+    ranking: Ranking,
+    *,
+    keep: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, dict[int, float]]:
+    """Measure the loss of every group, or class of groups that go down together, cut alone.
+
+    The lowest-scored units leave, to every eighth and to the smallest number that may stay. The loss of a
+    class is shared out evenly, for `allocate` adds the losses of its groups. In several processes all make
+    this call, and all get the same.
+
+    Args:
+        prepared: its model is left as it was; it has to be the dense one.
+        ranking: of that model, with what the repair needs.
+        keep: a file for the losses found so far, from which the same call goes on.
+        progress: where to show it.
+
+    Returns:
+        Group name -> units kept -> loss, at least 0.
+
+    Raises:
+        DataError: no output of the cut network can be compared with the dense one's.
+        CriaError: those of the repair and the surgery.
+    """
+    made = stairs(prepared.groups, prepared.config.plan, prepared.allowed)
+    of = _identity(prepared, ranking)
+    # Of several processes one may not see the file, and would measure what the others skip.
+    losses = _numbered(world().lead("The losses that are kept", lambda: _kept(keep, of)))
+    points = [(stair, count) for stair in made for count in levels(stair)]
+    done = sum(count in losses.get(stair.names[0], {}) for stair, count in points)
+    passed("losses", groups=prepared.groups, levels=len(points), done=done)
+    with (progress or QUIET).bar("measure losses", len(points)) as bar:
+        bar.update(done)
+        for stair, count in points:
+            if count in losses.get(stair.names[0], {}):
+                continue
+            loss = loss_of(prepared, ranking, stair, count)
+            for name in stair.names:
+                losses.setdefault(name, {})[count] = loss / len(stair.groups)
+            world().lead("Keeping the losses", lambda: _keep(keep, of, losses))
+            bar.update(loss=loss)
+    return losses
+
+
+def loss_of(prepared: Prepared, ranking: Ranking, stair: Stair, count: int) -> float:
+    """Return the loss when only the groups of a stair are cut, to a number of units each."""
+    scores = ranking.scores
+    kept = {
+        group.name: np.sort(np.argsort(scores[group.name], kind="stable")[group.size - count :])
+        for group in stair.groups
+    }
+    step = make_plan(prepared.groups, kept)
+    smaller, _ = removed(prepared, ranking, step)
+    found = InMemory().measure(prepared, smaller)
+    if found is None:
+        raise DataError(
+            f"Measuring what a cut of {stair.names[0]} costs",
+            "no output of the cut network has the shape of the dense one's",
+            "Use the ranking uniform, or let the model give out its logits",
+        )
+    return found.loss if math.isfinite(found.loss) else MOST
+
+
+def _identity(prepared: Prepared, ranking: Ranking) -> str:
+    """Return a digest of all that the losses follow from but the data, which the caller's state is of."""
+    config = prepared.config.model_dump(mode="json")
+    for name in ("reduction", "of", "rounds"):  # what is asked of them, not what they are
+        config["plan"].pop(name)
+    scores = {f"score {name}": item.scores for name, item in ranking.importances.items()}
+    return digest(json.dumps(config, sort_keys=True), {**named_tensors(prepared.model), **scores})
+
+
+def _kept(path: Path | None, of: str) -> dict[str, dict[str, float]]:
+    """Return the losses in a file; none where it is not there, damaged or of something else."""
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
+        return dict(found["losses"]) if found.get("of") == of else {}
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return {}  # it only saves time: what is not there is measured again
+
+
+def _keep(path: Path | None, of: str, losses: dict[str, dict[int, float]]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"of": of, "losses": losses})
+
+
+def _numbered(losses: dict[str, dict[str, float]]) -> dict[str, dict[int, float]]:
+    """JSON has texts for keys."""
+    return {
+        name: {int(count): float(loss) for count, loss in found.items()} for name, found in losses.items()
+    }
