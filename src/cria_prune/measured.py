@@ -4,19 +4,22 @@ The loss of a group at a number of units is the fidelity's (KL of logits, else r
 dense network and one where only this group is cut to so many, and repaired as the configuration says, on
 calibration examples that nothing is fitted on. No labels. `planning.allocation` then chooses.
 
-This is the general way: a cut, a repair and two runs for each level of each group, over the whole network.
+Most groups are measured in one pass (`repair.levels`). `loss_of` is the general way, and its slow twin: a
+cut, a repair and two runs for each level of a group, over the whole network.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cria_prune.base.errors import DataError
+from cria_prune.base.batches import limited
+from cria_prune.base.errors import CaptureError, DataError
 from cria_prune.base.events import passed
 from cria_prune.base.files import write_json
 from cria_prune.base.modules import digest, named_tensors
@@ -24,7 +27,9 @@ from cria_prune.base.progress import QUIET, Progress
 from cria_prune.base.ranks import world
 from cria_prune.planning.plan import make_plan
 from cria_prune.planning.stairs import Stair, levels, stairs
+from cria_prune.repair.levels import losses_of
 from cria_prune.stages import InMemory, Prepared, Ranking, removed
+from cria_prune.structure.groups import UnitGroup
 
 MOST = 1e6
 """Loss of a network that gives NaN or infinity: worse than any that gives numbers."""
@@ -65,8 +70,12 @@ def measure_losses(
     passed("losses", groups=prepared.groups, levels=len(points), done=done)
     with (progress or QUIET).bar("measure losses", len(points)) as bar:
         bar.update(done)
+        for name, count, loss in _together(prepared, ranking, made, losses):
+            losses.setdefault(name, {})[count] = loss if math.isfinite(loss) else MOST
+            world().lead("Keeping the losses", lambda: _keep(keep, of, losses))
+            bar.update(loss=loss)
         for stair, count in points:
-            if count in losses.get(stair.names[0], {}):
+            if all(count in losses.get(name, {}) for name in stair.names):
                 continue
             loss = loss_of(prepared, ranking, stair, count)
             for name in stair.names:
@@ -76,13 +85,35 @@ def measure_losses(
     return losses
 
 
+def _together(
+    prepared: Prepared, ranking: Ranking, made: Sequence[Stair], known: Mapping[str, Mapping[int, float]]
+) -> Iterator[tuple[str, int, float]]:
+    """Yield (group, units that stay, loss), of the groups that one pass over the network can measure."""
+    counts = {
+        name: [count for count in levels(stair) if count not in known.get(name, {})]
+        for stair in made for name in stair.names
+    }  # fmt: skip
+    groups = [group for stair in made for group in stair.groups if counts[group.name]]
+    if not groups:
+        return
+    scores, config = ranking.scores, prepared.config
+
+    def chosen(group: UnitGroup, count: int) -> np.ndarray:
+        return _highest(scores[group.name], count)
+
+    try:
+        yield from losses_of(
+            prepared.model, groups, counts, chosen, [*limited(prepared.batches, config.record.examples)],
+            prepared.held.batches, config.record.seed, config.repair != "none",
+        )  # fmt: skip
+    except CaptureError:  # then each level is measured by a cut of its own
+        return
+
+
 def loss_of(prepared: Prepared, ranking: Ranking, stair: Stair, count: int) -> float:
     """Return the loss when only the groups of a stair are cut, to a number of units each."""
     scores = ranking.scores
-    kept = {
-        group.name: np.sort(np.argsort(scores[group.name], kind="stable")[group.size - count :])
-        for group in stair.groups
-    }
+    kept = {group.name: _highest(scores[group.name], count) for group in stair.groups}
     step = make_plan(prepared.groups, kept)
     smaller, _ = removed(prepared, ranking, step)
     found = InMemory().measure(prepared, smaller)
@@ -93,6 +124,11 @@ def loss_of(prepared: Prepared, ranking: Ranking, stair: Stair, count: int) -> f
             "Use the ranking uniform, or let the model give out its logits",
         )
     return found.loss if math.isfinite(found.loss) else MOST
+
+
+def _highest(scores: np.ndarray, count: int) -> np.ndarray:
+    """Return the units of the highest scores, ascending."""
+    return np.sort(np.argsort(scores, kind="stable")[len(scores) - count :])
 
 
 def _identity(prepared: Prepared, ranking: Ranking) -> str:

@@ -214,23 +214,23 @@ def _compared(model: nn.Module, other: nn.Module, batches: Iterable[Batch], part
             # All processes run the first batch, so that all know what there is to be compared.
             if number and not here.mine(number):
                 continue
-            dense = _outputs(model, batch)
+            dense = named_outputs(model, batch)
             if not number:
-                _check_same(model, dense, _outputs(model, batch))
-            found = _outputs(other, batch)
+                _check_same(model, dense, named_outputs(model, batch))
+            found = named_outputs(other, batch)
             if not number:
-                sums = _begin(dense, found, batch, partly)
+                sums = begin_sums(dense, found, batch, partly)
                 if not sums:
                     return None
             if here.mine(number):
-                _add(sums, dense, found, batch, partly)
+                add_outputs(sums, dense, found, batch, partly)
     if not examples:
         raise DataError(ASKED, "the batches are empty", "Pass batches of examples that nothing was fitted on")
     return Fidelity(examples, tuple(item.distance(name) for name, item in sums.items()))
 
 
-def _outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Return the floating tensors that a model gives for a batch, by their names."""
+def named_outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Return the floating tensors that a model gives for a batch, by their names, in their order."""
     kept, device = list[Any](), device_of(model)
 
     def run(batch: Batch) -> None:
@@ -276,7 +276,7 @@ def _check_same(model: nn.Module, first: Mapping[str, Tensor], second: Mapping[s
             )
 
 
-def _begin(
+def begin_sums(
     dense: Mapping[str, Tensor], found: Mapping[str, Tensor], batch: Batch, partly: bool
 ) -> dict[str, _Sums]:
     """Return empty sums for the outputs that can be compared, as the first batch shows them."""
@@ -289,7 +289,7 @@ def _begin(
     return sums
 
 
-def _add(
+def add_outputs(
     sums: Mapping[str, _Sums], dense: Mapping[str, Tensor], found: Mapping[str, Tensor], batch: Batch,
     partly: bool,
 ) -> None:  # fmt: skip

@@ -7,6 +7,7 @@ looked up when they are read; a `Run` carries one batch through it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -326,6 +327,16 @@ class Run:
         if isinstance(item, torch.device) and item.type == "meta":
             return self._device  # captured on shapes alone
         return item
+
+    def fork(self) -> Run:
+        """Return another run of the same batch from here on; what it writes into is its own."""
+        other = object.__new__(Run)
+        other.program, other._device, other.at = self.program, self._device, self.at
+        other.values = dict(self.values)
+        if any(step.writes for step in self.program.steps[self.at :]):
+            # Views share what they are of, so all that lives is copied with its aliases.
+            other.values = copy.deepcopy(self.values)
+        return other
 
     def release(self) -> None:
         """Let go of the results that no step from here on reads."""

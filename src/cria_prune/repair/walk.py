@@ -380,19 +380,10 @@ class Walker:
         run = self._smaller.runs[index]
         site = self._found[1][run.program][name]
         output, examples = run.values[site.step], len(self._held[index])
-        generator = torch.Generator().manual_seed(
-            (self._seed * 1_000_003 + number) * 1_009 + self._numbers[index]
-        )
+        seed = (self._seed * 1_000_003 + number) * 1_009 + self._numbers[index]
         wanted = self._wanted(site, self._smaller.look(name))
-        if site.spatial:
-            there = prod(output.shape[2:])
-            places = torch.randperm(there, generator=generator)[:wanted].sort()[0]
-            owner = torch.arange(len(output)).div(max(len(output) // examples, 1), rounding_mode="floor")
-            return places.to(self._device), owner.clamp(max=examples - 1).repeat_interleave(len(places))
-        rows, valid = torch.arange(prod(output.shape[:-1])), _valid(self._batches[index], output)
-        rows = rows if valid is None else rows[valid]
-        places = rows[torch.randperm(len(rows), generator=generator)[: wanted * examples]].sort()[0]
-        return places.to(self._device), _owners(output, examples)[places]
+        places, owner = drawn(site, tuple(output.shape), self._batches[index], examples, wanted, seed)
+        return places.to(self._device), owner
 
     def _add(
         self,
@@ -416,8 +407,7 @@ class Walker:
         """Return how many places are drawn of each example."""
         if not self._parts.samples:
             return 2**31
-        regressors = _size(site, weight, self._parts.patches)[1]
-        return max(1, ceil(max(self._parts.samples * regressors, FEWEST) / self._examples))
+        return places_each(_size(site, weight, self._parts.patches)[1], self._parts.samples, self._examples)
 
     def _changes(self, site: Site, weight: Tensor, update: Tensor, shift: Tensor) -> list[tuple[str, Tensor]]:
         """Return the new weight, and the new bias or running mean, by name."""
@@ -430,6 +420,39 @@ class Walker:
             before = look(site.norm)
             changes.append((site.norm, (before.double() - shift.reshape(-1).to(before.device)).to(before)))
         return changes
+
+
+def places_each(regressors: int, samples: int, examples: int) -> int:
+    """Return how many places are drawn of each example, for so many samples of a layer for a regressor."""
+    return max(1, ceil(max(samples * regressors, FEWEST) / examples))
+
+
+def drawn(
+    site: Site, shape: tuple[int, ...], batch: Batch, examples: int, wanted: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Draw places of a layer's output, and return them with the example in the batch that each belongs to.
+
+    Args:
+        site: the layer.
+        shape: of its output.
+        batch: its padding is left out.
+        examples: in the batch.
+        wanted: places of each example.
+        seed: of the draw.
+
+    Returns:
+        Flat positions of a convolution's output, drawn alike for all examples, or rows of a product's; and
+        (M,) the example of each sample.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if site.spatial:
+        places = torch.randperm(prod(shape[2:]), generator=generator)[:wanted].sort()[0]
+        owner = torch.arange(shape[0]).div(max(shape[0] // examples, 1), rounding_mode="floor")
+        return places, owner.clamp(max=examples - 1).repeat_interleave(len(places))
+    rows, valid = torch.arange(prod(shape[:-1])), _valid(batch, shape)
+    rows = rows if valid is None else rows[valid]
+    places = rows[torch.randperm(len(rows), generator=generator)[: wanted * examples]].sort()[0]
+    return places, _owners(shape, examples)[places]
 
 
 def _size(site: Site, weight: Tensor, patches: bool) -> tuple[int, int, int]:
@@ -460,28 +483,27 @@ def _whole(site: Site, weight: Tensor, update: Tensor, patches: bool) -> Tensor:
     return whole.flatten(2)
 
 
-def _owners(output: Tensor, examples: int) -> Tensor:
+def _owners(shape: tuple[int, ...], examples: int) -> Tensor:
     """Return (rows,) the example that each row of a product's output belongs to.
 
     The examples lie along the first dimension, or the second where a model keeps time first; where neither
     can be, rows are taken one by one, as if each were an example.
     """
-    rows = torch.arange(prod(output.shape[:-1]))
-    if output.shape[0] % examples == 0:
+    rows = torch.arange(prod(shape[:-1]))
+    if shape[0] % examples == 0:
         return rows // (len(rows) // examples)
-    if output.ndim > 2 and output.shape[1] == examples:
-        return rows // prod(output.shape[2:-1]) % examples
+    if len(shape) > 2 and shape[1] == examples:
+        return rows // prod(shape[2:-1]) % examples
     return rows % examples
 
 
-def _valid(batch: Batch, output: Tensor) -> Tensor | None:
+def _valid(batch: Batch, shape: tuple[int, ...]) -> Tensor | None:
     """Return which rows of a product's output are no padding; None where that is not said."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         return None
-    rows = prod(output.shape[:-1])
-    if (tuple(output.shape[:2]) == tuple(mask.shape) and output.ndim == 3) or rows == mask.numel():
-        if output.ndim == 3 and output.shape[0] == mask.shape[1] != mask.shape[0]:
+    if (shape[:2] == tuple(mask.shape) and len(shape) == 3) or prod(shape[:-1]) == mask.numel():
+        if len(shape) == 3 and shape[0] == mask.shape[1] != mask.shape[0]:
             mask = mask.T
         return mask.reshape(-1).bool().cpu()
     return None

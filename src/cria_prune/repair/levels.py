@@ -1,0 +1,248 @@
+"""What a group's cut costs alone, at several levels: one pass of the dense network, and its rest per level.
+
+For every group the dense network is run up to the layers that read it. There the second moments S of what
+they read give, in closed form, the best weights W'_K = W_K + W_R S_RK (S_KK + λI)⁻¹ for any units K that
+stay. With them in place, and zeros for the units R that leave, only the network behind these layers runs
+again, on examples of its own: masked equals pruned (docs/method.md section 9).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cria_prune.base.batches import Batch, batch_size, hold_out_every
+from cria_prune.base.modules import device_of
+from cria_prune.base.ranks import world
+from cria_prune.repair.fidelity import Fidelity, add_outputs, begin_sums, named_outputs
+from cria_prune.repair.program import Look, Run, programs_for
+from cria_prune.repair.regress import add_update, regressors
+from cria_prune.repair.sites import Site, find_sites
+from cria_prune.repair.walk import SAMPLES, drawn, places_each
+from cria_prune.structure.groups import ParameterSlice, UnitGroup
+from cria_prune.structure.trace import canonical_tensors
+
+RIDGE = 1e-2
+"""λ in mean diagonals of S_KK: what the walk chooses most often."""
+WIDEST = 4608
+"""Regressors of which S is kept here; a wider layer is measured with its weights as they are."""
+
+
+@dataclass
+class Reads:
+    """What a layer reads, in the dense network.
+
+    Attributes:
+        site: the layer.
+        gram: (G, n, n) float64, mean (G, n), samples: sums over them.
+    """
+
+    site: Site
+    gram: Tensor
+    mean: Tensor
+    samples: int = 0
+    group: str = field(default="")
+
+
+Chosen = Callable[[UnitGroup, int], np.ndarray]
+"""(group, number of units that stay) -> which."""
+
+
+def losses_of(
+    model: nn.Module,
+    groups: Sequence[UnitGroup],
+    counts: Mapping[str, Sequence[int]],
+    chosen: Chosen,
+    batches: Sequence[Batch],
+    held: Sequence[Batch],
+    seed: int,
+    repaired: bool = True,
+) -> Iterator[tuple[str, int, float]]:
+    """Yield (group, number of units that stay, loss) for groups of a dense model, in the order of the data.
+
+    Groups are passed over that a normalisation takes its statistics over, whose others change when some
+    leave, and those whose layers cannot be found in the captured operations: the caller measures these.
+
+    Args:
+        model: the dense model; it is left as it was.
+        groups: those to be measured.
+        counts: group name -> numbers of units to measure.
+        chosen: which units stay.
+        batches: calibration batches, of whose examples those that are held out are left out.
+        held: the held-out examples.
+        seed: of the draw of positions.
+        repaired: with the best weights for the units that stay; else with those that are there.
+    """
+    with torch.no_grad():
+        yield from _Levels(model, groups, counts, chosen, batches, held, seed, repaired).run()
+
+
+class _Levels:
+    def __init__(
+        self, model: nn.Module, groups: Sequence[UnitGroup], counts: Mapping[str, Sequence[int]],
+        chosen: Chosen, batches: Sequence[Batch], held: Sequence[Batch], seed: int, repaired: bool,
+    ) -> None:  # fmt: skip
+        self._world, self._device, self._seed = world(), device_of(model), seed
+        self._model, self._counts, self._chosen, self._repaired = model, counts, chosen, repaired
+        tensors = canonical_tensors(model)
+        self._look: Look = tensors.__getitem__
+        self._held_batches = [batch for number, batch in enumerate(held) if self._world.mine(number)]
+        mine = [number for number in range(len(batches)) if self._world.mine(number)]
+        sizes = [batch_size(batch) for batch in batches]
+        self._examples, every = sum(sizes), hold_out_every(sum(sizes))
+        firsts = np.cumsum([0, *sizes])
+        self._fit = [
+            (torch.arange(int(firsts[number]), int(firsts[number + 1])) % every) != every - 1
+            for number in mine
+        ]
+        self._numbers = mine
+        own = [batches[number] for number in mine]
+        programs = programs_for(model, [*own, *(self._held_batches or held[:1])])
+        self._own_batches = own
+        self._runs = [Run(p, b, self._device) for p, b in zip(programs[: len(own)], own, strict=True)]
+        there = programs[len(own) :]
+        self._base = [Run(p, b, self._device) for p, b in zip(there, self._held_batches, strict=False)]
+        self._sites = {
+            program: {site.weight: site for site in find_sites(program)[0]}
+            for program in dict.fromkeys(programs)
+        }
+        self._program = there[0]
+        self._order = list(self._sites[self._program])
+        self._groups = [group for group in groups if self._followed(group)]
+        self._dense = [named_outputs(model, batch) for batch in self._held_batches]
+        first = held[0]
+        self._kinds = first, named_outputs(model, first)
+
+    def _followed(self, group: UnitGroup) -> bool:
+        """Say whether every layer that reads a group is a site, alike in every program."""
+        return not group.normed and all(
+            item.tensor in sites and _input_dim(sites[item.tensor]) == item.dim
+            for item in group.consumers
+            for sites in self._sites.values()
+        )
+
+    def run(self) -> Iterator[tuple[str, int, float]]:
+        place = {name: number for number, name in enumerate(self._order)}
+        ends = {
+            group.name: max(place[item.tensor] for item in group.consumers)
+            for group in self._groups if group.consumers
+        }  # fmt: skip
+        waiting = sorted((group for group in self._groups if group.name in ends), key=lambda g: ends[g.name])
+        reads: dict[str, Reads] = {}
+        for index, group in enumerate(waiting):
+            for item in sorted(group.consumers, key=lambda item: place[item.tensor]):
+                if item.tensor not in reads and self._repaired:
+                    found = self._read(item.tensor)
+                    if found is not None:
+                        reads[item.tensor] = found
+            first = min(place[item.tensor] for later in waiting[index:] for item in later.consumers)
+            for run in self._base:
+                site = self._sites[run.program][self._order[first]]
+                run.advance(min([site.step, *site.path]), self._look)
+            for count in self._counts[group.name]:
+                yield group.name, count, self._loss(group, count, reads)
+            needed = {item.tensor for later in waiting[index + 1 :] for item in later.consumers}
+            reads = {name: item for name, item in reads.items() if name in needed}
+
+    def _read(self, name: str) -> Reads | None:
+        """Bring the examples that are fitted on to a layer, and return the moments of what it reads."""
+        weight, site = self._look(name), self._sites[self._program][name]
+        shape = tuple(weight.shape)
+        if site.transposed:
+            return None
+        n = prod(shape[1:]) if site.outputs_first else shape[0]
+        if n > WIDEST:
+            return None
+        found = Reads(
+            site, torch.zeros(site.groups, n, n, dtype=torch.float64, device=self._device),
+            torch.zeros(site.groups, n, dtype=torch.float64, device=self._device),
+        )  # fmt: skip
+        for run, fit, number, batch in zip(
+            self._runs, self._fit, self._numbers, self._own_batches, strict=True
+        ):
+            here = self._sites[run.program][name]
+            run.advance(here.step + 1, self._look, free=False)
+            data, output = run.values[here.data], run.values[here.step]
+            seed, wanted = self._seed * 1_000_003 + number, places_each(n, SAMPLES, self._examples)
+            places, owner = drawn(here, tuple(output.shape), batch, len(fit), wanted, seed)
+            P = regressors(here, data, weight, places.to(self._device))
+            P = P[fit[owner].to(self._device)].transpose(0, 1)
+            found.gram += P.transpose(1, 2) @ P
+            found.mean += P.sum(1)
+            found.samples += P.shape[1]
+            run.release()
+        if self._world.size > 1:
+            found.gram = self._world.total(found.gram).to(self._device)
+            found.mean = self._world.total(found.mean).to(self._device)
+            found.samples = int(self._world.total(torch.tensor(float(found.samples))))
+        return found if found.samples else None
+
+    def _loss(self, group: UnitGroup, count: int, reads: Mapping[str, Reads]) -> float:
+        """Return the loss with some units of a group gone and nothing else."""
+        stays = self._chosen(group, count)
+        changed: dict[str, Tensor] = {}
+        for item in group.consumers:
+            site = self._sites[self._program][item.tensor]
+            changed |= _masked(self._look, site, item, stays, reads.get(item.tensor), changed)
+        look: Look = lambda name: changed[name] if name in changed else self._look(name)  # noqa: E731
+        batch, dense = self._kinds
+        sums = begin_sums(dense, dense, batch, True)
+        for base, kept, given in zip(self._base, self._dense, self._held_batches, strict=True):
+            fork = base.fork()
+            fork.advance(len(fork.program.steps), look)
+            tensors = [fork.values[number] for number in fork.program.outputs]
+            floats = [
+                item
+                for item in tensors
+                if isinstance(item, Tensor) and item.is_floating_point() and item.numel()
+            ]
+            add_outputs(sums, kept, dict(zip(kept, floats, strict=True)), given, True)
+        found = Fidelity(self._examples, tuple(item.distance(name) for name, item in sums.items()))
+        return found.loss
+
+
+def _input_dim(site: Site) -> int:
+    return 0 if site.transposed or not site.outputs_first else 1
+
+
+def _masked(
+    look: Look, site: Site, item: ParameterSlice, stays: np.ndarray, reads: Reads | None,
+    before: Mapping[str, Tensor],
+) -> dict[str, Tensor]:  # fmt: skip
+    """Return the tensors of a layer that reads only units that stay, repaired if its moments are there."""
+    weight = before.get(site.weight, look(site.weight))
+    gone = np.setdiff1d(np.arange(item.positions.shape[0]), stays)
+    positions = torch.from_numpy(item.positions[gone].ravel()).to(weight.device)
+    if reads is None:
+        return {site.weight: weight.index_fill(item.dim, positions, 0)}
+    matrix = weight.flatten(1) if site.outputs_first else weight.T
+    kernel = prod(weight.shape[2:]) if site.outputs_first else 1
+    features = (positions[:, None] * kernel + torch.arange(kernel, device=weight.device)).ravel()
+    leaves = torch.zeros(matrix.shape[1], dtype=torch.bool, device=weight.device)
+    leaves[features] = True
+    K, R = (~leaves).nonzero()[:, 0], features
+    W = matrix.double().unflatten(0, (site.groups, -1))  # (G, o, n)
+    mean, S = reads.mean / reads.samples, reads.gram / reads.samples
+    centred = site.bias is not None or site.norm is not None
+    if centred:
+        S = S - mean[:, :, None] * mean[:, None, :]
+    SKK = S[:, K][:, :, K]
+    size = SKK.diagonal(dim1=1, dim2=2).mean(1) if len(K) else S.new_zeros(len(S))
+    SKK.diagonal(dim1=1, dim2=2).add_((RIDGE * size + (size <= 0) * 1.0)[:, None])
+    moved = torch.linalg.solve(SKK, S[:, K][:, :, R] @ W[:, :, R].transpose(1, 2)).transpose(1, 2)
+    update = torch.zeros_like(W)
+    update[:, :, K] = moved
+    update[:, :, R] = -W[:, :, R]
+    found = {site.weight: add_update(site, weight, update)}
+    if centred:
+        shift = -torch.einsum("gon,gn->go", update, mean).ravel()
+        name = site.bias or site.norm
+        assert name is not None
+        value = before.get(name, look(name))
+        found[name] = (value.double() + (shift if site.bias else -shift)).to(value)
+    return found
