@@ -258,7 +258,11 @@ def test_stages_alone_and_a_second_cut() -> None:
     assert load("b").plan.sizes["conv1"] == 32
     tuned = answer(cria("recover", "b", "--epochs", "1", "--output", "c", "--distill", "0.5"))
     assert tuned["recovered"] >= tuned["pruned"] == twice["pruned"] and tuned["dense"] == once["dense"]
-    found = answer(cria("eval", "c"))
+    assert next(iter(twice["fidelity"])) == "repaired" and tuned["fidelity"] == twice["fidelity"]
+    result = cria("eval", "c", "--against", "digits")
+    found = answer(result)
+    assert found["against"] == "digits" and "from digits: KL" in result.stdout
+    assert 0.8 < found["fidelity"]["outputs"][0]["agreement"] < 1
     assert found["accuracy"] == tuned["recovered"] and found["parameters"] == twice["parameters"]
 
 

@@ -207,6 +207,10 @@ def test_a_text_without_labels_calibrates_a_classifier(here: Path) -> None:
     said = cria("prune", "bert", "--calibration", "text.txt", "--reduce", "0.2", "--output", "small", *SMALL)
     assert "pruned" not in said and said["reduction"] >= 0.2
     assert "the texts have no labels" in error("eval", "small", "--calibration", "text.txt")
+    found = cria("eval", "small", "--calibration", "text.txt", "--against", "bert")
+    assert found["fidelity"]["outputs"][0]["divergence"] > 0 and "accuracy" not in found
+    card = Path("small/README.md").read_text()
+    assert "## Distance from the dense model" in card and "| KL (nats) | same class |" in card
 
 
 @pytest.mark.usefixtures("in_this_process")

@@ -153,6 +153,11 @@ def test_what_cannot_be_compared_is_said() -> None:
         compared(lambda x: x, lambda x: x)
     with pytest.raises(DataError, match="3 features in one batch, 2 in another"):
         compared(lambda x: x, lambda x: x, x, x[:, :2])
+    # What both rule out is no distance.
+    barred = torch.tensor([0.0, -math.inf, 0.0])
+    found = compared(lambda x: x + barred, lambda x: x * 0 + barred, x.double())
+    p = x[:, ::2].double().log_softmax(1)
+    assert found.loss == pytest.approx(float((p.exp() * (p + math.log(2))).sum(1).mean()))
     # A cut measures what is left to compare.
     wide, narrow = Given(lambda x: {"h": x, "g": x}), Given(lambda x: {"h": x[:, :2], "g": x})
     some = comparable(wide, narrow, [x])

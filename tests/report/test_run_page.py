@@ -12,6 +12,7 @@ import pytest
 
 from cria_prune.base.errors import ArtifactError
 from cria_prune.planning.plan import Plan
+from cria_prune.repair.fidelity import Distance, Fidelity
 from cria_prune.report import curves, html, pictures, run_page
 from cria_prune.report.pictures import GONE, KEPT, plot_rounds, plot_scores, plot_widths
 from cria_prune.report.run_page import render, write_report
@@ -48,6 +49,10 @@ def full_result() -> dict:
                 "reduction": 0.5279,
                 "metric": None,
                 "seconds": {"record": 2.5},
+                "fidelity": {
+                    "as cut": Fidelity(102, (Distance("logits", 102, 0.5, 0.8, 0.4, 0.75),)).to_dict(),
+                    "repaired": Fidelity(102, (Distance("logits", 102, 0.1, 0.9, 0.1, 0.875),)).to_dict(),
+                },
             },
         ],
         "widths": {"conv1": [32, 16], "hidden": [128, 60], "linear": [10, 10]},
@@ -108,6 +113,8 @@ def test_everything_is_on_the_page(tmp_path):
         "recovered 96.30 % 60,000 1.2 M",
         "to dense -0.70 points 47.21 % 48.00 %",
         "2 60,000 52.79 % – 2.5 s",
+        "On 102 calibration examples",
+        "2 repaired logits 0.1 87.50 % 0.1 0.900",
         "conv1 16 of 32 stay",
         "32 → 16",
         "recover 2 min 10 s",

@@ -27,6 +27,7 @@ from cria_prune.base.ranks import World, world
 from cria_prune.config import RecordConfig, RecoverConfig, ScoreConfig
 from cria_prune.criteria.table import unregister_criterion
 from cria_prune.recovery.loop import RecoverResult
+from cria_prune.result import said_of
 
 Values = dict[str, Any]
 PATIENCE = 600  # seconds that one process waits for another; a busy machine may start the second late
@@ -104,6 +105,7 @@ def pruned() -> Values:
         "metric": [item.metric for item in result.rounds],
         "weights": {name: value.tolist() for name, value in result.model.state_dict().items()},
         "lone": numbers(lone),
+        "fidelity": [said_of(item) for item in result.rounds],
     }
 
 

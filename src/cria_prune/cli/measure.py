@@ -131,8 +131,9 @@ def evaluate(request: Eval, out: Output) -> None:
         model = found.model(device, seed, out.progress)
     metrics, distance = dict[str, Any](), None
     if request.against is not None:
-        with clock(seconds, "fidelity"):
+        with clock(seconds, "model"):
             dense = target.find(request.against).model(device, seed, out.progress)
+        with clock(seconds, "fidelity"):
             distance = fidelity(dense, model, found.task.test_batches())
     with clock(seconds, "evaluate"):
         if request.tasks:

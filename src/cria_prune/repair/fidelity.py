@@ -173,8 +173,8 @@ def fidelity(model: nn.Module, other: nn.Module, batches: Iterable[Batch]) -> Fi
     Raises:
         DataError: there are no batches, or a network fails on one; the outputs hold no floating tensor, or
             differ in names or shapes; the dense network gives something else in a second run.
-        SignalError: an output of the dense network holds NaN or infinity. In the other one that is an
-            infinite distance.
+        SignalError: an output of the dense network holds NaN, or an infinity that the other one does not have
+            at the same place. In the other one that is an infinite distance.
         RankError: another process failed, is gone, or has other weights or batches.
 
     Example:
@@ -314,8 +314,10 @@ def add_outputs(
                 "Compare networks whose outputs have the same shapes: one cut with `residual` may give "
                 "narrower inner states",
             )  # fmt: skip
-        mask = _mask(name, one, batch)
-        rows = _rows(one, mask)
+        mask, other = _mask(name, one, batch), other.to(one.device)
+        # A network that rules classes out gives minus infinity for them: in both the same, it is no distance.
+        ruled_out = torch.isinf(one) & (one == other)
+        rows = _rows(one.masked_fill(ruled_out, 0), mask)
         if rows.shape[1] != item.features:
             raise DataError(
                 ASKED,
@@ -327,9 +329,9 @@ def add_outputs(
                 ASKED, f"the output {name!r} of the dense network holds NaN or infinity",
                 "Look for the batch and the layer that overflow, or run the network in a wider type",
             )  # fmt: skip
-        item.add(rows, _rows(other.to(one.device), mask))
+        item.add(rows, _rows(other.masked_fill(ruled_out, 0), mask))
         if item.kind is not None:
-            item.decide(*(_classes(value, mask, item.kind) for value in (one, other.to(one.device))))
+            item.decide(*(_classes(value, mask, item.kind) for value in (one, other)))
 
 
 LOGITS, PROBABILITIES, POSITIONS = "logits", "probabilities", "positions"
