@@ -174,7 +174,7 @@ def checked(config: PruneConfig) -> PruneConfig:
         )  # fmt: skip
     if config.plan.of == "latency" or config.plan.ranking == "measured":
         raise ConfigError(
-            f"{asked} by what is measured", "seconds and losses of single layers are measured in memory alone",
+            f"{asked} by what is measured", "seconds and losses of layers are measured in memory alone",
             "Name another cost and ranking, or prune in memory",
         )  # fmt: skip
     if "gradients" in find_criterion(config.score).needs:
