@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"result", "structure", "recording", "graph", "spectrum", "criteria", "planning", "surgery", "repair"},
     "scores": BASE | {"resume", "stages", "spectrum", "structure"},
     "latency": BASE | {"structure", "planning", "surgery"},
-    "measured": BASE | {"planning", "stages"},
+    "measured": BASE | {"latency", "planning", "stages"},
     "pipeline": BASE
     | {"criteria", "latency", "measured", "planning", "result", "resume", "scores", "stages"},
     "ablation": BASE | {"stages", "structure", "planning", "surgery"},
@@ -53,7 +53,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"artifact", "criteria", "pipeline", "planning", "recipes", "recovery", "result", "resume", "stages"}
     | {"structure", "tasks"},
     "cli": BASE
-    | {"ablation", "artifact", "bench", "criteria", "memory", "offload", "pipeline", "planning", "recipes"}
+    | {
+        "ablation",
+        "artifact",
+        "bench",
+        "criteria",
+        "measured",
+        "memory",
+        "offload",
+        "pipeline",
+        "planning",
+        "recipes",
+    }
     | {"recovery", "repair", "report", "result", "scores", "stages", "structure", "tasks"},
 }
 

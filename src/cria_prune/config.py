@@ -308,12 +308,17 @@ class PlanConfig(StageConfig):
         1, "Neurons and channels that stay are a multiple of it, or all of them", ge=1, le=256
     )
     speedup: float | None = option(
-        None, "How many times as fast, in place of a share: of latency, and 1 - 1 / it to remove", gt=1
+        None,
+        "How many times as fast, in place of a share: it sets the cost to latency",
+        shown="what the share gives",
+        gt=1,
     )
     latency_batch: int | None = option(
         None, "Examples of the batch that is timed", shown="as the calibration batches have", ge=1
     )
-    latency_table: str | None = option(None, "File of measured latencies: used if it is there, else written")
+    latency_table: str | None = option(
+        None, "File of measured latencies: used if it is there, else written", shown="none is kept"
+    )
 
     @property
     def shared_by(self) -> str:
@@ -321,7 +326,7 @@ class PlanConfig(StageConfig):
         if self.ranking != "auto":
             return self.ranking
         # What a unit costs in MACs or seconds differs most between layers, and there measured
-        # shares gain most; of parameters little (docs/method.md, section 9).
+        # shares gain most; of parameters little (docs/method.md, section 4).
         differ = self.of in ("macs", "latency") and not (self.uniform or self.vanilla)
         return "measured" if differ else "uniform"
 

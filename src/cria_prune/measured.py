@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,44 @@ from cria_prune.base.files import write_json
 from cria_prune.base.modules import digest, named_tensors
 from cria_prune.base.progress import QUIET, Progress
 from cria_prune.base.ranks import world
+from cria_prune.latency import known_latency
+from cria_prune.planning.latency import LatencyTable
 from cria_prune.planning.plan import make_plan
 from cria_prune.planning.stairs import Stair, levels, stairs
 from cria_prune.repair.levels import losses_of
 from cria_prune.stages import InMemory, Prepared, Ranking, removed
 from cria_prune.structure.groups import UnitGroup
+
+
+def with_latency(
+    prepared: Prepared, *, keep: Path | None = None, progress: Progress | None = None
+) -> Prepared:
+    """Return the same with the seconds that cuts save measured, or read, where they are the cost.
+
+    Args:
+        prepared: with the dense network.
+        keep: a file for what was measured, where the configuration names none.
+        progress: where to show it.
+
+    Raises:
+        TargetError: what is asked cannot be reached.
+        ArtifactError: see `known_latency`.
+    """
+    config = prepared.config.plan
+    if config.of != "latency":
+        return prepared
+    if prepared.latency is None:
+        found = world().lead(
+            "Measuring the latencies",
+            lambda: known_latency(
+                prepared.model, prepared.groups, config, prepared.batches, allowed=prepared.allowed,
+                keep=keep, progress=progress,
+            ).model_dump(mode="json"),
+        )  # fmt: skip
+        prepared = replace(prepared, latency=LatencyTable.model_validate(found))
+    prepared.check_reach()
+    return prepared
+
 
 MOST = 1e6
 """Loss of a network that gives NaN or infinity: worse than any that gives numbers."""

@@ -26,10 +26,9 @@ from cria_prune.base.progress import QUIET, Progress, clock
 from cria_prune.base.ranks import world
 from cria_prune.config import PruneConfig
 from cria_prune.criteria.score import find_criterion
-from cria_prune.latency import compare_speed, corrected, known_latency, timing_batch
-from cria_prune.measured import measure_losses
+from cria_prune.latency import compare_speed, corrected, timing_batch
+from cria_prune.measured import measure_losses, with_latency
 from cria_prune.planning.allocation import Losses
-from cria_prune.planning.latency import LatencyTable
 from cria_prune.planning.plan import Plan
 from cria_prune.result import PruneResult, Round
 from cria_prune.resume.rounds import RoundStore
@@ -94,7 +93,7 @@ def prune(
         True
     """
     ready = _ready(model, batches, config or PruneConfig(), scores, prepared)
-    ready = _timed(ready, state, progress)
+    ready = with_latency(ready, keep=_file(state, LATENCIES), progress=progress)
     config, rounds = ready.config, ready.config.plan.rounds
     result = PruneResult(
         model, ready.plan, ready.dense, ready.dense, (), config, ready.seconds, {} if graphs else None
@@ -185,28 +184,6 @@ def _losses(ready: Prepared, rounds: Sequence[Round]) -> Losses | None:
     """Return the losses that were given, or that the first round measured; None where there are none."""
     # They are of numbers of units in the dense network, so that they hold for every round.
     return ready.losses or next((item.losses for item in rounds if item.losses), None)
-
-
-def _timed(ready: Prepared, state: str | Path | None, progress: Progress | None) -> Prepared:
-    """Return the same with the seconds that cuts save measured, or read, where they are the cost.
-
-    Raises:
-        TargetError: what is asked cannot be reached.
-        ArtifactError: see `known_latency`.
-    """
-    if ready.config.plan.of != "latency":
-        return ready
-    if ready.latency is None:
-        found = world().lead(
-            "Measuring the latencies",
-            lambda: known_latency(
-                ready.model, ready.groups, ready.config.plan, ready.batches, allowed=ready.allowed,
-                keep=_file(state, LATENCIES), progress=progress,
-            ).model_dump(mode="json"),
-        )  # fmt: skip
-        ready = replace(ready, latency=LatencyTable.model_validate(found))
-    ready.check_reach()
-    return ready
 
 
 def _cut(now: Prepared, ranking: Ranking, number: int, hands: InMemory) -> Cut:

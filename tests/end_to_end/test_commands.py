@@ -36,6 +36,7 @@ from cria_prune.tasks.models import build
 SMALL = ["--examples", "64", "--rounds", "2", "--criterion", "l1", "--device", "cpu"]
 PRUNING = {
     "--reduction", "--reduce", "--units", "--policy",
+    "--speedup", "--latency-batch", "--latency-table",
     "--of", "--criterion", "--preset", "--rounds", "--ranking", "--residual", "--no-residual",
     "--repair", "--batch-norm", "--no-batch-norm",
     "--floor", "--uniform", "--no-uniform", "--multiple", "--examples", "--positions", "--watch", "--config",
@@ -57,7 +58,11 @@ SURFACE = {
     "bench": COMMON | {"--criterion", "--reduction", "--reduce", "--repair", "--output"},
     "plan": (PRUNING - {"--watch"}) | COMMON | SAVING | DATA | {"--dry-run"},
     "prune": PRUNING | COMMON | SAVING | DATA | {"--export", "--resume", "--scores", "--offload"},
-    "sweep": (PRUNING - {"--rounds", "--watch"}) | COMMON | SAVING | DATA | {"--scores", "--resume"},
+    "sweep": (PRUNING - {"--rounds", "--watch", "--speedup"})
+    | COMMON
+    | SAVING
+    | DATA
+    | {"--scores", "--resume"},
     "recover": TUNING | COMMON | SAVING | DATA | {"--teacher", "--resume"},
     "report": {"--layer", "--output", "--overwrite", "--quiet", "-q"},
     "eval": COMMON | DATA | {"--tasks", "--task-folder", "--limit", "--against"},
@@ -420,7 +425,7 @@ def test_errors_say_what_is_known() -> None:
     assert "neither a recipe nor a folder" in error("eval", "nope")
     assert "Known criteria: random, l1," in error("run", "digits", "--criterion", "nope")
     assert "Known presets: paper" in error("run", "digits", "--preset", "nope")
-    assert "'prunable', 'non-embedding' or 'macs'" in error("run", "digits", "--of", "nope")
+    assert "'non-embedding', 'macs' or 'latency'" in error("run", "digits", "--of", "nope")
     assert "it is not between 0 and 1" in error("run", "digits", "--reduction", "1.5")
     assert "No such file" in error("run", "digits", "--config", "nope.yaml")
     assert "The device 'nope'" in error("run", "digits", "--device", "nope")

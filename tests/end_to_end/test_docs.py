@@ -139,7 +139,7 @@ def test_every_command_and_option_is_on_its_page() -> None:
     assert "| Arguments | |" in prune and "--epochs" not in prune and "\x1b" not in text
     settings = hooks["settings"]()
     assert "| `reduction` | <code>float</code> | `0.5` |" in settings
-    assert "| `ranking` | `uniform`, `global`, `loss` | `'uniform'` |" in settings
+    assert "| `ranking` | `auto`, `measured`, `uniform`, `global`, `loss` | `'auto'` |" in settings
     assert "::: cria_prune.RecoverConfig" in settings
     assert hooks["entry"]("cria_prune", "prune").endswith("pipeline.prune")
 

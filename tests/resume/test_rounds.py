@@ -45,6 +45,7 @@ FULL: dict[str, Any] = {
     "batch_norms": 3,
     "batch_norms_kept": "they have no statistics",
     "turns": 2,
+    "losses": {"0": {3: 0.1, 1: 1 / 3}},
     "fidelity": {
         "as cut": Fidelity(
             102, (Distance("logits", 102, 0.1, 0.9, 1 / 3, 0.75), Distance("z", 7, 0.2, -0.5))
@@ -101,8 +102,8 @@ def in_the_state(result: PruneResult, folder: Path) -> Round:
     store = rounds.RoundStore(folder, network(), CONFIG, BATCHES[0])
     store.write(result)
 
-    def planner(before: PruneResult, scores: Any, number: int) -> Any:
-        assert number == 1 and {name: tuple(item) for name, item in scores.items()} == result.rounds[0].scores
+    def planner(before: PruneResult, item: Round) -> Any:
+        assert item.number == 1 and item.scores == result.rounds[0].scores
         return result.plan
 
     start = replace(result, model=network(), rounds=(), groups=result.dense, plan=identity_plan(result.dense))

@@ -162,7 +162,7 @@ def run(request: Run, out: Output) -> None:
     """Dense model, pruning, one recovery, checkpoint and report; several reductions make a family."""
     options = {name: value for name, value in (("quick", request.quick), ("base", request.base)) if value}
     found = target.recipe(request.recipe, **options)
-    usual = () if request.config else found.task.reductions
+    usual = () if request.config or request.plan.given().get("speedup") else found.task.reductions
     asked = [{"reduction": share} for share in request.reductions or usual] or [{}]
     configs = [prune_config(request, found.task.prune_defaults, **plan) for plan in asked]
     tuning = recover_config(request, found.task.recover_defaults)

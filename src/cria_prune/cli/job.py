@@ -39,6 +39,7 @@ from cria_prune.stages import Prepared
 
 RECOVERED, PRUNED = "the recovered model", "the pruned model"
 COUNTS = ("parameters_dense", "parameters", "macs_dense", "macs")
+SPEEDS = ("ranking", "speedup_asked", "speedup_predicted", "speedup")
 
 
 @dataclass
@@ -337,6 +338,7 @@ def note_costs(job: Job, result: PruneResult, plan: Plan) -> None:
         "reduction": report["reached"],
         "reachable": report["reachable"],
         **{name: said[name] for name in COUNTS},
+        **{name: report[name] for name in SPEEDS if name in report},
         "rounds": len(result.rounds),
     }
     earlier = job.target.results.get("changed")

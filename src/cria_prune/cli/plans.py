@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 
 from cria_prune.artifact.rebuild import peak_memory
 from cria_prune.base.batches import batch_size
+from cria_prune.base.errors import ConfigError
 from cria_prune.base.files import write_json
 from cria_prune.base.metrics import percent
-from cria_prune.base.progress import clock
+from cria_prune.base.progress import Progress, clock
 from cria_prune.cli import target
 from cria_prune.cli.folder import check_file
 from cria_prune.cli.job import rounded
@@ -22,6 +24,7 @@ from cria_prune.cli.settings import Plan as Request
 from cria_prune.cli.settings import prune_config
 from cria_prune.cli.target import Target
 from cria_prune.config import OF, PruneConfig
+from cria_prune.measured import measure_losses, with_latency
 from cria_prune.memory import (
     MemoryPrediction,
     amount,
@@ -60,6 +63,11 @@ Made = tuple[dict[str, Any], dict[str, Any] | None]
 def _dry(request: Request, found: Target, config: PruneConfig, out: Output) -> Made:
     """Structure, one batch's shapes, and arithmetic: nothing is trained, recorded or scored."""
     device, seconds = request.torch_device, dict[str, float]()
+    if config.plan.of == "latency":
+        raise ConfigError(
+            "A dry run of a cut of the latency", "how much can go is known once seconds were measured",
+            "Run the same without a dry run, or name another cost",
+        )  # fmt: skip
     with clock(seconds, "structure"):
         prepared = found.prepared(config, device, calibrated=False).without_reference()
         prepared.check_reach()
@@ -159,13 +167,16 @@ def _say_memory(out: Output, memory: MemoryPrediction, data: int, here: int | No
 def _scored(request: Request, found: Target, config: PruneConfig, out: Output) -> Made:
     """Record and score once, and plan one round of the whole reduction."""
     device, seconds, seed = request.torch_device, dict[str, float](), request.base_seed
-    plain = config.model_copy(update={"repair": "none"})  # its moments would be thrown away
+    # What a repair takes would be thrown away, but for measured shares: their losses are after it.
+    shares = config.plan.shared_by == "measured"
+    plain = config if shares else config.model_copy(update={"repair": "none"})
     prepared = found.prepared(plain, device, calibrated=False).without_reference()
     prepared.check_reach()  # before a dense model is trained
     with clock(seconds, "model"):
         model = found.model(device, seed, out.progress)
     batches = found.task.calibration(config.record.examples, config.record.seed)
-    made = one_round(prepared.with_model(model, batches), seconds)
+    ready = with_latency(prepared.with_model(model, batches), progress=out.progress)
+    made = one_round(ready, seconds, out.progress)
     report = made.report
     out.say(str(made))
     values = {
@@ -180,10 +191,13 @@ def _scored(request: Request, found: Target, config: PruneConfig, out: Output) -
     return values, made.to_dict()
 
 
-def one_round(prepared: Prepared, seconds: dict[str, float]) -> Plan:
+def one_round(prepared: Prepared, seconds: dict[str, float], progress: Progress | None = None) -> Plan:
     """Return the plan of one round at the full reduction; the model is left as it was."""
     ranking = rank(prepared)
     seconds |= {"structure": prepared.seconds, **ranking.seconds}
+    if prepared.config.plan.shared_by == "measured":
+        with clock(seconds, "losses"):
+            prepared = replace(prepared, losses=measure_losses(prepared, ranking, progress=progress))
     with clock(seconds, "plan"):
         return plan_cut(prepared, ranking.scores)
 

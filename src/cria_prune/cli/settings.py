@@ -338,7 +338,7 @@ class Sweep(OfTarget, Data, FromScores, Resuming):
     reductions: tuple[float, ...] = several(
         PlanConfig, "reduction", "Share to remove, between 0 and 1; one size for each", "0.1 to 0.7 by 0.1"
     )
-    plan: PlanConfig = options(PlanConfig, but=("reduction", "rounds"))
+    plan: PlanConfig = options(PlanConfig, but=("reduction", "rounds", "speedup"))
 
 
 class Recover(Data, Tuning, Resuming):
@@ -423,6 +423,12 @@ def prune_config(request: Scoring, defaults: Mapping[str, Any] | None = None, **
     values: dict[str, Any] = {}
     for key, value in (item for layer in layers for item in layer.items()):
         values[key] = {**values.get(key, {}), **value} if key in SECTIONS else value
+    given = {**request.plan.given(), **plan}
+    if "speedup" in given and "reduction" in given:
+        raise ConfigError("What to remove", "a speed-up and a share were given", "Give one of the two")
+    costly = "speedup" in given or values["plan"].get("of") in ("macs", "latency")
+    if request.policy == "per-layer" and costly and "ranking" not in given:
+        values["plan"] |= {"ranking": "auto"}  # where layers may differ in these, they do by measured losses
     config = PruneConfig(**{**values, **{name: kind(**values[name]) for name, kind in SECTIONS.items()}})
     find_criterion(config.score)
     check_share(config.plan.reduction)

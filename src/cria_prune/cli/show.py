@@ -10,7 +10,7 @@ from cria_prune.base.metrics import Metric, metric, percent
 from cria_prune.cli.output import Output
 from cria_prune.config import OF
 from cria_prune.repair.fidelity import Fidelity
-from cria_prune.result import Round, column, stages_said
+from cria_prune.result import Round, column, speed_said, stages_said
 from cria_prune.scores import Scored
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def outcome(out: Output, results: Mapping[str, Any], metric: Metric) -> None:
             f"removed {percent(results['reduction'])}; criterion {results['criterion']}, "
             + ("scored before" if cost is None else f"scoring took {cost:g} times a forward pass")
         )
+    for line in speed_said(results):
+        out.say(line)
     if "changed" in results:
         out.say(f"without training: {results['changed']}")
     fidelity(out, known_fidelity(results))

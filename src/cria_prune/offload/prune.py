@@ -165,7 +165,7 @@ def checked(config: PruneConfig) -> PruneConfig:
     """Return a configuration with the policy that a folder of plain transformers needs.
 
     Raises:
-        ConfigError: less residual width was asked for.
+        ConfigError: less residual width, latency or measured losses were asked for.
         CriterionError: the criterion takes gradients.
     """
     asked = "Pruning layer by layer"
@@ -173,6 +173,11 @@ def checked(config: PruneConfig) -> PruneConfig:
         raise ConfigError(
             f"{asked} with less residual width", "its masked twin runs in memory alone",
             "Leave out residual, or prune in memory",
+        )  # fmt: skip
+    if config.plan.of == "latency" or config.plan.ranking == "measured":
+        raise ConfigError(
+            f"{asked} by what is measured", "seconds and losses of layers are measured in memory alone",
+            "Name another cost and ranking, or prune in memory",
         )  # fmt: skip
     if "gradients" in find_criterion(config.score).needs:
         raise CriterionError(

@@ -1,7 +1,7 @@
 """Shares of the groups from measured losses: the least sum of losses for the cost that has to go.
 
 Given d_b(k), the loss when only group b is cut to k units, and the exact cost of any combination of
-numbers, minimise sum_b d_b(k_b) subject to cost gone >= target (docs/method.md, section 9). Over bins of
+numbers, minimise sum_b d_b(k_b) subject to cost gone >= target (docs/method.md, section 4). Over bins of
 cost this is a knapsack, solved by dynamic programming: with V_b(g) the least loss of the first b stairs
 that frees at least g bins,
 
