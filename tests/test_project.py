@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "vanilla": BASE | {"structure"},
     "planning": BASE | {"structure", "vanilla"},
     "surgery": BASE | {"structure", "planning"},
-    "repair": BASE | {"structure", "graph"},
+    "repair": BASE | {"structure", "graph", "planning"},
     "recovery": BASE | {"resume"},  # its store alone, see below
     "result": BASE | {"structure", "graph", "planning", "surgery", "repair"},
     "resume": BASE | {"graph", "planning", "result", "spectrum", "structure", "surgery"},

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, prod
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +23,13 @@ from cria_prune.base.events import passed
 from cria_prune.base.modules import copy_of, device_of, random_kept
 from cria_prune.base.progress import QUIET, Progress
 from cria_prune.base.ranks import World, world
+from cria_prune.base.room import free_memory
 from cria_prune.planning.plan import Plan
 from cria_prune.repair.consumers import Repair
 from cria_prune.repair.program import Look, Program, Run, programs_for
 from cria_prune.repair.regress import HELD, Regression, add_update, at_places, regressors
 from cria_prune.repair.sites import Site, find_sites, undo
+from cria_prune.repair.spill import Storages, Waiting, noting
 from cria_prune.structure.trace import canonical_tensors
 
 SAMPLES, FEWEST = 64, 4096
@@ -96,6 +99,7 @@ def walk(
     seed: int = 0,
     parts: Parts | None = None,
     progress: Progress | None = None,
+    memory: int | None = None,
 ) -> Walked:
     """Refit the layers of a smaller model towards the dense one.
 
@@ -107,11 +111,14 @@ def walk(
         seed: of the draw of positions.
         parts: all of them by default.
         progress: where to show how far it is.
+        memory: bytes that the batches of both networks may hold between their turns; what they hold beyond
+            waits in temporary files. Half of what is free by default.
 
     Raises:
         CaptureError: the operations of one of the two cannot be captured.
         StructureError: their operations differ.
         DataError: there are not two examples.
+        ArtifactError: the system has no room for the temporary files.
     """
     passed("repair", plan=plan)
     model = copy_of(smaller)
@@ -124,6 +131,7 @@ def walk(
         walker = Walker(
             (dense, canonical_tensors(dense).__getitem__), (model, tensors.__getitem__, put), plan,
             [*limited(batches, examples)], device_of(dense), seed, parts or Parts(), progress or QUIET,
+            memory,
         )  # fmt: skip
         repairs, left = walker.run()
     return Walked(model, tuple(repairs), left)
@@ -138,7 +146,8 @@ class Walker:
         plan: what was removed.
         batches: all of them; each process runs its share.
         device: where the networks run.
-        seed, parts, progress: see `walk`.
+        seed, parts, progress, memory: see `walk`.
+        folder: for what waits in files; a temporary one by default.
     """
 
     def __init__(
@@ -151,6 +160,8 @@ class Walker:
         seed: int,
         parts: Parts,
         progress: Progress,
+        memory: int | None = None,
+        folder: Path | None = None,
     ) -> None:
         self._world: World = world()
         self._device, self._seed, self._parts, self._progress = device, seed, parts, progress
@@ -176,10 +187,15 @@ class Walker:
         shapes = self._batches or [batches[0]]  # to know the layers, even where there is nothing to run
         programs = [programs_for(model, shapes) for model in (dense[0], smaller[0])]
         self._sites, self.left = self._paired(programs)
+        fixed = Storages()
         self._dense, self._smaller = (
-            Network(found[: len(self._batches)], self._batches, device, look)
+            Network(found[: len(self._batches)], self._batches, device, noting(look, fixed))
             for found, look in zip(programs, (dense[1], smaller[1]), strict=True)
         )
+        if memory is None and (free := free_memory(device)) is not None:
+            memory = free // 2 // self._world.size
+        self._waiting = Waiting((self._dense.runs, self._smaller.runs), fixed, memory, folder)
+        self._refitted: str | None = None  # the layer that batches have still to be run through again
 
     def _paired(self, programs: list[list[Program]]) -> tuple[list[str], dict[str, str]]:
         """Find the layers in every program, the same in all; return their weights in order."""
@@ -209,82 +225,108 @@ class Walker:
     def run(self) -> tuple[list[Repair], dict[str, str]]:
         """Walk; return what became of the layers, and why some that read what was cut stayed."""
         repairs, after = list[Repair](), list[tuple[str, Tensor]]()
-        with self._progress.bar("repair", len(self._sites)) as bar:
-            for number, name in enumerate(self._sites):
-                found = self._refit(number, name, after)
-                if found is not None:
-                    repairs.append(found)
-                passed("refitted", number=number + 1, layers=len(self._sites))
-                bar.update(layer=name)
+        try:
+            with self._progress.bar("repair", len(self._sites)) as bar:
+                for number, name in enumerate(self._sites):
+                    found = self._refit(number, name, after)
+                    if found is not None:
+                        repairs.append(found)
+                    passed("refitted", number=number + 1, layers=len(self._sites))
+                    bar.update(layer=name)
+        finally:
+            self._waiting.close()
         for name, value in after:
             self._put(name, value)
         return repairs, self.left
 
     def _refit(self, number: int, name: str, after: list[tuple[str, Tensor]]) -> Repair | None:
-        """Bring both networks to a layer, refit it, and let the smaller one go on with it."""
+        """Bring both networks to a layer and refit it."""
+        regression = self._gather(number, name)
+        self._refitted = None
+        if regression is None:
+            return None
+        repair, changes = self._solve(name, *regression)
+        for tensor, value in changes:
+            if self._parts.order:
+                self._put(tensor, value)
+            else:
+                after.append((tensor, value))
+        self._refitted = name
+        return repair
+
+    def _bring(self, index: int, name: str) -> None:
+        """Bring a batch to a layer in both networks, through what was refitted since its last turn."""
         for side, network in enumerate((self._dense, self._smaller)):
-            for run in network.runs:
-                site = self._found[side][run.program][name]
-                start = min([site.step, *site.path])
-                run.advance(start, network.look)
-                run.advance(
-                    site.step + 1 if site.meeting is None else site.meeting.at, network.look, free=False
-                )
-        found = self._solve(number, name)
-        if found is not None:
-            repair, changes = found
-            for tensor, value in changes:
-                if self._parts.order:
-                    self._put(tensor, value)
-                else:
-                    after.append((tensor, value))
-            self._again(name)
-        for network in (self._dense, self._smaller):
-            for run in network.runs:
-                run.release()
-        return None if found is None else repair
+            run, look = network.runs[index], network.look
+            if side and self._refitted is not None:
+                self._again(run, self._refitted)
+            run.release()
+            site = self._found[side][run.program][name]
+            run.advance(min([site.step, *site.path]), look)
+            run.advance(site.step + 1 if site.meeting is None else site.meeting.at, look, free=False)
 
-    def _again(self, name: str) -> None:
-        """Run a layer, and what stands between it and its sum, again."""
-        for run in self._smaller.runs:
-            site = self._found[1][run.program][name]
-            chain = () if site.meeting is None else site.meeting.chain
-            for step in (*site.path, site.step, *chain):
-                run.call(run.program.steps[step], self._smaller.look)
+    def _again(self, run: Run, name: str) -> None:
+        """Run a layer of the smaller network, and what stands between it and its sum, again."""
+        site = self._found[1][run.program][name]
+        chain = () if site.meeting is None else site.meeting.chain
+        for step in (*site.path, site.step, *chain):
+            run.call(run.program.steps[step], self._smaller.look)
 
-    def _solve(self, number: int, name: str) -> tuple[Repair, list[tuple[str, Tensor]]] | None:
-        """Return what became of a layer, and the tensors to change; None where nothing is missing."""
-        program = next(iter(self._found[1]))
-        site, look = self._found[1][program][name], self._smaller.look
-        weight = look(name)
+    def _gather(self, number: int, name: str) -> tuple[Regression, bool, Tensor] | None:
+        """Bring all batches to a layer and add their samples up; None where nothing is missing.
+
+        Returns:
+            The sums, whether there is a meeting, and what a unit of each output is there: (G, o).
+        """
+        site = self._found[1][next(iter(self._found[1]))][name]
+        size = _size(site, self._smaller.look(name), self._parts.patches)
         met = [self._met(run, name) for run in self._smaller.runs]
         everywhere = self._world.total(torch.tensor([float(sum(met)), float(len(met))]))
         meets = self._parts.shortcut and 0 < float(everywhere[0]) == float(everywhere[1])
-        missing = [self._missing(index, name, meets) for index in range(len(self._smaller.runs))]
-        some = any(bool(item[0].any()) or (item[1] is not None and bool(item[1].any())) for item in missing)
-        if not float(self._world.total(torch.tensor([float(some)]))):
-            return None
-        size = _size(site, weight, self._parts.patches)
-        held = ceil(HELD / self._world.size)
         regression = Regression(
-            size, site.bias is not None or site.norm is not None, self._device, held, self._seed + number
-        )
+            size, site.bias is not None or site.norm is not None, self._device,
+            ceil(HELD / self._world.size), self._seed + number,
+        )  # fmt: skip
         gains = torch.ones(size[0] * size[2], dtype=torch.float64, device=self._device)
-        for index in range(len(missing)):
-            own, both, gain = missing[index]
-            missing[index] = (own, both, None)
-            if gain is not None:
-                gains = gain.double()
-            self._add(regression, index, number, name, own, both)
-        del missing
+        some, added = False, 0
+
+        def add(index: int) -> None:
+            nonlocal some, added, gains
+            own, both, gain = self._missing(index, name, meets)
+            some = some or bool(own.any()) or (both is not None and bool(both.any()))
+            # Products of samples that lack nothing are worth making only beside such that do.
+            # Batches are added in one order, so the first ones may be due once more below.
+            if some and added == index:
+                gains = gains if gain is None else gain.double()
+                self._add(regression, index, number, name, own, both)
+                added += 1
+
+        for index in range(len(self._batches)):
+            with self._waiting.turn(index):
+                self._bring(index, name)
+                if not some or added == index:
+                    add(index)
+        some = bool(self._world.total(torch.tensor([float(some)])))
+        for index in range(added, len(self._batches)) if some else ():
+            with self._waiting.turn(index):
+                add(index)
+        return (regression, meets, gains.reshape(size[0], size[2])) if some else None
+
+    def _solve(
+        self, name: str, regression: Regression, meets: bool, gains: Tensor
+    ) -> tuple[Repair, list[tuple[str, Tensor]]]:
+        """Return what became of a layer, and the tensors to change."""
+        site, look = self._found[1][next(iter(self._found[1]))][name], self._smaller.look
+        weight = look(name)
         regression.pool(self._world)
-        solution = regression.solve(gains.reshape(size[0], size[2]), meets, self._world)
+        solution = regression.solve(gains, meets, self._world)
         update = _whole(site, weight, solution.update, self._parts.patches)
         changes = [] if solution.ridge is None else self._changes(site, weight, update, solution.intercept)
         self._world.spread(value for _, value in changes)
         repair = Repair(
             name, 1 - solution.left / solution.lost if solution.lost else 0.0, site.bias is not None,
-            cut=name in self._cut, samples=regression.samples, regressors=size[1],
+            cut=name in self._cut, samples=regression.samples,
+            regressors=_size(site, weight, self._parts.patches)[1],
             ridge=solution.ridge, shortcut=solution.shortcut,
         )  # fmt: skip
         return repair, changes
