@@ -464,6 +464,10 @@ class InMemory:
             progress=self._progress,
         )  # fmt: skip
 
+    def back(self, smaller: nn.Module) -> nn.Module:
+        """Return the cut model without what the walk has changed; `smaller` is as it was before."""
+        return smaller
+
     def remove(self, source: Any, step: Plan) -> nn.Module:
         """Return the smaller model; `source` is the model, repaired where that was asked for."""
         return remove(source, step)
@@ -598,7 +602,7 @@ def _walked(
     after = hands.measure(prepared, found.model) if found.repairs else None
     if before is not None and after is not None and not after.loss <= before.loss:
         reason = f"as cut {before.unit} {before.loss:.3g}, repaired {after.loss:.3g}: left as cut"
-        return smaller, (), {**found.left, "": reason}, None
+        return hands.back(smaller), (), {**found.left, "": reason}, None
     return found.model, found.repairs, found.left, after
 
 

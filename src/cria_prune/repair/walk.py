@@ -148,6 +148,7 @@ class Walker:
         device: where the networks run.
         seed, parts, progress, memory: see `walk`.
         folder: for what waits in files; a temporary one by default.
+        forget: called when all batches have passed a layer, for looks that hold what they have loaded.
     """
 
     def __init__(
@@ -162,10 +163,11 @@ class Walker:
         progress: Progress,
         memory: int | None = None,
         folder: Path | None = None,
+        forget: Callable[[], None] = lambda: None,
     ) -> None:
         self._world: World = world()
         self._device, self._seed, self._parts, self._progress = device, seed, parts, progress
-        self._put = smaller[2]
+        self._put, self._forget = smaller[2], forget
         self._rows = {(cut.tensor, cut.dim): cut.kept for cut in plan.cuts}
         self._cut = {cut.tensor for cut in plan.cuts if cut.role == "consumes" and len(cut.kept) < cut.size}
         sizes = [batch_size(batch) for batch in batches]
@@ -231,6 +233,7 @@ class Walker:
                     found = self._refit(number, name, after)
                     if found is not None:
                         repairs.append(found)
+                    self._forget()
                     passed("refitted", number=number + 1, layers=len(self._sites))
                     bar.update(layer=name)
         finally:
