@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "repair": BASE | {"structure", "graph", "planning"},
     "recovery": BASE | {"resume"},  # its store alone, see below
     "result": BASE | {"structure", "graph", "planning", "surgery", "repair"},
-    "resume": BASE | {"graph", "planning", "result", "spectrum", "structure", "surgery"},
+    "resume": BASE | {"graph", "planning", "repair", "result", "spectrum", "structure", "surgery"},
     "memory": BASE | {"structure", "graph", "recording", "criteria", "repair"},
     "stages": BASE
     | {"result", "structure", "recording", "graph", "spectrum", "criteria", "planning", "surgery", "repair"},

@@ -35,6 +35,7 @@ from cria_prune.repair.fidelity import Fidelity
 from cria_prune.repair.norms import Remeasured
 from cria_prune.repair.walk import Walked
 from cria_prune.result import OffloadedRound
+from cria_prune.resume.layers import LayerStore
 from cria_prune.resume.turns import FinishedRounds, Spilled, TurnStore
 from cria_prune.stages import InMemory, Prepared, Ranking, cut, plan_cut, said, target_of
 from cria_prune.structure.groups import UnitGroups, shrink
@@ -154,7 +155,9 @@ class OnDisk(InMemory):
 
     def walk(self, prepared: Prepared, total: Plan, smaller: nn.Module) -> Walked:
         """Refit the layers of the folder towards the first model, both loaded layer by layer."""
-        return self._folders.walk(prepared, total, smaller, self._rounds.progress)
+        identity = self._rounds.identity
+        kept = None if identity is None else LayerStore(self._scratch, identity, total)
+        return self._folders.walk(prepared, total, smaller, self._rounds.progress, kept)
 
     def back(self, smaller: nn.Module) -> nn.Module:
         """Put the folder back as it was cut."""

@@ -20,7 +20,7 @@ from cria_prune.base.modules import give_back, random_kept
 from cria_prune.base.progress import Progress
 from cria_prune.offload.write import Repaired, load_dispatched
 from cria_prune.planning.plan import Plan
-from cria_prune.repair.walk import Parts, Walked, Walker
+from cria_prune.repair.walk import Layers, Parts, Walked, Walker
 from cria_prune.stages import Prepared
 
 ASKED = "Writing the refitted layers"
@@ -79,7 +79,9 @@ class Folders:
     memory: int
     device: torch.device
 
-    def walk(self, prepared: Prepared, plan: Plan, structure: nn.Module, progress: Progress) -> Walked:
+    def walk(
+        self, prepared: Prepared, plan: Plan, structure: nn.Module, progress: Progress, kept: Layers | None
+    ) -> Walked:
         """Refit the layers of the smaller model, and rewrite the files that hold them; see `repair.walk`.
 
         Args:
@@ -87,6 +89,7 @@ class Folders:
             plan: what was removed of it.
             structure: of the smaller model, on the meta device.
             progress: where to show how far it is.
+            kept: keeps the layers as they are refitted.
 
         Raises:
             ArtifactError: a folder cannot be read or written.
@@ -113,7 +116,7 @@ class Folders:
             walker = Walker(
                 (prepared.structure, looks[0]), (structure, looks[1], put), plan,
                 [*limited(prepared.batches, record.examples)], self.device, record.seed, Parts(), progress,
-                self.memory, scratch, forget,
+                self.memory, scratch, forget, kept,
             )  # fmt: skip
             repairs, left = walker.run()
         forget()

@@ -9,10 +9,11 @@ sees what was mended, and what was not (docs/method.md section 5). No gradient, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, prod
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,20 @@ class Parts:
     drifted: bool = True
     patches: bool = True
     samples: int = SAMPLES
+
+
+Changes = list[tuple[str, Tensor]]
+"""Name -> the new value, of the tensors that refitting a layer has changed."""
+
+
+class Layers(Protocol):
+    """Where the layers of a walk are kept as they are refitted; see `resume.layers`."""
+
+    def write(self, number: int, weight: str, repair: Repair | None, changes: Changes) -> None:
+        """Keep the layer of this number, from 0."""
+
+    def read(self, weights: Sequence[str]) -> Iterator[tuple[Repair | None, Changes]]:
+        """Yield what is kept, from the first layer on."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +115,7 @@ def walk(
     parts: Parts | None = None,
     progress: Progress | None = None,
     memory: int | None = None,
+    kept: Layers | None = None,
 ) -> Walked:
     """Refit the layers of a smaller model towards the dense one.
 
@@ -113,6 +129,7 @@ def walk(
         progress: where to show how far it is.
         memory: bytes that the batches of both networks may hold between their turns; what they hold beyond
             waits in temporary files. Half of what is free by default.
+        kept: keeps the layers as they are refitted; those that it has are taken as they are.
 
     Raises:
         CaptureError: the operations of one of the two cannot be captured.
@@ -131,7 +148,7 @@ def walk(
         walker = Walker(
             (dense, canonical_tensors(dense).__getitem__), (model, tensors.__getitem__, put), plan,
             [*limited(batches, examples)], device_of(dense), seed, parts or Parts(), progress or QUIET,
-            memory,
+            memory, kept=kept,
         )  # fmt: skip
         repairs, left = walker.run()
     return Walked(model, tuple(repairs), left)
@@ -146,7 +163,7 @@ class Walker:
         plan: what was removed.
         batches: all of them; each process runs its share.
         device: where the networks run.
-        seed, parts, progress, memory: see `walk`.
+        seed, parts, progress, memory, kept: see `walk`.
         folder: for what waits in files; a temporary one by default.
         forget: called when all batches have passed a layer, for looks that hold what they have loaded.
     """
@@ -164,10 +181,11 @@ class Walker:
         memory: int | None = None,
         folder: Path | None = None,
         forget: Callable[[], None] = lambda: None,
+        kept: Layers | None = None,
     ) -> None:
         self._world: World = world()
         self._device, self._seed, self._parts, self._progress = device, seed, parts, progress
-        self._put, self._forget = smaller[2], forget
+        self._put, self._forget, self._kept = smaller[2], forget, kept
         self._rows = {(cut.tensor, cut.dim): cut.kept for cut in plan.cuts}
         self._cut = {cut.tensor for cut in plan.cuts if cut.role == "consumes" and len(cut.kept) < cut.size}
         sizes = [batch_size(batch) for batch in batches]
@@ -226,35 +244,54 @@ class Walker:
 
     def run(self) -> tuple[list[Repair], dict[str, str]]:
         """Walk; return what became of the layers, and why some that read what was cut stayed."""
-        repairs, after = list[Repair](), list[tuple[str, Tensor]]()
+        repairs, self._after = list[Repair](), Changes()
         try:
             with self._progress.bar("repair", len(self._sites)) as bar:
-                for number, name in enumerate(self._sites):
-                    found = self._refit(number, name, after)
+                done = self._resumed(repairs)
+                bar.update(done)
+                for number, name in enumerate(self._sites[done:], done):
+                    found = self._refit(number, name)
                     if found is not None:
                         repairs.append(found)
-                    self._forget()
                     passed("refitted", number=number + 1, layers=len(self._sites))
                     bar.update(layer=name)
         finally:
             self._waiting.close()
-        for name, value in after:
+        for name, value in self._after:
             self._put(name, value)
         return repairs, self.left
 
-    def _refit(self, number: int, name: str, after: list[tuple[str, Tensor]]) -> Repair | None:
+    def _resumed(self, repairs: list[Repair]) -> int:
+        """Take the layers that are kept, and return how many there are."""
+        done = 0
+        if self._kept is None:
+            return done
+        for repair, changes in self._kept.read(self._sites):
+            if repair is not None:
+                repairs.append(repair)
+            self._change(changes)
+            done += 1
+        # One process may not see the folder, and would begin anew while the others go on.
+        self._world.meet("The layers that are kept", lambda: str(done))
+        return done
+
+    def _change(self, changes: Changes) -> None:
+        for name, value in changes:
+            if self._parts.order:
+                self._put(name, value)
+            else:
+                self._after.append((name, value))
+
+    def _refit(self, number: int, name: str) -> Repair | None:
         """Bring both networks to a layer and refit it."""
         regression = self._gather(number, name)
-        self._refitted = None
-        if regression is None:
-            return None
-        repair, changes = self._solve(name, *regression)
-        for tensor, value in changes:
-            if self._parts.order:
-                self._put(tensor, value)
-            else:
-                after.append((tensor, value))
-        self._refitted = name
+        repair, changes = (None, Changes()) if regression is None else self._solve(name, *regression)
+        self._change(changes)
+        self._refitted = None if repair is None else name
+        self._forget()
+        if self._kept is not None:
+            kept = self._kept
+            self._world.lead("Keeping a layer", lambda: kept.write(number, name, repair, changes))
         return repair
 
     def _bring(self, index: int, name: str) -> None:
@@ -315,9 +352,7 @@ class Walker:
                 add(index)
         return (regression, meets, gains.reshape(size[0], size[2])) if some else None
 
-    def _solve(
-        self, name: str, regression: Regression, meets: bool, gains: Tensor
-    ) -> tuple[Repair, list[tuple[str, Tensor]]]:
+    def _solve(self, name: str, regression: Regression, meets: bool, gains: Tensor) -> tuple[Repair, Changes]:
         """Return what became of a layer, and the tensors to change."""
         site, look = self._found[1][next(iter(self._found[1]))][name], self._smaller.look
         weight = look(name)
@@ -437,7 +472,7 @@ class Walker:
         regressors = _size(site, weight, self._parts.patches)[1]
         return max(1, ceil(max(self._parts.samples * regressors, FEWEST) / self._examples))
 
-    def _changes(self, site: Site, weight: Tensor, update: Tensor, shift: Tensor) -> list[tuple[str, Tensor]]:
+    def _changes(self, site: Site, weight: Tensor, update: Tensor, shift: Tensor) -> Changes:
         """Return the new weight, and the new bias or running mean, by name."""
         changes = [(site.weight, add_update(site, weight, update))]
         look = self._smaller.look
