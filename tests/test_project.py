@@ -28,10 +28,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "vanilla": BASE | {"structure"},
     "planning": BASE | {"structure", "vanilla"},
     "surgery": BASE | {"structure", "planning"},
-    "repair": BASE | {"structure", "graph"},
+    "repair": BASE | {"structure", "graph", "planning"},
     "recovery": BASE | {"resume"},  # its store alone, see below
     "result": BASE | {"structure", "graph", "planning", "surgery", "repair"},
-    "resume": BASE | {"graph", "planning", "result", "spectrum", "structure", "surgery"},
+    "resume": BASE | {"graph", "planning", "repair", "result", "spectrum", "structure", "surgery"},
     "memory": BASE | {"structure", "graph", "recording", "criteria", "repair"},
     "stages": BASE
     | {"result", "structure", "recording", "graph", "spectrum", "criteria", "planning", "surgery", "repair"},

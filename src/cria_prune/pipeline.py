@@ -59,8 +59,9 @@ def prune(
     The model is left untouched. In every round masked equals pruned is verified against it, or with repair
     against the repaired model of that round.
 
-    With a `state`, the same call in another process goes on after the last finished round, also after a
-    SIGKILL, and ends with the same bits. That asks of `batches` to be the same in every pass.
+    With a `state`, the same call in another process goes on after the last finished round, or the last layer
+    that was refitted, also after a SIGKILL, and ends with the same bits. That asks of `batches` to be the
+    same in every pass.
 
     Args:
         model: the trained model, on the device where the work is to be done.
@@ -117,7 +118,7 @@ def prune(
     done = len(result.rounds)
     # One process may not see the folder, and would begin anew while the others go on.
     world().meet("The rounds that are kept", lambda: str(done))
-    hands = InMemory(progress)
+    hands = InMemory(progress, None if store is None else store.layers)
     with (progress or QUIET).bar("prune", rounds) as bar:
         bar.update(max(done - 1, 0))
         for number in range(max(done, 1), rounds + 1):  # the last of those that were kept is shown again

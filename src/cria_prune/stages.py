@@ -7,7 +7,7 @@ by layer and the importance for Torch-Pruning call the same functions.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -45,7 +45,7 @@ from cria_prune.recording.states import States, reads_of
 from cria_prune.repair.consumers import Repair, compensate
 from cria_prune.repair.fidelity import AS_CUT, NORMS, REPAIRED, Fidelity, comparable
 from cria_prune.repair.norms import Remeasured, batch_norms, remeasure
-from cria_prune.repair.walk import Walked, walk
+from cria_prune.repair.walk import Layers, Walked, walk
 from cria_prune.result import Round
 from cria_prune.spectrum.importance import Importance
 from cria_prune.structure.discovery import discover as follow
@@ -451,14 +451,20 @@ def plan_cut(prepared: Prepared, scores: Mapping[str, np.ndarray], target: float
 class InMemory:
     """How a cut changes a model: whole, in memory. `offload.rounds.OnDisk` does the same layer by layer.
 
+    Args:
+        progress: where to show how far the walk is.
+        layers: plan of all that was removed -> what keeps the layers that are refitted then; None keeps none.
+
     Attributes:
         times: stage -> under which name its wall time is kept.
     """
 
     times: ClassVar[Mapping[str, str]] = {"repair": "repair", "remove": "surgery"}
 
-    def __init__(self, progress: Progress | None = None) -> None:
-        self._progress = progress or QUIET
+    def __init__(
+        self, progress: Progress | None = None, layers: Callable[[Plan], Layers] | None = None
+    ) -> None:
+        self._progress, self._layers = progress or QUIET, layers
 
     def once(self, prepared: Prepared, step: Plan, ranking: Ranking) -> tuple[Any, tuple[Repair, ...]]:
         """Return the model with its consumers repaired for the units that leave, which are still there.
@@ -473,8 +479,12 @@ class InMemory:
         record = prepared.config.record
         return walk(
             prepared.structure, smaller, total, prepared.batches, examples=record.examples, seed=record.seed,
-            progress=self._progress,
+            progress=self._progress, kept=None if self._layers is None else self._layers(total),
         )  # fmt: skip
+
+    def back(self, smaller: nn.Module) -> nn.Module:
+        """Return the cut model without what the walk has changed; `smaller` is as it was before."""
+        return smaller
 
     def remove(self, source: Any, step: Plan) -> nn.Module:
         """Return the smaller model; `source` is the model, repaired where that was asked for."""
@@ -610,7 +620,7 @@ def _walked(
     after = hands.measure(prepared, found.model) if found.repairs else None
     if before is not None and after is not None and not after.loss <= before.loss:
         reason = f"as cut {before.unit} {before.loss:.3g}, repaired {after.loss:.3g}: left as cut"
-        return smaller, (), {**found.left, "": reason}, None
+        return hands.back(smaller), (), {**found.left, "": reason}, None
     return found.model, found.repairs, found.left, after
 
 

@@ -42,6 +42,7 @@ KILLS: dict[str, tuple[str, int, Callable[[Event], object], int]] = {
     "in-the-first-turn": ("record", 1, lambda _: kill(), 4),
     "half-of-the-second-state": ("record", 2, lambda _: half_of_the_next_state(), 3),
     "after-the-first-cut": ("written", 1, half_a_shard, 2),
+    "in-the-second-walk": ("refitted", 18, lambda _: kill(), 0),
     "in-the-second-round": ("record", 4, lambda _: kill(), 1),
     "in-the-last-cut": ("write", 2, lambda _: kill(), 0),
 }

@@ -30,10 +30,12 @@ def replaced_and_killed(*args):
 
 
 def at_call(number, function, original):
-    """Return `original`, which at its call of that number is `function`."""
+    """Return `original`, which at its call of that number is `function`; layers of a walk do not count."""
     calls = []
 
     def called(*args, **kwargs):
+        if any("walk-" in str(item) for item in args):
+            return original(*args, **kwargs)
         calls.append(None)
         return (function if len(calls) == number else original)(*args, **kwargs)
 

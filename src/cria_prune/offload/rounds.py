@@ -19,6 +19,7 @@ from cria_prune.base.events import passed
 from cria_prune.base.modules import give_back
 from cria_prune.base.progress import Progress, clock
 from cria_prune.offload.turns import score_in_turns
+from cria_prune.offload.walk import Folders
 from cria_prune.offload.write import (
     Repaired,
     floats,
@@ -32,7 +33,9 @@ from cria_prune.planning.plan import Plan, compose
 from cria_prune.repair.consumers import Repair
 from cria_prune.repair.fidelity import Fidelity
 from cria_prune.repair.norms import Remeasured
+from cria_prune.repair.walk import Walked
 from cria_prune.result import OffloadedRound
+from cria_prune.resume.layers import LayerStore
 from cria_prune.resume.turns import FinishedRounds, Spilled, TurnStore
 from cria_prune.stages import InMemory, Prepared, Ranking, cut, plan_cut, said, target_of
 from cria_prune.structure.groups import UnitGroups, shrink
@@ -127,7 +130,8 @@ class OnDisk(InMemory):
         rounds: what stays the same.
         before: the model, dispatched.
         folder: where the smaller model goes.
-        scratch: for repaired weights, and those that transformers stores otherwise than the model holds them.
+        scratch: for repaired weights, what the walk keeps apart, and weights that transformers stores
+            otherwise than the model holds them.
         spilled: moments of what the consumers read.
     """
 
@@ -139,6 +143,7 @@ class OnDisk(InMemory):
         self._rounds, self._before, self._folder, self._scratch = rounds, before, folder, scratch
         self._dense, self._spilled = Weights(before.model), spilled
         self._weights = Repaired(self._dense, scratch)
+        self._folders = Folders(rounds.source, folder, scratch, rounds.memory, rounds.device)
 
     def once(self, prepared: Prepared, step: Plan, ranking: Ranking) -> tuple[Any, tuple[Repair, ...]]:
         """Return the weights, some of them repaired, and what became of each consumer."""
@@ -147,6 +152,17 @@ class OnDisk(InMemory):
             structure, groups, step.kept, self._spilled, self._dense, self._scratch
         )
         return self._weights, repairs
+
+    def walk(self, prepared: Prepared, total: Plan, smaller: nn.Module) -> Walked:
+        """Refit the layers of the folder towards the first model, both loaded layer by layer."""
+        identity = self._rounds.identity
+        kept = None if identity is None else LayerStore(self._scratch, identity, total)
+        return self._folders.walk(prepared, total, smaller, self._rounds.progress, kept)
+
+    def back(self, smaller: nn.Module) -> nn.Module:
+        """Put the folder back as it was cut."""
+        self._folders.back()
+        return smaller
 
     def remove(self, source: Any, step: Plan) -> nn.Module:
         """Write the smaller model shard by shard, and return it on the meta device."""

@@ -19,8 +19,9 @@ from torch.export import Dim
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from cria_prune.base.batches import Batch, map_tensors, model_inputs
+from cria_prune.base.batches import Batch, map_tensors, model_inputs, move
 from cria_prune.base.errors import CaptureError
+from cria_prune.base.modules import device_of
 from cria_prune.structure.rules.core import operation_name
 from cria_prune.structure.trace import capture, live_nodes, parameter_names, wrapped_graph
 
@@ -80,7 +81,7 @@ class Program:
 
     Args:
         model: its structure is captured; weights are looked up by name when the program runs.
-        batch: as the forward takes it, on the device of the model.
+        batch: as the forward takes it; it is captured on the device of the model, which may be meta.
         open_sizes: (place of an input tensor, dimension) pairs of any size.
 
     Attributes:
@@ -94,6 +95,7 @@ class Program:
 
     def __init__(self, model: nn.Module, batch: Batch, open_sizes: frozenset[tuple[int, int]] = frozenset()):
         self.steps: list[Step] = []
+        batch = move(batch, device_of(model))
         program = capture(model, batch, _dynamic(batch, open_sizes))
         names = parameter_names(program, model)
         signature = program.graph_signature

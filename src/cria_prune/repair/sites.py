@@ -316,9 +316,8 @@ def undo(run: Run, site: Site, value: Tensor, look: Look) -> Tensor:
     """
     assert site.meeting is not None
     steps, source = run.program.steps, site.step
-    for number, before in reversed(
-        [*zip(site.meeting.chain, (source, *site.meeting.chain[:-1]), strict=True)]
-    ):
+    befores = (source, *site.meeting.chain)
+    for number, before in reversed([*zip(site.meeting.chain, befores, strict=False)]):
         value = _undo(run, steps[number], before, value, look)
     return value
 

@@ -9,9 +9,11 @@ sees what was mended, and what was not (docs/method.md section 5). No gradient, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, prod
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +24,13 @@ from cria_prune.base.events import passed
 from cria_prune.base.modules import copy_of, device_of, random_kept
 from cria_prune.base.progress import QUIET, Progress
 from cria_prune.base.ranks import World, world
+from cria_prune.base.room import free_memory
 from cria_prune.planning.plan import Plan
 from cria_prune.repair.consumers import Repair
 from cria_prune.repair.program import Look, Program, Run, programs_for
 from cria_prune.repair.regress import HELD, Regression, add_update, at_places, regressors
 from cria_prune.repair.sites import Site, find_sites, keeps_places, undo
+from cria_prune.repair.spill import Storages, Waiting, noting
 from cria_prune.structure.trace import canonical_tensors
 
 SAMPLES, FEWEST = 64, 4096
@@ -52,6 +56,20 @@ class Parts:
     drifted: bool = True
     patches: bool = True
     samples: int = SAMPLES
+
+
+Changes = list[tuple[str, Tensor]]
+"""Name -> the new value, of the tensors that refitting a layer has changed."""
+
+
+class Layers(Protocol):
+    """Where the layers of a walk are kept as they are refitted; see `resume.layers`."""
+
+    def write(self, number: int, weight: str, repair: Repair | None, changes: Changes) -> None:
+        """Keep the layer of this number, from 0."""
+
+    def read(self, weights: Sequence[str]) -> Iterator[tuple[Repair | None, Changes]]:
+        """Yield what is kept, from the first layer on."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +114,8 @@ def walk(
     seed: int = 0,
     parts: Parts | None = None,
     progress: Progress | None = None,
+    memory: int | None = None,
+    kept: Layers | None = None,
 ) -> Walked:
     """Refit the layers of a smaller model towards the dense one.
 
@@ -107,11 +127,15 @@ def walk(
         seed: of the draw of positions.
         parts: all of them by default.
         progress: where to show how far it is.
+        memory: bytes that the batches of both networks may hold between their turns; what they hold beyond
+            waits in temporary files. Half of what is free by default.
+        kept: keeps the layers as they are refitted; those that it has are taken as they are.
 
     Raises:
         CaptureError: the operations of one of the two cannot be captured.
         StructureError: their operations differ.
         DataError: there are not two examples.
+        ArtifactError: the system has no room for the temporary files.
     """
     passed("repair", plan=plan)
     model = copy_of(smaller)
@@ -124,6 +148,7 @@ def walk(
         walker = Walker(
             (dense, canonical_tensors(dense).__getitem__), (model, tensors.__getitem__, put), plan,
             [*limited(batches, examples)], device_of(dense), seed, parts or Parts(), progress or QUIET,
+            memory, kept=kept,
         )  # fmt: skip
         repairs, left = walker.run()
     return Walked(model, tuple(repairs), left)
@@ -138,7 +163,9 @@ class Walker:
         plan: what was removed.
         batches: all of them; each process runs its share.
         device: where the networks run.
-        seed, parts, progress: see `walk`.
+        seed, parts, progress, memory, kept: see `walk`.
+        folder: for what waits in files; a temporary one by default.
+        forget: called when all batches have passed a layer, for looks that hold what they have loaded.
     """
 
     def __init__(
@@ -151,10 +178,14 @@ class Walker:
         seed: int,
         parts: Parts,
         progress: Progress,
+        memory: int | None = None,
+        folder: Path | None = None,
+        forget: Callable[[], None] = lambda: None,
+        kept: Layers | None = None,
     ) -> None:
         self._world: World = world()
         self._device, self._seed, self._parts, self._progress = device, seed, parts, progress
-        self._put = smaller[2]
+        self._put, self._forget, self._kept = smaller[2], forget, kept
         self._rows = {(cut.tensor, cut.dim): cut.kept for cut in plan.cuts}
         self._cut = {cut.tensor for cut in plan.cuts if cut.role == "consumes" and len(cut.kept) < cut.size}
         sizes = [batch_size(batch) for batch in batches]
@@ -176,10 +207,15 @@ class Walker:
         shapes = self._batches or [batches[0]]  # to know the layers, even where there is nothing to run
         programs = [programs_for(model, shapes) for model in (dense[0], smaller[0])]
         self._sites, self.left = self._paired(programs)
+        fixed = Storages()
         self._dense, self._smaller = (
-            Network(found[: len(self._batches)], self._batches, device, look)
+            Network(found[: len(self._batches)], self._batches, device, noting(look, fixed))
             for found, look in zip(programs, (dense[1], smaller[1]), strict=True)
         )
+        if memory is None and (free := free_memory(device)) is not None:
+            memory = free // 2 // self._world.size
+        self._waiting = Waiting((self._dense.runs, self._smaller.runs), fixed, memory, folder)
+        self._refitted: str | None = None  # the layer that batches have still to be run through again
 
     def _paired(self, programs: list[list[Program]]) -> tuple[list[str], dict[str, str]]:
         """Find the layers in every program, the same in all; return their weights in order."""
@@ -208,86 +244,129 @@ class Walker:
 
     def run(self) -> tuple[list[Repair], dict[str, str]]:
         """Walk; return what became of the layers, and why some that read what was cut stayed."""
-        repairs, after = list[Repair](), list[tuple[str, Tensor]]()
-        with self._progress.bar("repair", len(self._sites)) as bar:
-            for number, name in enumerate(self._sites):
-                found = self._refit(number, name, after)
-                if found is not None:
-                    repairs.append(found)
-                passed("refitted", number=number + 1, layers=len(self._sites))
-                bar.update(layer=name)
-        for name, value in after:
+        repairs, self._after = list[Repair](), Changes()
+        try:
+            with self._progress.bar("repair", len(self._sites)) as bar:
+                done = self._resumed(repairs)
+                bar.update(done)
+                for number, name in enumerate(self._sites[done:], done):
+                    found = self._refit(number, name)
+                    if found is not None:
+                        repairs.append(found)
+                    passed("refitted", number=number + 1, layers=len(self._sites))
+                    bar.update(layer=name)
+        finally:
+            self._waiting.close()
+        for name, value in self._after:
             self._put(name, value)
         return repairs, self.left
 
-    def _refit(self, number: int, name: str, after: list[tuple[str, Tensor]]) -> Repair | None:
-        """Bring both networks to a layer, refit it, and let the smaller one go on with it."""
+    def _resumed(self, repairs: list[Repair]) -> int:
+        """Take the layers that are kept, and return how many there are."""
+        done = 0
+        if self._kept is None:
+            return done
+        for repair, changes in self._kept.read(self._sites):
+            if repair is not None:
+                repairs.append(repair)
+            self._change(changes)
+            done += 1
+        # One process may not see the folder, and would begin anew while the others go on.
+        self._world.meet("The layers that are kept", lambda: str(done))
+        return done
+
+    def _change(self, changes: Changes) -> None:
+        for name, value in changes:
+            if self._parts.order:
+                self._put(name, value)
+            else:
+                self._after.append((name, value))
+
+    def _refit(self, number: int, name: str) -> Repair | None:
+        """Bring both networks to a layer and refit it."""
+        regression = self._gather(number, name)
+        repair, changes = (None, Changes()) if regression is None else self._solve(name, *regression)
+        self._change(changes)
+        self._refitted = None if repair is None else name
+        self._forget()
+        if self._kept is not None:
+            kept = self._kept
+            self._world.lead("Keeping a layer", lambda: kept.write(number, name, repair, changes))
+        return repair
+
+    def _bring(self, index: int, name: str) -> None:
+        """Bring a batch to a layer in both networks, through what was refitted since its last turn."""
         for side, network in enumerate((self._dense, self._smaller)):
-            for run in network.runs:
-                site = self._found[side][run.program][name]
-                start = min([site.step, *site.path])
-                run.advance(start, network.look)
-                run.advance(
-                    site.step + 1 if site.meeting is None else site.meeting.at, network.look, free=False
-                )
-        found = self._solve(number, name)
-        if found is not None:
-            repair, changes = found
-            for tensor, value in changes:
-                if self._parts.order:
-                    self._put(tensor, value)
-                else:
-                    after.append((tensor, value))
-            self._again(name)
-        for network in (self._dense, self._smaller):
-            for run in network.runs:
-                run.release()
-        return None if found is None else repair
+            run, look = network.runs[index], network.look
+            if side and self._refitted is not None:
+                self._again(run, self._refitted)
+            run.release()
+            site = self._found[side][run.program][name]
+            run.advance(min([site.step, *site.path]), look)
+            run.advance(site.step + 1 if site.meeting is None else site.meeting.at, look, free=False)
 
-    def _again(self, name: str) -> None:
-        """Run a layer, and what stands between it and its sum, again."""
-        for run in self._smaller.runs:
-            site = self._found[1][run.program][name]
-            chain = () if site.meeting is None else site.meeting.chain
-            for step in (*site.path, site.step, *chain):
-                run.call(run.program.steps[step], self._smaller.look)
+    def _again(self, run: Run, name: str) -> None:
+        """Run a layer of the smaller network, and what stands between it and its sum, again."""
+        site = self._found[1][run.program][name]
+        chain = () if site.meeting is None else site.meeting.chain
+        for step in (*site.path, site.step, *chain):
+            run.call(run.program.steps[step], self._smaller.look)
 
-    def _solve(self, number: int, name: str) -> tuple[Repair, list[tuple[str, Tensor]]] | None:
-        """Return what became of a layer, and the tensors to change; None where nothing is missing."""
-        program = next(iter(self._found[1]))
-        site, weight = self._found[1][program][name], self._smaller.look(name)
+    def _gather(self, number: int, name: str) -> tuple[Regression, bool, Tensor] | None:
+        """Bring all batches to a layer and add their samples up; None where nothing is missing.
+
+        Returns:
+            The sums, whether there is a meeting, and what a unit of each output is there: (G, o).
+        """
+        site = self._found[1][next(iter(self._found[1]))][name]
+        size = _size(site, self._smaller.look(name), self._parts.patches)
         meets = self._parts.shortcut and self._all_meet(name)
-        size = _size(site, weight, self._parts.patches)
-        held = ceil(HELD / self._world.size)
         regression = Regression(
-            size, site.bias is not None or site.norm is not None, self._device, held, self._seed + number
-        )
-        gain = self._gain(name) if meets and self._smaller.runs else None
-        whole = list[int]()  # batches in which nothing is missing
-        missing = False
-        for index in range(len(self._smaller.runs)):
+            size, site.bias is not None or site.norm is not None, self._device,
+            ceil(HELD / self._world.size), self._seed + number,
+        )  # fmt: skip
+        gain: Tensor | None = None
+        some, added = False, 0
+
+        def add(index: int) -> None:
+            nonlocal some, added, gain
+            if meets and gain is None:
+                gain = self._gain(index, name)
             places, owner = self._draw(number, index, name)
             targets = self._targets(index, name, places, gain)
-            if not missing and not any(item is not None and bool(item.any()) for item in targets):
-                whole.append(index)
-                continue
-            missing = True
-            self._add(regression, index, name, places, owner, targets)
-        if not float(self._world.total(torch.tensor([float(missing)]))):
-            return None
-        for index in whole:
-            places, owner = self._draw(number, index, name)
-            self._add(regression, index, name, places, owner, self._targets(index, name, places, gain))
-        regression.pool(self._world)
+            some = some or any(item is not None and bool(item.any()) for item in targets)
+            # Products of samples that lack nothing are worth making only beside such that do.
+            # Batches are added in one order, so the first ones may be due once more below.
+            if some and added == index:
+                self._add(regression, index, name, places, owner, targets)
+                added += 1
+
+        for index in range(len(self._batches)):
+            with self._waiting.turn(index):
+                self._bring(index, name)
+                if not some or added == index:
+                    add(index)
+        some = bool(self._world.total(torch.tensor([float(some)])))
+        for index in range(added, len(self._batches)) if some else ():
+            with self._waiting.turn(index):
+                add(index)
         ones = torch.ones(size[0], size[2], dtype=torch.float64, device=self._device)
-        weights = ones if gain is None else gain.double().reshape(size[0], size[2])
-        solution = regression.solve(weights, meets, self._world)
+        gains = ones if gain is None else gain.double().reshape(size[0], size[2])
+        return (regression, meets, gains) if some else None
+
+    def _solve(self, name: str, regression: Regression, meets: bool, gains: Tensor) -> tuple[Repair, Changes]:
+        """Return what became of a layer, and the tensors to change."""
+        site, look = self._found[1][next(iter(self._found[1]))][name], self._smaller.look
+        weight = look(name)
+        regression.pool(self._world)
+        solution = regression.solve(gains, meets, self._world)
         update = _whole(site, weight, solution.update, self._parts.patches)
         changes = [] if solution.ridge is None else self._changes(site, weight, update, solution.intercept)
         self._world.spread(value for _, value in changes)
         repair = Repair(
             name, 1 - solution.left / solution.lost if solution.lost else 0.0, site.bias is not None,
-            cut=name in self._cut, samples=regression.samples, regressors=size[1],
+            cut=name in self._cut, samples=regression.samples,
+            regressors=_size(site, weight, self._parts.patches)[1],
             ridge=solution.ridge, shortcut=solution.shortcut,
         )  # fmt: skip
         return repair, changes
@@ -352,9 +431,9 @@ class Walker:
         total = one.add_(other)
         return undo(run, site, total.flatten(1), look).reshape(total.shape)
 
-    def _gain(self, name: str) -> Tensor:
+    def _gain(self, index: int, name: str) -> Tensor:
         """Return (outputs,) what a unit of each channel is at the sum; alike for all batches."""
-        run = self._smaller.runs[0]
+        run = self._smaller.runs[index]
         site = self._found[1][run.program][name]
         assert site.meeting is not None
         operand = run.values[site.meeting.operand][:1]
@@ -409,7 +488,7 @@ class Walker:
             return 2**31
         return places_each(_size(site, weight, self._parts.patches)[1], self._parts.samples, self._examples)
 
-    def _changes(self, site: Site, weight: Tensor, update: Tensor, shift: Tensor) -> list[tuple[str, Tensor]]:
+    def _changes(self, site: Site, weight: Tensor, update: Tensor, shift: Tensor) -> Changes:
         """Return the new weight, and the new bias or running mean, by name."""
         changes = [(site.weight, add_update(site, weight, update))]
         look = self._smaller.look

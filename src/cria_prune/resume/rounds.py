@@ -23,6 +23,7 @@ from cria_prune.graph.graph import Graph, NeuronGraphs
 from cria_prune.graph.moments import Moments
 from cria_prune.planning.plan import Plan, compose
 from cria_prune.result import PruneResult, Round
+from cria_prune.resume.layers import LayerStore, forget_layers
 from cria_prune.resume.store import Facts, State, Store, TypedStore, code_version, weights_of
 from cria_prune.spectrum.importance import Diagnosis, Importance
 from cria_prune.structure.groups import shrink
@@ -232,6 +233,11 @@ class RoundStore:
         if result.graphs is not None:
             ridges = {name: ridges_of(both) for name, both in result.graphs.items()}
         self.store.write(parts, rounds=facts, ridges=ridges)
+        forget_layers(self.store.store.folder)
+
+    def layers(self, plan: Plan) -> LayerStore:
+        """Return where the layers are kept that are refitted after a cut."""
+        return LayerStore(self.store.store.folder, self.store.identity, plan)
 
     def resume(self, start: PruneResult, planner: Planner) -> PruneResult:
         """Return the result after the rounds that are kept; `start` itself where there are none.
