@@ -61,11 +61,15 @@ def test_suites_that_come_along_are_whole_and_name_every_cell_once() -> None:
         "digits",
         "llama-shakespeare",
         "llama-shakespeare-again",
+        "llama-shakespeare-walk",
         "resnet20",
+        "resnet20-walk",
         "resnet56",
         "resnet56-macs",
+        "resnet56-walk",
         "sst2-minilm",
         "sst2-minilm-again",
+        "sst2-minilm-walk",
     ]
     for suite in packaged():
         grids = read_suite(suite)
