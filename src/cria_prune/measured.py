@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from cria_prune.base.batches import limited
+from cria_prune.base.batches import Batch, limited
 from cria_prune.base.errors import CaptureError, DataError
 from cria_prune.base.events import passed
 from cria_prune.base.files import write_json
@@ -30,8 +30,9 @@ from cria_prune.latency import known_latency
 from cria_prune.planning.latency import LatencyTable
 from cria_prune.planning.plan import make_plan
 from cria_prune.planning.stairs import Stair, levels, stairs
-from cria_prune.repair.levels import losses_of
-from cria_prune.stages import InMemory, Prepared, Ranking, removed
+from cria_prune.repair.fidelity import comparable
+from cria_prune.repair.levels import Level, losses_of
+from cria_prune.stages import Prepared, Ranking, removed
 from cria_prune.structure.groups import UnitGroup
 
 
@@ -65,6 +66,8 @@ def with_latency(
     return prepared
 
 
+EXAMPLES = 512
+"""Calibration examples that losses are measured on, at most."""
 MOST = 1e6
 """Loss of a network that gives NaN or infinity: worse than any that gives numbers."""
 
@@ -104,8 +107,9 @@ def measure_losses(
     passed("losses", groups=prepared.groups, levels=len(points), done=done)
     with (progress or QUIET).bar("measure losses", len(points)) as bar:
         bar.update(done)
-        for name, count, loss in _together(prepared, ranking, made, losses):
-            losses.setdefault(name, {})[count] = loss if math.isfinite(loss) else MOST
+        for level in _together(prepared, ranking, made, losses):
+            loss = MOST if level.loss is None or not math.isfinite(level.loss) else level.loss
+            losses.setdefault(level.group, {})[level.count] = loss
             world().lead("Keeping the losses", lambda: _keep(keep, of, losses))
             bar.update(loss=loss)
         for stair, count in points:
@@ -121,8 +125,8 @@ def measure_losses(
 
 def _together(
     prepared: Prepared, ranking: Ranking, made: Sequence[Stair], known: Mapping[str, Mapping[int, float]]
-) -> Iterator[tuple[str, int, float]]:
-    """Yield (group, units that stay, loss), of the groups that one pass over the network can measure."""
+) -> Iterator[Level]:
+    """Yield the levels of the groups that one pass over the network can measure."""
     counts = {
         name: [count for count in levels(stair) if count not in known.get(name, {})]
         for stair in made for name in stair.names
@@ -138,10 +142,20 @@ def _together(
     try:
         yield from losses_of(
             prepared.model, groups, counts, chosen, [*limited(prepared.batches, config.record.examples)],
-            prepared.held.batches, config.record.seed, config.repair != "none",
+            judges(prepared), config.record.seed, config.repair != "none",
         )  # fmt: skip
     except CaptureError:  # then each level is measured by a cut of its own
         return
+
+
+def judges(prepared: Prepared) -> list[Batch]:
+    """Return the examples that losses are measured on: some of those that nothing is held out of.
+
+    So the held-out ones still say what a cut has done: they have not chosen its shares. More of them than
+    are held out, for the losses of small cuts are small: on 102 images the shares of a ResNet-20 at half
+    of its MACs gave 85.5 %, on 512 86.6 %.
+    """
+    return [*limited(prepared.held.fit(), EXAMPLES)]
 
 
 def loss_of(prepared: Prepared, ranking: Ranking, stair: Stair, count: int) -> float:
@@ -150,7 +164,7 @@ def loss_of(prepared: Prepared, ranking: Ranking, stair: Stair, count: int) -> f
     kept = {group.name: _highest(scores[group.name], count) for group in stair.groups}
     step = make_plan(prepared.groups, kept)
     smaller, _ = removed(prepared, ranking, step)
-    found = InMemory().measure(prepared, smaller)
+    found = comparable(prepared.structure, smaller, judges(prepared))
     if found is None:
         raise DataError(
             f"Measuring what a cut of {stair.names[0]} costs",
