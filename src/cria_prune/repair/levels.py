@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cria_prune.base.batches import Batch, batch_size, hold_out_every
+from cria_prune.base.events import passed
 from cria_prune.base.modules import device_of
 from cria_prune.base.ranks import world
 from cria_prune.repair.fidelity import Fidelity, add_outputs, begin_sums, named_outputs
@@ -166,8 +167,11 @@ class _Levels:
                 run.advance(min([site.step, *site.path]), self._look)
             for count in self._counts[group.name]:
                 changed, error = self._cut(group, count, reads)
-                loss = self._loss(changed) if measured(group.name, count) else None
-                yield Level(group.name, count, error, loss)
+                # Without an error nothing else would say what the level costs.
+                loss = self._loss(changed) if error is None or measured(group.name, count) else None
+                level = Level(group.name, count, error, loss)
+                passed("level", level=level)
+                yield level
             needed = {item.tensor for later in waiting[index + 1 :] for item in later.consumers}
             reads = {name: item for name, item in reads.items() if name in needed}
 
