@@ -319,7 +319,7 @@ class Walker:
             The sums, whether there is a meeting, and what a unit of each output is there: (G, o).
         """
         site = self._found[1][next(iter(self._found[1]))][name]
-        size = _size(site, self._smaller.look(name), self._parts.patches)
+        size = layer_size(site, self._smaller.look(name), self._parts.patches)
         met = [self._met(run, name) for run in self._smaller.runs]
         everywhere = self._world.total(torch.tensor([float(sum(met)), float(len(met))]))
         meets = self._parts.shortcut and 0 < float(everywhere[0]) == float(everywhere[1])
@@ -364,7 +364,7 @@ class Walker:
         repair = Repair(
             name, 1 - solution.left / solution.lost if solution.lost else 0.0, site.bias is not None,
             cut=name in self._cut, samples=regression.samples,
-            regressors=_size(site, weight, self._parts.patches)[1],
+            regressors=layer_size(site, weight, self._parts.patches)[1],
             ridge=solution.ridge, shortcut=solution.shortcut,
         )  # fmt: skip
         return repair, changes
@@ -469,7 +469,7 @@ class Walker:
         """Return how many places are drawn of each example."""
         if not self._parts.samples:
             return 2**31
-        regressors = _size(site, weight, self._parts.patches)[1]
+        regressors = layer_size(site, weight, self._parts.patches)[1]
         return max(1, ceil(max(self._parts.samples * regressors, FEWEST) / self._examples))
 
     def _changes(self, site: Site, weight: Tensor, update: Tensor, shift: Tensor) -> Changes:
@@ -485,8 +485,8 @@ class Walker:
         return changes
 
 
-def _size(site: Site, weight: Tensor, patches: bool) -> tuple[int, int, int]:
-    """Return (G, n, o) of a layer."""
+def layer_size(site: Site, weight: Tensor, patches: bool = True) -> tuple[int, int, int]:
+    """Return (G, n, o) of a layer, see `regress`; of the middle of its kernel alone without `patches`."""
     shape = tuple(weight.shape)
     if not site.spatial:
         n, o = (shape[1], shape[0]) if site.outputs_first else shape
