@@ -350,7 +350,8 @@ def test_a_model_that_is_no_chain_of_blocks_is_recorded_as_a_whole(tmp_path: Pat
     assert (chain is None) is skips
     assert [turn.blocks for turn in found] == [None if skips else (place, place) for place in range(4)]
     expected = score(plain, groups, record(plain, groups, signals(), config.record))
-    prepared = prepare(dispatched, signals(), PruneConfig(record=config.record, score=config.score))
+    settings = {"record": config.record, "score": config.score, "repair": "once"}
+    prepared = prepare(dispatched, signals(), PruneConfig(**settings))
     scores, spilled, count = score_in_turns(prepared, tmp_path, 1, QUIET)
     assert count == 4 and list(scores) == list(expected)
     assert all(torch.equal(scores[name].scores, expected[name].scores) for name in expected)
@@ -410,20 +411,20 @@ def test_layer_by_layer_gives_what_pruning_in_memory_gives(
     assert same(load(tmp_path / "small").model.state_dict(), plain.state_dict())
 
 
-@pytest.mark.parametrize(("name", "memory"), [("tied", 1), ("bert", 2**31)])
+@pytest.mark.parametrize(("name", "memory", "repair"), [("tied", 1, "walk"), ("bert", 2**31, "once")])
 def test_layers_run_on_another_device(
-    made: Path, tmp_path: Path, device: str, name: str, memory: int
+    made: Path, tmp_path: Path, device: str, name: str, memory: int, repair: str
 ) -> None:
     seen, repaired = set(), set()
 
     def look(event: Event) -> None:
         if event.name == "score":
             seen.update(item.output.mean.device.type for item in event.facts["states"].groups.values())
-        elif event.name == "repair":
+        elif event.name == "repair" and repair == "once":
             moments = [item for part in event.facts["consumed"].values() for item in part.values()]
             repaired.update(item.mean.device.type for item in moments)
 
-    config = config_of(plan={"reduction": 0.3, "rounds": 2 if name == "tied" else 1})
+    config = config_of(plan={"reduction": 0.3, "rounds": 2 if name == "tied" else 1}, repair=repair)
     with watch(look):
         done, here = (
             prune_offloaded(made / name, tmp_path / place, batches_of(), config, memory=memory, device=place)
@@ -431,7 +432,7 @@ def test_layers_run_on_another_device(
         )
     loaded = write.load_dispatched(made / name, tmp_path / "scratch", torch.device(device))
     assert {item.device.type for item in loaded.buffers()} == {torch.device(device).type}
-    assert seen == repaired == {torch.device(device).type, "cpu"}
+    assert seen == {torch.device(device).type, "cpu"} and repaired == (seen if repair == "once" else set())
     assert done.plan.report == here.plan.report and len(done.rounds[0].repairs) == len(here.rounds[0].repairs)
     one, other = (load(tmp_path / place).model.state_dict() for place in (device, "cpu"))
     assert device == "cuda" or same(one, other)

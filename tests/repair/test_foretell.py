@@ -14,6 +14,14 @@ from cria_prune.repair import foretell
 from cria_prune.repair.walk import walk
 
 
+class Real(LiveBytes):
+    """Counts no tensors without values, of which captured operations hold some."""
+
+    def _meet(self, tensor: torch.Tensor, counted: bool) -> None:
+        if not tensor.is_meta:
+            super()._meet(tensor, counted)
+
+
 def said(net: nn.Module, batch: torch.Tensor, **record: int) -> Stage:
     config = PruneConfig.model_validate({"score": {"criterion": "l2"}, "record": record})
     return predict_memory(net, discover(net, batch), batch, config).stages[-1]
@@ -24,10 +32,10 @@ def test_a_walk_takes_no_more_than_is_foretold_and_not_much_less() -> None:
     smaller, data = apply(net, step), batches()
     stage = said(net, data[0], examples=64)
     assert stage.name == "repair" and stage.group in named_tensors(net)
-    with LiveBytes([*named_tensors(net).values(), *named_tensors(smaller).values(), *data]) as live:
+    with Real([*named_tensors(net).values(), *named_tensors(smaller).values(), *data]) as live:
         walk(net, smaller, step, data, examples=64, memory=2**40)
     # The dense network is counted twice in place of it and the smaller one, at a cut of two fifths.
-    assert live.peak <= stage.peak <= 2 * live.peak
+    assert live.peak <= stage.peak <= 1.5 * live.peak
 
 
 def test_streams_grow_with_the_examples_up_to_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
