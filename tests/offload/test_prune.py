@@ -391,7 +391,7 @@ def agree(done: Offloaded, expected: PruneResult) -> None:
 def test_layer_by_layer_gives_what_pruning_in_memory_gives(
     made: Path, tmp_path: Path, name: str, memory: int, values: dict[str, Any]
 ) -> None:
-    batches, config, before = batches_of(), config_of(**values), hashes(made / name)
+    batches, config, before = batches_of(size=16), config_of(**values), hashes(made / name)
     expected = prune(kind_of(name).from_pretrained(made / name).eval(), batches, config)
     done = prune_offloaded(
         made / name, tmp_path / "small", batches, config, memory=memory, max_shard_size="50KB"
@@ -399,6 +399,8 @@ def test_layer_by_layer_gives_what_pruning_in_memory_gives(
     blocks = MODELS[name][2].get("num_hidden_layers", 2)
     agree(done, expected)
     assert bool(done.rounds[0].repairs) == (config.repair != "none")
+    refitted = any(item.ridge is not None for item in done.rounds[0].repairs)
+    assert refitted == (name in ("tied", "gpt2")), "too few examples to fit to, or nothing to repair"
     assert done.rounds[0].turns == (0 if "l2" in str(values) else 1 if memory > 1 else blocks)
     assert hashes(made / name) == before
     plain, info = kind_of(name).from_pretrained(tmp_path / "small", output_loading_info=True)
@@ -436,6 +438,25 @@ def test_layers_run_on_another_device(
     assert done.plan.report == here.plan.report and len(done.rounds[0].repairs) == len(here.rounds[0].repairs)
     one, other = (load(tmp_path / place).model.state_dict() for place in (device, "cpu"))
     assert device == "cuda" or same(one, other)
+
+
+def test_a_folder_that_was_nearer_as_cut_is_put_back(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, found = rounds.folder_fidelity, list[Any]()
+
+    def worse(*asked: Any) -> Any:
+        found.append(measured(*asked))
+        outputs = [replace(item, divergence=10.0 * len(found)) for item in found[-1].outputs]
+        return replace(found[-1], outputs=tuple(outputs))
+
+    monkeypatch.setattr(rounds, "folder_fidelity", worse)
+    done = prune_offloaded(made / "llama", tmp_path / "walk", batches_of(size=16), config_of())
+    prune_offloaded(made / "llama", tmp_path / "cut", batches_of(size=16), config_of(repair="none"))
+    assert found[1].loss < found[0].loss, "the walk did not change the folder"
+    assert not done.rounds[0].repairs and "left as cut" in done.rounds[0].unrepaired[""]
+    one, other = (load(tmp_path / name).model.state_dict() for name in ("walk", "cut"))
+    assert same(one, other)
 
 
 def test_a_result_is_pruned_again_and_its_plan_is_of_the_dense_model(made: Path, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from cria_prune.structure.trace import canonical_tensors
 
 SAMPLES, FEWEST = 64, 4096
 """Samples that are drawn of each layer for a regressor; and at least."""
+ASKED = "Refitting layers"
 GAIN = 50.0
 """A channel that is scaled so much less than the usual one on its way to the sum takes its own target."""
 
@@ -192,7 +193,7 @@ class Walker:
         self._examples = sum(sizes)
         if self._examples < 2:
             raise DataError(
-                "Refitting layers on calibration examples", f"found {self._examples}",
+                f"{ASKED} on calibration examples", f"found {self._examples}",
                 "Pass two examples at least: one of them is held out from every fit",
             )  # fmt: skip
         every = hold_out_every(self._examples)
@@ -341,15 +342,18 @@ class Walker:
                 self._add(regression, index, number, name, own, both)
                 added += 1
 
-        for index in range(len(self._batches)):
-            with self._waiting.turn(index):
-                self._bring(index, name)
-                if not some or added == index:
-                    add(index)
+        # What one process cannot do alone, as to write a file, the others hear of before the next sum.
+        with self._world.together(ASKED):
+            for index in range(len(self._batches)):
+                with self._waiting.turn(index):
+                    self._bring(index, name)
+                    if not some or added == index:
+                        add(index)
         some = bool(self._world.total(torch.tensor([float(some)])))
-        for index in range(added, len(self._batches)) if some else ():
-            with self._waiting.turn(index):
-                add(index)
+        with self._world.together(ASKED):
+            for index in range(added, len(self._batches)) if some else ():
+                with self._waiting.turn(index):
+                    add(index)
         return (regression, meets, gains.reshape(size[0], size[2])) if some else None
 
     def _solve(self, name: str, regression: Regression, meets: bool, gains: Tensor) -> tuple[Repair, Changes]:
