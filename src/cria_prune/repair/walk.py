@@ -35,6 +35,7 @@ from cria_prune.structure.trace import canonical_tensors
 
 SAMPLES, FEWEST = 64, 4096
 """Samples that are drawn of each layer for a regressor; and at least."""
+ASKED = "Refitting layers"
 GAIN = 50.0
 """A channel that is scaled so much less than the usual one on its way to the sum takes its own target."""
 
@@ -192,7 +193,7 @@ class Walker:
         self._examples = sum(sizes)
         if self._examples < 2:
             raise DataError(
-                "Refitting layers on calibration examples", f"found {self._examples}",
+                f"{ASKED} on calibration examples", f"found {self._examples}",
                 "Pass two examples at least: one of them is held out from every fit",
             )  # fmt: skip
         every = hold_out_every(self._examples)
@@ -319,7 +320,7 @@ class Walker:
             The sums, whether there is a meeting, and what a unit of each output is there: (G, o).
         """
         site = self._found[1][next(iter(self._found[1]))][name]
-        size = _size(site, self._smaller.look(name), self._parts.patches)
+        size = layer_size(site, self._smaller.look(name), self._parts.patches)
         meets = self._parts.shortcut and self._all_meet(name)
         regression = Regression(
             size, site.bias is not None or site.norm is not None, self._device,
@@ -341,15 +342,18 @@ class Walker:
                 self._add(regression, index, name, places, owner, targets)
                 added += 1
 
-        for index in range(len(self._batches)):
-            with self._waiting.turn(index):
-                self._bring(index, name)
-                if not some or added == index:
-                    add(index)
+        # What one process cannot do alone, as to write a file, the others hear of before the next sum.
+        with self._world.together(ASKED):
+            for index in range(len(self._batches)):
+                with self._waiting.turn(index):
+                    self._bring(index, name)
+                    if not some or added == index:
+                        add(index)
         some = bool(self._world.total(torch.tensor([float(some)])))
-        for index in range(added, len(self._batches)) if some else ():
-            with self._waiting.turn(index):
-                add(index)
+        with self._world.together(ASKED):
+            for index in range(added, len(self._batches)) if some else ():
+                with self._waiting.turn(index):
+                    add(index)
         ones = torch.ones(size[0], size[2], dtype=torch.float64, device=self._device)
         gains = ones if gain is None else gain.double().reshape(size[0], size[2])
         return (regression, meets, gains) if some else None
@@ -366,7 +370,7 @@ class Walker:
         repair = Repair(
             name, 1 - solution.left / solution.lost if solution.lost else 0.0, site.bias is not None,
             cut=name in self._cut, samples=regression.samples,
-            regressors=_size(site, weight, self._parts.patches)[1],
+            regressors=layer_size(site, weight, self._parts.patches)[1],
             ridge=solution.ridge, shortcut=solution.shortcut,
         )  # fmt: skip
         return repair, changes
@@ -486,7 +490,8 @@ class Walker:
         """Return how many places are drawn of each example."""
         if not self._parts.samples:
             return 2**31
-        return places_each(_size(site, weight, self._parts.patches)[1], self._parts.samples, self._examples)
+        regressors = layer_size(site, weight, self._parts.patches)[1]
+        return places_each(regressors, self._parts.samples, self._examples)
 
     def _changes(self, site: Site, weight: Tensor, update: Tensor, shift: Tensor) -> Changes:
         """Return the new weight, and the new bias or running mean, by name."""
@@ -534,8 +539,8 @@ def drawn(
     return places, _owners(shape, examples)[places]
 
 
-def _size(site: Site, weight: Tensor, patches: bool) -> tuple[int, int, int]:
-    """Return (G, n, o) of a layer."""
+def layer_size(site: Site, weight: Tensor, patches: bool = True) -> tuple[int, int, int]:
+    """Return (G, n, o) of a layer, see `regress`; of the middle of its kernel alone without `patches`."""
     shape = tuple(weight.shape)
     if not site.spatial:
         n, o = (shape[1], shape[0]) if site.outputs_first else shape
