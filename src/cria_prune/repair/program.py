@@ -7,7 +7,7 @@ looked up when they are read; a `Run` carries one batch through it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,6 +86,7 @@ class Program:
         steps: all that the output depends on, in order.
         outputs: the steps that give the tensors of the output.
         readers: step -> steps that take its result.
+        written: weights and constants that a step may write into, such as a counter of the forwards.
 
     Raises:
         CaptureError: the operations cannot be captured, or an open size was taken for a fixed one.
@@ -127,6 +128,17 @@ class Program:
         for number in self.outputs:
             self.last[number] = len(self.steps)
             self.readers.setdefault(number, []).append(len(self.steps))
+        self.written = frozenset(self._written())
+
+    def _written(self) -> Iterator[int]:
+        """Yield the weights and constants that a step may write into, or into a view of them."""
+        for step in self.steps:
+            waiting = [*step.reads[:1]] if step.writes else []
+            while waiting:
+                source = self.steps[waiting.pop()]
+                if source.kind in ("weight", "constant"):
+                    yield source.number
+                waiting += source.reads[:1]
 
     def _add(self, kind: str, name: str, target: Any = None, **more: Any) -> Ref:
         self.steps.append(Step(len(self.steps), kind, name, target, **more))
@@ -285,7 +297,9 @@ class Run:
                 self.values[step.number] = given[int(step.name)]
             elif step.kind == "constant":
                 value = step.target
-                self.values[step.number] = value.to(device) if isinstance(value, Tensor) else value
+                if isinstance(value, Tensor):
+                    value = value.to(device, copy=step.number in program.written)
+                self.values[step.number] = value
 
     def advance(self, until: int, look: Look, *, free: bool = True) -> None:
         """Run the steps before `until`; results that no later step reads are let go, unless `free` is off."""
@@ -318,7 +332,14 @@ class Run:
         """Return an argument with the results in place of the references."""
         if isinstance(item, Ref):
             step = self.program.steps[item.number]
-            return look(step.name) if step.kind == "weight" else self.values[item.number]
+            if step.kind != "weight":
+                return self.values[item.number]
+            if item.number not in self.program.written:
+                return look(step.name)
+            # The model is left as it was: each batch writes into a copy of its own.
+            if item.number not in self.values:
+                self.values[item.number] = look(step.name).clone()
+            return self.values[item.number]
         if isinstance(item, (list, tuple)):
             return type(item)(self.of(part, look) for part in item)
         if isinstance(item, Mapping):

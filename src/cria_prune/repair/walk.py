@@ -9,14 +9,24 @@ sees what was mended, and what was not (docs/method.md section 5). No gradient, 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, prod
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from cria_prune.base.batches import Batch, batch_size, hold_out_every, limited
+from cria_prune.base.batches import (
+    SMALLER,
+    Batch,
+    batch_size,
+    hold_out_every,
+    limited,
+    model_inputs,
+    named_shortage,
+)
 from cria_prune.base.errors import DataError, StructureError
 from cria_prune.base.events import passed
 from cria_prune.base.modules import copy_of, device_of, random_kept
@@ -31,6 +41,8 @@ from cria_prune.structure.trace import canonical_tensors
 
 SAMPLES, FEWEST = 64, 4096
 """Samples that are drawn of each layer for a regressor; and at least."""
+ENOUGH = 4
+"""Effective samples for a regressor that a fit should have at least."""
 GAIN = 50.0
 """A channel that is scaled so much less than the usual one on its way to the sum takes its own target."""
 
@@ -111,7 +123,9 @@ def walk(
     Raises:
         CaptureError: the operations of one of the two cannot be captured.
         StructureError: their operations differ.
-        DataError: there are not two examples.
+        DataError: there are not two examples that differ.
+        ResourceError: the memory does not suffice.
+        RankError: another process failed, or is gone.
     """
     passed("repair", plan=plan)
     model = copy_of(smaller)
@@ -120,7 +134,7 @@ def walk(
     def put(name: str, value: Tensor) -> None:
         tensors[name].copy_(value)
 
-    with torch.no_grad(), random_kept():
+    with torch.no_grad(), random_kept(), named_shortage("Refitting layers", SMALLER):
         walker = Walker(
             (dense, canonical_tensors(dense).__getitem__), (model, tensors.__getitem__, put), plan,
             [*limited(batches, examples)], device_of(dense), seed, parts or Parts(), progress or QUIET,
@@ -159,11 +173,15 @@ class Walker:
         self._cut = {cut.tensor for cut in plan.cuts if cut.role == "consumes" and len(cut.kept) < cut.size}
         sizes = [batch_size(batch) for batch in batches]
         self._examples = sum(sizes)
-        if self._examples < 2:
+        self._distinct = len({item for batch in batches for item in _told(batch)})
+        if self._distinct < 2:
             raise DataError(
-                "Refitting layers on calibration examples", f"found {self._examples}",
-                "Pass two examples at least: one of them is held out from every fit",
-            )  # fmt: skip
+                "Refitting layers on calibration examples",
+                f"found {self._examples} examples, {self._distinct} distinct",
+                "Pass some hundreds that differ: layers are fitted to some, and judged on others",
+            )
+        # Each batch gives as many of its held-out samples, whatever process runs it.
+        self._room = ceil(HELD / len(batches))
         every = hold_out_every(self._examples)
         mine = [number for number in range(len(batches)) if self._world.mine(number)]
         firsts = [sum(sizes[:number]) for number in mine]
@@ -174,6 +192,7 @@ class Walker:
         ]
         self._batches = [batches[number] for number in mine]
         shapes = self._batches or [batches[0]]  # to know the layers, even where there is nothing to run
+        self._buffers = {name for name, _ in smaller[0].named_buffers()}
         programs = [programs_for(model, shapes) for model in (dense[0], smaller[0])]
         self._sites, self.left = self._paired(programs)
         self._dense, self._smaller = (
@@ -189,7 +208,7 @@ class Walker:
         for side in programs:
             kept = dict[Program, dict[str, Site]]()
             for program in dict.fromkeys(side):
-                sites, missing = find_sites(program, wanted)
+                sites, missing = find_sites(program, wanted, self._buffers)
                 left |= {name: why for name, why in missing.items() if name in self._cut}
                 kept[program] = {site.weight: site for site in sites}
                 orders.append(list(kept[program]))
@@ -222,14 +241,15 @@ class Walker:
 
     def _refit(self, number: int, name: str, after: list[tuple[str, Tensor]]) -> Repair | None:
         """Bring both networks to a layer, refit it, and let the smaller one go on with it."""
-        for side, network in enumerate((self._dense, self._smaller)):
-            for run in network.runs:
-                site = self._found[side][run.program][name]
-                start = min([site.step, *site.path])
-                run.advance(start, network.look)
-                run.advance(
-                    site.step + 1 if site.meeting is None else site.meeting.at, network.look, free=False
-                )
+        with self._world.together(f"Refitting {name!r}"):
+            for side, network in enumerate((self._dense, self._smaller)):
+                for run in network.runs:
+                    site = self._found[side][run.program][name]
+                    start = min([site.step, *site.path])
+                    run.advance(start, network.look)
+                    run.advance(
+                        site.step + 1 if site.meeting is None else site.meeting.at, network.look, free=False
+                    )
         found = self._solve(number, name)
         if found is not None:
             repair, changes = found
@@ -257,48 +277,83 @@ class Walker:
         program = next(iter(self._found[1]))
         site, look = self._found[1][program][name], self._smaller.look
         weight = look(name)
-        met = [self._met(run, name) for run in self._smaller.runs]
-        everywhere = self._world.total(torch.tensor([float(sum(met)), float(len(met))]))
-        meets = self._parts.shortcut and 0 < float(everywhere[0]) == float(everywhere[1])
-        missing = [self._missing(index, name, meets) for index in range(len(self._smaller.runs))]
-        some = any(bool(item[0].any()) or (item[1] is not None and bool(item[1].any())) for item in missing)
-        if not float(self._world.total(torch.tensor([float(some)]))):
+        everywhere = self._everywhere(
+            [
+                [self._alike(index, name), alike := self._met(index, name), not alike]
+                for index in range(len(self._smaller.runs))
+            ],
+            3,
+        )
+        if everywhere[0] < everywhere[1] + everywhere[2]:
+            self.left[name] = "what it gives lies otherwise in the dense network"
+            return None
+        meets = self._parts.shortcut and not everywhere[2]
+        with self._world.together(f"Refitting {name!r}"):
+            missing = [self._missing(index, name, meets) for index in range(len(self._smaller.runs))]
+        if not self._everywhere([[_any(own) or _any(both)] for own, both, _ in missing], 1)[0]:
             return None
         size = _size(site, weight, self._parts.patches)
-        held = ceil(HELD / self._world.size)
         regression = Regression(
-            size, site.bias is not None or site.norm is not None, self._device, held, self._seed + number
-        )
+            size, site.bias is not None or site.norm is not None, self._device, self._room,
+            self._seed + number,
+        )  # fmt: skip
         gains = torch.ones(size[0] * size[2], dtype=torch.float64, device=self._device)
-        for index in range(len(missing)):
-            own, both, gain = missing[index]
-            missing[index] = (own, both, None)
-            if gain is not None:
-                gains = gain.double()
-            self._add(regression, index, number, name, own, both)
+        with self._world.together(f"Refitting {name!r}"):
+            for index in range(len(missing)):
+                own, both, gain = missing[index]
+                missing[index] = (own, both, None)
+                if gain is not None:
+                    gains = gain.double()
+                self._add(regression, index, number, name, own, both)
         del missing
         regression.pool(self._world)
         solution = regression.solve(gains.reshape(size[0], size[2]), meets, self._world)
+        if solution is None:
+            self.left[name] = "NaN or infinity is met there"
+            return None
         update = _whole(site, weight, solution.update, self._parts.patches)
         changes = [] if solution.ridge is None else self._changes(site, weight, update, solution.intercept)
         self._world.spread(value for _, value in changes)
+        # Examples that came twice say nothing new.
+        effective = regression.samples * self._distinct // self._examples
+        lacking = ceil(self._distinct * (ENOUGH * size[1] / effective - 1)) if effective else 0
         repair = Repair(
             name, 1 - solution.left / solution.lost if solution.lost else 0.0, site.bias is not None,
             cut=name in self._cut, samples=regression.samples, regressors=size[1],
-            ridge=solution.ridge, shortcut=solution.shortcut,
+            ridge=solution.ridge, shortcut=solution.shortcut, effective=effective, lacking=max(0, lacking),
         )  # fmt: skip
         return repair, changes
 
-    def _met(self, run: Run, name: str) -> bool:
+    def _everywhere(self, said: Sequence[Sequence[bool]], count: int) -> list[int]:
+        """Return how often each of `count` answers was yes, over all batches of all processes."""
+        counts = torch.zeros(count, dtype=torch.float64)
+        for item in said:
+            counts += torch.tensor(item, dtype=torch.float64)
+        return [int(value) for value in self._world.total(counts)]
+
+    def _alike(self, index: int, name: str) -> bool:
+        """Say whether both networks' outputs of a layer have one shape, apart from the outputs that left."""
+        dense, now = (
+            tuple(run.values[found[run.program][name].step].shape)
+            for run, found in zip(
+                (self._dense.runs[index], self._smaller.runs[index]), self._found, strict=True
+            )
+        )
+        site = self._found[1][self._smaller.runs[index].program][name]
+        rows = self._kept_rows(name, site)
+        if rows is None:
+            return dense == now
+        channel = site.channel % len(now)
+        return len(dense) == len(now) and (*dense[:channel], len(rows), *dense[channel + 1 :]) == now
+
+    def _met(self, index: int, name: str) -> bool:
         """Say whether both networks follow a layer's output to a sum by the same operations."""
-        index = self._smaller.runs.index(run)
-        sides = ((self._dense.runs[index], self._found[0]), (run, self._found[1]))
         paths = []
-        for item, found in sides:
-            site = found[item.program][name]
+        for run, found in zip((self._dense.runs[index], self._smaller.runs[index]), self._found, strict=True):
+            site = found[run.program][name]
             if site.meeting is None:
                 return False
-            paths.append([item.program.steps[step].name for step in (*site.meeting.chain, site.meeting.at)])
+            paths.append([run.program.steps[step].name for step in (*site.meeting.chain, site.meeting.at)])
         return paths[0] == paths[1]
 
     def _missing(self, index: int, name: str, meets: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -313,7 +368,7 @@ class Walker:
         def missing(dense: Tensor, now: Tensor) -> Tensor:
             if rows is not None:
                 dense = dense.index_select(channel, rows)
-            return dense - now
+            return _wide(dense) - _wide(now)
 
         own = missing(*outputs)
         if not meets:
@@ -321,34 +376,25 @@ class Walker:
         sums = []
         for run, site, look in zip(runs, sites, looks, strict=True):
             assert site.meeting is not None
-            total = run.values[site.meeting.operand] + run.values[site.meeting.other]
-            sums.append(undo(run, site, total, look))
-        # At what the sum now is, the layer's own share undone is its output and the shortcut's together.
-        both = missing(*sums)
-        one = outputs[1].new_ones(()).expand(outputs[1].shape)
-        gain = self._gain(runs[1], sites[1], looks[1], one)
-        usual = gain.median()
-        rare = (gain * GAIN < usual) | ~gain.isfinite()
+            total = _wide(run.values[site.meeting.operand]) + _wide(run.values[site.meeting.other])
+            sums.append(undo(run, site, total, look, scales=False))
+        # The layer has to give so much more that the sums are the same. What else is added on the way is
+        # in the smaller network's sum already, and need not be what it was in the dense one.
+        one = undo(runs[1], sites[1], own.new_ones(()).expand(total.shape), looks[1], scales=True)
+        both = missing(*sums) * one
+        # A channel that counts for next to nothing at the sum would be asked for anything.
+        gain = 1 / one.movedim(channel, -1)[(0,) * (own.ndim - 1)].abs()
+        rare = gain * GAIN <= gain.median()
         if bool(rare.any()):
             shape = [1] * own.ndim
             shape[channel] = -1
             both = torch.where(rare.reshape(shape), own, both)
         return own, both, gain
 
-    def _gain(self, run: Run, site: Site, look: Look, output: Tensor) -> Tensor:
-        """Return (outputs,) what a unit of each channel is at the sum."""
-        assert site.meeting is not None
-        operand = run.values[site.meeting.operand]
-        undone = [
-            undo(run, site, operand.new_full((), value).expand(operand.shape), look) for value in (1, 0)
-        ]
-        apart = (undone[0] - undone[1]).movedim(site.channel, 0).flatten(1)[:, 0]
-        return 1 / apart.abs()
-
     def _kept_rows(self, name: str, site: Site) -> Tensor | None:
         """Return which of the dense layer's outputs stay; None where all do."""
         dim = 0 if site.outputs_first else 1
-        if site.transposed and site.groups > 1:
+        if site.transposed and site.groups > 1:  # its second dimension counts the outputs of a group
             return None
         kept = self._rows.get((name, dim))
         return None if kept is None else torch.as_tensor(kept, device=self._device)
@@ -370,11 +416,13 @@ class Walker:
             places = torch.randperm(there, generator=generator)[:wanted].sort()[0]
             owner = torch.arange(len(own)).div(max(len(own) // examples, 1), rounding_mode="floor")
             owner = owner.clamp(max=examples - 1).repeat_interleave(len(places))
+            valid = _valid(self._batches[index], own.movedim(1, -1)) if site.spatial == 1 else None
+            valid = None if valid is None else valid.reshape(len(own), -1)[:, places].reshape(-1)
         else:
-            rows, owner = _rows(own, examples), _owners(own, examples)
+            rows, owner = torch.arange(prod(own.shape[:-1])), _owners(own, examples)
             valid = _valid(self._batches[index], own)
             if valid is not None:
-                rows = rows[valid]
+                rows, valid = rows[valid], None
             wanted = self._wanted(site, weight) * examples
             places = rows[torch.randperm(len(rows), generator=generator)[:wanted]].sort()[0]
             owner = owner[places]
@@ -382,8 +430,13 @@ class Walker:
         P = regressors(site, data, weight, places)
         if not self._parts.patches and site.spatial:
             P = _middle(P, weight)
-        targets = (at_places(site, own, places), None if both is None else at_places(site, both, places))
-        regression.add(P, *targets, held[owner].to(self._device))
+        own, both = at_places(site, own, places), None if both is None else at_places(site, both, places)
+        chosen = held[owner].to(self._device)
+        if valid is not None:
+            rows = valid.nonzero()[:, 0].to(self._device)
+            P, own, chosen = P[rows], own[rows], chosen[rows]
+            both = None if both is None else both[rows]
+        regression.add(P, own, both, chosen)
 
     def _wanted(self, site: Site, weight: Tensor) -> int:
         """Return how many places are drawn of each example."""
@@ -433,10 +486,6 @@ def _whole(site: Site, weight: Tensor, update: Tensor, patches: bool) -> Tensor:
     return whole.flatten(2)
 
 
-def _rows(output: Tensor, examples: int) -> Tensor:
-    return torch.arange(prod(output.shape[:-1]))
-
-
 def _owners(output: Tensor, examples: int) -> Tensor:
     """Return (rows,) the example that each row of a product's output belongs to.
 
@@ -444,21 +493,53 @@ def _owners(output: Tensor, examples: int) -> Tensor:
     can be, rows are taken one by one, as if each were an example.
     """
     rows = torch.arange(prod(output.shape[:-1]))
+    if output.shape[0] != examples and output.ndim > 2 and output.shape[1] == examples:
+        return rows // prod(output.shape[2:-1]) % examples
     if output.shape[0] % examples == 0:
         return rows // (len(rows) // examples)
-    if output.ndim > 2 and output.shape[1] == examples:
-        return rows // prod(output.shape[2:-1]) % examples
     return rows % examples
 
 
 def _valid(batch: Batch, output: Tensor) -> Tensor | None:
-    """Return which rows of a product's output are no padding; None where that is not said."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
+    """Return which rows of an output (..., features) are no padding; None where that is not said."""
+    if not isinstance(batch, Mapping):
         return None
-    rows = prod(output.shape[:-1])
-    if (tuple(output.shape[:2]) == tuple(mask.shape) and output.ndim == 3) or rows == mask.numel():
-        if output.ndim == 3 and output.shape[0] == mask.shape[1] != mask.shape[0]:
-            mask = mask.T
-        return mask.reshape(-1).bool().cpu()
-    return None
+    places, found = output.shape[:-1], None
+    for key in ("attention_mask", "decoder_attention_mask"):
+        mask = batch.get(key)
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            continue
+        valid = mask.cpu() != 0
+        if len(places) > 1 and places[:2] != valid.shape and places[:2] == valid.T.shape:
+            valid = valid.T
+        if len(places) > 1 and places[:2] == valid.shape:
+            valid = valid.reshape(-1).repeat_interleave(prod(places[2:]))
+        elif prod(places) != valid.numel():
+            continue
+        # Of an encoder's and a decoder's mask of one shape it cannot be told which is meant.
+        found = valid.reshape(-1) if found is None else found & valid.reshape(-1)
+    return found
+
+
+def _told(batch: Batch) -> list[bytes]:
+    """Return of each example of a batch a digest of its inputs."""
+    size = batch_size(batch)
+    rows = [
+        item.detach().cpu().contiguous().reshape(size, -1)
+        for item in tree_leaves(model_inputs(batch))
+        if isinstance(item, Tensor) and item.ndim and len(item) == size and item.numel()
+    ]
+    seen = [hashlib.blake2b(digest_size=16) for _ in range(size)]
+    for item in rows:
+        for number, found in enumerate(seen):
+            found.update(item[number].view(torch.uint8).numpy().tobytes())
+    return [found.digest() for found in seen]
+
+
+def _wide(item: Tensor) -> Tensor:
+    """Return a tensor in float32 at least: differences of short types lose too much."""
+    return item if item.dtype is torch.float64 else item.float()
+
+
+def _any(missing: Tensor | None) -> bool:
+    return missing is not None and bool(missing.any())
