@@ -81,7 +81,10 @@ def test_regressors_of_products() -> None:
     for shape in ((4, 5), (4, 3, 5), (2, 3, 2, 5)):
         cases += [(call, drawn(*shape), drawn(5, 7), None) for call in PRODUCTS.values()]
         cases += [(PRODUCTS["addmm"], drawn(*shape), drawn(5, 7), drawn(7))]
-        cases += [(F.linear, drawn(*shape), drawn(7, 5), drawn(7)), (F.linear, drawn(*shape), drawn(7, 5), None)]
+        cases += [
+            (F.linear, drawn(*shape), drawn(7, 5), drawn(7)),
+            (F.linear, drawn(*shape), drawn(7, 5), None),
+        ]
     check(cases)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from cria_prune.base.batches import Batch, map_tensors, model_inputs
@@ -140,6 +141,27 @@ class Program:
                     yield source.number
                 waiting += source.reads[:1]
 
+    def takes(self, batch: Batch) -> bool:
+        """Say whether the operations are those for a batch's sizes, as far as its open ones go."""
+        known, guards = dict[Any, int](), list[Any]()
+        places = [step.value for step in self.steps if step.kind == "input"]
+        for place, item in zip(places, tensors_of(batch), strict=True):
+            for expected, size in zip(place.shape, item.shape, strict=True):
+                if is_concrete_int(expected):
+                    if int(expected) != size:
+                        return False
+                    continue
+                # Sizes that the capture took for one are one symbol; others may hang together.
+                node = expected.node
+                guards = node.shape_env.guards
+                if node.expr.is_symbol and known.setdefault(node.expr, size) != size:
+                    return False
+                if not node.expr.is_symbol and node.expr.xreplace(known) != size:
+                    return False
+                replace = node.shape_env.replace
+        # Where the forward asked how large a size is, the operations are those of one answer.
+        return all(replace(guard.expr).xreplace(known) != False for guard in guards)  # noqa: E712
+
     def _add(self, kind: str, name: str, target: Any = None, **more: Any) -> Ref:
         self.steps.append(Step(len(self.steps), kind, name, target, **more))
         return Ref(len(self.steps) - 1)
@@ -215,10 +237,10 @@ def _dynamic(batch: Batch, open_sizes: frozenset[tuple[int, int]]) -> Any:
 
 def _check_open(value: Tensor, place: int, open_sizes: frozenset[tuple[int, int]]) -> None:
     for at, dim in open_sizes:
-        if at == place and not isinstance(value.shape[dim], torch.SymInt):
+        if at == place and is_concrete_int(value.shape[dim]):
             raise CaptureError(
                 f"Operations for any size of dimension {dim} of an input",
-                f"the forward takes it for {value.shape[dim]}",
+                f"the forward takes it for {int(value.shape[dim])}",
                 "Pass batches of one shape",
             )
 
@@ -266,9 +288,10 @@ def _open_program(model: nn.Module, batches: Sequence[Batch]) -> Program | None:
     # torch.export takes a size of 0 or 1 for fixed, so the example is one where all of them are larger.
     largest = max(range(len(batches)), key=lambda item: min(shapes[item][at][dim] for at, dim in varying))
     try:
-        return Program(model, batches[largest], varying)
+        found = Program(model, batches[largest], varying)
     except CaptureError:
         return None
+    return found if all(map(found.takes, batches)) else None
 
 
 Look = Callable[[str], Tensor]
