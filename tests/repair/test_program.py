@@ -138,7 +138,7 @@ def test_sizes_that_a_forward_asks_for_are_captured_one_by_one(sizes: list[tuple
 
 
 def test_an_open_size_that_is_taken_for_a_number_is_an_error() -> None:
-    with pytest.raises(CaptureError, match="any size of dimension 1.*takes it for 4"):
+    with pytest.raises(CaptureError, match=r"any size of dimension 1.*takes it for 4"):
         Program(Fixed().eval(), drawn(2, 4, 6), frozenset([(0, 1)]))
 
 
