@@ -412,7 +412,7 @@ def test_what_is_read_twice_shared_or_computed_is_left_alone_and_named() -> None
     changed = set(same(state(smaller), state(found.model)))
     # A layer for which no ridge was better keeps its bits.
     better = {item.tensor for item in found.repairs if item.ridge is not None}
-    assert {name for name in changed if not name.endswith("bias")} == better
+    assert {name for name in changed if not name.endswith("bias")} <= better
     assert not changed & {
         "twice.weight",
         "twice.bias",
