@@ -127,8 +127,9 @@ class _Levels:
         self._runs = [Run(p, b, self._device) for p, b in zip(programs[: len(own)], own, strict=True)]
         there = programs[len(own) :]
         self._base = [Run(p, b, self._device) for p, b in zip(there, self._held_batches, strict=False)]
+        fixed = {name for name, _ in model.named_buffers()}
         self._sites = {
-            program: {site.weight: site for site in find_sites(program)[0]}
+            program: {site.weight: site for site in find_sites(program, fixed=fixed)[0]}
             for program in dict.fromkeys(programs)
         }
         self._program = there[0]
@@ -195,9 +196,10 @@ class _Levels:
             run.advance(here.step + 1, self._look, free=False)
             data, output = run.values[here.data], run.values[here.step]
             seed, wanted = self._seed * 1_000_003 + number, places_each(n, SAMPLES, self._examples)
-            places, owner = drawn(here, tuple(output.shape), batch, len(fit), wanted, seed)
-            P = regressors(here, data, weight, places.to(self._device))
-            P = P[fit[owner].to(self._device)].transpose(0, 1)
+            draw = drawn(here, tuple(output.shape), batch, len(fit), wanted, seed).on(self._device)
+            P = regressors(here, data, weight, draw.places)
+            chosen = fit[draw.owner] if draw.valid is None else fit[draw.owner] & draw.valid
+            P = P[chosen.to(self._device)].transpose(0, 1)
             found.gram += P.transpose(1, 2) @ P
             found.mean += P.sum(1)
             found.samples += P.shape[1]
