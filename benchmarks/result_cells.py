@@ -56,20 +56,24 @@ def way(item: dict[str, Any]) -> tuple[Any, ...]:
 WAYS = {
     ("none", False, "uniform"): "right after pruning, no training",
     ("none", True, "uniform"): "with batch norms measured again, no training",
-    ("once", False, "uniform"): "with closed-form repair, no training",
-    ("once", True, "uniform"): "with closed-form repair and batch norms measured again, no training",
+    ("once", False, "uniform"): "with all consumers repaired at once, no training",
+    (
+        "once",
+        True,
+        "uniform",
+    ): "with all consumers repaired at once and batch norms measured again, no training",
     ("walk", False, "uniform"): "with the repair walk, no training",
     ("walk", True, "uniform"): "with the repair walk and batch norms measured again, no training",
 }
 STARTS = {
     ("none", False): "as cut",
     ("none", True): "norms",
-    ("once", False): "repair",
-    ("once", True): "repair, norms",
+    ("once", False): "once",
+    ("once", True): "once, norms",
     ("walk", False): "walk",
     ("walk", True): "walk, norms",
 }
-"""What a cell does after the cut, in a word or two; the keys are the first two of a way."""
+"""What a cell does after the cut, in a word or two: its repair, and batch norms; the keys are of a way."""
 PLAIN, ALL = ("none", False, "uniform"), ("once", True, "uniform")
 
 
@@ -99,6 +103,8 @@ def metric_of(network: str) -> str:
 def figures(network: str, cells: Cells, key: str) -> str:
     """An accuracy in percent, or a perplexity with its ratio to that of the dense model of its seed."""
     values = [item[key] for item in cells]
+    if not values:
+        return ""
     if metric_of(network) == "accuracy":
         return percent(values)
     dense = dense_of(network)

@@ -40,6 +40,7 @@ from result_cells import (
     way,
 )
 from summary import summary
+from walk_table import walk_tables, without_training
 
 MARKS = ("<!-- {}: written by benchmarks/tables.py -->", "<!-- end of {} -->")
 DEMO = RESULTS / "digits" / "demo.txt"
@@ -104,7 +105,7 @@ def fixed(name: str, how: tuple[Any, ...]) -> int:
     return 1 if weights and how == PLAIN else 0
 
 
-FOLLOWED = {how: f" + {STARTS[how[:2]]}" for how in WAYS}
+FOLLOWED = {how: f" + {STARTS[how[:2]].replace('once', 'repaired at once')}" for how in WAYS}
 """What a criterion in a compact table is followed by, where more is done than to cut."""
 COMPARED = ("random", "l2", "wanda-sp", "taylor", "distortion", "distortion-weighted",
             "consumed-distortion", "innovation")  # fmt: skip
@@ -185,6 +186,7 @@ def render() -> str:
         "",
         "Written by `python benchmarks/tables.py` from the files in benchmarks/results.",
         "",
+        *walk_tables(),
     ]
     for network in NETWORKS:
         for scope in ("inner", "all"):
@@ -218,7 +220,7 @@ def blocks() -> dict[str, dict[str, list[str]]]:
     """Page -> name of a block in it -> the lines between its marks."""
     compact = [line for network in (*NETWORKS[1:3], SST2[0], LLAMA[0]) for line in compact_table(network)]
     return {
-        "README.md": {"results": summary()},
+        "README.md": {"walk": without_training(), "results": summary()},
         "docs/start.md": {"demo": demo()},
         "docs/findings.md": {"results": compact},
         "docs/criteria.md": {"criteria": criteria()},

@@ -50,8 +50,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"artifact", "criteria", "planning", "recording", "repair", "result", "resume", "spectrum", "stages"}
     | {"structure", "surgery", "tasks"},
     "bench": BASE
-    | {"artifact", "criteria", "pipeline", "planning", "recipes", "recovery", "result", "resume", "stages"}
-    | {"structure", "tasks"},
+    | {"artifact", "criteria", "measured", "pipeline", "planning", "recipes", "recovery", "repair", "result"}
+    | {"resume", "scores", "stages", "structure", "tasks"},
     "cli": BASE
     | {
         "ablation",

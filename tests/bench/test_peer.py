@@ -12,7 +12,9 @@ from cria_prune.base.errors import ConfigError, PackageError
 from cria_prune.bench import peer as module
 from cria_prune.bench.peer import IMPORTANCES, PeerResult, prune_by_peer
 from cria_prune.bench.suite import Grid, cells, config_of
+from cria_prune.config import PruneConfig
 from cria_prune.recipes.registry import task
+from cria_prune.stages import prepare
 from cria_prune.tasks.models import build
 
 pytest.importorskip("torch_pruning", reason="torch-pruning is not installed (make test installs it)")
@@ -37,6 +39,10 @@ def batches(examples: int) -> list[Any]:
     return [(images, torch.randint(0, 10, (examples,), generator=generator))]
 
 
+def pruned(name: str, dense: torch.nn.Module, given: list[Any], config: PruneConfig) -> PeerResult:
+    return prune_by_peer(name, prepare(dense, given, config), config)
+
+
 def network() -> torch.nn.Module:
     torch.manual_seed(0)
     return build("cifar10-resnet20").eval()
@@ -52,7 +58,7 @@ def test_inner_channels_leave_and_the_network_stays_as_it_was(name: str) -> None
     before = {key: value.clone() for key, value in dense.state_dict().items()}
     config = config_of(task("cifar10-resnet20"), cells(GRID)[0], GRID)
     state = torch.get_rng_state()
-    found = prune_by_peer(name, dense, batches(6), config)
+    found = pruned(name, dense, batches(6), config)
     assert torch.equal(torch.get_rng_state(), state)
     assert abs(found.report["reached"] - 0.5) < 0.02
     assert found.report["parameters"] == sum(item.numel() for item in found.model.parameters())
@@ -74,10 +80,10 @@ def test_magnitude_takes_the_weakest_and_taylor_needs_the_gradients() -> None:
             dense.get_parameter(part)[:8] *= 1e-3
         dense.get_parameter("layer1.0.conv2.weight")[:, :8] *= 1e-3
     config = config_of(task("cifar10-resnet20"), cells(GRID)[0], GRID)
-    found = prune_by_peer("tp-magnitude", dense, batches(6), config)
+    found = pruned("tp-magnitude", dense, batches(6), config)
     assert torch.equal(found.model.get_submodule("layer1.0.conv1").weight, layer.weight[8:])
     one, other = (
-        prune_by_peer("tp-taylor", dense, given, config).model.get_submodule("layer3.0.conv1").weight
+        pruned("tp-taylor", dense, given, config).model.get_submodule("layer3.0.conv1").weight
         for given in (batches(6), batches(9))
     )
     assert not torch.equal(one, other)
@@ -102,7 +108,7 @@ def test_under_one_threshold_for_all_layers_the_share_is_met_and_the_layers_diff
     assert abs(other.report["reached"] - 0.3) < 0.02 and other.kept != found.kept
     by_loss = config.plan.model_copy(update={"ranking": "loss"})
     with pytest.raises(ConfigError, match="its pruner has uniform and global"):
-        prune_by_peer("tp-bn-scale", dense, batches(6), config.model_copy(update={"plan": by_loss}))
+        pruned("tp-bn-scale", dense, batches(6), config.model_copy(update={"plan": by_loss}))
 
 
 def test_the_nearest_of_all_tries_is_taken_where_what_a_ratio_frees_jumps_and_falls() -> None:
@@ -121,7 +127,7 @@ def freely(name: str, dense: torch.nn.Module, reduction: float) -> tuple[Any, Pe
     """Prune under one threshold for all layers."""
     config = config_of(task("cifar10-resnet20"), cells(GRID)[0], GRID)
     plan = config.plan.model_copy(update={"ranking": "global", "of": "macs", "reduction": reduction})
-    return config, prune_by_peer(name, dense, batches(6), config.model_copy(update={"plan": plan}))
+    return config, pruned(name, dense, batches(6), config.model_copy(update={"plan": plan}))
 
 
 def test_cells_that_the_peer_cannot_do_are_left_out() -> None:
@@ -138,12 +144,12 @@ def test_what_cannot_be_compared_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     config = config_of(task("cifar10-resnet20"), cells(GRID)[0], GRID)
     prunable = config.model_copy(update={"plan": config.plan.model_copy(update={"of": "prunable"})})
     with pytest.raises(ConfigError, match="we count parameters or MACs"):
-        prune_by_peer("tp-lamp", network(), batches(4), prunable)
+        pruned("tp-lamp", network(), batches(4), prunable)
 
     hardly = config.model_copy(update={"plan": config.plan.model_copy(update={"reduction": 0.001})})
     with pytest.raises(ConfigError, match=r"the nearest that Torch-Pruning frees is 0\.0%"):  # nothing at all
-        prune_by_peer("tp-lamp", network(), batches(4), hardly)
+        pruned("tp-lamp", network(), batches(4), hardly)
 
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(PackageError, match="torch-pruning is not installed"):
-        prune_by_peer("tp-lamp", network(), batches(4), config)
+        pruned("tp-lamp", network(), batches(4), config)

@@ -13,7 +13,7 @@ from watching import counted, interrupted_at
 
 from cria_prune.base.errors import ArtifactError, ConfigError
 from cria_prune.bench.run import run_grids
-from cria_prune.bench.suite import Grid, cells, file_name, packaged, read_suite
+from cria_prune.bench.suite import Grid, cells, file_name, packaged, read_suite, task_of
 from cria_prune.cli.main import app
 from cria_prune.cli.report import narrowed
 from cria_prune.cli.settings import Bench
@@ -61,11 +61,15 @@ def test_suites_that_come_along_are_whole_and_name_every_cell_once() -> None:
         "digits",
         "llama-shakespeare",
         "llama-shakespeare-again",
+        "llama-shakespeare-walk",
         "resnet20",
+        "resnet20-walk",
         "resnet56",
         "resnet56-macs",
+        "resnet56-walk",
         "sst2-minilm",
         "sst2-minilm-again",
+        "sst2-minilm-walk",
     ]
     for suite in packaged():
         grids = read_suite(suite)
@@ -331,3 +335,35 @@ def test_one_dense_model_for_several_seeds_and_shares_of_the_macs(tmp_path: Path
     ]  # fmt: skip
     # Batch norms measured again may be left as they were, and then the two of a seed are level.
     assert len({found[name]["pruned"] for name in names}) > 1
+
+
+def test_what_cells_have_in_common_is_found_once_and_changes_none(tmp_path: Path) -> None:
+    shared: dict[str, Any] = {
+        "network": "digits", "criteria": ["l2"], "rounds": [1], "examples": 64, "repair": ["walk"],
+        "ranking": ["measured"],
+    }  # fmt: skip
+    grid = Grid(**shared, reductions=[0.4], of=["parameters", "macs"])
+    with counted("losses") as losses:
+        assert measured(grid, tmp_path / "both") == 2
+    assert len(losses) == 1
+    alone = Grid(**shared, reductions=[0.4], of="macs")
+    measured(alone, tmp_path / "alone")
+    both, one = values(tmp_path / "both"), values(tmp_path / "alone")
+    name = "inner-l2-0.4-rounds1-seed0-epochs0-measured-walk-macs.json"
+    said = both[name]
+    assert said == one[name] and said["dense"] == both["dense-seed0.json"]["dense"]
+    assert said["gone"]["macs"] == said["report"]["reached"] and said["fidelity"].keys() >= {"as cut"}
+    spent = json.loads((tmp_path / "both" / name).read_text())["seconds"]
+    assert spent.keys() >= {"discover", "score", "losses", "repair"} and spent["losses"] > 0
+
+
+def test_a_quick_dense_model_is_another_one(tmp_path: Path) -> None:
+    shared: dict[str, Any] = {"criteria": ["l2"], "reductions": [0.5]}
+    grids = [Grid(network="sst2-minilm", **shared, quick_dense=quick) for quick in (False, True)]
+    one, other = (cells(grid)[0] for grid in grids)
+    assert other == {**one, "quick_dense": True} and file_name(one) != file_name(other)
+    assert task_of(grids[1]).options == {"quick": True} and not task_of(grids[0]).options
+    for number, grid in enumerate(grids):
+        (tmp_path / f"{number}.yaml").write_text(grid.to_yaml())
+    with pytest.raises(ConfigError, match="of sst2-minilm, sst2-minilm --quick"):
+        read_suite(str(tmp_path))

@@ -10,6 +10,7 @@ import pytest
 import result_cells
 import summary
 import tables
+import walk_table
 from cria_prune.bench.peer import IMPORTANCES
 from cria_prune.criteria.table import CRITERIA
 from macs_table import macs_table, rows_at
@@ -98,8 +99,8 @@ def test_what_is_recovered_otherwise_or_starts_otherwise_is_apart(given: Any) ->
         sum(line.startswith("### ") for line in table) == 1
     )  # the others were not asked for a share of the MACs
     assert [(row[2], row[3], row[5]) for row in lines_of(table)[2:]] == [
-        ("as cut", "1", "80.00"), ("norms", "1", "60.00"), ("repair", "2", "90.00 ± 0.0"),
-        ("repair, norms", "1", "70.00"), ("walk", "1", "95.00"),
+        ("as cut", "1", "80.00"), ("norms", "1", "60.00"), ("once", "2", "90.00 ± 0.0"),
+        ("once, norms", "1", "70.00"), ("walk", "1", "95.00"),
     ]  # fmt: skip
     given += [cell("l2", 1, 505, reduction=0.4945, **{"of": "macs", **more}) for more in apart]
     titles = [line for line in macs_table("digits") if line.startswith("### ")]
@@ -144,3 +145,51 @@ def test_a_side_takes_its_own_cells_and_a_perplexity_is_that_of_its_dense_model(
     assert [len(cells) for cells in found.values()] == [2, 1]
     assert summary.value(found).startswith("4.67 ± ")  # the mean of 0.8 / 0.4, 0.8 / 0.2 and 0.8 / 0.1
     assert summary.dense_text(found) == "perplexity 0.1 to 0.4"
+
+
+def walked(criterion: str, seed: int, pruned: float, agreement: float, **more: Any) -> dict[str, Any]:
+    """A cell of the suites of the walk; its farthest output decides, and its last stage."""
+    made = cell(criterion, seed, 600, epochs=0, rounds=1, **more)
+    outputs = [
+        {"name": name, "samples": 8, "relative_error": 1.0, "cosine": 0.9, "divergence": apart,
+         "agreement": share}
+        for name, apart, share in (("near", 0.1, 1.0), ("far", 2 * (1 - agreement), agreement))
+    ]  # fmt: skip
+    stages = ["norms"] if "batch_norm" in more else ["as cut"]
+    before = [{**outputs[0], "divergence": 9.0, "agreement": 0.0}]
+    return {
+        **made, "pruned": pruned, "gone": {"parameters": 0.7, "macs": 0.4},
+        "report": {**made["report"], "of": more.get("of", "parameters")},
+        "fidelity": {**{stage: {"examples": 8, "outputs": outputs} for stage in stages},
+                     **({"repaired": {"examples": 8, "outputs": before}} if "batch_norm" in more else {})},
+    }  # fmt: skip
+
+
+def test_the_tables_of_the_walk_have_a_row_for_every_way_and_end_with_the_last_stage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    walk: dict[str, Any] = {"repair": "walk", "batch_norm": True}
+    cells = [walked("innovation", seed, 0.8 + seed / 100, 0.9, **walk) for seed in (0, 2)]
+    cells += [walked("innovation", 0, 0.85, 0.75, ranking="measured", **walk)]
+    cells += [walked("l2", 0, 0.3, 0.5), walked("tp-magnitude", 0, 0.2, 0.5)]
+    cells += [walked("innovation", 0, 0.7, 0.5, of="macs", reduction=0.3)]
+    folder = "cifar10-resnet20-walk"
+    monkeypatch.setattr(walk_table, "every", lambda name: cells if name == folder else [])
+    for module in (walk_table, result_cells):
+        monkeypatch.setattr(module, "dense_of", lambda _name: {seed: {"dense": 0.9} for seed in range(3)})
+    lines = walk_table.walk_tables()
+    assert [line for line in lines if line.startswith("### ")] == [
+        "### ResNet-20, 50% of the parameters gone, nothing trained",
+        "### ResNet-20, 30% of the MACs gone, nothing trained",
+    ]
+    assert [row[:7] for row in lines_of(lines)[2:7]] == [
+        ["dense", "", "", "", "90.00", "0", "100%"],
+        ["as cut", "uniform", "tp-magnitude", "1", "20.00", "1.000", "50.0%"],
+        ["as cut", "uniform", "l2", "1", "30.00", "1.000", "50.0%"],
+        ["walk, norms", "uniform", "innovation", "2", "81.00 ± 12.7", "0.200", "90.0%"],
+        ["walk, norms", "measured", "innovation", "1", "85.00", "0.500", "75.0%"],
+    ]
+    assert lines_of(lines)[3][7:] == ["70.0%", "40.0%"]
+    assert lines_of(walk_table.without_training())[2:] == [
+        ["ResNet-20, parameters", "90.00", "20.00", "", "", "81.00 ± 12.7", "85.00"]
+    ]

@@ -22,7 +22,8 @@ from cria_prune.base.metrics import cross_entropy
 from cria_prune.base.modules import device_of, devices_in_use, modes_kept
 from cria_prune.config import PruneConfig
 from cria_prune.planning.budget import count_macs
-from cria_prune.stages import prepare
+from cria_prune.repair.fidelity import AS_CUT, comparable
+from cria_prune.stages import Prepared
 from cria_prune.structure.discovery import discover as structure
 from cria_prune.structure.groups import UnitGroups
 
@@ -43,15 +44,20 @@ RANKINGS = ("uniform", "global")
 
 @dataclass(frozen=True)
 class PeerResult:
-    """What the peer left: `report` as in a plan, units `kept` per group, `seconds` of search and pruning."""
+    """What the peer left: `report` as in a plan, units `kept` per group, `seconds` of search and pruning.
+
+    `fidelity` is that of the cut network to the dense one on the examples that Cria would hold out, plain
+    JSON by stage, as in a round; empty where no output can be compared.
+    """
 
     model: nn.Module
     report: dict[str, Any]
     kept: dict[str, int]
     seconds: dict[str, float]
+    fidelity: dict[str, Any]
 
 
-def prune_by_peer(name: str, model: nn.Module, batches: list[Batch], config: PruneConfig) -> PeerResult:
+def prune_by_peer(name: str, prepared: Prepared, config: PruneConfig) -> PeerResult:
     """Prune a copy of a network by an importance of Torch-Pruning, by default the same share of every layer.
 
     Its ratio is bisected, and of all ratios tried that one is taken which frees the share most nearly, more
@@ -62,18 +68,16 @@ def prune_by_peer(name: str, model: nn.Module, batches: list[Batch], config: Pru
 
     Args:
         name: key of IMPORTANCES.
-        model: the dense network; it is left as it was.
-        batches: the calibration.
+        prepared: the dense network, which is left as it was, with the calibration.
         config: reduction, of, rounds, ranking and what may be cut, as for Cria.
 
     Raises:
         ConfigError: Torch-Pruning is not installed, its pruner frees no share near that one, or the share or
             the ranking is one that we do not have for it.
     """
-    library = _library(name, config)
+    library, model = _library(name, config), prepared.model
     start = time.perf_counter()
-    batches = [move(batch, device_of(model)) for batch in batches]
-    peer = _Peer(library, name, model, batches, config)
+    peer = _Peer(library, name, prepared, config)
     found = _nearest(peer.attempt, config.plan.reduction)
     taken = found if found.model is not None else peer.pruned(found.ratio)
     assert taken.model is not None
@@ -86,7 +90,9 @@ def prune_by_peer(name: str, model: nn.Module, batches: list[Batch], config: Pru
         )
     search = time.perf_counter() - start - taken.seconds
     seconds = {"search": round(search, 4), "prune": round(taken.seconds, 4)}
-    return PeerResult(taken.model, report, _kept(model, taken.model, peer.groups), seconds)
+    far = comparable(model, taken.model, prepared.held.batches)
+    fidelity = {} if far is None else {AS_CUT: far.to_dict()}
+    return PeerResult(taken.model, report, _kept(model, taken.model, peer.groups), seconds, fidelity)
 
 
 def _library(name: str, config: PruneConfig) -> Any:
@@ -136,15 +142,13 @@ def _nearest(attempt: Callable[[float], _Try], goal: float) -> _Try:
 class _Peer:
     """Its pruner over one network, one importance and one calibration."""
 
-    def __init__(
-        self, library: Any, name: str, model: nn.Module, batches: list[Batch], config: PruneConfig
-    ) -> None:
-        self.library, self.name, self.model, self.batches, self.config = library, name, model, batches, config
-        prepared = prepare(model, batches, config)
+    def __init__(self, library: Any, name: str, prepared: Prepared, config: PruneConfig) -> None:
         prepared.check_reach()
+        self.library, self.name, self.model, self.config = library, name, prepared.model, config
+        self.batches = [move(batch, device_of(self.model)) for batch in prepared.batches]
         self.example, self.groups = prepared.example, prepared.groups
         self.macs = count_macs(prepared.found)
-        self.dense = self.macs if config.plan.of == "macs" else _cost(model, self.example, config)
+        self.dense = self.macs if config.plan.of == "macs" else _cost(self.model, self.example, config)
 
     def attempt(self, ratio: float) -> _Try:
         """Find out what a ratio frees: the same share of every layer costs no importance."""

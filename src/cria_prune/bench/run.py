@@ -21,14 +21,14 @@ from cria_prune.base.events import passed
 from cria_prune.base.files import write_json
 from cria_prune.base.modules import device_of
 from cria_prune.base.progress import QUIET, Progress
+from cria_prune.bench.draw import Draw
 from cria_prune.bench.peer import IMPORTANCES, prune_by_peer
-from cria_prune.bench.suite import Cell, Grid, cells, config_of, dense_seed, file_name
+from cria_prune.bench.suite import Cell, Grid, cells, config_of, dense_seed, file_name, task_of
 from cria_prune.config import PruneConfig, RecoverConfig, repair_of_before, score_of_before
-from cria_prune.pipeline import prune
 from cria_prune.recipes.registry import task
 from cria_prune.recovery.loop import NAME as STATE
 from cria_prune.recovery.tune import recover
-from cria_prune.result import PruneResult
+from cria_prune.result import PruneResult, said_of
 from cria_prune.resume.rounds import facts_of
 from cria_prune.tasks.base import Task, fingerprint
 
@@ -132,8 +132,8 @@ def _flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
     return flat
 
 
-LEFT_OUT = ("diagnosis", "repairs", "seconds")
-"""Of a round, what a cell does not hold: the two that are long, and the seconds, which are added up."""
+LEFT_OUT = ("diagnosis", "repairs", "losses", "fidelity", "seconds")
+"""Of a round, what a cell does not hold: what is long, and what the cell says itself, beside its rounds."""
 
 
 def run_grids(
@@ -166,7 +166,7 @@ def run_grids(
     Raises:
         ArtifactError: a file of the folder is of another network, configuration or data, or cannot be read.
     """
-    chosen, progress = task(grids[0].network), progress or QUIET
+    chosen, progress = task_of(grids[0]), progress or QUIET
     data = chosen.fingerprint()
     missing, measured = divide(grids, chosen, folder, data)
     for cell in measured:  # a kill between a cell's file and the removal of its state
@@ -174,31 +174,43 @@ def run_grids(
     origin = partial(provenance, command=command, data_fingerprint=data, device=device)
     failed: dict[str, CriaError] = {}
     folder.mkdir(parents=True, exist_ok=True)
-    models: dict[int, nn.Module] = {}
-    for number, (cell, config) in enumerate(sorted(missing, key=lambda item: dense_seed(item[0])), 1):
-        seed = dense_seed(cell)
+    models: dict[int, tuple[nn.Module, float]] = {}  # one at a time, and one draw
+    draws: dict[tuple[int, int, int], Draw] = {}
+    for number, (cell, config) in enumerate(sorted(missing, key=_draw), 1):
+        seed, drawn = dense_seed(cell), _draw((cell, config))
         if seed not in models:
-            models = {seed: chosen.dense(seed, progress).to(device)}  # one at a time
-            _dense(chosen, models[seed], seed, folder, origin(seed=seed), progress)
+            draws.clear()
+            model = chosen.dense(seed, progress).to(device)
+            models = {seed: (model, _dense(chosen, model, seed, folder, origin(seed=seed), progress))}
+        model, dense = models[seed]
         state = state_of(folder, cell)
         try:
-            values = _measure(chosen, models[seed], cell, config, progress, state, data)
+            if drawn not in draws:
+                draws = {drawn: Draw(model, chosen.calibration(config.record.examples, cell["seed"]))}
+            values = _measure(chosen, draws[drawn], cell, config, progress, state, data)
         except CriaError as error:
             failed[file_name(cell)] = error
             if not isinstance(error, ArtifactError):  # a state that is another's is for the user to remove
                 shutil.rmtree(state, ignore_errors=True)
             continue
-        write_json(folder / file_name(cell), {**values, "provenance": origin(seed=cell["seed"])})
+        values = {**values, "dense": dense, "provenance": origin(seed=cell["seed"])}
+        write_json(folder / file_name(cell), values)
         shutil.rmtree(state, ignore_errors=True)
         if on_cell is not None:
             on_cell(number, len(missing), cell, values)
     return len(missing) - len(failed), failed
 
 
+def _draw(item: tuple[Cell, PruneConfig]) -> tuple[int, int, int]:
+    """Return what cells with the same dense model and the same calibration examples have in common."""
+    cell, config = item
+    return dense_seed(cell), cell["seed"], config.record.examples
+
+
 def _dense(
     chosen: Task, model: nn.Module, seed: int, folder: Path, origin: dict[str, Any], progress: Progress
-) -> None:
-    """Measure the dense model of a seed, or see that it is the one that the folder's cells started from.
+) -> float:
+    """Return the metric of the dense model of a seed, once it is known that the folder's cells are of it.
 
     A training ends with other weights on another kind of processor, or with another number of threads. A
     file of the first benches has no hash of the weights: there the metric has to be the same.
@@ -213,7 +225,7 @@ def _dense(
             said = json.loads(path.read_text(encoding="utf-8"))
             float(said["dense"])
     if said.get("weights") == weights:
-        return
+        return float(said["dense"])
     value = chosen.evaluate(model, chosen.test_batches(), progress)
     if said and ("weights" in said or not math.isclose(said["dense"], value, rel_tol=1e-6)):
         raise ArtifactError(
@@ -225,11 +237,12 @@ def _dense(
     if not said:
         said = {"metric": chosen.metric, "dense": value, "provenance": origin}
     write_json(path, {**said, "weights": weights})
+    return float(said["dense"])
 
 
 def _measure(
     chosen: Task,
-    model: nn.Module,
+    draw: Draw,
     cell: Cell,
     config: PruneConfig,
     progress: Progress,
@@ -238,19 +251,18 @@ def _measure(
 ) -> dict[str, Any]:
     """Prune, measure, recover and measure again."""
     passed("cell", cell=cell)
-    batches = chosen.calibration(config.record.examples, cell["seed"])
     found: dict[str, Any]
     if cell["criterion"] in IMPORTANCES:
-        peer = prune_by_peer(cell["criterion"], model, batches, config)
+        peer = prune_by_peer(cell["criterion"], draw.ready(config), config)
         smaller, seconds = peer.model, peer.seconds
-        found = {"report": peer.report, "difference": None, "kept": peer.kept}
+        found = {"report": peer.report, "difference": None, "kept": peer.kept, "fidelity": peer.fidelity}
     else:
-        result = prune(model, batches, config, progress=progress)
-        smaller, found, seconds = (
-            result.model,
-            _found(result),
-            {stage: round(spent, 4) for stage, spent in result.seconds_by_stage.items()},
-        )
+        result, seconds = draw.prune(config, progress)
+        smaller, found = result.model, _found(result)
+        seconds = {stage: round(spent, 4) for stage, spent in seconds.items()}
+    found["gone"] = {
+        kind: 1 - found["report"][kind] / found["report"][f"{kind}_dense"] for kind in ("parameters", "macs")
+    }
     figures = {
         "metric": chosen.metric,
         "pruned": chosen.evaluate(smaller, chosen.test_batches(), progress),
@@ -265,7 +277,7 @@ def _measure(
         # No metric while training: some published weights have seen the validation split, so the last
         # epoch is what is reported.
         training = source.train_batches(cell["seed"], device=device_of(smaller))
-        teacher = model if settings.distill else None
+        teacher = draw.model if settings.distill else None
         recover(
             smaller, training, settings, teacher=teacher, device=device_of(smaller), progress=progress,
             state=state, data=data,
@@ -285,5 +297,6 @@ def _found(result: PruneResult) -> dict[str, Any]:
         "difference": None if verification is None else verification.difference,
         "split_half": sum(known) / len(known) if known else None,
         "kept": {name: len(stays) for name, stays in result.plan.kept.items()},
+        "fidelity": said_of(result.rounds[-1]),
         "rounds": [facts_of(item, LEFT_OUT) for item in result.rounds],
     }

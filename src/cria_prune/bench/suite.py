@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from cria_prune.base.errors import ConfigError
 from cria_prune.bench.peer import IMPORTANCES, RANKINGS
@@ -21,11 +21,15 @@ from cria_prune.config import (
     repair_of_before,
 )
 from cria_prune.criteria.table import CRITERIA
-from cria_prune.recipes.registry import TASKS
+from cria_prune.recipes.registry import TASKS, task
 from cria_prune.tasks.base import Task
 
 ENDINGS = (".yaml", ".yml", ".json")
 Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
 
 
 class Grid(StageConfig):
@@ -41,13 +45,14 @@ class Grid(StageConfig):
         (0,), min_length=1, description="of the dense model, the draw, the recovery"
     )
     dense_seed: int | None = Field(None, description="one dense model for all seeds; each its own if None")
+    quick_dense: bool = Field(False, description="start from the dense model of the recipe's --quick")
     epochs: int = Field(0, ge=0, description="epochs of recovery, 0 for none")
     scope: Literal["inner", "all", "neurons"] = Field(
         "inner",
         description="inner: without residual width; all: with it; neurons: feed-forward neurons alone",
     )
-    of: Annotated[str, OF] | None = Field(
-        None, description="what the reductions are shares of; the recipe's own if None"
+    of: Annotated[tuple[Annotated[str, OF], ...], BeforeValidator(_listed), Field(min_length=1)] | None = (
+        Field(None, description="what the reductions are shares of, one or several; the recipe's own if None")
     )
     ranking: tuple[Annotated[str, RANKING], ...] = Field(("uniform",), min_length=1)
     repair: tuple[Annotated[str, REPAIR], ...] = Field(("none",), min_length=1)
@@ -117,10 +122,19 @@ def read_suite(source: str) -> list[Grid]:
             found = error.found if isinstance(error, ConfigError) else str(error)
             todo = f"Known keys: {', '.join(Grid.model_fields)}"
             raise ConfigError(f"The grid {path.name} of the suite {source!r}", found, todo) from error
-    networks = sorted({grid.network for grid in grids})
+    networks = sorted({grid.network + " --quick" * grid.quick_dense for grid in grids})
     if len(networks) > 1:
         raise ConfigError(asked, f"its grids are of {', '.join(networks)}", "Give one suite per network")
     return grids
+
+
+def task_of(grid: Grid) -> Task:
+    """Return the task of a grid's network.
+
+    Raises:
+        ConfigError: its recipe has no --quick, and the grid asks for that.
+    """
+    return task(grid.network, **({"quick": True} if grid.quick_dense else {}))
 
 
 def _home() -> Path:
@@ -135,10 +149,10 @@ def cells(grid: Grid) -> list[Cell]:
 
     What is usual (a dense model of the cell's own seed, the recipe's kind of share, ranking uniform, no
     repair, batch norms as they are, all training data) is not in a cell. Importances of Torch-Pruning have no
-    cells under the ranking `loss`, with repair, or with batch norms measured again.
+    cells under rankings that its pruner lacks, with repair, or with batch norms measured again.
     """
-    lists = ("seeds", "reductions", "rounds", "ranking", "repair", "batch_norm", "criteria")
-    product = itertools.product(*(getattr(grid, name) for name in lists))
+    lists = ("seeds", "of", "reductions", "rounds", "ranking", "repair", "batch_norm", "criteria")
+    product = itertools.product(*(getattr(grid, name) or (None,) for name in lists))
     return [
         {
             "network": grid.network,
@@ -153,10 +167,11 @@ def cells(grid: Grid) -> list[Cell]:
             **({"ranking": ranking} if ranking != "uniform" else {}),
             **({"repair": repair} if repair != "none" else {}),
             **({"batch_norm": True} if batch_norm else {}),
-            **({} if grid.of is None else {"of": grid.of}),
+            **({} if of is None else {"of": of}),
             **({} if grid.dense_seed is None else {"dense_seed": grid.dense_seed}),
+            **({"quick_dense": True} if grid.quick_dense else {}),
         }
-        for seed, reduction, rounds, ranking, repair, batch_norm, criterion in product
+        for seed, of, reduction, rounds, ranking, repair, batch_norm, criterion in product
         if criterion not in IMPORTANCES or (ranking in RANKINGS and repair == "none" and not batch_norm)
     ]
 
@@ -190,6 +205,7 @@ def file_name(cell: Cell) -> str:
         *(["norms"] if cell.get("batch_norm") else []),
         *([cell["of"]] if cell.get("of") else []),
         *([f"dense{cell['dense_seed']}"] if "dense_seed" in cell else []),
+        *(["quick_dense"] if cell.get("quick_dense") else []),
     ]
     return "-".join([name, *words]) + ".json"
 
