@@ -11,9 +11,11 @@ from torch import nn
 from watching import counted, interrupted_at, never
 
 from cria_prune import PruneConfig, prune
-from cria_prune.measured import measure_losses
+from cria_prune.measured import loss_of, measure_losses
 from cria_prune.planning.plan import make_plan
+from cria_prune.planning.stairs import levels, stairs
 from cria_prune.repair.fidelity import fidelity
+from cria_prune.repair.levels import RIDGE
 from cria_prune.stages import prepare, rank, remove
 
 
@@ -33,26 +35,70 @@ def config(**plan) -> PruneConfig:
 def test_each_loss_is_that_of_the_one_group_cut():
     ready = prepare(network(), BATCHES, config(of="macs"))
     ranking = rank(ready)
-    found = measure_losses(ready, ranking)
+    found = measure_losses(ready, ranking, every=True)
     assert set(found) == {"0", "2"} and sorted(found["0"]) == [2, 4, 6, 8, 10, 12, 14]
     kept = np.argsort(ranking.scores["2"], kind="stable")[16 - 6 :]
     cut = remove(ready.model, make_plan(ready.groups, {"2": kept}))
-    assert found["2"][6] == pytest.approx(fidelity(ready.model, cut, ready.held.batches).loss, rel=1e-12)
+    # On examples that are fitted on: those that are held out go on to say what the whole cut did.
+    fit = [torch.cat([batch[row : row + 1] for row in range(32) if row % 4 != 3]) for batch in BATCHES]
+    assert found["2"][6] == pytest.approx(fidelity(ready.model, cut, fit).loss, rel=1e-9)
+    # The slow twin: a cut, and two runs of whole networks.
+    for stair in stairs(ready.groups, ready.config.plan):
+        for count in levels(stair):
+            slow = loss_of(ready, ranking, stair, count)
+            assert found[stair.names[0]][count] == pytest.approx(slow, rel=1e-9)
     alike = prepare(network(), BATCHES, config(of="macs", uniform=True))
-    both = measure_losses(alike, rank(alike))
-    assert both["0"] == both["2"] and set(both["0"]) == set(found["0"])
+    both = measure_losses(alike, rank(alike), every=True)
+    assert {name: set(item) for name, item in both.items()} == {name: set(found["0"]) for name in found}
+
+
+def test_a_level_is_measured_with_the_best_weights_and_the_others_follow_from_the_error():
+    wanted = PruneConfig(plan={"of": "macs"}, score={"criterion": "l2"})
+    ready = prepare(network(), BATCHES, wanted)
+    ranking = rank(ready)
+    whole, one = (measure_losses(ready, ranking, every=every) for every in (True, False))
+    # By hand: least squares of what the layer behind gives, on what is left of what it reads.
+    fit = torch.cat([batch[row : row + 1] for batch in BATCHES for row in range(32) if row % 4 != 3])
+    hidden, layer = ready.model[:2](fit).detach(), ready.model[2]
+    centred, errors = hidden - hidden.mean(0), {}
+    for count in (8, 4):
+        kept = np.sort(np.argsort(ranking.scores["0"], kind="stable")[16 - count :])
+        S = centred.T @ centred / len(centred)
+        C = layer.weight.detach() @ S[:, kept]
+        size = S[kept][:, kept].diagonal().mean() * RIDGE
+        start = layer.weight.detach()[:, kept]
+        right = (C + size * start) @ torch.linalg.inv(S[kept][:, kept] + size * torch.eye(count).double())
+        cut = network()
+        with torch.no_grad():
+            cut[2].weight.zero_()
+            cut[2].weight[:, kept] = right
+            cut[2].bias += (layer.weight @ hidden.mean(0)) - right @ hidden.mean(0)[kept]
+        assert whole["0"][count] == pytest.approx(fidelity(ready.model, cut, [fit]).loss, rel=1e-9)
+        away = (cut[2](hidden) - layer(hidden)).detach().var(0, correction=0).sum()
+        errors[count] = float(away / layer(hidden).detach().var(0, correction=0).sum())
+    assert one["0"][8] == whole["0"][8]
+    assert one["0"][4] == pytest.approx(whole["0"][8] * errors[4] / errors[8], rel=1e-9)
+
+
+def test_groups_that_one_pass_cannot_measure_are_cut_one_by_one():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 3)).double()
+    ready = prepare(net, BATCHES, config(of="macs"))
+    with counted("cut") as cuts:
+        found = measure_losses(ready, rank(ready))
+    assert len(cuts) == len(found["0"]) > 0
 
 
 def test_what_was_measured_is_not_measured_again(tmp_path):
     ready, keep = prepare(network(), BATCHES, config(of="macs")), tmp_path / "losses.json"
     ranking = rank(ready)
     whole = measure_losses(ready, ranking)
-    with pytest.raises(KeyboardInterrupt), interrupted_at("cut", 5):
+    with pytest.raises(KeyboardInterrupt), interrupted_at("level", 9):
         measure_losses(ready, ranking, keep=keep)
-    assert 0 < sum(map(len, json.loads(keep.read_text())["losses"].values())) < 14
-    with counted("cut") as cuts:
+    assert list(json.loads(keep.read_text())["losses"]) == ["0"]
+    with counted("level") as done:
         assert measure_losses(ready, ranking, keep=keep) == whole
-    assert len(cuts) == 14 - 4
+    assert len(done) == 7
     # Of other scores nothing holds; a damaged file is measured anew.
     other = prepare(network(), BATCHES, config(of="macs", floor=0.3))
     measure_losses(other, rank(other), keep=keep)

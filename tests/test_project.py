@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"result", "structure", "recording", "graph", "spectrum", "criteria", "planning", "surgery", "repair"},
     "scores": BASE | {"resume", "stages", "spectrum", "structure"},
     "latency": BASE | {"structure", "planning", "surgery"},
-    "measured": BASE | {"latency", "planning", "stages"},
+    "measured": BASE | {"latency", "planning", "repair", "stages", "structure"},
     "pipeline": BASE
     | {"criteria", "latency", "measured", "planning", "result", "resume", "scores", "stages"},
     "ablation": BASE | {"stages", "structure", "planning", "surgery"},

@@ -295,7 +295,7 @@ class PlanConfig(StageConfig):
 
     reduction: float = option(0.5, "Share to remove, between 0 and 1", "--reduction", "--reduce")
     of: Annotated[str, OF] = option("parameters", "What it is a share of")
-    rounds: int = option(4, "Rounds of scoring and cutting", ge=1)
+    rounds: int = option(1, "Rounds of scoring and cutting", ge=1)
     ranking: Annotated[str, RANKING] = option("auto", "How groups share out what is removed")
     residual: bool = option(False, "Prune the width of residual streams too")
     floor: float = option(0.1, "Share of each group's units that always stays", ge=0, le=1)

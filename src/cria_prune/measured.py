@@ -14,12 +14,13 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cria_prune.base.batches import limited
+from cria_prune.base.batches import Batch, limited
 from cria_prune.base.errors import CaptureError, DataError
 from cria_prune.base.events import passed
 from cria_prune.base.files import write_json
@@ -30,8 +31,9 @@ from cria_prune.latency import known_latency
 from cria_prune.planning.latency import LatencyTable
 from cria_prune.planning.plan import make_plan
 from cria_prune.planning.stairs import Stair, levels, stairs
-from cria_prune.repair.levels import losses_of
-from cria_prune.stages import InMemory, Prepared, Ranking, removed
+from cria_prune.repair.fidelity import comparable
+from cria_prune.repair.levels import Level, losses_of
+from cria_prune.stages import Prepared, Ranking, removed
 from cria_prune.structure.groups import UnitGroup
 
 
@@ -65,6 +67,10 @@ def with_latency(
     return prepared
 
 
+LEAST = 1e-9
+"""Loss and error below which nothing is told apart."""
+EXAMPLES = 512
+"""Calibration examples that losses are measured on, at most."""
 MOST = 1e6
 """Loss of a network that gives NaN or infinity: worse than any that gives numbers."""
 
@@ -73,18 +79,23 @@ def measure_losses(
     prepared: Prepared,
     ranking: Ranking,
     *,
+    every: bool = False,
     keep: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, dict[int, float]]:
     """Measure the loss of every group, or class of groups that go down together, cut alone.
 
-    The lowest-scored units leave, to every eighth and to the smallest number that may stay. The loss of a
-    class is shared out evenly, for `allocate` adds the losses of its groups. In several processes all make
-    this call, and all get the same.
+    The lowest-scored units leave, to every eighth and to the smallest number that may stay. One level is
+    measured of each group, with about half of the units gone; the others follow from it by the error of the
+    layers that read the group, which is known in closed form and free of the noise of few examples: on
+    ResNet-20 shares chosen so were better than from a table that is measured whole (docs/log.md). The loss
+    of a class is shared out evenly, for `allocate` adds the losses of its groups. In several processes all
+    make this call, and all get the same.
 
     Args:
         prepared: its model is left as it was; it has to be the dense one.
         ranking: of that model, with what the repair needs.
+        every: measure every level.
         keep: a file for the losses found so far, from which the same call goes on.
         progress: where to show it.
 
@@ -96,7 +107,7 @@ def measure_losses(
         CriaError: those of the repair and the surgery.
     """
     made = stairs(prepared.groups, prepared.config.plan, prepared.allowed)
-    of = _identity(prepared, ranking)
+    of = _identity(prepared, ranking, every)
     # Of several processes one may not see the file, and would measure what the others skip.
     losses = _numbered(world().lead("The losses that are kept", lambda: _kept(keep, of)))
     points = [(stair, count) for stair in made for count in levels(stair)]
@@ -104,10 +115,11 @@ def measure_losses(
     passed("losses", groups=prepared.groups, levels=len(points), done=done)
     with (progress or QUIET).bar("measure losses", len(points)) as bar:
         bar.update(done)
-        for name, count, loss in _together(prepared, ranking, made, losses):
-            losses.setdefault(name, {})[count] = loss if math.isfinite(loss) else MOST
+        for found in _together(prepared, ranking, made, losses, every):
+            losses[found[0].group] = _curve(found)
             world().lead("Keeping the losses", lambda: _keep(keep, of, losses))
-            bar.update(loss=loss)
+            for level in found:
+                bar.update(group=level.group)
         for stair, count in points:
             if all(count in losses.get(name, {}) for name in stair.names):
                 continue
@@ -120,14 +132,16 @@ def measure_losses(
 
 
 def _together(
-    prepared: Prepared, ranking: Ranking, made: Sequence[Stair], known: Mapping[str, Mapping[int, float]]
-) -> Iterator[tuple[str, int, float]]:
-    """Yield (group, units that stay, loss), of the groups that one pass over the network can measure."""
-    counts = {
-        name: [count for count in levels(stair) if count not in known.get(name, {})]
-        for stair in made for name in stair.names
-    }  # fmt: skip
-    groups = [group for stair in made for group in stair.groups if counts[group.name]]
+    prepared: Prepared,
+    ranking: Ranking,
+    made: Sequence[Stair],
+    known: Mapping[str, Mapping[int, float]],
+    every: bool,
+) -> Iterator[list[Level]]:
+    """Yield the levels of one group after another, of those that a pass over the network can measure."""
+    counts = {name: levels(stair) for stair in made for name in stair.names if name not in known}
+    groups = [group for stair in made for group in stair.groups if counts.get(group.name)]
+    middle = {group.name: _nearest(counts[group.name], group.size / 2) for group in groups}
     if not groups:
         return
     scores, config = ranking.scores, prepared.config
@@ -135,13 +149,41 @@ def _together(
     def chosen(group: UnitGroup, count: int) -> np.ndarray:
         return _highest(scores[group.name], count)
 
+    found = losses_of(
+        prepared.model, groups, counts, chosen, [*limited(prepared.batches, config.record.examples)],
+        judges(prepared), config.record.seed, repaired=config.repair != "none",
+        measured=lambda name, count: every or count == middle[name],
+    )  # fmt: skip
     try:
-        yield from losses_of(
-            prepared.model, groups, counts, chosen, [*limited(prepared.batches, config.record.examples)],
-            prepared.held.batches, config.record.seed, config.repair != "none",
-        )  # fmt: skip
+        for _, several in groupby(found, key=lambda level: level.group):
+            yield list(several)
     except CaptureError:  # then each level is measured by a cut of its own
         return
+
+
+def _curve(found: Sequence[Level]) -> dict[int, float]:
+    """Return units kept -> loss of a group, from the levels that were measured and the errors of all."""
+    losses = {
+        level.count: MOST if not math.isfinite(level.loss) else level.loss
+        for level in found if level.loss is not None
+    }  # fmt: skip
+    if len(losses) == len(found):
+        return losses
+    # A loss grows as the squared error that causes it, as long as both are small.
+    known = next(level for level in found if level.count in losses)
+    assert known.error is not None
+    scale = max(losses[known.count], LEAST) / max(known.error, LEAST)
+    return {level.count: scale * level.error for level in found if level.error is not None}
+
+
+def judges(prepared: Prepared) -> list[Batch]:
+    """Return the examples that losses are measured on: some of those that nothing is held out of.
+
+    So the held-out ones still say what a cut has done: they have not chosen its shares. More of them than
+    are held out, for the losses of small cuts are small: on 102 images the shares of a ResNet-20 at half
+    of its MACs gave 85.5 %, on 512 86.6 %.
+    """
+    return [*limited(prepared.held.fit(), EXAMPLES)]
 
 
 def loss_of(prepared: Prepared, ranking: Ranking, stair: Stair, count: int) -> float:
@@ -150,7 +192,7 @@ def loss_of(prepared: Prepared, ranking: Ranking, stair: Stair, count: int) -> f
     kept = {group.name: _highest(scores[group.name], count) for group in stair.groups}
     step = make_plan(prepared.groups, kept)
     smaller, _ = removed(prepared, ranking, step)
-    found = InMemory().measure(prepared, smaller)
+    found = comparable(prepared.structure, smaller, judges(prepared))
     if found is None:
         raise DataError(
             f"Measuring what a cut of {stair.names[0]} costs",
@@ -160,18 +202,22 @@ def loss_of(prepared: Prepared, ranking: Ranking, stair: Stair, count: int) -> f
     return found.loss if math.isfinite(found.loss) else MOST
 
 
+def _nearest(counts: Sequence[int], wanted: float) -> int:
+    return min(counts, key=lambda count: abs(count - wanted))
+
+
 def _highest(scores: np.ndarray, count: int) -> np.ndarray:
     """Return the units of the highest scores, ascending."""
     return np.sort(np.argsort(scores, kind="stable")[len(scores) - count :])
 
 
-def _identity(prepared: Prepared, ranking: Ranking) -> str:
+def _identity(prepared: Prepared, ranking: Ranking, every: bool) -> str:
     """Return a digest of all that the losses follow from but the data, which the caller's state is of."""
     config = prepared.config.model_dump(mode="json")
     for name in ("reduction", "of", "rounds"):  # what is asked of them, not what they are
         config["plan"].pop(name)
     scores = {f"score {name}": item.scores for name, item in ranking.importances.items()}
-    return digest(json.dumps(config, sort_keys=True), {**named_tensors(prepared.model), **scores})
+    return digest(json.dumps([config, every], sort_keys=True), {**named_tensors(prepared.model), **scores})
 
 
 def _kept(path: Path | None, of: str) -> dict[str, dict[str, float]]:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cria_prune.base.batches import Batch, batch_size, cut, forward, map_tensors
-from cria_prune.base.errors import CriterionError
+from cria_prune.base.errors import CaptureError, CriterionError
 from cria_prune.base.metrics import Loss, cross_entropy
 from cria_prune.base.modules import device_of, named_tensors, unchanged
 from cria_prune.config import PruneConfig
@@ -28,6 +28,7 @@ from cria_prune.recording.gradients import FisherSums, TaylorSums
 from cria_prune.recording.signals import Call, Collector, GroupMemory
 from cria_prune.recording.states import reads_of
 from cria_prune.recording.taps import Taps
+from cria_prune.repair.foretell import Stop, largest, stops
 from cria_prune.repair.norms import batch_norms
 from cria_prune.structure.groups import Site, UnitGroup, UnitGroups
 
@@ -231,9 +232,9 @@ class Stage:
     """The largest moment of one stage.
 
     Attributes:
-        name: `record` or `score`.
+        name: `record`, `score` or `repair`.
         parts: what it is made of, in bytes, beyond the model.
-        group: the group that it is about, or empty.
+        group: the group that it is about, or the weight of the layer; or empty.
     """
 
     name: str
@@ -253,7 +254,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class MemoryPrediction:
-    """The memory that recording and scoring will take, in the first round; prints as a table.
+    """The memory that recording, scoring and the walk will take, in the first round; prints as a table.
 
     Attributes:
         model: bytes of its parameters and buffers.
@@ -334,11 +335,13 @@ def predict_memory(
     loss: Loss | None = None,
     graphs: bool = False,
 ) -> MemoryPrediction:
-    """Predict the memory that recording and scoring a model takes, without recording.
+    """Predict the memory that recording, scoring and repairing a model takes, without any of it.
 
     What is kept of every group is exact. What a forward pass takes is counted on one and on two examples and
     carried on to the whole batch; what an operation allocates and frees inside itself is not counted, nor
-    what the allocator of the system holds back. Later rounds see a smaller model and take less.
+    what the allocator of the system holds back. Later rounds see a smaller model and take less. Of the walk,
+    the streams of both networks over all examples are those of the dense one for two, carried on, and no more
+    than half of what is free on this device now: the others wait in files.
 
     Args:
         model: the model, on the device where the work is to be done, or on the meta device; it is left as it
@@ -361,7 +364,7 @@ def predict_memory(
         >>> batch = torch.randn(32, 4)
         >>> found = predict_memory(net, discover(net, batch), batch)
         >>> [(stage.name, stage.largest) for stage in found.stages]
-        [('record', 'moments'), ('score', 'inverse')]
+        [('record', 'moments'), ('score', 'inverse'), ('repair', 'solving')]
     """
     config = config or PruneConfig()
     needs, size = find_criterion(config.score).needs, batch_size(batch)
@@ -371,11 +374,13 @@ def predict_memory(
     if needs or config.repair == "once":
         one, two = (observe(model, groups.prunable, batch, needs, loss, drawn, count) for count in (1, 2))
         passes = one, two
-    work = _Work(groups, passes, size, device_of(model).type, needs, drawn)
+    own = storages(named_tensors(model).values())
+    halts = _stops(model, batch) if config.repair == "walk" else []
+    work = _Work(groups, passes, size, device_of(model).type, needs, drawn, halts, own)
     stages, kept = work.stages(config, size)
     recorded = config.plan.rounds if passes else 0
     return MemoryPrediction(
-        model=storages(named_tensors(model).values()),
+        model=own,
         stages=stages,
         groups=tuple(kept),
         passes=recorded + bool(config.batch_norm and batch_norms(model)),
@@ -385,6 +390,14 @@ def predict_memory(
         device=device_of(model).type,
         savings=work.savings(config, max(stage.peak for stage in stages)),
     )
+
+
+def _stops(model: nn.Module, batch: Batch) -> list[Stop]:
+    """Return the layers that the walk stops at; none where it cannot walk, for nothing is repaired then."""
+    try:
+        return stops(model, batch)
+    except (CaptureError, RuntimeError):
+        return []
 
 
 @dataclass(frozen=True)
@@ -398,6 +411,8 @@ class _Work:
         device: type of the device where the model is.
         needs: of the criterion.
         graphs: the groups whose graphs are kept.
+        stops: layers that the walk stops at.
+        model: bytes of its parameters and buffers.
     """
 
     groups: UnitGroups
@@ -406,11 +421,13 @@ class _Work:
     device: str
     needs: frozenset[str]
     graphs: frozenset[str]
+    stops: Sequence[Stop]
+    model: int
 
     def stages(self, config: PruneConfig, size: int) -> tuple[tuple[Stage, ...], list[GroupMemory]]:
         """Return recording by batches of so many examples, if there is any, scoring, and what groups keep."""
         if self.passes is None:
-            return (self._score(config, []),), []
+            return (self._score(config, []), *self._repair(config)), []
         collector = Collector(
             self.groups.prunable, config.record, config.repair == "once", reads_of(self.needs), self.graphs
         )
@@ -428,7 +445,15 @@ class _Work:
             taking = collector.receiving_bytes(call, size)
             moments.append({**held, "activations": alive, "taking in": taking})
         most = max(*moments, _closing(kept), key=lambda parts: sum(parts.values()))
-        return (Stage("record", most), self._score(config, kept)), kept
+        return (Stage("record", most), self._score(config, kept), *self._repair(config)), kept
+
+    def _repair(self, config: PruneConfig) -> list[Stage]:
+        """Return the walk; nothing where there is none."""
+        if config.repair != "walk" or not self.stops:
+            return []
+        parts, weight = largest(self.stops, config.record.examples, self.size, torch.device(self.device))
+        # The model as it was cut is there, and the copy that is refitted; both are smaller than this one.
+        return [Stage("repair", {"smaller models": 2 * self.model, **parts}, weight)]
 
     def _score(self, config: PruneConfig, kept: Sequence[GroupMemory]) -> Stage:
         held = {
@@ -451,9 +476,13 @@ class _Work:
         changes: list[tuple[str, PruneConfig, int]] = []
         if half and self.passes is not None:
             changes.append((f"batches of {half} examples", config, half))
-        if config.repair == "once":
+        if config.repair != "none":
             without = config.model_copy(update={"repair": "none"})
             changes.append(("no repair (--repair none)", without, self.size))
+        if config.repair == "walk" and record.examples > 1:
+            fewer = record.model_copy(update={"examples": record.examples // 2})
+            text = f"{fewer.examples} examples (--examples)"
+            changes.append((text, config.model_copy(update={"record": fewer}), self.size))
         for name, value, there in (
             ("exact_units", exact // 2, exact > 64),
             ("sketch_columns", record.sketch_columns // 2, max(widths, default=0) > record.exact_units),

@@ -153,6 +153,7 @@ class PruneResult:
         lines += speed_said(last)
         if self.changed:
             lines.append(self.changed)
+        lines += repairs_said(self.rounds[-1].repairs)
         lines += stages_said(self.rounds[-1].fidelity)
         return "\n".join(lines)
 
@@ -188,6 +189,28 @@ def speed_said(report: Mapping[str, float | str]) -> list[str]:
 def stages_said(fidelity: Mapping[str, Fidelity]) -> list[str]:
     """Return a line for each stage: how far the model was after it from the dense one."""
     return [f"from the dense network, {stage}: {item}" for stage, item in fidelity.items()]
+
+
+LITTLE = 0.1
+"""Share of what a consumer had lost that is too little to pass over in silence."""
+
+
+def repairs_said(repairs: Sequence[Repair]) -> list[str]:
+    """Return a line where layers were fitted to too few samples, and one where little was given back."""
+    lines, short = [], [item for item in repairs if item.lacking]
+    if short:
+        worst = max(short, key=lambda item: item.lacking)
+        lines.append(
+            f"{len(short)} of {len(repairs)} repaired layers were fitted to fewer than four samples for each "
+            f"feature that they read ({worst.tensor}: {worst.effective:,} for {worst.regressors:,}): "
+            f"{worst.lacking:,} more examples would do"
+        )
+    little = [item for item in repairs if item.cut and item.recovered < LITTLE]
+    if little:
+        names = ", ".join(f"{item.tensor} ({percent(item.recovered)})" for item in little[:4])
+        more = f" and {len(little) - 4} more" if len(little) > 4 else ""
+        lines.append(f"little of what they lost could be given back to {names}{more}")
+    return lines
 
 
 def said_of(item: Round) -> dict[str, dict[str, Any]]:

@@ -58,7 +58,9 @@ def test_a_terminal_gets_bars_that_nest_and_stop_on_an_error():
     progress = Progress(quiet=False, stream=stream)
     with pytest.raises(RuntimeError), progress.bar("outer", 2) as outer:
         outer.update(loss=0.25)
-        list(track(range(3), label="inner", progress=progress))
+        for _ in range(2):
+            list(track(range(3), label="inner", progress=progress))
+            assert [task.description for task in progress._rich.tasks] == ["outer"], "finished steps pile up"
         raise RuntimeError
     assert "outer" in stream.getvalue() and "inner" in stream.getvalue() and "loss 0.25" in stream.getvalue()
     assert progress._rich is None

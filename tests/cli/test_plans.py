@@ -55,7 +55,9 @@ def test_a_dry_run_trains_and_scores_nothing() -> None:
     assert said["data"] == {"examples": 64, "batches": 1, "bytes": 64 * (64 * 4 + 8)}
     assert 1 - said["parameters_least"] / said["parameters_dense"] == pytest.approx(said["reachable"])
     memory = said["memory"]
-    assert memory["peak"] == memory["model"] + max(memory[name]["peak"] for name in ("record", "score"))
+    assert memory["peak"] == memory["model"] + max(
+        memory[name]["peak"] for name in ("record", "score", "repair")
+    )
     assert memory["record"]["peak"] == sum(memory["record"]["parts"].values())
     for words in ("at most", "passes over 64 examples", "record: at most", "the largest group is hidden"):
         assert words in result.stdout

@@ -350,7 +350,8 @@ def test_a_model_that_is_no_chain_of_blocks_is_recorded_as_a_whole(tmp_path: Pat
     assert (chain is None) is skips
     assert [turn.blocks for turn in found] == [None if skips else (place, place) for place in range(4)]
     expected = score(plain, groups, record(plain, groups, signals(), config.record))
-    prepared = prepare(dispatched, signals(), PruneConfig(record=config.record, score=config.score))
+    settings = {"record": config.record, "score": config.score, "repair": "once"}
+    prepared = prepare(dispatched, signals(), PruneConfig(**settings))
     scores, spilled, count = score_in_turns(prepared, tmp_path, 1, QUIET)
     assert count == 4 and list(scores) == list(expected)
     assert all(torch.equal(scores[name].scores, expected[name].scores) for name in expected)
@@ -390,7 +391,7 @@ def agree(done: Offloaded, expected: PruneResult) -> None:
 def test_layer_by_layer_gives_what_pruning_in_memory_gives(
     made: Path, tmp_path: Path, name: str, memory: int, values: dict[str, Any]
 ) -> None:
-    batches, config, before = batches_of(), config_of(**values), hashes(made / name)
+    batches, config, before = batches_of(size=16), config_of(**values), hashes(made / name)
     expected = prune(kind_of(name).from_pretrained(made / name).eval(), batches, config)
     done = prune_offloaded(
         made / name, tmp_path / "small", batches, config, memory=memory, max_shard_size="50KB"
@@ -398,6 +399,8 @@ def test_layer_by_layer_gives_what_pruning_in_memory_gives(
     blocks = MODELS[name][2].get("num_hidden_layers", 2)
     agree(done, expected)
     assert bool(done.rounds[0].repairs) == (config.repair != "none")
+    refitted = any(item.ridge is not None for item in done.rounds[0].repairs)
+    assert refitted == (name in ("tied", "gpt2")), "too few examples to fit to, or nothing to repair"
     assert done.rounds[0].turns == (0 if "l2" in str(values) else 1 if memory > 1 else blocks)
     assert hashes(made / name) == before
     plain, info = kind_of(name).from_pretrained(tmp_path / "small", output_loading_info=True)
@@ -410,20 +413,20 @@ def test_layer_by_layer_gives_what_pruning_in_memory_gives(
     assert same(load(tmp_path / "small").model.state_dict(), plain.state_dict())
 
 
-@pytest.mark.parametrize(("name", "memory"), [("tied", 1), ("bert", 2**31)])
+@pytest.mark.parametrize(("name", "memory", "repair"), [("tied", 1, "walk"), ("bert", 2**31, "once")])
 def test_layers_run_on_another_device(
-    made: Path, tmp_path: Path, device: str, name: str, memory: int
+    made: Path, tmp_path: Path, device: str, name: str, memory: int, repair: str
 ) -> None:
     seen, repaired = set(), set()
 
     def look(event: Event) -> None:
         if event.name == "score":
             seen.update(item.output.mean.device.type for item in event.facts["states"].groups.values())
-        elif event.name == "repair":
+        elif event.name == "repair" and repair == "once":
             moments = [item for part in event.facts["consumed"].values() for item in part.values()]
             repaired.update(item.mean.device.type for item in moments)
 
-    config = config_of(plan={"reduction": 0.3, "rounds": 2 if name == "tied" else 1})
+    config = config_of(plan={"reduction": 0.3, "rounds": 2 if name == "tied" else 1}, repair=repair)
     with watch(look):
         done, here = (
             prune_offloaded(made / name, tmp_path / place, batches_of(), config, memory=memory, device=place)
@@ -431,10 +434,29 @@ def test_layers_run_on_another_device(
         )
     loaded = write.load_dispatched(made / name, tmp_path / "scratch", torch.device(device))
     assert {item.device.type for item in loaded.buffers()} == {torch.device(device).type}
-    assert seen == repaired == {torch.device(device).type, "cpu"}
+    assert seen == {torch.device(device).type, "cpu"} and repaired == (seen if repair == "once" else set())
     assert done.plan.report == here.plan.report and len(done.rounds[0].repairs) == len(here.rounds[0].repairs)
     one, other = (load(tmp_path / place).model.state_dict() for place in (device, "cpu"))
     assert device == "cuda" or same(one, other)
+
+
+def test_a_folder_that_was_nearer_as_cut_is_put_back(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, found = rounds.folder_fidelity, list[Any]()
+
+    def worse(*asked: Any) -> Any:
+        found.append(measured(*asked))
+        outputs = [replace(item, divergence=10.0 * len(found)) for item in found[-1].outputs]
+        return replace(found[-1], outputs=tuple(outputs))
+
+    monkeypatch.setattr(rounds, "folder_fidelity", worse)
+    done = prune_offloaded(made / "llama", tmp_path / "walk", batches_of(size=16), config_of())
+    prune_offloaded(made / "llama", tmp_path / "cut", batches_of(size=16), config_of(repair="none"))
+    assert found[1].loss < found[0].loss, "the walk did not change the folder"
+    assert not done.rounds[0].repairs and "left as cut" in done.rounds[0].unrepaired[""]
+    one, other = (load(tmp_path / name).model.state_dict() for name in ("walk", "cut"))
+    assert same(one, other)
 
 
 def test_a_result_is_pruned_again_and_its_plan_is_of_the_dense_model(made: Path, tmp_path: Path) -> None:

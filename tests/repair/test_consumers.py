@@ -238,8 +238,8 @@ def test_bad_input_is_told() -> None:
 def test_too_few_samples_and_too_many_features_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = perceptron()
     config = {"plan": {"reduction": 0.5, "rounds": 1}, "score": {"criterion": "l2"}}
-    few = prune(model, [seeded(31, 4)], PruneConfig(**config))
-    enough = prune(model, [seeded(32, 4)], PruneConfig(**config))
+    few = prune(model, [seeded(31, 4)], PruneConfig(**config, repair="once"))
+    enough = prune(model, [seeded(32, 4)], PruneConfig(**config, repair="once"))
     assert not few.rounds[0].repairs and enough.rounds[0].repairs
     assert few.changed == "" and "repaired in closed form" in enough.changed
     monkeypatch.setattr(sys.modules["cria_prune.repair.consumers"], "WIDEST", 2)

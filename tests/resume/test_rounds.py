@@ -42,6 +42,7 @@ FULL: dict[str, Any] = {
     "verification": Verification(2e-16, 1e-10, "float64", "operations"),
     "metric": 0.1 + 0.2,
     "repairs": (Repair("2.weight", 0.75, True), Repair("4.weight", 1.0, False)),
+    "unrepaired": {"3.weight": "is read more than once"},
     "batch_norms": 3,
     "batch_norms_kept": "they have no statistics",
     "turns": 2,

@@ -251,7 +251,8 @@ def test_a_full_disk_is_an_error_and_the_last_round_serves(whole, tmp_path):
                 pruned(folder=tmp_path)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [path.name for path in tmp_path.iterdir()] == [rounds.NAME]
+    found = [path.name for path in tmp_path.iterdir() if not path.name.startswith("walk-")]
+    assert found == [rounds.NAME]
     with counted("record") as recordings:
         assert same(pruned(folder=tmp_path), whole["innovation"])
     assert len(recordings) == ROUNDS - 1

@@ -142,8 +142,8 @@ class Elsewhere(TorchFunctionMode):
             raise TypeError("can't convert a tensor of another device to numpy; use Tensor.cpu()")
         if name == "cpu" and first is not None:
             return self._moved(first, HERE, lambda tensor: tensor)
-        if name in ("to", "type_as") and first is not None:
-            return self._to(first, args[1:], kwargs)
+        if name.partition(".")[0] in ("to", "type_as") and first is not None:  # a captured one is `to.device`
+            return self._to(first, args[1:], {key: item for key, item in kwargs.items() if key != "layout"})
         if name == "register_hook":  # it is called while a function of autograd runs, hence without the mode
             return func(args[0], lambda gradient: self._within(args[1], gradient))
         if name == "__deepcopy__":

@@ -19,6 +19,7 @@ but for those that say otherwise. Facts are the live objects of the work: read t
     scored       after they are                                                  scores
     factored     after two graphs were factored, in place of an eigensolver      device
     losses       what each group's cut costs alone is measured                   groups, levels, done
+    level        after what one level of a group costs is known                  level
     time         the seconds that each group's cut saves are measured            model, groups
     plan         what stays is chosen                                            groups, target
     repair       the consumers are repaired                                      kept, consumed, plan
@@ -56,6 +57,7 @@ EVENTS = (
         "factored",
         "scored",
         "losses",
+        "level",
         "time",
         "plan",
         "repair",

@@ -92,6 +92,9 @@ class Bar:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._rich is not None:
+            # A step within another one comes again with the next part of that one, round after round.
+            if self.owner._open > 1:
+                self._rich.remove_task(self._task)
             self.owner._leave()
         elif not self.owner.quiet and self.done != self._last_done:
             self._line(self.owner.clock())

@@ -105,9 +105,9 @@ def _library(name: str, config: PruneConfig) -> Any:
             "we count parameters or MACs for it",
             "Leave it out",
         )
-    if config.plan.ranking not in RANKINGS:
+    if config.plan.shared_by not in RANKINGS:
         raise ConfigError(
-            f"{name} under the ranking {config.plan.ranking}",
+            f"{name} under the ranking {config.plan.shared_by}",
             f"its pruner has {' and '.join(RANKINGS)}",
             "Leave it out",
         )
@@ -152,7 +152,7 @@ class _Peer:
 
     def attempt(self, ratio: float) -> _Try:
         """Find out what a ratio frees: the same share of every layer costs no importance."""
-        if self.config.plan.ranking == "global":
+        if self.config.plan.shared_by == "global":
             return self.pruned(ratio)
         # With one share for every layer the sizes do not depend on the scores, so the search needs none.
         sized = self._cut(ratio, self.library.importance.RandomImportance(), 1, lambda _model: None)
@@ -180,7 +180,7 @@ class _Peer:
             pruner = self.library.pruner.BasePruner(
                 smaller, inputs, importance=importance, pruning_ratio=ratio, iterative_steps=steps,
                 ignored_layers=_others(smaller, self.groups),
-                global_pruning=self.config.plan.ranking == "global",
+                global_pruning=self.config.plan.shared_by == "global",
                 # its defaults are shared between calls, and filled
                 in_channel_groups={}, out_channel_groups={}, num_heads={}, channel_groups={},
             )  # fmt: skip

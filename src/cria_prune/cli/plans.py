@@ -156,7 +156,9 @@ def _say_memory(out: Output, memory: MemoryPrediction, data: int, here: int | No
         out.say(f"the largest group is {largest.name}: {largest.units:,} units, {amount(kept)} as {kind}")
     if memory.savings:
         texts = (f"{text}: {amount(memory.model + data + size)}" for text, size in memory.savings)
-        out.say("less would be taken with " + "; ".join(texts) + " (--examples does not change it)")
+        walked = any(stage.name == "repair" for stage in memory.stages)
+        more = "" if walked else " (--examples does not change it)"
+        out.say("less would be taken with " + "; ".join(texts) + more)
     peak = memory.peak + data
     if here is not None and peak > here:
         out.say(f"warning: {amount(peak)} are needed, and there are {amount(here)}")

@@ -82,17 +82,17 @@ def prune_offloaded(
     """Prune the model in a Hugging Face folder, layer by layer, and write the result shard by shard.
 
     The weights stay on disk: accelerate loads each layer when it runs, and no more than a layer, a shard, and
-    the moments of a turn are in memory. The scores, the plan and the weights are those that `prune` gives in
-    as many rounds. Plain transformers loads the result.
+    the moments of a turn, or what the walk's batches hold, are in memory. The scores, the plan and the
+    weights are those that `prune` gives in as many rounds. Plain transformers loads the result.
 
     Which groups can be cut is seen on shapes alone. Between two rounds the smaller model is a folder in a
     hidden one beside the result. It is removed as soon as the next one stands: of whole models there are at
     most two on disk beside the source. That the folder of a round computes what its masked model does is
     tried on the first two examples, both loaded layer by layer. Batch norms are not measured again.
 
-    With a `state`, the same call in another process goes on after the last finished turn, also after a
-    SIGKILL, and ends with the same bits. That asks of `batches` to be the same in every pass, and of the
-    files of the model not to be touched.
+    With a `state`, the same call in another process goes on after the last finished turn or the last layer
+    that was refitted, also after a SIGKILL, and ends with the same bits. That asks of `batches` to be the
+    same in every pass, and of the files of the model not to be touched.
 
     Args:
         source: the folder: config.json and safetensors, in one file or in shards; it is only read.
@@ -101,7 +101,8 @@ def prune_offloaded(
         config: what to remove and how, in `plan.rounds` rounds (four, unless it says otherwise).
             `plan.vanilla` is set: one configuration has to say all sizes.
         memory: bytes for the moments and weights of a turn. What does not fit is recorded in turns: a few
-            blocks at a time where the model is a chain of blocks, else a few groups with a pass each.
+            blocks at a time where the model is a chain of blocks, else a few groups with a pass each. It is
+            also what the batches of the walk may hold between their turns; the rest waits in files.
         max_shard_size: bytes of a file of weights, or a text such as `1GB`; one shard is in memory.
         device: where the layers run, and where the moments of a turn are.
         overwrite: replace a folder that Cria wrote.

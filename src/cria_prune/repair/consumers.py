@@ -158,6 +158,8 @@ class Repair:
         samples, regressors: what it was fitted to, and how many features each of its outputs reads.
         ridge: chosen on held-out samples, in mean variances; None where none was better than no change.
         shortcut: its target held the error that the stream had gathered.
+        effective: samples without those of examples that came twice.
+        lacking: examples that should be added, for four effective samples of each regressor.
     """
 
     tensor: str
@@ -168,6 +170,8 @@ class Repair:
     regressors: int | None = None
     ridge: float | None = None
     shortcut: bool = False
+    effective: int | None = None
+    lacking: int = 0
 
 
 def compensate(

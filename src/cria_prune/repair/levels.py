@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cria_prune.base.batches import Batch, batch_size, hold_out_every
+from cria_prune.base.events import passed
 from cria_prune.base.modules import device_of
 from cria_prune.base.ranks import world
 from cria_prune.repair.fidelity import Fidelity, add_outputs, begin_sums, named_outputs
@@ -49,6 +50,23 @@ class Reads:
     group: str = field(default="")
 
 
+@dataclass(frozen=True)
+class Level:
+    """What a cut of one group alone costs.
+
+    Attributes:
+        group: its name; count: units that stay.
+        error: E‖change‖² / E‖output‖² of the layers that read it, without their means, added up; None where
+            no moments were taken.
+        loss: of the network; None where it was not measured.
+    """
+
+    group: str
+    count: int
+    error: float | None
+    loss: float | None
+
+
 Chosen = Callable[[UnitGroup, int], np.ndarray]
 """(group, number of units that stay) -> which."""
 
@@ -62,8 +80,9 @@ def losses_of(
     held: Sequence[Batch],
     seed: int,
     repaired: bool = True,
-) -> Iterator[tuple[str, int, float]]:
-    """Yield (group, number of units that stay, loss) for groups of a dense model, in the order of the data.
+    measured: Callable[[str, int], bool] = lambda _name, _count: True,
+) -> Iterator[Level]:
+    """Yield the levels of the groups of a dense model, in the order of the data.
 
     Groups are passed over that a normalisation takes its statistics over, whose others change when some
     leave, and those whose layers cannot be found in the captured operations: the caller measures these.
@@ -77,9 +96,10 @@ def losses_of(
         held: the held-out examples.
         seed: of the draw of positions.
         repaired: with the best weights for the units that stay; else with those that are there.
+        measured: (group, number) -> whether the loss is measured, and not only the error of the layers.
     """
     with torch.no_grad():
-        yield from _Levels(model, groups, counts, chosen, batches, held, seed, repaired).run()
+        yield from _Levels(model, groups, counts, chosen, batches, held, seed, repaired).run(measured)
 
 
 class _Levels:
@@ -107,8 +127,9 @@ class _Levels:
         self._runs = [Run(p, b, self._device) for p, b in zip(programs[: len(own)], own, strict=True)]
         there = programs[len(own) :]
         self._base = [Run(p, b, self._device) for p, b in zip(there, self._held_batches, strict=False)]
+        fixed = {name for name, _ in model.named_buffers()}
         self._sites = {
-            program: {site.weight: site for site in find_sites(program)[0]}
+            program: {site.weight: site for site in find_sites(program, fixed=fixed)[0]}
             for program in dict.fromkeys(programs)
         }
         self._program = there[0]
@@ -126,7 +147,8 @@ class _Levels:
             for sites in self._sites.values()
         )
 
-    def run(self) -> Iterator[tuple[str, int, float]]:
+    def run(self, measured: Callable[[str, int], bool]) -> Iterator[Level]:
+        """Go through the network; see `losses_of`."""
         place = {name: number for number, name in enumerate(self._order)}
         ends = {
             group.name: max(place[item.tensor] for item in group.consumers)
@@ -145,7 +167,12 @@ class _Levels:
                 site = self._sites[run.program][self._order[first]]
                 run.advance(min([site.step, *site.path]), self._look)
             for count in self._counts[group.name]:
-                yield group.name, count, self._loss(group, count, reads)
+                changed, error = self._cut(group, count, reads)
+                # Without an error nothing else would say what the level costs.
+                loss = self._loss(changed) if error is None or measured(group.name, count) else None
+                level = Level(group.name, count, error, loss)
+                passed("level", level=level)
+                yield level
             needed = {item.tensor for later in waiting[index + 1 :] for item in later.consumers}
             reads = {name: item for name, item in reads.items() if name in needed}
 
@@ -169,9 +196,10 @@ class _Levels:
             run.advance(here.step + 1, self._look, free=False)
             data, output = run.values[here.data], run.values[here.step]
             seed, wanted = self._seed * 1_000_003 + number, places_each(n, SAMPLES, self._examples)
-            places, owner = drawn(here, tuple(output.shape), batch, len(fit), wanted, seed)
-            P = regressors(here, data, weight, places.to(self._device))
-            P = P[fit[owner].to(self._device)].transpose(0, 1)
+            draw = drawn(here, tuple(output.shape), batch, len(fit), wanted, seed).on(self._device)
+            P = regressors(here, data, weight, draw.places)
+            chosen = fit[draw.owner] if draw.valid is None else fit[draw.owner] & draw.valid
+            P = P[chosen.to(self._device)].transpose(0, 1)
             found.gram += P.transpose(1, 2) @ P
             found.mean += P.sum(1)
             found.samples += P.shape[1]
@@ -182,13 +210,20 @@ class _Levels:
             found.samples = int(self._world.total(torch.tensor(float(found.samples))))
         return found if found.samples else None
 
-    def _loss(self, group: UnitGroup, count: int, reads: Mapping[str, Reads]) -> float:
-        """Return the loss with some units of a group gone and nothing else."""
-        stays = self._chosen(group, count)
-        changed: dict[str, Tensor] = {}
+    def _cut(
+        self, group: UnitGroup, count: int, reads: Mapping[str, Reads]
+    ) -> tuple[dict[str, Tensor], float | None]:
+        """Return the tensors of the layers that read only some units of a group, and their error."""
+        stays, changed, total = self._chosen(group, count), dict[str, Tensor](), 0.0
         for item in group.consumers:
             site = self._sites[self._program][item.tensor]
-            changed |= _masked(self._look, site, item, stays, reads.get(item.tensor), changed)
+            found, error = _masked(self._look, site, item, stays, reads.get(item.tensor), changed)
+            changed |= found
+            total = float("nan") if error is None else total + error
+        return changed, None if total != total else total
+
+    def _loss(self, changed: Mapping[str, Tensor]) -> float:
+        """Return the loss with some tensors changed and nothing else."""
         look: Look = lambda name: changed[name] if name in changed else self._look(name)  # noqa: E731
         batch, dense = self._kinds
         sums = begin_sums(dense, dense, batch, True)
@@ -213,13 +248,16 @@ def _input_dim(site: Site) -> int:
 def _masked(
     look: Look, site: Site, item: ParameterSlice, stays: np.ndarray, reads: Reads | None,
     before: Mapping[str, Tensor],
-) -> dict[str, Tensor]:  # fmt: skip
-    """Return the tensors of a layer that reads only units that stay, repaired if its moments are there."""
+) -> tuple[dict[str, Tensor], float | None]:  # fmt: skip
+    """Return the tensors of a layer that reads only units that stay, and its error, as its moments say.
+
+    Without moments it is not repaired, and there is no error.
+    """
     weight = before.get(site.weight, look(site.weight))
     gone = np.setdiff1d(np.arange(item.positions.shape[0]), stays)
     positions = torch.from_numpy(item.positions[gone].ravel()).to(weight.device)
     if reads is None:
-        return {site.weight: weight.index_fill(item.dim, positions, 0)}
+        return {site.weight: weight.index_fill(item.dim, positions, 0)}, None
     matrix = weight.flatten(1) if site.outputs_first else weight.T
     kernel = prod(weight.shape[2:]) if site.outputs_first else 1
     features = (positions[:, None] * kernel + torch.arange(kernel, device=weight.device)).ravel()
@@ -238,6 +276,9 @@ def _masked(
     update = torch.zeros_like(W)
     update[:, :, K] = moved
     update[:, :, R] = -W[:, :, R]
+    # What the layer gives changes by U P: the second moments say how much, as a share of what it gives.
+    apart, whole = (torch.einsum("gon,gnm,gom->", item, S, item) for item in (update, W))
+    error = float(apart / whole.clamp(min=1e-300))
     found = {site.weight: add_update(site, weight, update)}
     if centred:
         shift = -torch.einsum("gon,gn->go", update, mean).ravel()
@@ -245,4 +286,4 @@ def _masked(
         assert name is not None
         value = before.get(name, look(name))
         found[name] = (value.double() + (shift if site.bias else -shift)).to(value)
-    return found
+    return found, error

@@ -8,7 +8,7 @@ looked up when they are read; a `Run` carries one batch through it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from cria_prune.base.batches import Batch, map_tensors, model_inputs, move
@@ -88,6 +89,7 @@ class Program:
         steps: all that the output depends on, in order.
         outputs: the steps that give the tensors of the output.
         readers: step -> steps that take its result.
+        written: weights and constants that a step may write into, such as a counter of the forwards.
 
     Raises:
         CaptureError: the operations cannot be captured, or an open size was taken for a fixed one.
@@ -130,6 +132,38 @@ class Program:
         for number in self.outputs:
             self.last[number] = len(self.steps)
             self.readers.setdefault(number, []).append(len(self.steps))
+        self.written = frozenset(self._written())
+
+    def _written(self) -> Iterator[int]:
+        """Yield the weights and constants that a step may write into, or into a view of them."""
+        for step in self.steps:
+            waiting = [*step.reads[:1]] if step.writes else []
+            while waiting:
+                source = self.steps[waiting.pop()]
+                if source.kind in ("weight", "constant"):
+                    yield source.number
+                waiting += source.reads[:1]
+
+    def takes(self, batch: Batch) -> bool:
+        """Say whether the operations are those for a batch's sizes, as far as its open ones go."""
+        known, guards = dict[Any, int](), list[Any]()
+        places = [step.value for step in self.steps if step.kind == "input"]
+        for place, item in zip(places, tensors_of(batch), strict=True):
+            for expected, size in zip(place.shape, item.shape, strict=True):
+                if is_concrete_int(expected):
+                    if int(expected) != size:
+                        return False
+                    continue
+                # Sizes that the capture took for one are one symbol; others may hang together.
+                node = expected.node
+                guards = node.shape_env.guards
+                if node.expr.is_symbol and known.setdefault(node.expr, size) != size:
+                    return False
+                if not node.expr.is_symbol and node.expr.xreplace(known) != size:
+                    return False
+                replace = node.shape_env.replace
+        # Where the forward asked how large a size is, the operations are those of one answer.
+        return all(replace(guard.expr).xreplace(known) != False for guard in guards)  # noqa: E712
 
     def _add(self, kind: str, name: str, target: Any = None, **more: Any) -> Ref:
         self.steps.append(Step(len(self.steps), kind, name, target, **more))
@@ -206,10 +240,10 @@ def _dynamic(batch: Batch, open_sizes: frozenset[tuple[int, int]]) -> Any:
 
 def _check_open(value: Tensor, place: int, open_sizes: frozenset[tuple[int, int]]) -> None:
     for at, dim in open_sizes:
-        if at == place and not isinstance(value.shape[dim], torch.SymInt):
+        if at == place and is_concrete_int(value.shape[dim]):
             raise CaptureError(
                 f"Operations for any size of dimension {dim} of an input",
-                f"the forward takes it for {value.shape[dim]}",
+                f"the forward takes it for {int(value.shape[dim])}",
                 "Pass batches of one shape",
             )
 
@@ -257,9 +291,10 @@ def _open_program(model: nn.Module, batches: Sequence[Batch]) -> Program | None:
     # torch.export takes a size of 0 or 1 for fixed, so the example is one where all of them are larger.
     largest = max(range(len(batches)), key=lambda item: min(shapes[item][at][dim] for at, dim in varying))
     try:
-        return Program(model, batches[largest], varying)
+        found = Program(model, batches[largest], varying)
     except CaptureError:
         return None
+    return found if all(map(found.takes, batches)) else None
 
 
 Look = Callable[[str], Tensor]
@@ -288,7 +323,9 @@ class Run:
                 self.values[step.number] = given[int(step.name)]
             elif step.kind == "constant":
                 value = step.target
-                self.values[step.number] = value.to(device) if isinstance(value, Tensor) else value
+                if isinstance(value, Tensor):
+                    value = value.to(device, copy=step.number in program.written)
+                self.values[step.number] = value
 
     def advance(self, until: int, look: Look, *, free: bool = True) -> None:
         """Run the steps before `until`; results that no later step reads are let go, unless `free` is off."""
@@ -321,7 +358,14 @@ class Run:
         """Return an argument with the results in place of the references."""
         if isinstance(item, Ref):
             step = self.program.steps[item.number]
-            return look(step.name) if step.kind == "weight" else self.values[item.number]
+            if step.kind != "weight":
+                return self.values[item.number]
+            if item.number not in self.program.written:
+                return look(step.name)
+            # The model is left as it was: each batch writes into a copy of its own.
+            if item.number not in self.values:
+                self.values[item.number] = look(step.name).clone()
+            return self.values[item.number]
         if isinstance(item, (list, tuple)):
             return type(item)(self.of(part, look) for part in item)
         if isinstance(item, Mapping):

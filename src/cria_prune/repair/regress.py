@@ -8,6 +8,7 @@ towards the weights that are there, and is exactly 0 where nothing is missing.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -132,7 +133,7 @@ class Regression:
         size: (G, n, o).
         centred: there is a place for the intercept.
         device: where the sums are kept.
-        held: held-out samples that this process keeps, at most.
+        held: held-out samples of each batch that are kept, at most.
         seed: of the signs of a sketch.
     """
 
@@ -161,16 +162,18 @@ class Regression:
                 there is no meeting.
             held: (M,) bool, samples that nothing is fitted to.
         """
-        targets = torch.stack([own, own if met is None else met])
-        kept = held.nonzero()[:, 0][: self._room]
+        # A sum of products in a short type says too little of which ridge is best.
+        P, own = _wide(P), _wide(own)
+        targets = torch.stack([own, own if met is None else _wide(met)])
+        kept = held.nonzero()[:, 0]
+        if len(kept) > self._room:  # spread over the batch, for its first ones may be all of one example
+            kept = kept[torch.arange(self._room, device=kept.device) * len(kept) // self._room]
         if len(kept):
             self._held.append((P[kept].clone(), targets[:, kept].clone()))
-            self._room -= len(kept)
         fit = (~held).nonzero()[:, 0]
         if not len(fit):
             return
         P, targets = P[fit].transpose(0, 1), targets[:, fit].transpose(1, 2)  # (G, M, n), (2, G, M, o)
-        P, targets = (item if item.dtype is torch.float64 else item.float() for item in (P, targets))
         self._n += len(fit)
         self._mean += P.sum(1)
         self._means += targets.sum(2)
@@ -198,8 +201,8 @@ class Regression:
         """Samples that are fitted to."""
         return int(self._n)
 
-    def solve(self, gain: Tensor, both: bool, world: World) -> Solution:
-        """Return the update of the least held-out error at the sum, or none.
+    def solve(self, gain: Tensor, both: bool, world: World) -> Solution | None:
+        """Return the update of the least held-out error at the sum, or none; None where sums are not finite.
 
         Args:
             gain: (G, o) what a unit of the output is at the sum; 1 where there is none.
@@ -212,6 +215,9 @@ class Regression:
         weights = gain.double().square()
         none = torch.zeros_like(self._cross[0, :, :, :1]).expand(-1, -1, self._mean.shape[1])
         lost = self._error(none, torch.zeros_like(means[0]), weights, world)
+        sums = (self._mean, self._means, self._gram, self._cross)
+        if not math.isfinite(lost) or not all(bool(item.isfinite().all()) for item in sums):
+            return None
         best = Solution(none, torch.zeros_like(means[0]), lost, lost, None, False)
         if not lost or self.samples < 2:
             return best
@@ -274,3 +280,7 @@ class Regression:
             total[1] += len(P)
         total = world.total(total) if world.size > 1 else total
         return float(total[0] / total[1]) if total[1] else 0.0
+
+
+def _wide(item: Tensor) -> Tensor:
+    return item if item.dtype is torch.float64 else item.float()

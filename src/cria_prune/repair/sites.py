@@ -20,9 +20,9 @@ from cria_prune.repair.program import Look, Program, Ref, Run, Step
 CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 TRANSPOSED = {"conv_transpose1d": 1, "conv_transpose2d": 2, "conv_transpose3d": 3}
 RESHAPED = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"}
-SAME = {"contiguous", "clone", "dropout", "dropout_", "to", "_to_copy", "alias", "detach", "identity"}
+SAME = {"contiguous", "clone", "dropout", "to", "_to_copy", "alias", "detach", "identity"}
 TURNED = {"permute", "transpose", "t", "numpy_T", "mT"}
-ADDED, SCALED = {"add", "add_", "__iadd__"}, {"mul", "mul_", "div", "div_"}
+ADDED, SCALED = {"add"}, {"mul", "div"}
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,15 @@ class Site:
         return 1 if self.spatial else -1
 
 
-def find_sites(program: Program, wanted: Collection[str] | None = None) -> tuple[list[Site], dict[str, str]]:
+def find_sites(
+    program: Program, wanted: Collection[str] | None = None, fixed: Collection[str] = ()
+) -> tuple[list[Site], dict[str, str]]:
     """Return the sites of a program in its order, and why other weights cannot be refitted.
 
     Args:
         program: the captured operations.
         wanted: canonical names of weights that are to be refitted if they can be; all by default.
+        fixed: names of the buffers: what a network was not trained in, such as a filter bank, stays.
     """
     uses: dict[str, int] = {}
     for step in program.steps:
@@ -100,12 +103,13 @@ def find_sites(program: Program, wanted: Collection[str] | None = None) -> tuple
         if site is not None and (wanted is None or site.weight in wanted):
             found.append(site)
     left = {site.weight: "is read more than once" for site in found if uses[site.weight] > 1}
+    left |= {site.weight: "is a buffer, and no parameter" for site in found if site.weight in fixed}
     found = [site for site in found if site.weight not in left]
     # A bias or norm that others read too stays as it is.
     kept = [
         replace(
-            site, bias=site.bias if site.bias is None or uses[site.bias] == 1 else None,
-            norm=_norm_behind(program, site.step, uses),
+            site, bias=site.bias if site.bias is not None and uses[site.bias] == 1 else None,
+            norm=_norm_behind(program, site, uses),
         )
         for site in found
     ]  # fmt: skip
@@ -123,7 +127,7 @@ def _site(program: Program, step: Step) -> Site | None:
     def argument(place: int, name: str, default: Any = None) -> Any:
         return step.args[place] if len(step.args) > place else step.kwargs.get(name, default)
 
-    name = step.name.partition(".")[0]
+    name = step.name
     if name == "linear":
         data, weight, bias, first = argument(0, "input"), argument(1, "weight"), argument(2, "bias"), True
     elif name == "addmm":
@@ -186,7 +190,7 @@ def _weight(program: Program, item: Any) -> tuple[Step, tuple[int, ...], bool] |
         step = program.steps[item.number]
         if step.kind == "weight":
             return step, tuple(reversed(path)), turned
-        name = step.name.partition(".")[0]
+        name = step.name
         if step.kind != "call" or step.data or len(program.readers.get(step.number, ())) != 1:
             return None
         if name in TURNED and len(step.shape or ()) == 2:
@@ -199,9 +203,9 @@ def _weight(program: Program, item: Any) -> tuple[Step, tuple[int, ...], bool] |
 
 
 def _swaps(step: Step) -> bool:
-    if step.name.partition(".")[0] == "permute":
+    if step.name == "permute":
         return [int(dim) % 2 for dim in step.args[1]] == [1, 0]
-    if step.name.partition(".")[0] == "transpose":
+    if step.name == "transpose":
         return int(step.args[1]) % 2 != int(step.args[2]) % 2
     return True
 
@@ -211,11 +215,14 @@ def _named(program: Program, item: Any) -> str | None:
     return step.name if step is not None and step.kind == "weight" else None
 
 
-def _norm_behind(program: Program, number: int, uses: Mapping[str, int]) -> str | None:
-    """Return the running mean of the batch norm that alone reads a step, if nothing else reads that mean."""
+def _norm_behind(program: Program, site: Site, uses: Mapping[str, int]) -> str | None:
+    """Return the running mean of the batch norm that alone reads a site, if nothing else reads that mean."""
+    number = site.step
     readers = program.readers.get(number, [])
     step = program.steps[readers[0]] if len(readers) == 1 and readers[0] < len(program.steps) else None
     if step is None or not _is_fixed_norm(step) or step.args[0] != Ref(number):
+        return None
+    if not site.spatial and len(step.shape or ()) != 2:  # of (N, T, C) a batch norm takes T for the channels
         return None
     name = _named(program, step.args[3])
     return name if name is not None and uses[name] == 1 else None
@@ -223,7 +230,7 @@ def _norm_behind(program: Program, number: int, uses: Mapping[str, int]) -> str 
 
 def _is_fixed_norm(step: Step) -> bool:
     """Say whether a step is a batch norm with kept statistics: an affine map of each channel."""
-    return step.name.partition(".")[0] == "batch_norm" and step.args[5] is False and step.args[3] is not None
+    return step.name == "batch_norm" and step.args[5] is False and step.args[3] is not None
 
 
 def _with_meeting(program: Program, site: Site, places: Collection[int]) -> Site:
@@ -237,7 +244,7 @@ def _with_meeting(program: Program, site: Site, places: Collection[int]) -> Site
         step = program.steps[readers[0]]
         other = _other_operand(program, step, current)
         if other is not None:
-            why = _blocked(program, site, step, chain, places)
+            why = _blocked(program, site, step, places)
             if why:
                 break
             met = Meeting(step.number, tuple(chain), current, other)
@@ -250,7 +257,7 @@ def _with_meeting(program: Program, site: Site, places: Collection[int]) -> Site
 
 def _other_operand(program: Program, step: Step, current: int) -> int | None:
     """Return what a step adds to a result, if it adds two results of one shape."""
-    if step.name.partition(".")[0] not in ADDED or step.kwargs.get("alpha", 1) != 1 or len(step.args) < 2:
+    if step.name not in ADDED or step.kwargs.get("alpha", 1) != 1 or len(step.args) < 2:
         return None
     one, other = step.args[:2]
     if not (isinstance(one, Ref) and isinstance(other, Ref)) or one == other:
@@ -261,28 +268,26 @@ def _other_operand(program: Program, step: Step, current: int) -> int | None:
     return there if same else None
 
 
-def _blocked(program: Program, site: Site, step: Step, chain: list[int], places: Collection[int]) -> str:
+def _blocked(program: Program, site: Site, step: Step, places: Collection[int]) -> str:
     """Say why the sum at an addition cannot be a site's target; empty if it can."""
     # What the shortcut holds is not settled while a layer between here and there is still to be refitted.
     if any(site.step < place < step.number for place in places):
         return "another layer is refitted before the sum"
-    # The chain is run again with the new weight: what it wrote into from before would be changed twice.
-    made = {site.step, *chain}
-    for number in chain:
-        item = program.steps[number]
-        if item.writes and isinstance(item.args[0], Ref) and item.args[0].number not in made:
-            return "an operation in between writes into the stream"
+    # Up to the sum all is run before the layer is refitted, and then what follows from it again. What was
+    # written into meanwhile is no more what the layer read and gave, and would be changed twice.
+    if any(item.writes for item in program.steps[site.step + 1 : step.number]):
+        return "an operation in between writes into a tensor"
     return ""
 
 
 def _undone(program: Program, step: Step, current: int) -> bool:
     """Say whether a step can be undone on its result: it moves values, or maps each channel by itself."""
-    name = step.name.partition(".")[0]
+    name = step.name
     if name in RESHAPED | SAME | TURNED:
         return step.args[0] == Ref(current)
     if _is_fixed_norm(step):
         return step.args[0] == Ref(current)
-    if name in SCALED | ADDED and len(step.args) >= 2:
+    if name in SCALED | ADDED and len(step.args) >= 2 and step.args[0] != step.args[1]:
         others = [item for item in step.args[:2] if item != Ref(current)]
         if len(others) != 1 or (name.startswith("div") and step.args[0] != Ref(current)):
             return False
@@ -299,49 +304,47 @@ def keeps_places(program: Program, site: Site) -> bool:
     """
     assert site.meeting is not None
     steps = [program.steps[number] for number in site.meeting.chain]
-    return all(_is_fixed_norm(step) or step.name.partition(".")[0] in SAME for step in steps)
+    # A batch norm takes the second dimension for the channels, which are the last of a product.
+    first = bool(site.spatial) or len(program.steps[site.step].shape or ()) == 2
+    return all((first and _is_fixed_norm(step)) or step.name in SAME for step in steps)
 
 
-def undo(run: Run, site: Site, value: Tensor, look: Look) -> Tensor:
-    """Return what the site would have to give for a value to come out at its meeting's operand.
+def undo(run: Run, site: Site, value: Tensor, look: Look, *, scales: bool) -> Tensor:
+    """Return what a difference at a site's meeting is at the site's output.
 
-    The steps of the chain are undone from the last to the first. A channel that one of them scales by
-    nothing comes out infinite or no number.
+    The steps of the chain are undone from the last to the first. What they add is left out, for it is in
+    both of the values that differ. A channel that one of them scales by nothing comes out infinite.
 
     Args:
         run: that has run the chain, none of whose results was let go.
         site: with a meeting.
         value: of the operand's shape; or rows of it, see `keeps_places`.
         look: name of a weight to its value.
+        scales: undo the scales too, and not only where each value lies.
     """
     assert site.meeting is not None
-    steps, source = run.program.steps, site.step
-    befores = (source, *site.meeting.chain)
-    for number, before in reversed([*zip(site.meeting.chain, befores, strict=False)]):
-        value = _undo(run, steps[number], before, value, look)
+    steps, chain = run.program.steps, site.meeting.chain
+    for number, before in reversed([*zip(chain, (site.step, *chain), strict=False)]):
+        value = _undo(run, steps[number], before, value, look, scales)
     return value
 
 
-def _undo(run: Run, step: Step, before: int, value: Tensor, look: Look) -> Tensor:
-    name, data = step.name.partition(".")[0], run.values[before]
+def _undo(run: Run, step: Step, before: int, value: Tensor, look: Look, scales: bool) -> Tensor:
+    name = step.name
     if name in RESHAPED:
-        return value.reshape(data.shape)
-    if name in SAME:
-        return value.to(data.dtype)
+        return value.reshape(run.values[before].shape)
     if name == "permute":
         order = [int(dim) % value.ndim for dim in step.args[1]]
         return value.permute([order.index(dim) for dim in range(value.ndim)])
     if name in TURNED:
         dims = step.args[1:3] if name == "transpose" else (-1, -2)
         return value.transpose(*dims)
+    if not scales or name in SAME | ADDED:
+        return value
     if name == "batch_norm":
-        weight, bias, mean, variance = (run.of(item, look) for item in step.args[1:5])
-        factor = (variance + step.args[7]).sqrt()
-        factor = factor if weight is None else factor / weight
-        shift = mean if bias is None else mean - bias * factor
-        shape = (1, -1, *[1] * (value.ndim - 2))
-        return torch.addcmul(shift.reshape(shape), value, factor.reshape(shape))
-    others = [run.of(item, look) for item in step.args[:2] if item != Ref(before)]
-    if name in ADDED:
-        return value - others[0]
-    return value * others[0] if name.startswith("div") else value / others[0]
+        weight, variance = run.of(step.args[1], look), run.of(step.args[4], look)
+        scale = torch.rsqrt(variance.to(value) + step.args[7])
+        scale = scale if weight is None else scale * weight
+        return value / scale.reshape(1, -1, *[1] * (value.ndim - 2))
+    other = next(run.of(item, look) for item in step.args[:2] if item != Ref(before))
+    return value * other if name == "div" else value / other

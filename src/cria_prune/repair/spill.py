@@ -102,6 +102,10 @@ class Waiting:
         if sum(self._held.values()) > self._memory and len(self._runs[0]) > 1:
             self._write(batch, own)
 
+    def held(self, batch: int) -> int:
+        """Return the bytes that a batch holds in memory."""
+        return sum(storage.nbytes() for storage in self._own(batch).values())
+
     def close(self) -> None:
         """Remove the files."""
         if self._folder is not None:

@@ -9,16 +9,26 @@ sees what was mended, and what was not (docs/method.md section 5). No gradient, 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, prod
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from cria_prune.base.batches import Batch, batch_size, hold_out_every, limited
+from cria_prune.base.batches import (
+    SMALLER,
+    Batch,
+    batch_size,
+    hold_out_every,
+    limited,
+    model_inputs,
+    named_shortage,
+)
 from cria_prune.base.errors import DataError, StructureError
 from cria_prune.base.events import passed
 from cria_prune.base.modules import copy_of, device_of, random_kept
@@ -35,6 +45,9 @@ from cria_prune.structure.trace import canonical_tensors
 
 SAMPLES, FEWEST = 64, 4096
 """Samples that are drawn of each layer for a regressor; and at least."""
+ASKED = "Refitting layers"
+ENOUGH = 4
+"""Effective samples for a regressor that a fit should have at least."""
 GAIN = 50.0
 """A channel that is scaled so much less than the usual one on its way to the sum takes its own target."""
 
@@ -134,8 +147,10 @@ def walk(
     Raises:
         CaptureError: the operations of one of the two cannot be captured.
         StructureError: their operations differ.
-        DataError: there are not two examples.
+        DataError: there are not two examples that differ.
         ArtifactError: the system has no room for the temporary files.
+        ResourceError: the memory does not suffice.
+        RankError: another process failed, or is gone.
     """
     passed("repair", plan=plan)
     model = copy_of(smaller)
@@ -144,7 +159,7 @@ def walk(
     def put(name: str, value: Tensor) -> None:
         tensors[name].copy_(value)
 
-    with torch.no_grad(), random_kept():
+    with torch.no_grad(), random_kept(), named_shortage("Refitting layers", SMALLER):
         walker = Walker(
             (dense, canonical_tensors(dense).__getitem__), (model, tensors.__getitem__, put), plan,
             [*limited(batches, examples)], device_of(dense), seed, parts or Parts(), progress or QUIET,
@@ -190,11 +205,15 @@ class Walker:
         self._cut = {cut.tensor for cut in plan.cuts if cut.role == "consumes" and len(cut.kept) < cut.size}
         sizes = [batch_size(batch) for batch in batches]
         self._examples = sum(sizes)
-        if self._examples < 2:
+        self._distinct = len({item for batch in batches for item in _told(batch)})
+        if self._distinct < 2:
             raise DataError(
-                "Refitting layers on calibration examples", f"found {self._examples}",
-                "Pass two examples at least: one of them is held out from every fit",
-            )  # fmt: skip
+                f"{ASKED} on calibration examples",
+                f"found {self._examples} examples, {self._distinct} distinct",
+                "Pass some hundreds that differ: layers are fitted to some, and judged on others",
+            )
+        # Each batch gives as many of its held-out samples, whatever process runs it.
+        self._room = ceil(HELD / len(batches))
         every = hold_out_every(self._examples)
         mine = [number for number in range(len(batches)) if self._world.mine(number)]
         firsts = [sum(sizes[:number]) for number in mine]
@@ -205,6 +224,7 @@ class Walker:
         ]
         self._batches = [batches[number] for number in mine]
         shapes = self._batches or [batches[0]]  # to know the layers, even where there is nothing to run
+        self._buffers = {name for name, _ in smaller[0].named_buffers()}
         programs = [programs_for(model, shapes) for model in (dense[0], smaller[0])]
         self._sites, self.left = self._paired(programs)
         fixed = Storages()
@@ -225,7 +245,7 @@ class Walker:
         for side in programs:
             kept = dict[Program, dict[str, Site]]()
             for program in dict.fromkeys(side):
-                sites, missing = find_sites(program, wanted)
+                sites, missing = find_sites(program, wanted, self._buffers)
                 left |= {name: why for name, why in missing.items() if name in self._cut}
                 kept[program] = {site.weight: site for site in sites}
                 orders.append(list(kept[program]))
@@ -284,8 +304,9 @@ class Walker:
 
     def _refit(self, number: int, name: str) -> Repair | None:
         """Bring both networks to a layer and refit it."""
-        regression = self._gather(number, name)
-        repair, changes = (None, Changes()) if regression is None else self._solve(name, *regression)
+        sums = self._gather(number, name)
+        found = None if sums is None else self._solve(name, *sums)
+        repair, changes = (None, Changes()) if found is None else found
         self._change(changes)
         self._refitted = None if repair is None else name
         self._forget()
@@ -319,82 +340,118 @@ class Walker:
             The sums, whether there is a meeting, and what a unit of each output is there: (G, o).
         """
         site = self._found[1][next(iter(self._found[1]))][name]
-        size = _size(site, self._smaller.look(name), self._parts.patches)
+        size = layer_size(site, self._smaller.look(name), self._parts.patches)
         meets = self._parts.shortcut and self._all_meet(name)
         regression = Regression(
-            size, site.bias is not None or site.norm is not None, self._device,
-            ceil(HELD / self._world.size), self._seed + number,
+            size, site.bias is not None or site.norm is not None, self._device, self._room,
+            self._seed + number,
         )  # fmt: skip
         gain: Tensor | None = None
-        some, added = False, 0
+        some, alike, added = False, True, 0
 
         def add(index: int) -> None:
-            nonlocal some, added, gain
-            if meets and gain is None:
-                gain = self._gain(index, name)
-            places, owner = self._draw(number, index, name)
-            targets = self._targets(index, name, places, gain)
-            some = some or any(item is not None and bool(item.any()) for item in targets)
+            nonlocal some, alike, added, gain
+            alike = alike and self._alike(index, name)
+            if not alike:
+                return
+            draw = self._draw(number, index, name)
+            own, both, found = self._targets(index, name, draw.places, meets)
+            gain = found if gain is None else gain
+            some = some or _any(own) or _any(both)
             # Products of samples that lack nothing are worth making only beside such that do.
             # Batches are added in one order, so the first ones may be due once more below.
             if some and added == index:
-                self._add(regression, index, name, places, owner, targets)
+                self._add(regression, index, name, draw, own, both)
                 added += 1
 
-        for index in range(len(self._batches)):
-            with self._waiting.turn(index):
-                self._bring(index, name)
-                if not some or added == index:
+        # What one process cannot do alone, as to write a file, the others hear of before the next sum.
+        with self._world.together(ASKED):
+            for index in range(len(self._batches)):
+                with self._waiting.turn(index):
+                    self._bring(index, name)
+                    if not some or added == index:
+                        add(index)
+        apart, lacking = self._everywhere([[not alike, some]], 2)
+        if apart:
+            self.left[name] = "what it gives lies otherwise in the dense network"
+        some = bool(lacking) and not apart
+        with self._world.together(ASKED):
+            for index in range(added, len(self._batches)) if some else ():
+                with self._waiting.turn(index):
                     add(index)
-        some = bool(self._world.total(torch.tensor([float(some)])))
-        for index in range(added, len(self._batches)) if some else ():
-            with self._waiting.turn(index):
-                add(index)
         ones = torch.ones(size[0], size[2], dtype=torch.float64, device=self._device)
         gains = ones if gain is None else gain.double().reshape(size[0], size[2])
         return (regression, meets, gains) if some else None
 
-    def _solve(self, name: str, regression: Regression, meets: bool, gains: Tensor) -> tuple[Repair, Changes]:
-        """Return what became of a layer, and the tensors to change."""
+    def _solve(
+        self, name: str, regression: Regression, meets: bool, gains: Tensor
+    ) -> tuple[Repair, Changes] | None:
+        """Return what became of a layer, and the tensors to change; None where its sums are no numbers."""
         site, look = self._found[1][next(iter(self._found[1]))][name], self._smaller.look
         weight = look(name)
+        size = layer_size(site, weight, self._parts.patches)
         regression.pool(self._world)
         solution = regression.solve(gains, meets, self._world)
+        if solution is None:
+            self.left[name] = "NaN or infinity is met there"
+            return None
         update = _whole(site, weight, solution.update, self._parts.patches)
         changes = [] if solution.ridge is None else self._changes(site, weight, update, solution.intercept)
         self._world.spread(value for _, value in changes)
+        # Examples that came twice say nothing new.
+        effective = regression.samples * self._distinct // self._examples
+        lacking = ceil(self._distinct * (ENOUGH * size[1] / effective - 1)) if effective else 0
         repair = Repair(
             name, 1 - solution.left / solution.lost if solution.lost else 0.0, site.bias is not None,
-            cut=name in self._cut, samples=regression.samples,
-            regressors=_size(site, weight, self._parts.patches)[1],
-            ridge=solution.ridge, shortcut=solution.shortcut,
+            cut=name in self._cut, samples=regression.samples, regressors=size[1],
+            ridge=solution.ridge, shortcut=solution.shortcut, effective=effective, lacking=max(0, lacking),
         )  # fmt: skip
         return repair, changes
 
     def _all_meet(self, name: str) -> bool:
         """Say whether a layer's output is followed to a sum for every batch, on all processes."""
-        met = [self._met(run, name) for run in self._smaller.runs]
-        found = self._world.total(torch.tensor([float(sum(met)), float(len(met))]))
-        return 0 < float(found[0]) == float(found[1])
+        met = [self._met(index, name) for index in range(len(self._smaller.runs))]
+        found, apart = self._everywhere([[item, not item] for item in met], 2)
+        return found > 0 and not apart
 
-    def _met(self, run: Run, name: str) -> bool:
+    def _everywhere(self, said: Sequence[Sequence[bool]], count: int) -> list[int]:
+        """Return how often each of `count` answers was yes, over all batches of all processes."""
+        counts = torch.zeros(count, dtype=torch.float64)
+        for item in said:
+            counts += torch.tensor(item, dtype=torch.float64)
+        return [int(value) for value in self._world.total(counts)]
+
+    def _alike(self, index: int, name: str) -> bool:
+        """Say whether both networks' outputs of a layer have one shape, apart from the outputs that left."""
+        dense, now = (
+            tuple(run.values[found[run.program][name].step].shape)
+            for run, found in zip(
+                (self._dense.runs[index], self._smaller.runs[index]), self._found, strict=True
+            )
+        )
+        site = self._found[1][self._smaller.runs[index].program][name]
+        rows = self._kept_rows(name, site)
+        if rows is None:
+            return dense == now
+        channel = site.channel % len(now)
+        return len(dense) == len(now) and (*dense[:channel], len(rows), *dense[channel + 1 :]) == now
+
+    def _met(self, index: int, name: str) -> bool:
         """Say whether both networks follow a layer's output to a sum by the same operations."""
-        index = self._smaller.runs.index(run)
-        sides = ((self._dense.runs[index], self._found[0]), (run, self._found[1]))
         paths = []
-        for item, found in sides:
-            site = found[item.program][name]
+        for run, found in zip((self._dense.runs[index], self._smaller.runs[index]), self._found, strict=True):
+            site = found[run.program][name]
             if site.meeting is None:
                 return False
-            paths.append([item.program.steps[step].name for step in (*site.meeting.chain, site.meeting.at)])
+            paths.append([run.program.steps[step].name for step in (*site.meeting.chain, site.meeting.at)])
         return paths[0] == paths[1]
 
     def _targets(
-        self, index: int, name: str, places: Tensor, gain: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, index: int, name: str, places: Tensor, meets: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return what a layer's outputs lack at some places of a batch, of their own and for the sum.
 
-        Each is (M, G, o); without a gain there is no sum.
+        Both are (M, G, o); and (outputs,) what a unit of each is at the sum. Without a meeting, the first.
         """
         runs = (self._dense.runs[index], self._smaller.runs[index])
         looks = (self._dense.look, self._smaller.look)
@@ -402,91 +459,92 @@ class Walker:
         rows = self._kept_rows(name, sites[1])
 
         def missing(sides: Sequence[Tensor]) -> Tensor:
-            dense, now = (item.flatten(1) for item in sides)
+            dense, now = (_wide(item.flatten(1)) for item in sides)
             return (dense if rows is None else dense.index_select(1, rows)) - now
 
         own = missing([at_places(s, run.values[s.step], places) for run, s in zip(runs, sites, strict=True)])
         groups = sites[1].groups
-        if gain is None:
-            return own.unflatten(1, (groups, -1)), None
-        # What the layer would have to give alone for the sum to be as it is: the shortcut's share of
-        # it comes in. The difference of the two networks is what is missing at the sum.
-        undone = [
+        if not meets:
+            return own.unflatten(1, (groups, -1)), None, None
+        # The layer has to give so much more that the sums are the same. What else is added on the way is
+        # in the smaller network's sum already, and need not be what it was in the dense one.
+        sums = [
             self._at_sum(run, site, look, places) for run, site, look in zip(runs, sites, looks, strict=True)
         ]
-        both = missing(undone)
-        rare = (gain * GAIN < gain.median()) | ~gain.isfinite()
+        one = self._scales(index, name, places)
+        both = missing(sums) * one
+        # A channel that counts for next to nothing at the sum would be asked for anything.
+        gain = 1 / one[0].abs()
+        rare = gain * GAIN <= gain.median()
         if bool(rare.any()):
             both = torch.where(rare, own, both)
-        return own.unflatten(1, (groups, -1)), both.unflatten(1, (groups, -1))
+        return own.unflatten(1, (groups, -1)), both.unflatten(1, (groups, -1)), gain
 
     def _at_sum(self, run: Run, site: Site, look: Look, places: Tensor) -> Tensor:
-        """Return the sum at some places, undone down to the layer: (M, G, o)."""
+        """Return the sum where a layer's outputs at some places go to: (M, G, o)."""
         assert site.meeting is not None
         operands = (run.values[site.meeting.operand], run.values[site.meeting.other])
         if not keeps_places(run.program, site):
-            return at_places(site, undo(run, site, operands[0] + operands[1], look), places)
+            total = _wide(operands[0]) + _wide(operands[1])
+            return at_places(site, undo(run, site, total, look, scales=False), places)
         # Most of a large map is not drawn: the places come first where the chain leaves them in theirs.
-        one, other = (at_places(site, item, places) for item in operands)
-        total = one.add_(other)
-        return undo(run, site, total.flatten(1), look).reshape(total.shape)
+        one, other = (_wide(at_places(site, item, places)) for item in operands)
+        return one + other
 
-    def _gain(self, index: int, name: str) -> Tensor:
-        """Return (outputs,) what a unit of each channel is at the sum; alike for all batches."""
+    def _scales(self, index: int, name: str, places: Tensor) -> Tensor:
+        """Return what a unit of the sum is at a layer's outputs: (1 or M, outputs)."""
         run = self._smaller.runs[index]
-        site = self._found[1][run.program][name]
+        site, look = self._found[1][run.program][name], self._smaller.look
         assert site.meeting is not None
-        operand = run.values[site.meeting.operand][:1]
-        if not keeps_places(run.program, site):
-            operand = run.values[site.meeting.operand]
-        undone = [
-            undo(run, site, operand.new_full((), value).expand(operand.shape), self._smaller.look)
-            for value in (1, 0)
-        ]
-        apart = (undone[0] - undone[1]).movedim(site.channel, 0).flatten(1)[:, 0]
-        return 1 / apart.abs()
+        operand = _wide(run.values[site.meeting.operand][:0])
+        if keeps_places(run.program, site):
+            ones = operand.new_ones(1, run.values[site.step].shape[site.channel])
+            return undo(run, site, ones, look, scales=True)
+        ones = operand.new_ones(()).expand(run.values[site.meeting.operand].shape)
+        return at_places(site, undo(run, site, ones, look, scales=True), places).flatten(1)
 
     def _kept_rows(self, name: str, site: Site) -> Tensor | None:
         """Return which of the dense layer's outputs stay; None where all do."""
         dim = 0 if site.outputs_first else 1
-        if site.transposed and site.groups > 1:
+        if site.transposed and site.groups > 1:  # its second dimension counts the outputs of a group
             return None
         kept = self._rows.get((name, dim))
         return None if kept is None else torch.as_tensor(kept, device=self._device)
 
-    def _draw(self, number: int, index: int, name: str) -> tuple[Tensor, Tensor]:
-        """Return the places that are drawn of a batch, and the example in it that each sample belongs to."""
+    def _draw(self, number: int, index: int, name: str) -> Draw:
+        """Return where a layer's output is looked at in a batch."""
         run = self._smaller.runs[index]
         site = self._found[1][run.program][name]
         output, examples = run.values[site.step], len(self._held[index])
         seed = (self._seed * 1_000_003 + number) * 1_009 + self._numbers[index]
         wanted = self._wanted(site, self._smaller.look(name))
-        places, owner = drawn(site, tuple(output.shape), self._batches[index], examples, wanted, seed)
-        return places.to(self._device), owner
+        found = drawn(site, tuple(output.shape), self._batches[index], examples, wanted, seed)
+        return found.on(self._device)
 
     def _add(
-        self,
-        regression: Regression,
-        index: int,
-        name: str,
-        places: Tensor,
-        owner: Tensor,
-        targets: tuple[Tensor, Tensor | None],
+        self, regression: Regression, index: int, name: str, draw: Draw, own: Tensor, both: Tensor | None
     ) -> None:
         """Add the samples of one batch."""
         run = self._smaller.runs[index]
         site = self._found[1][run.program][name]
         weight = self._smaller.look(name)
+        places, owner, valid = draw
         P = regressors(site, run.values[site.data], weight, places)
         if not self._parts.patches and site.spatial:
             P = _middle(P, weight)
-        regression.add(P, *targets, self._held[index][owner].to(self._device))
+        held = self._held[index][owner].to(self._device)
+        if valid is not None:
+            rows = valid.nonzero()[:, 0].to(self._device)
+            P, own, held = P[rows], own[rows], held[rows]
+            both = None if both is None else both[rows]
+        regression.add(P, own, both, held)
 
     def _wanted(self, site: Site, weight: Tensor) -> int:
         """Return how many places are drawn of each example."""
         if not self._parts.samples:
             return 2**31
-        return places_each(_size(site, weight, self._parts.patches)[1], self._parts.samples, self._examples)
+        regressors = layer_size(site, weight, self._parts.patches)[1]
+        return places_each(regressors, self._parts.samples, self._examples)
 
     def _changes(self, site: Site, weight: Tensor, update: Tensor, shift: Tensor) -> Changes:
         """Return the new weight, and the new bias or running mean, by name."""
@@ -506,10 +564,26 @@ def places_each(regressors: int, samples: int, examples: int) -> int:
     return max(1, ceil(max(samples * regressors, FEWEST) / examples))
 
 
-def drawn(
-    site: Site, shape: tuple[int, ...], batch: Batch, examples: int, wanted: int, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Draw places of a layer's output, and return them with the example in the batch that each belongs to.
+class Draw(NamedTuple):
+    """Where a layer's output is looked at.
+
+    Attributes:
+        places: flat positions of a convolution, drawn alike for all examples, or rows of a product.
+        owner: (M,) the example in the batch that each sample belongs to.
+        valid: (M,) bool, which samples are no padding; None where all are.
+    """
+
+    places: Tensor
+    owner: Tensor
+    valid: Tensor | None
+
+    def on(self, device: torch.device) -> Draw:
+        """Return it with the places where the outputs are."""
+        return self._replace(places=self.places.to(device))
+
+
+def drawn(site: Site, shape: tuple[int, ...], batch: Batch, examples: int, wanted: int, seed: int) -> Draw:
+    """Draw places of a layer's output, without padding.
 
     Args:
         site: the layer.
@@ -518,24 +592,22 @@ def drawn(
         examples: in the batch.
         wanted: places of each example.
         seed: of the draw.
-
-    Returns:
-        Flat positions of a convolution's output, drawn alike for all examples, or rows of a product's; and
-        (M,) the example of each sample.
     """
     generator = torch.Generator().manual_seed(seed)
     if site.spatial:
         places = torch.randperm(prod(shape[2:]), generator=generator)[:wanted].sort()[0]
         owner = torch.arange(shape[0]).div(max(shape[0] // examples, 1), rounding_mode="floor")
-        return places, owner.clamp(max=examples - 1).repeat_interleave(len(places))
-    rows, valid = torch.arange(prod(shape[:-1])), _valid(batch, shape)
+        owner = owner.clamp(max=examples - 1).repeat_interleave(len(places))
+        valid = _valid(batch, (shape[0], *shape[2:])) if site.spatial == 1 else None
+        return Draw(places, owner, None if valid is None else valid.reshape(shape[0], -1)[:, places].ravel())
+    rows, valid = torch.arange(prod(shape[:-1])), _valid(batch, shape[:-1])
     rows = rows if valid is None else rows[valid]
     places = rows[torch.randperm(len(rows), generator=generator)[: wanted * examples]].sort()[0]
-    return places, _owners(shape, examples)[places]
+    return Draw(places, _owners(shape, examples)[places], None)
 
 
-def _size(site: Site, weight: Tensor, patches: bool) -> tuple[int, int, int]:
-    """Return (G, n, o) of a layer."""
+def layer_size(site: Site, weight: Tensor, patches: bool = True) -> tuple[int, int, int]:
+    """Return (G, n, o) of a layer, see `regress`; of the middle of its kernel alone without `patches`."""
     shape = tuple(weight.shape)
     if not site.spatial:
         n, o = (shape[1], shape[0]) if site.outputs_first else shape
@@ -569,20 +641,53 @@ def _owners(shape: tuple[int, ...], examples: int) -> Tensor:
     can be, rows are taken one by one, as if each were an example.
     """
     rows = torch.arange(prod(shape[:-1]))
+    if shape[0] != examples and len(shape) > 2 and shape[1] == examples:
+        return rows // prod(shape[2:-1]) % examples
     if shape[0] % examples == 0:
         return rows // (len(rows) // examples)
-    if len(shape) > 2 and shape[1] == examples:
-        return rows // prod(shape[2:-1]) % examples
     return rows % examples
 
 
-def _valid(batch: Batch, shape: tuple[int, ...]) -> Tensor | None:
-    """Return which rows of a product's output are no padding; None where that is not said."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
+def _valid(batch: Batch, places: tuple[int, ...]) -> Tensor | None:
+    """Return which rows of an output (..., features) are no padding; None where that is not said."""
+    if not isinstance(batch, Mapping):
         return None
-    if (shape[:2] == tuple(mask.shape) and len(shape) == 3) or prod(shape[:-1]) == mask.numel():
-        if len(shape) == 3 and shape[0] == mask.shape[1] != mask.shape[0]:
-            mask = mask.T
-        return mask.reshape(-1).bool().cpu()
-    return None
+    found = None
+    for key in ("attention_mask", "decoder_attention_mask"):
+        mask = batch.get(key)
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            continue
+        valid = mask.cpu() != 0
+        if len(places) > 1 and places[:2] != valid.shape and places[:2] == valid.T.shape:
+            valid = valid.T
+        if len(places) > 1 and places[:2] == valid.shape:
+            valid = valid.reshape(-1).repeat_interleave(prod(places[2:]))
+        elif prod(places) != valid.numel():
+            continue
+        # Of an encoder's and a decoder's mask of one shape it cannot be told which is meant.
+        found = valid.reshape(-1) if found is None else found & valid.reshape(-1)
+    return found
+
+
+def _told(batch: Batch) -> list[bytes]:
+    """Return of each example of a batch a digest of its inputs."""
+    size = batch_size(batch)
+    rows = [
+        item.detach().cpu().contiguous().reshape(size, -1)
+        for item in tree_leaves(model_inputs(batch))
+        if isinstance(item, Tensor) and item.ndim and len(item) == size and item.numel()
+    ]
+    seen = [hashlib.blake2b(digest_size=16) for _ in range(size)]
+    for item in rows:
+        for number, found in enumerate(seen):
+            found.update(item[number].view(torch.uint8).numpy().tobytes())
+    return [found.digest() for found in seen]
+
+
+def _wide(item: Tensor) -> Tensor:
+    """Return a tensor in float32 at least: differences of short types lose too much."""
+    return item if item.dtype is torch.float64 else item.float()
+
+
+def _any(missing: Tensor | None) -> bool:
+    return missing is not None and bool(missing.any())
