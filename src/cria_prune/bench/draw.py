@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -13,6 +14,7 @@ from cria_prune.config import PruneConfig
 from cria_prune.measured import measure_losses
 from cria_prune.pipeline import prune
 from cria_prune.planning.allocation import Losses
+from cria_prune.repair.fidelity import AS_CUT, comparable
 from cria_prune.result import PruneResult
 from cria_prune.scores import Scored, scored_of
 from cria_prune.stages import Prepared, prepare
@@ -64,6 +66,14 @@ class Draw:
             self.model, ready.batches, config, scores=scored, prepared=ready, progress=progress
         )  # fmt: skip
         return result, {**result.seconds_by_stage, **seconds}
+
+    def fidelity(self, smaller: nn.Module, config: PruneConfig) -> dict[str, Any]:
+        """Return how far a network that another pruner has cut is from the dense one, as a round says it.
+
+        On the examples that Cria would hold out; empty where no output can be compared.
+        """
+        found = comparable(self.model, smaller, self.ready(config).held.batches)
+        return {} if found is None else {AS_CUT: found.to_dict()}
 
     def _scored(self, ready: Prepared) -> tuple[Scored, Seconds]:
         moments = ready.config.repair == "once"

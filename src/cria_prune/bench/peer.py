@@ -22,7 +22,6 @@ from cria_prune.base.metrics import cross_entropy
 from cria_prune.base.modules import device_of, devices_in_use, modes_kept
 from cria_prune.config import PruneConfig
 from cria_prune.planning.budget import count_macs
-from cria_prune.repair.fidelity import AS_CUT, comparable
 from cria_prune.stages import Prepared
 from cria_prune.structure.discovery import discover as structure
 from cria_prune.structure.groups import UnitGroups
@@ -44,17 +43,12 @@ RANKINGS = ("uniform", "global")
 
 @dataclass(frozen=True)
 class PeerResult:
-    """What the peer left: `report` as in a plan, units `kept` per group, `seconds` of search and pruning.
-
-    `fidelity` is that of the cut network to the dense one on the examples that Cria would hold out, plain
-    JSON by stage, as in a round; empty where no output can be compared.
-    """
+    """What the peer left: `report` as in a plan, units `kept` per group, `seconds` of search and pruning."""
 
     model: nn.Module
     report: dict[str, Any]
     kept: dict[str, int]
     seconds: dict[str, float]
-    fidelity: dict[str, Any]
 
 
 def prune_by_peer(name: str, prepared: Prepared, config: PruneConfig) -> PeerResult:
@@ -90,9 +84,7 @@ def prune_by_peer(name: str, prepared: Prepared, config: PruneConfig) -> PeerRes
         )
     search = time.perf_counter() - start - taken.seconds
     seconds = {"search": round(search, 4), "prune": round(taken.seconds, 4)}
-    far = comparable(model, taken.model, prepared.held.batches)
-    fidelity = {} if far is None else {AS_CUT: far.to_dict()}
-    return PeerResult(taken.model, report, _kept(model, taken.model, peer.groups), seconds, fidelity)
+    return PeerResult(taken.model, report, _kept(model, taken.model, peer.groups), seconds)
 
 
 def _library(name: str, config: PruneConfig) -> Any:

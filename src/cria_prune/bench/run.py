@@ -255,7 +255,8 @@ def _measure(
     if cell["criterion"] in IMPORTANCES:
         peer = prune_by_peer(cell["criterion"], draw.ready(config), config)
         smaller, seconds = peer.model, peer.seconds
-        found = {"report": peer.report, "difference": None, "kept": peer.kept, "fidelity": peer.fidelity}
+        found = {"report": peer.report, "difference": None, "kept": peer.kept}
+        found["fidelity"] = draw.fidelity(smaller, config)
     else:
         result, seconds = draw.prune(config, progress)
         smaller, found = result.model, _found(result)
