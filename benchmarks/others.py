@@ -13,7 +13,8 @@ labelled photographs: an image is right where, of the ImageNet classes that are 
 the largest logit is one of its own. Deer are left out: ImageNet has none. `agreement` is the share of images
 where the network and the dense one choose the same of all 1,000 classes. Each network is measured as it is
 cut, repaired, and with the norms' statistics as the default decides (`norms`); beside it by the repair
-`once`, and with the norms measured again always, which was the default before there was fidelity. Calibration images are from the train split.
+`once`, and with the norms measured again always, which was the default before there was fidelity.
+Calibration images are from the train split.
 
 The encoder is measured as it is used: mean over the tokens, unit length. `cosine` is the mean cosine of a
 sentence's embedding and the dense encoder's; `neighbours` the share of sentences whose nearest other one

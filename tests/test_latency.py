@@ -121,13 +121,15 @@ def test_pruning_for_a_speedup(tmp_path, monkeypatch):
     report = result.report
     assert report["asked"] == pytest.approx(1 / 3) and report["speedup_asked"] == pytest.approx(1.5)
     assert report["reached"] >= 1 / 3 and report["ranking"] == "measured"
-    assert len(speeds) == 2 and report["aimed"] > 1 / 3
-    assert speeds[0].speedup < 1.45 < report["speedup"] == speeds[1].speedup
+    # As the table says, then by the factor that this was off by, and once more what comes out.
+    assert len(speeds) == 3 and report["aimed"] > 1 / 3
+    assert speeds[0].speedup < 1.45 < report["speedup"] == speeds[2].speedup
+    assert report["speedup"] == pytest.approx(1.5, rel=0.03)
     assert f"asked 1.50, predicted {report['speedup_predicted']:.2f}, reached {report['speedup']:.2f}" in str(
         result
     )
     again = prune(model, BATCHES, PruneConfig(plan=plan), state=tmp_path / "state")
-    assert again.plan == result.plan and len(speeds) == 2
+    assert again.plan == result.plan and len(speeds) == 3
     assert again.rounds[0].losses == result.rounds[0].losses != {} and not result.rounds[1].losses
 
 

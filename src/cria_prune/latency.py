@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -46,6 +46,7 @@ SECONDS = 0.5  # of measuring for each width of a group
 LEAST, MOST = 5, 200  # turns for each width
 WARM = 2  # runs before the first turn
 FINAL = 5.0  # seconds of measuring the pruned network beside the dense one
+TRIES, NEAR = 5, 0.03  # networks that are measured at most for a speed-up, and how near is near enough
 
 
 def wall(model: nn.Module, batch: Batch) -> float:
@@ -251,26 +252,38 @@ def known_latency(
     return table
 
 
-def corrected(asked: float, aimed: float, reached: float, most: float, near: float = 0.03) -> float | None:
-    """Return the share to aim for in a second choice, after the first was measured; None: it is near enough.
+def next_aim(
+    asked: float, points: Sequence[tuple[float, float]], most: float, near: float = NEAR
+) -> float | None:
+    """Return the share to aim for next, after networks were measured; None: one is near enough, or none is left.
 
-    What the table foretells is off by a factor, which is taken to be the same a little further on.
+    Between two networks, of which one is too slow and the other too fast, shares are taken to lie on a line.
+    Before there are two, what the table foretells is taken to be off by the same factor a little further on.
 
     Args:
         asked: share of the seconds that is to be gone.
-        aimed: share that the table foretold of the network that was measured.
-        reached: share that was measured to be gone.
+        points: (share that the table foretold, share that was measured to be gone) of each network so far.
         most: largest share that the table says can be gone.
         near: by how much the seconds that are left may differ from those that were asked for.
 
-    >>> corrected(0.4, 0.4, 0.39, 0.9) is None
+    >>> next_aim(0.4, [(0.4, 0.39)], 0.9) is None
     True
-    >>> round(corrected(0.4, 0.4, 0.3, 0.9), 3), round(corrected(0.4, 0.4, 0.5, 0.9), 3)
+    >>> round(next_aim(0.4, [(0.4, 0.3)], 0.9), 3), round(next_aim(0.4, [(0.4, 0.5)], 0.9), 3)
     (0.533, 0.32)
+    >>> round(next_aim(0.4, [(0.4, 0.3), (0.533, 0.45)], 0.9), 3)
+    0.489
     """
-    if abs((1 - reached) / (1 - asked) - 1) <= near:
+    foretold, reached = points[-1]
+    if any(abs((1 - found) / (1 - asked) - 1) <= near for _, found in points):
         return None
+    if any(before == foretold for before, _ in points[:-1]):  # the same widths: there are none between
+        return None
+    slow = [(found, share) for share, found in points if found < asked]
+    fast = [(found, share) for share, found in points if found > asked]
+    if slow and fast:
+        (below, low), (above, high) = max(slow), min(fast)
+        # By noise a network that the table says to be slower may have been the faster one.
+        return low + (high - low) * (asked - below) / (above - below) if low < high else None
     # A network that got no faster says nothing about the factor: half of the way to the most.
-    further = asked * aimed / reached if reached > 0 else (aimed + most) / 2
-    further = min(further, most)
-    return None if further == aimed else further
+    further = min(asked * foretold / reached if reached > 0 else (foretold + most) / 2, most)
+    return None if further == foretold else further
