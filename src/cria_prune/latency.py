@@ -255,7 +255,7 @@ def known_latency(
 def next_aim(
     asked: float, points: Sequence[tuple[float, float]], most: float, near: float = NEAR
 ) -> float | None:
-    """Return the share to aim for next, after networks were measured; None: one is near enough, or none is left.
+    """Return the share to aim for next, after networks were measured; None: one is near, or none is left.
 
     Between two networks, of which one is too slow and the other too fast, shares are taken to lie on a line.
     Before there are two, what the table foretells is taken to be off by the same factor a little further on.
