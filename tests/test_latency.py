@@ -44,6 +44,19 @@ def test_the_table_is_what_each_group_frees_alone():
     assert set(alike.saved) == set(found.saved)
 
 
+def test_what_groups_save_together_is_measured_too():
+    model = network()
+    groups = discover(model, BATCHES[0])
+    found = measure_latency(model, groups, PlanConfig(), BATCHES[0], timer=elements)
+    # The weight between two groups is counted by both alone, and is there once.
+    half = {group.name: group.size // 2 for group in groups.prunable}
+    alone = LatencyTable(**{**found.model_dump(), "together": 1.0})
+    apart = [
+        abs(table.ledger(groups).count(half) - count_parameters(groups, half)) for table in (found, alone)
+    ]
+    assert 0.5 < found.together < 1 and apart[0] < apart[1] / 4
+
+
 def test_networks_take_turns_and_the_median_of_their_quotients_counts():
     times = {
         1: iter([9.0, 9.0, 1.0, 10.0, 1.0, 1.0, 2.0]),

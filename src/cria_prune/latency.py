@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
@@ -33,7 +34,7 @@ from cria_prune.base.events import passed
 from cria_prune.base.modules import device_of, unchanged
 from cria_prune.base.progress import QUIET, Progress
 from cria_prune.config import PlanConfig
-from cria_prune.planning.latency import LatencyTable, Timed, structure_digest
+from cria_prune.planning.latency import LatencyTable, Timed, structure_digest, together
 from cria_prune.planning.plan import make_plan
 from cria_prune.planning.stairs import Allowed, Stair, levels, stairs
 from cria_prune.structure.groups import UnitGroups
@@ -46,6 +47,7 @@ SECONDS = 0.5  # of measuring for each width of a group
 LEAST, MOST = 5, 200  # turns for each width
 WARM = 2  # runs before the first turn
 FINAL = 5.0  # seconds of measuring the pruned network beside the dense one
+PARTS = (0.25, 0.5, 0.75)  # of all groups that are gone at once, to see what they save together
 TRIES, NEAR = 5, 0.03  # networks that are measured at most for a speed-up, and how near is near enough
 
 
@@ -208,11 +210,38 @@ def measure_latency(
             bar.update(ms=1e3 * speed.pruned)
     # Shares of the dense seconds of the same turns were measured; the table has one dense network.
     whole = median(dense) if dense else compare_speed(model, model, batch, seconds=seconds, timer=timer).dense
-    return LatencyTable(
+    table = LatencyTable(
         of=timed_here(groups, batch, device_of(model)), dense=whole,
         sizes={group.name: group.size for group in groups.prunable},
         saved={name: {count: share * whole for count, share in each.items()} for name, each in saved.items()},
     )  # fmt: skip
+    speed = partial(compare_speed, model, batch=batch, seconds=seconds, timer=timer)
+    return table.model_copy(update={"together": _all_cut(model, groups, made, table, speed)})
+
+
+def _all_cut(
+    model: nn.Module,
+    groups: UnitGroups,
+    made: Sequence[Stair],
+    table: LatencyTable,
+    speed: Callable[[nn.Module], Speed],
+) -> float:
+    """Return what groups save together over the sum of what each saves alone; see `together`."""
+    if len(made) < 2:
+        return 1.0
+    ledger, sums, found = table.ledger(groups), list[float](), list[float]()
+    for part in PARTS:
+        kept = {name: _nearest(stair, part) for stair in made for name in stair.names}
+        smaller = apply(model, make_plan(groups, {name: np.arange(count) for name, count in kept.items()}))
+        sums.append(ledger.saved(kept))
+        found.append(speed(smaller).reduction * table.dense)
+    return together(sums, found)
+
+
+def _nearest(stair: Stair, part: float) -> int:
+    """Return the number of units nearest to a part gone, of those that may stay."""
+    size = stair.groups[0].size
+    return int(stair.counts[np.argmin(np.abs(stair.counts - (1 - part) * size))])
 
 
 def _first_units(stair: Stair, count: int) -> dict[str, np.ndarray]:
