@@ -215,8 +215,8 @@ def measure_latency(
         sizes={group.name: group.size for group in groups.prunable},
         saved={name: {count: share * whole for count, share in each.items()} for name, each in saved.items()},
     )  # fmt: skip
-    speed = partial(compare_speed, model, batch=batch, seconds=seconds, timer=timer)
-    return table.model_copy(update={"together": _all_cut(model, groups, made, table, speed)})
+    beside = partial(compare_speed, model, batch=batch, seconds=seconds, timer=timer)
+    return table.model_copy(update={"together": _all_cut(model, groups, made, table, beside)})
 
 
 def _all_cut(
@@ -224,7 +224,7 @@ def _all_cut(
     groups: UnitGroups,
     made: Sequence[Stair],
     table: LatencyTable,
-    speed: Callable[[nn.Module], Speed],
+    beside: Callable[[nn.Module], Speed],
 ) -> float:
     """Return what groups save together over the sum of what each saves alone; see `together`."""
     if len(made) < 2:
@@ -234,7 +234,7 @@ def _all_cut(
         kept = {name: _nearest(stair, part) for stair in made for name in stair.names}
         smaller = apply(model, make_plan(groups, {name: np.arange(count) for name, count in kept.items()}))
         sums.append(ledger.saved(kept))
-        found.append(speed(smaller).reduction * table.dense)
+        found.append(beside(smaller).reduction * table.dense)
     return together(sums, found)
 
 
