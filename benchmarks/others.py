@@ -152,11 +152,11 @@ def run_efficientnet(options: argparse.Namespace, seed: int) -> None:
         last = f"{reduction:g}, norms always"
         if last in kept:
             continue
-        ready = ready.with_config(configured(seed, options.calibration, reduction))
-        ranking = ranking or rank(ready)
-        stages(
-            ready, ranking, lambda name, *values, r=reduction, **more: add(f"{r:g}, {name}", *values, **more)
-        )
+        ready = ready.with_config(configured(seed, options.calibration, reduction, repair="once"))
+        ranking = ranking or rank(ready)  # with the moments for `once`
+        for name, smaller, seconds, more in stages(ready, ranking):
+            if (row := f"{reduction:g}, {name}") not in kept:
+                add(row, smaller, seconds, **more)
 
 
 def stages(ready: Prepared, ranking: Ranking) -> Iterator[tuple[str, nn.Module, float, dict[str, Any]]]:
@@ -243,10 +243,7 @@ def run_encoder(options: argparse.Namespace, seed: int) -> None:
     half = options.calibration // 2
     mixed = [text for kind in KINDS for text in texts(kind, "calibration", half, seed)]
     batches: list[Batch] = [*tokenised(tokenizer, mixed, seed)]
-    tests = {
-        kind: tokenised(tokenizer, texts(kind, "test", options.test, 0), None)
-        for kind in ("sst2", "wikitext")
-    }
+    tests = {kind: tokenised(tokenizer, texts(kind, "test", options.test, 0), None) for kind in KINDS}
     dense = {kind: embeddings(model, items) for kind, items in tests.items()}
 
     def add(name: str, smaller: nn.Module, seconds: float) -> None:
