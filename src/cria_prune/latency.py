@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
@@ -33,7 +34,7 @@ from cria_prune.base.events import passed
 from cria_prune.base.modules import device_of, unchanged
 from cria_prune.base.progress import QUIET, Progress
 from cria_prune.config import PlanConfig
-from cria_prune.planning.latency import LatencyTable, Timed, structure_digest
+from cria_prune.planning.latency import LatencyTable, Timed, structure_digest, together
 from cria_prune.planning.plan import make_plan
 from cria_prune.planning.stairs import Allowed, Stair, levels, stairs
 from cria_prune.structure.groups import UnitGroups
@@ -46,6 +47,8 @@ SECONDS = 0.5  # of measuring for each width of a group
 LEAST, MOST = 5, 200  # turns for each width
 WARM = 2  # runs before the first turn
 FINAL = 5.0  # seconds of measuring the pruned network beside the dense one
+PARTS = (0.25, 0.5, 0.75)  # of all groups that are gone at once, to see what they save together
+TRIES, NEAR = 5, 0.03  # networks that are measured at most for a speed-up, and how near is near enough
 
 
 def wall(model: nn.Module, batch: Batch) -> float:
@@ -207,11 +210,38 @@ def measure_latency(
             bar.update(ms=1e3 * speed.pruned)
     # Shares of the dense seconds of the same turns were measured; the table has one dense network.
     whole = median(dense) if dense else compare_speed(model, model, batch, seconds=seconds, timer=timer).dense
-    return LatencyTable(
+    table = LatencyTable(
         of=timed_here(groups, batch, device_of(model)), dense=whole,
         sizes={group.name: group.size for group in groups.prunable},
         saved={name: {count: share * whole for count, share in each.items()} for name, each in saved.items()},
     )  # fmt: skip
+    beside = partial(compare_speed, model, batch=batch, seconds=seconds, timer=timer)
+    return table.model_copy(update={"together": _all_cut(model, groups, made, table, beside)})
+
+
+def _all_cut(
+    model: nn.Module,
+    groups: UnitGroups,
+    made: Sequence[Stair],
+    table: LatencyTable,
+    beside: Callable[[nn.Module], Speed],
+) -> float:
+    """Return what groups save together over the sum of what each saves alone; see `together`."""
+    if len(made) < 2:
+        return 1.0
+    ledger, sums, found = table.ledger(groups), list[float](), list[float]()
+    for part in PARTS:
+        kept = {name: _nearest(stair, part) for stair in made for name in stair.names}
+        smaller = apply(model, make_plan(groups, {name: np.arange(count) for name, count in kept.items()}))
+        sums.append(ledger.saved(kept))
+        found.append(beside(smaller).reduction * table.dense)
+    return together(sums, found)
+
+
+def _nearest(stair: Stair, part: float) -> int:
+    """Return the number of units nearest to a part gone, of those that may stay."""
+    size = stair.groups[0].size
+    return int(stair.counts[np.argmin(np.abs(stair.counts - (1 - part) * size))])
 
 
 def _first_units(stair: Stair, count: int) -> dict[str, np.ndarray]:
@@ -251,26 +281,38 @@ def known_latency(
     return table
 
 
-def corrected(asked: float, aimed: float, reached: float, most: float, near: float = 0.03) -> float | None:
-    """Return the share to aim for in a second choice, after the first was measured; None: it is near enough.
+def next_aim(
+    asked: float, points: Sequence[tuple[float, float]], most: float, near: float = NEAR
+) -> float | None:
+    """Return the share to aim for next, after networks were measured; None: one is near, or none is left.
 
-    What the table foretells is off by a factor, which is taken to be the same a little further on.
+    Between two networks, of which one is too slow and the other too fast, shares are taken to lie on a line.
+    Before there are two, what the table foretells is taken to be off by the same factor a little further on.
 
     Args:
         asked: share of the seconds that is to be gone.
-        aimed: share that the table foretold of the network that was measured.
-        reached: share that was measured to be gone.
+        points: (share that the table foretold, share that was measured to be gone) of each network so far.
         most: largest share that the table says can be gone.
         near: by how much the seconds that are left may differ from those that were asked for.
 
-    >>> corrected(0.4, 0.4, 0.39, 0.9) is None
+    >>> next_aim(0.4, [(0.4, 0.39)], 0.9) is None
     True
-    >>> round(corrected(0.4, 0.4, 0.3, 0.9), 3), round(corrected(0.4, 0.4, 0.5, 0.9), 3)
+    >>> round(next_aim(0.4, [(0.4, 0.3)], 0.9), 3), round(next_aim(0.4, [(0.4, 0.5)], 0.9), 3)
     (0.533, 0.32)
+    >>> round(next_aim(0.4, [(0.4, 0.3), (0.533, 0.45)], 0.9), 3)
+    0.489
     """
-    if abs((1 - reached) / (1 - asked) - 1) <= near:
+    foretold, reached = points[-1]
+    if any(abs((1 - found) / (1 - asked) - 1) <= near for _, found in points):
         return None
+    if any(before == foretold for before, _ in points[:-1]):  # the same widths: there are none between
+        return None
+    slow = [(found, share) for share, found in points if found < asked]
+    fast = [(found, share) for share, found in points if found > asked]
+    if slow and fast:
+        (below, low), (above, high) = max(slow), min(fast)
+        # By noise a network that the table says to be slower may have been the faster one.
+        return low + (high - low) * (asked - below) / (above - below) if low < high else None
     # A network that got no faster says nothing about the factor: half of the way to the most.
-    further = asked * aimed / reached if reached > 0 else (aimed + most) / 2
-    further = min(further, most)
-    return None if further == aimed else further
+    further = min(asked * foretold / reached if reached > 0 else (foretold + most) / 2, most)
+    return None if further == foretold else further

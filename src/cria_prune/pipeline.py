@@ -26,14 +26,26 @@ from cria_prune.base.progress import QUIET, Progress, clock
 from cria_prune.base.ranks import world
 from cria_prune.config import PruneConfig
 from cria_prune.criteria.score import find_criterion
-from cria_prune.latency import compare_speed, corrected, timing_batch
+from cria_prune.latency import TRIES, compare_speed, next_aim, timing_batch
 from cria_prune.measured import measure_losses, with_latency
 from cria_prune.planning.allocation import Losses
 from cria_prune.planning.plan import Plan
 from cria_prune.result import PruneResult, Round
 from cria_prune.resume.rounds import RoundStore
 from cria_prune.scores import Scored
-from cria_prune.stages import Cut, InMemory, Prepared, Ranking, cut, plan_cut, prepare, rank, said, target_of
+from cria_prune.stages import (
+    Cut,
+    InMemory,
+    Prepared,
+    Ranking,
+    cut,
+    plan_cut,
+    prepare,
+    rank,
+    remove,
+    said,
+    target_of,
+)
 
 
 def prune(
@@ -188,37 +200,47 @@ def _losses(ready: Prepared, rounds: Sequence[Round]) -> Losses | None:
 
 
 def _cut(now: Prepared, ranking: Ranking, number: int, hands: InMemory) -> Cut:
-    """Cut; of latency the last time measure what was reached, and where it is too little choose once more."""
+    """Cut; of latency the last time so that the network is measured to be as fast as was asked."""
     target, last = target_of(now.config, number), number == now.config.plan.rounds
-    made = cut(now, ranking, target, last=last, hands=hands)
     if now.config.plan.of != "latency" or not last:
-        return made
-    first = _with_speed(now, made, target)
-    aimed = corrected(
-        target, float(made.plan.report["reached"]), 1 - 1 / float(first.plan.report["speedup"]),
-        float(made.plan.report["reachable"]),
-    )  # fmt: skip
-    if aimed is None:
-        return first
-    second = _with_speed(now, cut(now, ranking, aimed, last=last, hands=hands), target, aimed=aimed)
-    # A second choice that ends further away, by noise or an odd width, is none.
-    far = [abs(target - 1 + 1 / float(item.plan.report["speedup"])) for item in (first, second)]
-    return second if far[1] < far[0] else first
+        return cut(now, ranking, target, last=last, hands=hands)
+    aimed = _aimed(now, ranking, target)
+    made = cut(now, ranking, aimed, last=last, hands=hands)
+    # Measured anew: the best of several measurements would say too much.
+    return _with_speed(now, made, target, **({} if aimed == target else {"aimed": aimed}))
+
+
+def _aimed(now: Prepared, ranking: Ranking, target: float) -> float:
+    """Return the share of the seconds to aim for, which the table foretells too high or too low.
+
+    Networks are cut without a repair, for it changes nothing in their speed, and measured.
+    """
+    tried, aim = list[tuple[float, float, float]](), target  # aimed for, foretold, reached
+    while len(tried) < TRIES:
+        step = plan_cut(now, ranking.scores, aim)
+        reached = 1 - 1 / _speedup(now, remove(now.model, step))
+        tried.append((aim, float(step.report["reached"]), reached))
+        points = [(foretold, found) for _, foretold, found in tried]
+        further = next_aim(target, points, float(step.report["reachable"]))
+        if further is None:
+            break
+        aim = further
+    return min(tried, key=lambda item: abs(item[2] - target))[0]
+
+
+def _speedup(now: Prepared, smaller: nn.Module) -> float:
+    batch = timing_batch(now.batches, device_of(smaller), now.config.plan.latency_batch)
+    # Processes that measure something else would choose something else.
+    return world().lead("Measuring the speed", lambda: compare_speed(now.structure, smaller, batch).speedup)
 
 
 def _with_speed(now: Prepared, made: Cut, target: float, **more: float) -> Cut:
     """Return a cut whose reports say how fast the network is beside the dense one."""
-    device = device_of(made.model)
-    batch = timing_batch(now.batches, device, now.config.plan.latency_batch)
-    # Processes that measure something else would choose something else.
-    speedup = world().lead(
-        "Measuring the speed", lambda: compare_speed(now.structure, made.model, batch).speedup
-    )
     said = {
         "asked": target,
         "speedup_asked": 1 / (1 - target),
         "speedup_predicted": 1 / (1 - float(made.plan.report["reached"])),
-        "speedup": speedup,
+        "speedup": _speedup(now, made.model),
         **more,
     }
     return replace(

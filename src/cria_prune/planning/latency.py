@@ -1,10 +1,11 @@
 """Seconds of a batch as a cost: a table of what was measured, and the additive model on it.
 
-    seconds(kept) = seconds(dense) - sum over groups of saved_group(kept units)
+    seconds(kept) = seconds(dense) - together * sum over groups of saved_group(kept units)
 
 What a group saves was measured with this group alone cut. Where a weight stands between two groups, both
-count what its rows and columns save, so that a chain of layers is foretold too fast; the network that was
-cut is measured again for that. Measuring is `cria_prune.latency`.
+count what its rows and columns save, and a network that waits for its kernels saves less twice than once. So
+networks with all groups cut are measured too, and `together` is what they save over that sum. It is one
+factor for all cuts: the network that is cut in the end is measured again. Measuring is `cria_prune.latency`.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ class LatencyTable(_Plain):
         sizes: group name -> its units in the dense network.
         saved: group name -> units kept -> seconds that are saved when only this group is cut, as measured:
             noise may make them negative, or fall.
+        together: what all groups save when they are cut at once, over the sum of these; of files from before
+            it was measured 1.
     """
 
     format: Literal["cria-latency"] = "cria-latency"
@@ -66,6 +69,7 @@ class LatencyTable(_Plain):
     dense: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     sizes: dict[str, Units]
     saved: dict[str, dict[Units, Finite]]
+    together: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
     def to_json(self) -> str:
         """Return the table as indented JSON."""
@@ -135,14 +139,18 @@ class Seconds:
 
     def __init__(self, table: LatencyTable, sizes: Mapping[str, int]) -> None:
         self._dense, self._sizes = table.dense, dict(sizes)
-        self._curves = {name: _curve(table.sizes[name], found) for name, found in table.saved.items()}
+        self._curves = {
+            name: _curve(table.sizes[name], found, table.together) for name, found in table.saved.items()
+        }
 
     def count(self, kept: Mapping[str, int] | None = None) -> float:
         """Return the seconds when `kept` units of the named groups stay, and all of the others."""
-        saved = sum(
-            np.interp(count, *self._curves[name]) for name, count in {**self._sizes, **(kept or {})}.items()
-        )
-        return max(self._dense - float(saved), LEAST * self._dense)
+        return max(self._dense - self.saved(kept or {}), LEAST * self._dense)
+
+    def saved(self, kept: Mapping[str, int]) -> float:
+        """Return the seconds that are saved of the dense ones then."""
+        counts = {**self._sizes, **kept}
+        return float(sum(np.interp(count, *self._curves[name]) for name, count in counts.items()))
 
     def along(self, names: Sequence[str], counts: np.ndarray, kept: Mapping[str, int]) -> np.ndarray:
         """Return (n,) the seconds with each number of units in the named groups, up to a constant."""
@@ -153,7 +161,7 @@ class Seconds:
         return total
 
 
-def _curve(size: int, saved: Mapping[int, float]) -> tuple[np.ndarray, np.ndarray]:
+def _curve(size: int, saved: Mapping[int, float], factor: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """Return ascending units and what is saved with them, never rising: the nearest by least squares."""
     # scipy.optimize takes a third of a second to import, which other costs need not wait for.
     from scipy.optimize import isotonic_regression
@@ -161,7 +169,27 @@ def _curve(size: int, saved: Mapping[int, float]) -> tuple[np.ndarray, np.ndarra
     kept = np.array(sorted({*saved, size}))
     raw = np.array([0.0 if count == size else saved[int(count)] for count in kept])
     # Nothing cut saves nothing, and that is known: what was measured below it is noise.
-    return kept, np.maximum(isotonic_regression(raw, increasing=False).x, 0.0) * (kept < size)
+    fitted = np.maximum(isotonic_regression(raw, increasing=False).x, 0.0) * (kept < size)
+    return kept, factor * fitted
+
+
+def together(sums: Sequence[float], found: Sequence[float]) -> float:
+    """Return the factor by which sums of savings become what was measured, by least squares through 0.
+
+    Args:
+        sums: of what the groups of a network save alone.
+        found: what the network saves with all of them cut.
+
+    Returns:
+        At least 0.1, for noise must not say that nothing helps, and 1 where nothing was saved.
+
+    >>> together([1.0, 2.0], [0.5, 1.0]), together([0.0], [0.0]), together([1.0], [-1.0])
+    (0.5, 1.0, 0.1)
+    """
+    squares = sum(value * value for value in sums)
+    if not squares:
+        return 1.0
+    return max(sum(one * other for one, other in zip(sums, found, strict=True)) / squares, 0.1)
 
 
 def structure_digest(groups: UnitGroups) -> str:
