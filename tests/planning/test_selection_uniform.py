@@ -146,9 +146,12 @@ def slow_counts(groups: UnitGroups, scores, target: float, config: PlanConfig) -
         relative, freed = Fraction(0), Fraction(0)
         for group in item.groups:
             values = [Fraction(value) for value in sorted(scores[group.name])]
-            mean = sum(values) / len(values)
-            leaving = values[group.size - now : group.size - after]
-            relative += sum(value / mean if mean else Fraction(1) for value in leaving) / len(leaving)
+            whole, number = sum(values), len(values)
+            places = range(group.size - now, group.size - after)
+            # Over the mean, and over the squared share of the scores that are not gone yet.
+            left = {place: max(sum(values[place:]) / whole, Fraction(1, number)) for place in places if whole}
+            dear = [values[place] * number / whole / left[place] ** 2 if whole else 1 for place in places]
+            relative += sum(dear, Fraction(0)) / len(places)
             freed += Fraction(budget.amount(groups)) - Fraction(
                 budget.amount(groups, {group.name: group.size - 1})
             )

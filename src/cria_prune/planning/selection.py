@@ -51,8 +51,9 @@ def select(
 
     - ranking `uniform`: the share of the original units that are gone after it, so that every group
       loses the same share.
-    - ranking `global`: mean over the units that leave of score / mean score of their group, divided
-      by the share of the cost that one unit frees, so that units of all groups, or classes, compete.
+    - ranking `global`: mean over the units that leave of score / mean score of their group, divided by the
+      squared share of the group's scores that is not gone yet, and by the share of the cost that one unit
+      frees, so that units of all groups, or classes, compete and none of them is emptied.
     - ranking `loss`: the same with the scores as they are, for criteria whose scores mean the same in
       every group (a change of the loss, a squared error).
 
@@ -262,9 +263,19 @@ def _scores_per_cost(
 
 
 def _relative(values: np.ndarray) -> np.ndarray:
-    # Scores have no common unit between layers, so global ranking compares them to their own group's mean.
-    mean = values.mean()
-    return values / mean if mean > 0 else np.ones(len(values))
+    """Return each score over its group's mean, over the squared share of the group's scores not yet gone.
+
+    Scores have no common unit between layers, so they are compared to their own group's mean. That alone
+    empties narrow layers, whose units free the most: what is left of a group has to grow dearer as it goes.
+    """
+    whole = values.sum()
+    if whole <= 0:
+        return np.ones(len(values))
+    order = np.argsort(values, kind="stable")
+    left = np.cumsum(values[order][::-1])[::-1] / whole  # with the unit itself
+    dearer = np.empty(len(values))
+    dearer[order] = 1 / np.maximum(left, 1 / len(values)) ** 2
+    return np.asarray(values * len(values) / whole * dearer)
 
 
 def _kept(made: Sequence[Stair], steps: Sequence[int] | np.ndarray) -> dict[str, int]:
