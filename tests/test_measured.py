@@ -134,6 +134,28 @@ class Joined(nn.Module):
         return {"logits": self.d(torch.cat([x, y], 1)).mean((2, 3)), "scale": self.scale}
 
 
+def test_the_network_and_the_random_state_are_left_as_they_were_in_training_mode():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(
+                nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 3)
+            )
+            self.register_buffer("count", torch.zeros(1))
+
+        def forward(self, x):
+            self.count += 1
+            return self.layers(x) + 0 * torch.rand(3)
+
+    torch.manual_seed(0)
+    net, batches = Noisy().train(), [batch.float() for batch in BATCHES]
+    before, random = {name: item.clone() for name, item in net.state_dict().items()}, torch.get_rng_state()
+    ready = prepare(net, batches, PruneConfig(plan={"of": "macs"}))
+    measure_losses(ready, rank(ready))
+    assert net.training and torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(item, before[name]) for name, item in net.state_dict().items())
+
+
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_features_that_are_read_again_later_and_outputs_that_are_weights(kind):
     torch.manual_seed(0)

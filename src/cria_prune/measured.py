@@ -24,7 +24,7 @@ from cria_prune.base.batches import Batch, limited
 from cria_prune.base.errors import CaptureError, DataError
 from cria_prune.base.events import passed
 from cria_prune.base.files import write_json
-from cria_prune.base.modules import digest, named_tensors
+from cria_prune.base.modules import digest, named_tensors, random_kept
 from cria_prune.base.progress import QUIET, Progress
 from cria_prune.base.ranks import world
 from cria_prune.latency import known_latency
@@ -113,7 +113,7 @@ def measure_losses(
     points = [(stair, count) for stair in made for count in levels(stair)]
     done = sum(count in losses.get(stair.names[0], {}) for stair, count in points)
     passed("losses", groups=prepared.groups, levels=len(points), done=done)
-    with (progress or QUIET).bar("measure losses", len(points)) as bar:
+    with random_kept(), (progress or QUIET).bar("measure losses", len(points)) as bar:
         bar.update(done)
         for found in _together(prepared, ranking, made, losses, every):
             losses[found[0].group] = _curve(found)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cria_prune.base.batches import Batch, batch_size, hold_out_every
 from cria_prune.base.events import passed
-from cria_prune.base.modules import device_of
+from cria_prune.base.modules import buffers_kept, device_of, unchanged
 from cria_prune.base.ranks import world
 from cria_prune.repair.fidelity import Fidelity, add_outputs, begin_sums, named_outputs
 from cria_prune.repair.program import Look, Run, programs_for
@@ -135,9 +135,11 @@ class _Levels:
         self._program = there[0]
         self._order = list(self._sites[self._program])
         self._groups = [group for group in groups if self._followed(group)]
-        self._dense = [named_outputs(model, batch) for batch in self._held_batches]
         first = held[0]
-        self._kinds = first, named_outputs(model, first)
+        with unchanged(model), buffers_kept(model):
+            model.eval()
+            self._dense = [named_outputs(model, batch) for batch in self._held_batches]
+            self._kinds = first, named_outputs(model, first)
 
     def _followed(self, group: UnitGroup) -> bool:
         """Say whether every layer that reads a group is a site, alike in every program."""
