@@ -120,7 +120,8 @@ class PruneResult:
     @property
     def changed(self) -> str:
         """What was done to the parts that stay, in words; empty for nothing."""
-        repaired = len({repair.tensor for item in self.rounds for repair in item.repairs})
+        # What was looked at, and is best as it was, is not repaired.
+        repaired = len({repair.tensor for item in self.rounds for repair in item.repairs if repair.recovered})
         norms, reason = self.rounds[-1].batch_norms, self.rounds[-1].batch_norms_kept
         none = self.rounds[-1].unrepaired.get("")
         said = [

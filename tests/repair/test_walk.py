@@ -626,6 +626,11 @@ def test_the_result_says_which_layers_stayed_and_why(monkeypatch: pytest.MonkeyP
     torch.manual_seed(0)
     said = str(prune(Twice().eval(), tokens(), PruneConfig(plan={"reduction": 0.2})))
     assert "not repaired: twice.weight is read more than once" in said
+    # What is constant lacks nothing once it is centred: nothing is to be repaired, and none is counted.
+    still = nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 3)).eval()
+    nn.init.zeros_(still[2].weight)
+    by_size = PruneConfig(score={"criterion": "l2"})
+    assert "repaired in closed form" not in str(prune(still, [drawn(60, 12)], by_size))
     # Where the operations cannot be run one by one, nothing is refitted.
     model, batches = nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 3)).eval(), [drawn(60, 12)]
     refusal = CaptureError("Asked", "found", "todo")
