@@ -204,7 +204,7 @@ def repairs_said(repairs: Sequence[Repair]) -> list[str]:
     if short:
         worst = max(short, key=lambda item: item.lacking)
         lines.append(
-            f"{len(short)} of {len(repairs)} repaired layers were fitted to fewer than four samples for each "
+            f"{len(short)} of {len(repairs)} layers were fitted to fewer than four samples for each "
             f"feature that they read ({worst.tensor}: {worst.effective:,} for {worst.regressors:,}): "
             f"{worst.lacking:,} more examples would do"
         )

@@ -616,7 +616,7 @@ def test_too_few_examples_are_counted_without_those_that_came_twice() -> None:
     # Half of 60 are held out; four times 20 samples take 160 examples, and 30 are there.
     assert item.lacking == 130
     (line,) = repairs_said(found.repairs)
-    assert "1 of 1 repaired layers" in line and "2.weight: 15 for 20): 130 more examples" in line
+    assert "1 of 1 layers" in line and "2.weight: 15 for 20): 130 more examples" in line
     little = [Repair(f"{number}.weight", 0.08, True) for number in range(6)]
     (line,) = repairs_said([*little, Repair("drifted", 0.0, True, cut=False), Repair("good", 0.5, True)])
     assert line.endswith("2.weight (8.00 %), 3.weight (8.00 %) and 2 more")
