@@ -273,7 +273,7 @@ def test_a_family_network_is_foretold() -> None:
     batch = torch.randn(4, 1, 8, 8)
     groups = discover(model, batch)
     found = predict_memory(model, groups, batch, PruneConfig(score={"criterion": "activation-norm"}))
-    assert found.passes == 5 and found.recorded == 4  # it has batch norms
+    assert found.passes == 2 and found.recorded == 1  # it has batch norms
 
 
 def test_weights_are_read_in_double_precision_and_those_of_a_convolution_are_turned_first() -> None:

@@ -92,7 +92,8 @@ def digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 FEW = ["--examples", "64", "--device", "cpu", "--quiet"]
 COMMANDS = {  # words -> models copied to be compared with: the prepared one, and those that were repaired
-    "prune digits --reduce 0.3 --rounds 2": 1 + 2,
+    "prune digits --reduce 0.3 --rounds 2": 1 + 1,
+    "prune digits --reduce 0.3 --rounds 2 --repair once": 1 + 2,
     "prune digits --reduce 0.3 --rounds 2 --repair none": 1,
     "run digits --reduce 0.3 --rounds 1 --repair none --epochs 1": 1,
     "run digits --reduce 0.2 --reduce 0.4 --rounds 1 --repair none --epochs 1": 1,
@@ -100,7 +101,8 @@ COMMANDS = {  # words -> models copied to be compared with: the prepared one, an
     "plan digits": 1,
     "plan digits --dry-run": 1,
     "score digits": 1,
-    "ablate digits --shares 0.3,0.6 --random-seeds 1 --limit 64": 1 + 2 * 3,
+    "ablate digits --shares 0.3 --random-seeds 1 --limit 64": 1,
+    "ablate digits --shares 0.3,0.6 --random-seeds 1 --limit 64 --repair once": 1 + 2 * 3,
     "ablate digits --shares 0.3 --random-seeds 1 --limit 64 --repair none": 1,
 }
 
@@ -246,7 +248,7 @@ def test_what_is_no_preparation_is_refused() -> None:
 
 
 def test_a_cut_of_what_was_prepared_for_repair_is_verified_without_it() -> None:
-    repaired = PruneConfig(plan={"rounds": 1})
+    repaired = PruneConfig(plan={"rounds": 1}, repair="once")
     plain = repaired.model_copy(update={"repair": "none"})
     ready = prepare(Plain().eval(), images(), repaired).with_config(plain)
     assert ready.reference is None
