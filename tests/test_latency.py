@@ -150,3 +150,18 @@ def test_a_speedup_out_of_reach_is_refused_before_anything_is_recorded(tmp_path)
     plan = {"speedup": 90, "rounds": 1, "floor": 0.5, "latency_table": kept_table(model, tmp_path / "t.json")}
     with pytest.raises(TargetError, match=r"\(90 times as fast\): at most .* times as fast\) with a floor"):
         prune(model, BATCHES, PruneConfig(plan=plan))
+
+
+def test_the_networks_and_the_batches_are_left_as_they_were():
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(1))
+
+        def forward(self, x):
+            self.count += 1
+            return x.mul_(0.5)
+
+    net, batch = Writes().train(), BATCHES[0].clone()
+    compare_speed(net, network(), timing_batch([batch], CPU), seconds=0.0)
+    assert net.training and not net.count and torch.equal(batch, BATCHES[0])

@@ -118,3 +118,59 @@ def test_it_is_the_default_for_macs_and_measured_once_for_all_rounds(tmp_path):
     for plan in ({"of": "macs", "uniform": True}, {"of": "parameters"}, {"of": "macs", "ranking": "uniform"}):
         with never("losses"):
             assert prune(network(), BATCHES, config(rounds=1, **plan)).report["ranking"] == "uniform"
+
+
+class Joined(nn.Module):
+    """Features that are read again behind layers of their own, a parameter among the outputs, short types."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 1), nn.Conv2d(12, 8, 3, padding=1)
+        self.d, self.scale = nn.Conv2d(16, 4, 1), nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = torch.relu(self.a(x))
+        y = torch.relu(self.c(torch.relu(self.b(x))))
+        return {"logits": self.d(torch.cat([x, y], 1)).mean((2, 3)), "scale": self.scale}
+
+
+def test_the_network_and_the_random_state_are_left_as_they_were_in_training_mode():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(
+                nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 3)
+            )
+            self.register_buffer("count", torch.zeros(1))
+
+        def forward(self, x):
+            self.count += 1
+            return self.layers(x) + 0 * torch.rand(3)
+
+    torch.manual_seed(0)
+    net, batches = Noisy().train(), [batch.float() for batch in BATCHES]
+    before, random = {name: item.clone() for name, item in net.state_dict().items()}, torch.get_rng_state()
+    ready = prepare(net, batches, PruneConfig(plan={"of": "macs"}))
+    measure_losses(ready, rank(ready))
+    assert net.training and torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(item, before[name]) for name, item in net.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_features_that_are_read_again_later_and_outputs_that_are_weights(kind):
+    torch.manual_seed(0)
+    net, batches = Joined().eval().to(kind), [torch.randn(32, 3, 6, 6).to(kind) for _ in range(4)]
+    ready = prepare(net, batches, PruneConfig(plan={"of": "macs", "residual": True}))
+    with counted("cut") as cuts:
+        found = measure_losses(ready, rank(ready))
+    assert not cuts and set(found) == {"a", "b", "c"}
+    assert all(0 <= loss < 10 for item in found.values() for loss in item.values())
+
+
+def test_units_that_give_constants_cost_nothing():
+    net = network()
+    with torch.no_grad():
+        net[0].weight.zero_()
+    ready = prepare(net, BATCHES, PruneConfig(plan={"of": "macs"}, score={"criterion": "l2"}))
+    found = measure_losses(ready, rank(ready))
+    assert all(0 <= loss < 1e-6 for item in found.values() for loss in item.values()), found

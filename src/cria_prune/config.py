@@ -414,7 +414,8 @@ class PruneConfig(StageConfig):
     )
     batch_norm: bool = option(
         True,
-        "Measure batch-norm statistics again after the last cut, on 32 examples or more; not in the paper",
+        "Measure batch-norm statistics again after the last cut, on 32 examples or more, and keep them where "
+        "the network is nearer to the dense one then; not in the paper",
     )
 
     @model_validator(mode="before")

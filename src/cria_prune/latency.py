@@ -11,6 +11,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
@@ -25,13 +26,13 @@ from torch.utils._pytree import tree_leaves
 from cria_prune.base.batches import (
     Batch,
     batch_size,
+    map_tensors,
     model_inputs,
-    move,
     rows_of,
 )
 from cria_prune.base.errors import DataError
 from cria_prune.base.events import passed
-from cria_prune.base.modules import device_of, unchanged
+from cria_prune.base.modules import buffers_kept, device_of, unchanged
 from cria_prune.base.progress import QUIET, Progress
 from cria_prune.config import PlanConfig
 from cria_prune.planning.latency import LatencyTable, Timed, structure_digest, together
@@ -113,7 +114,11 @@ def compare_speed(
         ResourceError: the memory does not suffice, see `base.batches.forward`.
     """
     turns = list[tuple[float, float]]()
-    with unchanged(dense), unchanged(pruned), torch.inference_mode():
+    with ExitStack() as stack:
+        for net in (dense, pruned):
+            stack.enter_context(unchanged(net))
+            stack.enter_context(buffers_kept(net))
+        stack.enter_context(torch.inference_mode())
         dense.eval(), pruned.eval()
         for _ in range(WARM):
             timer(dense, batch), timer(pruned, batch)
@@ -146,7 +151,8 @@ def timing_batch(batches: Iterable[Batch], device: torch.device, examples: int |
         raise DataError("A batch to be timed", "found no calibration batch", "Pass at least one batch")
     if examples is not None:
         batch = rows_of(batch, list(islice(cycle(range(batch_size(batch))), examples)))
-    return move(batch, device)
+    # A copy: a forward may write into its input, and others read the batch after it.
+    return map_tensors(batch, lambda item: item.to(device, copy=True))
 
 
 def timed_here(groups: UnitGroups, batch: Batch, device: torch.device) -> Timed:

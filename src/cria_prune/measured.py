@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from cria_prune.base.batches import Batch, limited
+from cria_prune.base.batches import SMALLER, Batch, limited, named_shortage
 from cria_prune.base.errors import CaptureError, DataError
 from cria_prune.base.events import passed
 from cria_prune.base.files import write_json
-from cria_prune.base.modules import digest, named_tensors
+from cria_prune.base.modules import digest, named_tensors, random_kept
 from cria_prune.base.progress import QUIET, Progress
 from cria_prune.base.ranks import world
 from cria_prune.latency import known_latency
@@ -104,6 +104,7 @@ def measure_losses(
 
     Raises:
         DataError: no output of the cut network can be compared with the dense one's.
+        ResourceError: the memory does not suffice.
         CriaError: those of the repair and the surgery.
     """
     made = stairs(prepared.groups, prepared.config.plan, prepared.allowed)
@@ -113,7 +114,11 @@ def measure_losses(
     points = [(stair, count) for stair in made for count in levels(stair)]
     done = sum(count in losses.get(stair.names[0], {}) for stair, count in points)
     passed("losses", groups=prepared.groups, levels=len(points), done=done)
-    with (progress or QUIET).bar("measure losses", len(points)) as bar:
+    with (
+        random_kept(),
+        named_shortage("Measuring what cuts cost", SMALLER),
+        (progress or QUIET).bar("measure losses", len(points)) as bar,
+    ):
         bar.update(done)
         for found in _together(prepared, ranking, made, losses, every):
             losses[found[0].group] = _curve(found)

@@ -78,7 +78,7 @@ def prune(
     Args:
         model: the trained model, on the device where the work is to be done.
         batches: calibration batches: tensors, (inputs, target) pairs or mappings.
-        config: what to remove and how; half of the parameters in four rounds by default.
+        config: what to remove and how; half of the parameters in one round by default.
         loss: (model, batch) to a scalar, for criteria that take gradients.
         evaluate: model -> metric, shown for every round.
         on_round: called with the result so far after every round.

@@ -120,10 +120,13 @@ class PruneResult:
     @property
     def changed(self) -> str:
         """What was done to the parts that stay, in words; empty for nothing."""
-        repaired = len({repair.tensor for item in self.rounds for repair in item.repairs})
+        # What was looked at, and is best as it was, is not repaired.
+        repaired = len({repair.tensor for item in self.rounds for repair in item.repairs if repair.recovered})
         norms, reason = self.rounds[-1].batch_norms, self.rounds[-1].batch_norms_kept
+        none = self.rounds[-1].unrepaired.get("")
         said = [
-            *([f"{repaired} consumers repaired in closed form"] if repaired else []),
+            *([f"{repaired} consumer{'s' * (repaired > 1)} repaired in closed form"] if repaired else []),
+            *([f"consumers left as they were: {none}"] if none else []),
             *([f"{norms} batch norms measured again"] if norms else []),
             *([f"batch norms left as they were: {reason}"] if reason else []),
         ]
@@ -153,7 +156,7 @@ class PruneResult:
         lines += speed_said(last)
         if self.changed:
             lines.append(self.changed)
-        lines += repairs_said(self.rounds[-1].repairs)
+        lines += layers_said(self.rounds[-1])
         lines += stages_said(self.rounds[-1].fidelity)
         return "\n".join(lines)
 
@@ -201,7 +204,7 @@ def repairs_said(repairs: Sequence[Repair]) -> list[str]:
     if short:
         worst = max(short, key=lambda item: item.lacking)
         lines.append(
-            f"{len(short)} of {len(repairs)} repaired layers were fitted to fewer than four samples for each "
+            f"{len(short)} of {len(repairs)} layers were fitted to fewer than four samples for each "
             f"feature that they read ({worst.tensor}: {worst.effective:,} for {worst.regressors:,}): "
             f"{worst.lacking:,} more examples would do"
         )
@@ -211,6 +214,14 @@ def repairs_said(repairs: Sequence[Repair]) -> list[str]:
         more = f" and {len(little) - 4} more" if len(little) > 4 else ""
         lines.append(f"little of what they lost could be given back to {names}{more}")
     return lines
+
+
+def layers_said(item: Round) -> list[str]:
+    """Return the lines of `repairs_said`, and one where layers that read what was cut stayed as they were."""
+    left = {name: why for name, why in item.unrepaired.items() if name}
+    said = "; ".join(f"{name} {why}" for name, why in [*left.items()][:4])
+    more = f"; and {len(left) - 4} more" if len(left) > 4 else ""
+    return [*repairs_said(item.repairs), *([f"not repaired: {said}{more}"] if left else [])]
 
 
 def said_of(item: Round) -> dict[str, dict[str, Any]]:

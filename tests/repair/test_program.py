@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cria_prune.base.batches import model_inputs
 from cria_prune.base.errors import CaptureError
-from cria_prune.repair.program import Program, Run, outputs_of, programs_for
+from cria_prune.repair.program import Program, Run, programs_for
 from cria_prune.structure.trace import canonical_tensors
 from networks import Mixed, OptionA, Plain, randomize
 
@@ -37,7 +37,7 @@ def check(model: nn.Module, batches: list[Any], programs: int) -> list[Program]:
         for run in runs:  # stopped in between, and some of it run twice
             run.advance(len(run.program.steps) // 2, canonical_tensors(model).__getitem__)
             run.release()
-        outputs = outputs_of(runs, canonical_tensors(model).__getitem__)
+        outputs = [run.outputs(canonical_tensors(model).__getitem__) for run in runs]
         assert all(map(torch.equal, canonical_tensors(model).values(), before))
         for run, batch, copied, output in zip(runs, batches, copies, outputs, strict=True):
             leaves = [item for item in torch.utils._pytree.tree_leaves(batch) if isinstance(item, Tensor)]

@@ -55,6 +55,8 @@ def prune(request: Prune, out: Output) -> None:
         f"parameters {report['parameters_dense']:,.0f} before, {report['parameters']:,.0f} after, recorded "
         f"layer by layer in {turns} turn{'' if turns == 1 else 's'}"
     )
+    if none := done.rounds[-1].unrepaired.get(""):
+        out.say(f"layers left as they were: {none}")
     show.fidelity(out, done.rounds[-1].fidelity)
     out.say(f"folder {done.path}: plain transformers loads it (measure it with cria eval)")
     out.answer({

@@ -10,7 +10,7 @@ from cria_prune.base.metrics import Metric, metric, percent
 from cria_prune.cli.output import Output
 from cria_prune.config import OF
 from cria_prune.repair.fidelity import Fidelity
-from cria_prune.result import Round, column, speed_said, stages_said
+from cria_prune.result import Round, column, layers_said, speed_said, stages_said
 from cria_prune.scores import Scored
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ def rounds(out: Output, done: Sequence[Round], metric: Metric) -> None:
         ]
         rows.append([*row, metric.text(item.metric)] if watched else row)
     out.table([*columns, f"validation {metric.name}"] if watched else columns, rows)
+    for line in layers_said(done[-1]) if done else ():
+        out.say(line)
 
 
 def outcome(out: Output, results: Mapping[str, Any], metric: Metric) -> None:

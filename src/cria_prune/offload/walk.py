@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cria_prune.base.batches import limited
+from cria_prune.base.batches import SMALLER, limited, named_shortage
 from cria_prune.base.dispatched import Weights, first_names
 from cria_prune.base.events import passed
 from cria_prune.base.files import refused
@@ -112,7 +112,7 @@ class Folders:
             for look in looks:
                 look.forget()
 
-        with torch.no_grad(), random_kept():
+        with torch.no_grad(), random_kept(), named_shortage("Refitting layers", SMALLER):
             walker = Walker(
                 (prepared.structure, looks[0]), (structure, looks[1], put), plan,
                 [*limited(prepared.batches, record.examples)], self.device, record.seed, Parts(), progress,

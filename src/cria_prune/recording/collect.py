@@ -16,7 +16,7 @@ from cria_prune.base.batches import Batch, batch_size, forward, limited, map_ten
 from cria_prune.base.errors import DataError
 from cria_prune.base.events import passed
 from cria_prune.base.metrics import Loss, cross_entropy
-from cria_prune.base.modules import digest, named_tensors, unchanged
+from cria_prune.base.modules import buffers_kept, digest, named_tensors, unchanged
 from cria_prune.base.ranks import world
 from cria_prune.config import RecordConfig
 from cria_prune.recording.gradients import FisherSums, TaylorSums
@@ -85,7 +85,7 @@ def record(
     start = time.perf_counter()
     examples = count = 0
     here, seen = world(), hashlib.sha256()
-    with unchanged(model), torch.set_grad_enabled(gradients):
+    with unchanged(model), buffers_kept(model), torch.set_grad_enabled(gradients):
         model.eval()
         with here.together("Recording", seen.hexdigest):
             if here.size > 1:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from cria_prune.base.batches import Batch, batch_size, hold_out_every
 from cria_prune.base.events import passed
-from cria_prune.base.modules import device_of
+from cria_prune.base.modules import buffers_kept, device_of, unchanged
 from cria_prune.base.ranks import world
 from cria_prune.repair.fidelity import Fidelity, add_outputs, begin_sums, named_outputs
 from cria_prune.repair.program import Look, Run, programs_for
-from cria_prune.repair.regress import add_update, regressors
+from cria_prune.repair.regress import add_update, regressors, wide
 from cria_prune.repair.sites import Site, find_sites
 from cria_prune.repair.walk import SAMPLES, drawn, places_each
 from cria_prune.structure.groups import ParameterSlice, UnitGroup
@@ -135,9 +135,11 @@ class _Levels:
         self._program = there[0]
         self._order = list(self._sites[self._program])
         self._groups = [group for group in groups if self._followed(group)]
-        self._dense = [named_outputs(model, batch) for batch in self._held_batches]
         first = held[0]
-        self._kinds = first, named_outputs(model, first)
+        with unchanged(model), buffers_kept(model):
+            model.eval()
+            self._dense = [named_outputs(model, batch) for batch in self._held_batches]
+            self._kinds = first, named_outputs(model, first)
 
     def _followed(self, group: UnitGroup) -> bool:
         """Say whether every layer that reads a group is a site, alike in every program."""
@@ -156,12 +158,14 @@ class _Levels:
         }  # fmt: skip
         waiting = sorted((group for group in self._groups if group.name in ends), key=lambda g: ends[g.name])
         reads: dict[str, Reads] = {}
+        consumers = {item.tensor for group in waiting for item in group.consumers}
+        unread = sorted(consumers if self._repaired else (), key=lambda name: place[name], reverse=True)
         for index, group in enumerate(waiting):
-            for item in sorted(group.consumers, key=lambda item: place[item.tensor]):
-                if item.tensor not in reads and self._repaired:
-                    found = self._read(item.tensor)
-                    if found is not None:
-                        reads[item.tensor] = found
+            # In the order of the data, also those of later groups: a run has no way back.
+            while unread and place[unread[-1]] <= ends[group.name]:
+                found = self._read(unread.pop())
+                if found is not None:
+                    reads[found.site.weight] = found
             first = min(place[item.tensor] for later in waiting[index:] for item in later.consumers)
             for run in self._base:
                 site = self._sites[run.program][self._order[first]]
@@ -199,7 +203,8 @@ class _Levels:
             draw = drawn(here, tuple(output.shape), batch, len(fit), wanted, seed).on(self._device)
             P = regressors(here, data, weight, draw.places)
             chosen = fit[draw.owner] if draw.valid is None else fit[draw.owner] & draw.valid
-            P = P[chosen.to(self._device)].transpose(0, 1)
+            # Products in a short type overflow, or are no moments of anything.
+            P = wide(P[chosen.to(self._device)]).transpose(0, 1)
             found.gram += P.transpose(1, 2) @ P
             found.mean += P.sum(1)
             found.samples += P.shape[1]
@@ -229,13 +234,7 @@ class _Levels:
         sums = begin_sums(dense, dense, batch, True)
         for base, kept, given in zip(self._base, self._dense, self._held_batches, strict=True):
             fork = base.fork()
-            fork.advance(len(fork.program.steps), look)
-            tensors = [fork.values[number] for number in fork.program.outputs]
-            floats = [
-                item
-                for item in tensors
-                if isinstance(item, Tensor) and item.is_floating_point() and item.numel()
-            ]
+            floats = [item for item in fork.outputs(look) if item.is_floating_point() and item.numel()]
             add_outputs(sums, kept, dict(zip(kept, floats, strict=True)), given, True)
         found = Fidelity(self._examples, tuple(item.distance(name) for name, item in sums.items()))
         return found.loss
@@ -278,7 +277,8 @@ def _masked(
     update[:, :, R] = -W[:, :, R]
     # What the layer gives changes by U P: the second moments say how much, as a share of what it gives.
     apart, whole = (torch.einsum("gon,gnm,gom->", item, S, item) for item in (update, W))
-    error = float(apart / whole.clamp(min=1e-300))
+    # By rounding both may come out below 0 where the inputs hardly move.
+    error = max(float(apart / whole), 0.0) if not whole <= 0 else 0.0
     found = {site.weight: add_update(site, weight, update)}
     if centred:
         shift = -torch.einsum("gon,gn->go", update, mean).ravel()

@@ -8,7 +8,7 @@ looked up when they are read; a `Run` carries one batch through it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -374,6 +374,18 @@ class Run:
             return self._device  # captured on shapes alone
         return item
 
+    def forget(self, step: Step) -> None:
+        """Let go of the copies of weights that a step reads: they have changed since."""
+        for number in step.reads:
+            if self.program.steps[number].kind == "weight":
+                self.values.pop(number, None)
+
+    def outputs(self, look: Look) -> list[Tensor]:
+        """Run to the end; return the tensors of the output, which may be weights too."""
+        self.advance(len(self.program.steps), look)
+        given = [self.of(Ref(number), look) for number in self.program.outputs]
+        return [item for item in given if isinstance(item, Tensor)]
+
     def fork(self) -> Run:
         """Return another run of the same batch from here on; what it writes into is its own."""
         other = object.__new__(Run)
@@ -389,14 +401,3 @@ class Run:
         for number in [item for item in self.values if self.program.last.get(item, -1) < self.at]:
             if self.program.steps[number].kind != "constant":
                 del self.values[number]
-
-
-def outputs_of(runs: Iterable[Run], look: Look) -> list[list[Tensor]]:
-    """Run all to the end; return the tensors of each one's output."""
-    found = []
-    for run in runs:
-        run.advance(len(run.program.steps), look)
-        found.append(
-            [run.values[number] for number in run.program.outputs if isinstance(run.values[number], Tensor)]
-        )
-    return found

@@ -163,8 +163,8 @@ class Regression:
             held: (M,) bool, samples that nothing is fitted to.
         """
         # A sum of products in a short type says too little of which ridge is best.
-        P, own = _wide(P), _wide(own)
-        targets = torch.stack([own, own if met is None else _wide(met)])
+        P, own = wide(P), wide(own)
+        targets = torch.stack([own, own if met is None else wide(met)])
         kept = held.nonzero()[:, 0]
         if len(kept) > self._room:  # spread over the batch, for its first ones may be all of one example
             kept = kept[torch.arange(self._room, device=kept.device) * len(kept) // self._room]
@@ -282,5 +282,6 @@ class Regression:
         return float(total[0] / total[1]) if total[1] else 0.0
 
 
-def _wide(item: Tensor) -> Tensor:
+def wide(item: Tensor) -> Tensor:
+    """Return a tensor in float32 at least: sums and differences of short types lose too much."""
     return item if item.dtype is torch.float64 else item.float()

@@ -38,7 +38,7 @@ from cria_prune.base.room import free_memory
 from cria_prune.planning.plan import Plan
 from cria_prune.repair.consumers import Repair
 from cria_prune.repair.program import Look, Program, Run, programs_for
-from cria_prune.repair.regress import HELD, Regression, add_update, at_places, regressors
+from cria_prune.repair.regress import HELD, Regression, add_update, at_places, regressors, wide
 from cria_prune.repair.sites import Site, find_sites, keeps_places, undo
 from cria_prune.repair.spill import Storages, Waiting, noting
 from cria_prune.structure.trace import canonical_tensors
@@ -330,8 +330,10 @@ class Walker:
         """Run a layer of the smaller network, and what stands between it and its sum, again."""
         site = self._found[1][run.program][name]
         chain = () if site.meeting is None else site.meeting.chain
-        for step in (*site.path, site.step, *chain):
-            run.call(run.program.steps[step], self._smaller.look)
+        for number in (*site.path, site.step, *chain):
+            step = run.program.steps[number]
+            run.forget(step)
+            run.call(step, self._smaller.look)
 
     def _gather(self, number: int, name: str) -> tuple[Regression, bool, Tensor] | None:
         """Bring all batches to a layer and add their samples up; None where nothing is missing.
@@ -459,7 +461,7 @@ class Walker:
         rows = self._kept_rows(name, sites[1])
 
         def missing(sides: Sequence[Tensor]) -> Tensor:
-            dense, now = (_wide(item.flatten(1)) for item in sides)
+            dense, now = (wide(item.flatten(1)) for item in sides)
             return (dense if rows is None else dense.index_select(1, rows)) - now
 
         own = missing([at_places(s, run.values[s.step], places) for run, s in zip(runs, sites, strict=True)])
@@ -485,10 +487,10 @@ class Walker:
         assert site.meeting is not None
         operands = (run.values[site.meeting.operand], run.values[site.meeting.other])
         if not keeps_places(run.program, site):
-            total = _wide(operands[0]) + _wide(operands[1])
+            total = wide(operands[0]) + wide(operands[1])
             return at_places(site, undo(run, site, total, look, scales=False), places)
         # Most of a large map is not drawn: the places come first where the chain leaves them in theirs.
-        one, other = (_wide(at_places(site, item, places)) for item in operands)
+        one, other = (wide(at_places(site, item, places)) for item in operands)
         return one + other
 
     def _scales(self, index: int, name: str, places: Tensor) -> Tensor:
@@ -496,7 +498,7 @@ class Walker:
         run = self._smaller.runs[index]
         site, look = self._found[1][run.program][name], self._smaller.look
         assert site.meeting is not None
-        operand = _wide(run.values[site.meeting.operand][:0])
+        operand = wide(run.values[site.meeting.operand][:0])
         if keeps_places(run.program, site):
             ones = operand.new_ones(1, run.values[site.step].shape[site.channel])
             return undo(run, site, ones, look, scales=True)
@@ -682,11 +684,6 @@ def _told(batch: Batch) -> list[bytes]:
         for number, found in enumerate(seen):
             found.update(item[number].view(torch.uint8).numpy().tobytes())
     return [found.digest() for found in seen]
-
-
-def _wide(item: Tensor) -> Tensor:
-    """Return a tensor in float32 at least: differences of short types lose too much."""
-    return item if item.dtype is torch.float64 else item.float()
 
 
 def _any(missing: Tensor | None) -> bool:

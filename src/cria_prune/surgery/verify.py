@@ -353,6 +353,12 @@ class Reference:
         )
         # Written so that NaN fails.
         if not result.difference <= result.tolerance:
+            if any(bool(item.isnan().any()) for item in expected):
+                raise VerificationError(
+                    "Outputs of the pruned model equal to the masked model's",
+                    "the masked model's hold NaN",
+                    "Look for the layer whose outputs are no numbers in the dense network, or with few units",
+                )
             raise VerificationError(
                 f"Outputs of the pruned model equal to the masked model's within {result.tolerance:g}",
                 f"the relative difference is {result.difference:.3g}",
