@@ -122,12 +122,20 @@ class PruneResult:
         """What was done to the parts that stay, in words; empty for nothing."""
         repaired = len({repair.tensor for item in self.rounds for repair in item.repairs})
         norms, reason = self.rounds[-1].batch_norms, self.rounds[-1].batch_norms_kept
+        without = self.rounds[-1].unrepaired.get("")
         said = [
             *([f"{repaired} consumers repaired in closed form"] if repaired else []),
+            *([f"nothing repaired in the last round: {without}"] if without else []),
             *([f"{norms} batch norms measured again"] if norms else []),
             *([f"batch norms left as they were: {reason}"] if reason else []),
         ]
         return ", ".join(said)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What to know of the repair in the last round: a line each, none where all went well."""
+        last = self.rounds[-1]
+        return repairs_said(last.repairs) + left_said(last.unrepaired)
 
     def __str__(self) -> str:
         of, far = self.config.plan.of, column(self.rounds)
@@ -153,7 +161,7 @@ class PruneResult:
         lines += speed_said(last)
         if self.changed:
             lines.append(self.changed)
-        lines += repairs_said(self.rounds[-1].repairs)
+        lines += self.remarks
         lines += stages_said(self.rounds[-1].fidelity)
         return "\n".join(lines)
 
@@ -207,10 +215,20 @@ def repairs_said(repairs: Sequence[Repair]) -> list[str]:
         )
     little = [item for item in repairs if item.cut and item.recovered < LITTLE]
     if little:
-        names = ", ".join(f"{item.tensor} ({percent(item.recovered)})" for item in little[:4])
-        more = f" and {len(little) - 4} more" if len(little) > 4 else ""
-        lines.append(f"little of what they lost could be given back to {names}{more}")
+        names = _some([f"{item.tensor} ({percent(item.recovered)})" for item in little])
+        lines.append(f"little of what they lost could be given back to {names}")
     return lines
+
+
+def left_said(unrepaired: Mapping[str, str]) -> list[str]:
+    """Return a line that names weights that read what was cut and stayed as they were; or none."""
+    names = [f"{name} ({why})" for name, why in unrepaired.items() if name]
+    return [f"not repaired, though they read what was cut: {_some(names)}"] if names else []
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return a few names of many."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def said_of(item: Round) -> dict[str, dict[str, Any]]:

@@ -21,7 +21,7 @@ from cria_prune.repair import regress
 from cria_prune.repair.consumers import Repair
 from cria_prune.repair.fidelity import fidelity
 from cria_prune.repair.walk import Parts, Walked, walk
-from cria_prune.result import repairs_said
+from cria_prune.result import left_said, repairs_said
 from cria_prune.structure.groups import without_residual
 from cria_prune.structure.trace import canonical_tensors
 from cria_prune.surgery.removal import apply
@@ -594,3 +594,5 @@ def test_too_few_examples_are_counted_without_those_that_came_twice() -> None:
     little = [Repair(f"{number}.weight", 0.08, True) for number in range(6)]
     (line,) = repairs_said([*little, Repair("drifted", 0.0, True, cut=False), Repair("good", 0.5, True)])
     assert line.endswith("2.weight (8.00 %), 3.weight (8.00 %) and 2 more")
+    (line,) = left_said({"": "said elsewhere", "tied": "is read more than once"})
+    assert line.endswith("what was cut: tied (is read more than once)") and not left_said({"": "this alone"})

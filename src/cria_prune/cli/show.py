@@ -61,6 +61,8 @@ def outcome(out: Output, results: Mapping[str, Any], metric: Metric) -> None:
         out.say(line)
     if "changed" in results:
         out.say(f"without training: {results['changed']}")
+    for line in results.get("remarks", []):
+        out.say(line)
     fidelity(out, known_fidelity(results))
     if "milliseconds" in results:
         before, now = results["milliseconds_before"], results["milliseconds"]
