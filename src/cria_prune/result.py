@@ -120,22 +120,12 @@ class PruneResult:
     @property
     def changed(self) -> str:
         """What was done to the parts that stay, in words; empty for nothing."""
-        repaired = len({repair.tensor for item in self.rounds for repair in item.repairs})
-        norms, reason = self.rounds[-1].batch_norms, self.rounds[-1].batch_norms_kept
-        without = self.rounds[-1].unrepaired.get("")
-        said = [
-            *([f"{repaired} consumers repaired in closed form"] if repaired else []),
-            *([f"nothing repaired in the last round: {without}"] if without else []),
-            *([f"{norms} batch norms measured again"] if norms else []),
-            *([f"batch norms left as they were: {reason}"] if reason else []),
-        ]
-        return ", ".join(said)
+        return changed_said(self.rounds)
 
     @property
     def remarks(self) -> list[str]:
         """What to know of the repair in the last round: a line each, none where all went well."""
-        last = self.rounds[-1]
-        return repairs_said(last.repairs) + left_said(last.unrepaired)
+        return remarks_said(self.rounds[-1])
 
     def __str__(self) -> str:
         of, far = self.config.plan.of, column(self.rounds)
@@ -164,6 +154,25 @@ class PruneResult:
         lines += self.remarks
         lines += stages_said(self.rounds[-1].fidelity)
         return "\n".join(lines)
+
+
+def changed_said(rounds: Sequence[Round]) -> str:
+    """Return what rounds did to the parts that stay, in words; empty for nothing."""
+    repaired = len({repair.tensor for item in rounds for repair in item.repairs})
+    last = rounds[-1]
+    norms, reason, without = last.batch_norms, last.batch_norms_kept, last.unrepaired.get("")
+    said = [
+        *([f"{repaired} consumers repaired in closed form"] if repaired else []),
+        *([f"nothing repaired in the last round: {without}"] if without else []),
+        *([f"{norms} batch norms measured again"] if norms else []),
+        *([f"batch norms left as they were: {reason}"] if reason else []),
+    ]
+    return ", ".join(said)
+
+
+def remarks_said(last: Round) -> list[str]:
+    """Return a line for everything that one should know of the repair in a round."""
+    return repairs_said(last.repairs) + left_said(last.unrepaired)
 
 
 def column(rounds: Sequence[Round]) -> str:

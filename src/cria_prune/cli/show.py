@@ -59,17 +59,22 @@ def outcome(out: Output, results: Mapping[str, Any], metric: Metric) -> None:
         )
     for line in speed_said(results):
         out.say(line)
-    if "changed" in results:
-        out.say(f"without training: {results['changed']}")
-    for line in results.get("remarks", []):
-        out.say(line)
-    fidelity(out, known_fidelity(results))
+    untrained(out, results)
     if "milliseconds" in results:
         before, now = results["milliseconds_before"], results["milliseconds"]
         out.say(
             f"a forward pass took {before:.3g} ms per calibration example before the pruning, {now:.3g} ms "
             f"after it ({before / max(now, 1e-9):.2f} times as fast)"
         )
+
+
+def untrained(out: Output, results: Mapping[str, Any]) -> None:
+    """Print what was done without training, what is to be known of it, and how far the dense one is."""
+    if "changed" in results:
+        out.say(f"without training: {results['changed']}")
+    for line in results.get("remarks", []):
+        out.say(line)
+    fidelity(out, known_fidelity(results))
 
 
 def known_fidelity(results: Mapping[str, Any]) -> dict[str, Fidelity]:
