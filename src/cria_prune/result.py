@@ -29,8 +29,8 @@ class Round:
         scores: group name -> one score per unit that was there.
         kept: group name -> the units, of those, that stayed.
         diagnosis: group name -> how far the scores can be trusted.
-        verification: masked against pruned (None if not asked for): from the dense model to this one, with
-            a repair from the repaired model of this round; before batch norms are measured again.
+        verification: masked against pruned (None if not asked for): from the dense model to this one, after
+            a repair from the model that the round began with; before the walk and the batch norms.
         metric: of the pruned model, if `evaluate` was given.
         repairs: what the repair did, consumer by consumer.
         batch_norms: how many batch norms were measured again; 0 but in the last round.
