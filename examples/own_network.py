@@ -1,4 +1,4 @@
-"""Prune a network of your own: train, prune in rounds, recover, save, reload.
+"""Prune a network of your own: train, prune, recover, save, reload.
 
     python examples/own_network.py
     python examples/own_network.py --factory mypackage.nets:mine
@@ -68,7 +68,7 @@ def main(output: str = "own-network", factory: str = "", reduction: float = 0.5)
     net, train, held, test = getattr(import_module(module), function)() if factory else made_up()
     print(f"dense      {evaluate(net, test):.1%}")
 
-    result = prune(net, train, PruneConfig(plan={"reduction": reduction, "rounds": 4}))
+    result = prune(net, train, PruneConfig(plan={"reduction": reduction}))
     print(result)
     print(f"pruned     {evaluate(result.model, test):.1%}")
 

@@ -29,7 +29,7 @@ def images(size: int, count: int = 64) -> list[Tensor]:
 def main(
     name: str = "vit_tiny_patch16_224", weights: str = "", reduction: float = 0.3, output: str = "small-vit"
 ) -> None:
-    """Print what can be removed, the rounds, and how far the checkpoint is from the pruned model."""
+    """Print what can be removed, what was, and how far the checkpoint is from the pruned model."""
     torch.manual_seed(0)
     model = timm.create_model(name, pretrained=False, **({} if weights else TINY))
     if weights:
@@ -39,7 +39,7 @@ def main(
     for group in discover(model, batches[0][:2]).groups:
         print(f"{group.name:<20} {group.kind:<9} {group.size:>5} {group.frozen or ''}")
 
-    result = prune(model, batches, PruneConfig(plan={"reduction": reduction, "rounds": 2}))
+    result = prune(model, batches, PruneConfig(plan={"reduction": reduction}))
     print(result)
     print("heads of each block:", [block.attn.num_heads for block in result.model.blocks])
 

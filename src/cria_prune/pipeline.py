@@ -68,8 +68,8 @@ def prune(
     With several processes (`base.ranks`), which all make this call, the passes over the data and the
     scoring are shared out, and all return the same.
 
-    The model is left untouched. In every round masked equals pruned is verified against it, or with repair
-    against the repaired model of that round.
+    The model is left untouched. In every round masked equals pruned is verified against it, or after
+    a repair against the model that the round began with.
 
     With a `state`, the same call in another process goes on after the last finished round, or the last layer
     that was refitted, also after a SIGKILL, and ends with the same bits. That asks of `batches` to be the

@@ -29,8 +29,8 @@ class Round:
         scores: group name -> one score per unit that was there.
         kept: group name -> the units, of those, that stayed.
         diagnosis: group name -> how far the scores can be trusted.
-        verification: masked against pruned (None if not asked for): from the dense model to this one, with
-            a repair from the repaired model of this round; before batch norms are measured again.
+        verification: masked against pruned (None if not asked for): from the dense model to this one, after
+            a repair from the model that the round began with; before the walk and the batch norms.
         metric: of the pruned model, if `evaluate` was given.
         repairs: what the repair did, consumer by consumer.
         batch_norms: how many batch norms were measured again; 0 but in the last round.
@@ -120,17 +120,12 @@ class PruneResult:
     @property
     def changed(self) -> str:
         """What was done to the parts that stay, in words; empty for nothing."""
-        # What was looked at, and is best as it was, is not repaired.
-        repaired = len({repair.tensor for item in self.rounds for repair in item.repairs if repair.recovered})
-        norms, reason = self.rounds[-1].batch_norms, self.rounds[-1].batch_norms_kept
-        none = self.rounds[-1].unrepaired.get("")
-        said = [
-            *([f"{repaired} consumer{'s' * (repaired > 1)} repaired in closed form"] if repaired else []),
-            *([f"consumers left as they were: {none}"] if none else []),
-            *([f"{norms} batch norms measured again"] if norms else []),
-            *([f"batch norms left as they were: {reason}"] if reason else []),
-        ]
-        return ", ".join(said)
+        return changed_said(self.rounds)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What to know of the repair in the last round: a line each, none where all went well."""
+        return remarks_said(self.rounds[-1])
 
     def __str__(self) -> str:
         of, far = self.config.plan.of, column(self.rounds)
@@ -156,9 +151,29 @@ class PruneResult:
         lines += speed_said(last)
         if self.changed:
             lines.append(self.changed)
-        lines += layers_said(self.rounds[-1])
+        lines += self.remarks
         lines += stages_said(self.rounds[-1].fidelity)
         return "\n".join(lines)
+
+
+def changed_said(rounds: Sequence[Round]) -> str:
+    """Return what rounds did to the parts that stay, in words; empty for nothing."""
+    # What was looked at, and is best as it was, is not repaired.
+    repaired = len({repair.tensor for item in rounds for repair in item.repairs if repair.recovered})
+    last = rounds[-1]
+    norms, reason, without = last.batch_norms, last.batch_norms_kept, last.unrepaired.get("")
+    said = [
+        *([f"{repaired} consumer{'s' * (repaired > 1)} repaired in closed form"] if repaired else []),
+        *([f"nothing repaired in the last round: {without}"] if without else []),
+        *([f"{norms} batch norms measured again"] if norms else []),
+        *([f"batch norms left as they were: {reason}"] if reason else []),
+    ]
+    return ", ".join(said)
+
+
+def remarks_said(last: Round) -> list[str]:
+    """Return a line for everything that one should know of the repair in a round."""
+    return repairs_said(last.repairs) + left_said(last.unrepaired)
 
 
 def column(rounds: Sequence[Round]) -> str:
@@ -210,18 +225,20 @@ def repairs_said(repairs: Sequence[Repair]) -> list[str]:
         )
     little = [item for item in repairs if item.cut and item.recovered < LITTLE]
     if little:
-        names = ", ".join(f"{item.tensor} ({percent(item.recovered)})" for item in little[:4])
-        more = f" and {len(little) - 4} more" if len(little) > 4 else ""
-        lines.append(f"little of what they lost could be given back to {names}{more}")
+        names = _some([f"{item.tensor} ({percent(item.recovered)})" for item in little])
+        lines.append(f"little of what they lost could be given back to {names}")
     return lines
 
 
-def layers_said(item: Round) -> list[str]:
-    """Return the lines of `repairs_said`, and one where layers that read what was cut stayed as they were."""
-    left = {name: why for name, why in item.unrepaired.items() if name}
-    said = "; ".join(f"{name} {why}" for name, why in [*left.items()][:4])
-    more = f"; and {len(left) - 4} more" if len(left) > 4 else ""
-    return [*repairs_said(item.repairs), *([f"not repaired: {said}{more}"] if left else [])]
+def left_said(unrepaired: Mapping[str, str]) -> list[str]:
+    """Return a line that names weights that read what was cut and stayed as they were; or none."""
+    names = [f"{name} ({why})" for name, why in unrepaired.items() if name]
+    return [f"not repaired, though they read what was cut: {_some(names)}"] if names else []
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return a few names of many."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def said_of(item: Round) -> dict[str, dict[str, Any]]:

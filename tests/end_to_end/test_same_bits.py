@@ -3,9 +3,9 @@
 `tests/data/same_bits.json` was written by this file (`python tests/end_to_end/test_same_bits.py`) at commit
 2590fd4; once more when batch norms were first measured again on the examples alone that are not held out,
 which moved the weights of digits and ResNet-20 and no plan. The case of the walk came with the walk, and the
-plans of `global` changed when it no longer emptied narrow layers. The canary is a hash of products, a factorisation
-and eigenvalues without Cria: a processor or a torch that rounds these otherwise rounds the weights otherwise
-too, and hashes say nothing there.
+plans of `global` changed when it no longer emptied narrow layers. The canary is a hash of products, a
+factorisation and eigenvalues without Cria: a processor or a torch that rounds these otherwise rounds the
+weights otherwise too, and hashes say nothing there.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from cria_prune.repair import regress
 from cria_prune.repair.consumers import Repair
 from cria_prune.repair.fidelity import fidelity
 from cria_prune.repair.walk import Parts, Walked, walk
-from cria_prune.result import repairs_said
+from cria_prune.result import left_said, repairs_said
 from cria_prune.structure.groups import without_residual
 from cria_prune.structure.trace import canonical_tensors
 from cria_prune.surgery.removal import apply
@@ -620,12 +620,14 @@ def test_too_few_examples_are_counted_without_those_that_came_twice() -> None:
     little = [Repair(f"{number}.weight", 0.08, True) for number in range(6)]
     (line,) = repairs_said([*little, Repair("drifted", 0.0, True, cut=False), Repair("good", 0.5, True)])
     assert line.endswith("2.weight (8.00 %), 3.weight (8.00 %) and 2 more")
+    (line,) = left_said({"": "said elsewhere", "tied": "is read more than once"})
+    assert line.endswith("what was cut: tied (is read more than once)") and not left_said({"": "this alone"})
 
 
 def test_the_result_says_which_layers_stayed_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     said = str(prune(Twice().eval(), tokens(), PruneConfig(plan={"reduction": 0.2})))
-    assert "not repaired: twice.weight is read more than once" in said
+    assert "not repaired, though they read what was cut: twice.weight (is read more than once)" in said
     # What is constant lacks nothing once it is centred: nothing is to be repaired, and none is counted.
     still = nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 3)).eval()
     nn.init.zeros_(still[2].weight)
@@ -635,4 +637,4 @@ def test_the_result_says_which_layers_stayed_and_why(monkeypatch: pytest.MonkeyP
     model, batches = nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 3)).eval(), [drawn(60, 12)]
     refusal = CaptureError("Asked", "found", "todo")
     monkeypatch.setattr("cria_prune.stages.walk", Mock(side_effect=refusal))
-    assert "consumers left as they were: Asked: found" in str(prune(model, batches))
+    assert "nothing repaired in the last round: Asked: found" in str(prune(model, batches))

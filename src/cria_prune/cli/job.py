@@ -345,6 +345,8 @@ def note_costs(job: Job, result: PruneResult, plan: Plan) -> None:
     changed = [result.changed, f"before this cut {earlier}" if earlier else ""]
     if any(changed):
         job.results["changed"] = ", ".join(filter(None, changed))
+    if result.remarks:
+        job.results["remarks"] = result.remarks
     if result.rounds[-1].fidelity:
         job.results["fidelity"] = said_of(result.rounds[-1])
     checks = [item.verification.difference for item in result.rounds if item.verification is not None]

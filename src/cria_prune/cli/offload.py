@@ -17,7 +17,7 @@ from cria_prune.cli.output import Output
 from cria_prune.cli.settings import Prune, prune_config
 from cria_prune.offload.prune import checked, prune_offloaded
 from cria_prune.recipes.registry import TASKS, folder_task
-from cria_prune.result import said_of
+from cria_prune.result import changed_said, remarks_said, said_of
 from cria_prune.tasks.folder import FolderTask
 from cria_prune.tasks.loading import CONFIG, find_folder, load_pretrained
 
@@ -55,9 +55,9 @@ def prune(request: Prune, out: Output) -> None:
         f"parameters {report['parameters_dense']:,.0f} before, {report['parameters']:,.0f} after, recorded "
         f"layer by layer in {turns} turn{'' if turns == 1 else 's'}"
     )
-    if none := done.rounds[-1].unrepaired.get(""):
-        out.say(f"layers left as they were: {none}")
-    show.fidelity(out, done.rounds[-1].fidelity)
+    told = {"changed": changed_said(done.rounds), "remarks": remarks_said(done.rounds[-1])}
+    told = {name: item for name, item in told.items() if item}
+    show.untrained(out, {**told, "fidelity": said_of(done.rounds[-1])})
     out.say(f"folder {done.path}: plain transformers loads it (measure it with cria eval)")
     out.answer({
         **head,
@@ -70,6 +70,7 @@ def prune(request: Prune, out: Output) -> None:
         "turns": turns,
         "masked_equals_pruned": done.difference,
         "fidelity": said_of(done.rounds[-1]),
+        **told,
         "output": str(done.path),
         "seconds": rounded(done.seconds),
         "memory": peak_memory(device),

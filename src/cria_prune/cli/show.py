@@ -10,7 +10,7 @@ from cria_prune.base.metrics import Metric, metric, percent
 from cria_prune.cli.output import Output
 from cria_prune.config import OF
 from cria_prune.repair.fidelity import Fidelity
-from cria_prune.result import Round, column, layers_said, speed_said, stages_said
+from cria_prune.result import Round, column, speed_said, stages_said
 from cria_prune.scores import Scored
 
 if TYPE_CHECKING:
@@ -35,8 +35,6 @@ def rounds(out: Output, done: Sequence[Round], metric: Metric) -> None:
         ]
         rows.append([*row, metric.text(item.metric)] if watched else row)
     out.table([*columns, f"validation {metric.name}"] if watched else columns, rows)
-    for line in layers_said(done[-1]) if done else ():
-        out.say(line)
 
 
 def outcome(out: Output, results: Mapping[str, Any], metric: Metric) -> None:
@@ -61,15 +59,22 @@ def outcome(out: Output, results: Mapping[str, Any], metric: Metric) -> None:
         )
     for line in speed_said(results):
         out.say(line)
-    if "changed" in results:
-        out.say(f"without training: {results['changed']}")
-    fidelity(out, known_fidelity(results))
+    untrained(out, results)
     if "milliseconds" in results:
         before, now = results["milliseconds_before"], results["milliseconds"]
         out.say(
             f"a forward pass took {before:.3g} ms per calibration example before the pruning, {now:.3g} ms "
             f"after it ({before / max(now, 1e-9):.2f} times as fast)"
         )
+
+
+def untrained(out: Output, results: Mapping[str, Any]) -> None:
+    """Print what was done without training, what is to be known of it, and how far the dense one is."""
+    if "changed" in results:
+        out.say(f"without training: {results['changed']}")
+    for line in results.get("remarks", []):
+        out.say(line)
+    fidelity(out, known_fidelity(results))
 
 
 def known_fidelity(results: Mapping[str, Any]) -> dict[str, Fidelity]:
