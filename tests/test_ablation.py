@@ -77,13 +77,17 @@ def test_what_the_repair_gives_back_is_measured() -> None:
     """The units are all the same function, so those that stay can do the work of those that leave."""
     model, weights = summed()
     groups, inputs = discover(model, torch.ones(2, 1)), torch.linspace(0.5, 1.5, 64)[:, None]
-    found = ablate(model, groups, {"up": weights}, total, (0.1, 0.5, 0.9), batches=inputs.split(32))
+    found = ablate(
+        model, groups, {"up": weights}, total, (0.1, 0.5, 0.9), batches=inputs.split(32), repair="once"
+    )
     assert found.repair == found.to_dict()["repair"] == "once"
     assert found.difference is not None and found.difference < 1e-10
     for curve in found.curves.values():  # of m units that stay the ridge is worth 1e-4 / m of them
         for (value, *_), units in zip(curve, (9, 5, 1), strict=True):
             assert 55 * (1 - 1.01e-4 / units) <= value <= 55
     assert found.verdict.startswith("repaired at once, the criterion holds")
+    walked = ablate(model, groups, {"up": weights}, total, (0.5,), batches=inputs.split(32))
+    assert walked.repair == "walk" and all(value > 54.9 for ((value, *_),) in walked.curves.values())
     plain = ablate(model, groups, {"up": weights}, total, (0.5,), batches=inputs.split(32), repair="none")
     assert plain == ablate(model, groups, {"up": weights}, total, (0.5,)) and plain.repair == "none"
 
@@ -91,7 +95,7 @@ def test_what_the_repair_gives_back_is_measured() -> None:
 def test_every_repaired_network_is_the_one_that_compensate_makes() -> None:
     model = networks.randomize(networks.Plain())
     batches = list(torch.randn(64, 3, 10, 10, generator=torch.Generator().manual_seed(0)).split(32))
-    prepared = stages.prepare(model, batches, PruneConfig(score={"criterion": "l2"}))
+    prepared = stages.prepare(model, batches, PruneConfig(score={"criterion": "l2"}, repair="once"))
     ranking, seen = stages.rank(prepared), list[nn.Module]()
 
     def evaluate(network: nn.Module) -> float:
@@ -100,7 +104,7 @@ def test_every_repaired_network_is_the_one_that_compensate_makes() -> None:
 
     scores, groups = ranking.scores, prepared.groups
     with counted("record") as recorded:
-        ablate(model, groups, scores, evaluate, (0.4,), seeds=(3,), batches=batches)
+        ablate(model, groups, scores, evaluate, (0.4,), seeds=(3,), batches=batches, repair="once")
     assert len(recorded) == 1 and ranking.consumed is not None
     for found, (_, order) in zip(seen[1:], removal_orders(groups, scores, (3,)), strict=True):
         step = make_plan(

@@ -48,7 +48,7 @@ def test_any_size_is_what_one_round_gives_and_nothing_is_recorded(criterion, tmp
 
 def test_sketches_and_consumers_of_their_own_come_back_too(tmp_path):
     record = {"exact_units": 8, "sketch_columns": 64}
-    made = score_once(network(), data(), config(record=record))
+    made = score_once(network(), data(), config(record=record, repair="once"))
     folder = save_scores(tmp_path / "scores", made)
     again = load_scores(folder)
     for name, by_weight in made.consumed.items():
@@ -57,13 +57,14 @@ def test_sketches_and_consumers_of_their_own_come_back_too(tmp_path):
                 one, two = getattr(moments, part), getattr(again.consumed[name][weight], part)
                 assert (one is None and two is None) or torch.equal(one, two)
     assert same(
-        prune(network(), data(), config(record=record)), prune(network(), data(), config(), scores=again)
+        prune(network(), data(), config(record=record, repair="once")),
+        prune(network(), data(), config(repair="once"), scores=again),
     )
 
 
 def test_what_the_scores_do_not_fit_is_refused(scored):
     with pytest.raises(ConfigError, match=r"in 4 rounds .* Ask for one round"):
-        prune(network(), data(), PruneConfig(), scores=scored)
+        prune(network(), data(), PruneConfig(plan={"rounds": 4}), scores=scored)
     with pytest.raises(StructureError, match="of a model with other weights"):
         prune(network(1), data(), config(), scores=scored)
     first = next(iter(scored.importances))
@@ -80,7 +81,7 @@ def test_without_moments_there_is_no_repair(tmp_path):
     again = load_scores(save_scores(tmp_path / "scores", made))
     assert made.consumed is None and again.consumed is None
     with pytest.raises(ConfigError, match="the moments for it were not kept"):
-        prune(network(), data(), config(), scores=again)
+        prune(network(), data(), config(repair="once"), scores=again)
     plain = config(repair="none")
     assert same(prune(network(), data(), plain, scores=again), prune(network(), data(), plain))
 

@@ -21,12 +21,14 @@ def test_a_result_of_before_is_known_by_the_ridge_that_nobody_read(criterion: st
     """Until 0.1.0 a ridge of 0.01 stood there whatever the criterion."""
     assert _as_now(kept(criterion, ridge=0.01)) == kept(criterion)
     assert _as_now(kept(criterion, seed=7)) != kept(criterion)
-    before = kept(criterion)  # and until there were several repairs, whether there was one
-    flag = before["prune"].pop("repair") == "once"
-    before["prune"]["compensate"] = flag
-    assert _as_now(before) == kept(criterion)
-    before["prune"]["compensate"] = not flag
-    assert _as_now(before) != kept(criterion)
+    before, now = (
+        kept(criterion),
+        kept(criterion),
+    )  # and until there were several repairs, whether there was one
+    del before["prune"]["repair"]
+    for flag, repair in ((True, "once"), (False, "none")):
+        before["prune"]["compensate"], now["prune"]["repair"] = flag, repair
+        assert _as_now(before) == now != kept(criterion)
 
 
 @pytest.mark.parametrize(

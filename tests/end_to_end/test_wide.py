@@ -73,6 +73,7 @@ def test_pruning_with_repair_makes_no_matrix_of_units_by_units() -> None:
         record={"exact_units": 512, "sketch_columns": 48},
         plan=PlanConfig(reduction=0.4, rounds=1),
         score={"split_half": False},
+        repair="once",
     )
     with Largest() as seen:
         result = prune(model, batches, config)

@@ -121,6 +121,9 @@ class Elsewhere(TorchFunctionMode):
             for node in getattr(module, "graph", torch.fx.Graph()).nodes:
                 if node.kwargs.get("device") == HERE:
                     node.update_kwarg("device", AWAY)
+                node.args = tuple(
+                    AWAY if isinstance(item, torch.device) and item == HERE else item for item in node.args
+                )
         for value in program.constants.values():
             if isinstance(value, Tensor):
                 self.marks.set(value, True)

@@ -39,7 +39,8 @@ def regressors(site: Site, data: Tensor, weight: Tensor, places: Tensor) -> Tens
         return data.reshape(-1, data.shape[-1]).index_select(0, places).unsqueeze(1)
     kernel = weight.shape[2:]
     windows = _windows(site, data, kernel)
-    index = torch.unravel_index(places, windows.shape[2 : 2 + site.spatial])
+    index = torch.unravel_index(places.cpu(), windows.shape[2 : 2 + site.spatial])
+    index = tuple(item.to(data.device) for item in index)
     # (B, channels, places, kernel ...) -> (B · places, groups, channels of a group · kernel)
     every = slice(None)
     picked: Tensor = windows[(every, every, *index)]  # type: ignore[index]
