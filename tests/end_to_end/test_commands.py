@@ -263,7 +263,7 @@ def test_stages_alone_and_a_second_cut() -> None:
     assert load("b").plan.sizes["conv1"] == 32
     tuned = answer(cria("recover", "b", "--epochs", "1", "--output", "c", "--distill", "0.5"))
     assert tuned["recovered"] >= tuned["pruned"] == twice["pruned"] and tuned["dense"] == once["dense"]
-    assert next(iter(twice["fidelity"])) == "repaired" and tuned["fidelity"] == twice["fidelity"]
+    assert next(iter(twice["fidelity"])) == "as cut" and tuned["fidelity"] == twice["fidelity"]
     result = cria("eval", "c", "--against", "digits")
     found = answer(result)
     assert found["against"] == "digits" and "from digits: KL" in result.stdout
@@ -330,11 +330,11 @@ def test_ablate_writes_a_table_a_file_and_a_picture() -> None:
     assert values["limit"] == 200 and values["tested_on"] == "the first 200 test examples"
     assert values["provenance"]["command"][:3] == ["cria", "ablate", "digits"]
     assert values["provenance"]["data"] == task("digits").fingerprint() and values["provenance"]["seed"] == 4
-    assert values["repair"] == said["repair"] == "once"
-    assert said["verdict"].startswith("repaired at once, the criterion holds")
+    assert values["repair"] == said["repair"] == "walk"
+    assert said["verdict"].startswith("repaired by the walk, the criterion holds")
     for text in ("the first 200 test examples", "lowest first", "the criterion holds", "ablation.png"):
         assert text in result.stdout
-    assert "every network is measured repaired at once, without training" in result.stdout
+    assert "every network is measured repaired by the walk, without training" in result.stdout
     assert (folder / "ablation.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     batches = task("digits").test_batches(200)
     assert values["dense"] == task("digits").evaluate(task("digits").dense(), batches)

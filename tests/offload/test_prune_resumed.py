@@ -103,13 +103,16 @@ def test_after_a_sigkill_the_same_bits_come_out_and_no_finished_turn_is_recorded
     assert not (killed / f".{name}").exists()
 
 
+ONCE = {"repair": "once"}  # of which moments are kept
+
+
 @pytest.fixture
 def stopped(tmp_path: Path) -> Path:
     """A folder with a model, and a pruning of it that was stopped in its second turn."""
     made(tmp_path)
 
     with interrupted_at("record", 2), pytest.raises(KeyboardInterrupt):
-        pruned(tmp_path, "small")
+        pruned(tmp_path, "small", config=ONCE)
     return tmp_path
 
 
@@ -124,6 +127,7 @@ def stopped(tmp_path: Path) -> Path:
 )
 def test_a_state_of_another_pruning_is_refused(stopped: Path, changes: dict[str, Any], found: str) -> None:
     before = sorted(stopped.rglob("*"))
+    changes["config"] = {**ONCE, **changes.get("config", {})}
     with pytest.raises(ArtifactError, match=found):
         pruned(stopped, "small", **changes)
     assert [path for path in sorted(stopped.rglob("*")) if "trial" not in str(path)] == [
@@ -137,17 +141,17 @@ def test_another_model_or_a_damaged_state_is_refused(stopped: Path) -> None:
     whole = spilled.read_bytes()
     spilled.unlink()
     with pytest.raises(ArtifactError, match=f"{spilled.name} is not there"):
-        pruned(stopped, "small")
+        pruned(stopped, "small", config=dict(ONCE))
     spilled.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ArtifactError, match="Reading the moments of"):
-        pruned(stopped, "small")
+        pruned(stopped, "small", config=dict(ONCE))
     spilled.write_bytes(whole)
     kept = state.read_bytes()
     state.write_bytes(kept[:-8] + b"\0" * 8)
     with pytest.raises(ArtifactError, match="do not have the hash"):
-        pruned(stopped, "small")
+        pruned(stopped, "small", config=dict(ONCE))
     state.write_bytes(kept)
     config = stopped / "llama" / "config.json"
     config.write_text(config.read_text() + "\n")
     with pytest.raises(ArtifactError, match=r"files, config\.json"):
-        pruned(stopped, "small")
+        pruned(stopped, "small", config=dict(ONCE))

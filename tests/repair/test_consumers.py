@@ -243,4 +243,4 @@ def test_too_few_samples_and_too_many_features_are_left_alone(monkeypatch: pytes
     assert not few.rounds[0].repairs and enough.rounds[0].repairs
     assert few.changed == "" and "repaired in closed form" in enough.changed
     monkeypatch.setattr(sys.modules["cria_prune.repair.consumers"], "WIDEST", 2)
-    assert not prune(model, [seeded(32, 4)], PruneConfig(**config)).rounds[0].repairs
+    assert not prune(model, [seeded(32, 4)], PruneConfig(**config, repair="once")).rounds[0].repairs
