@@ -57,7 +57,7 @@ RANKING = Choices(
         "auto": "measured for macs and latency where layers may differ, else uniform",
         "measured": "shares of the layers from measured losses",
         "uniform": "the same share of every group",
-        "global": "groups compete by scores relative to their mean",
+        "global": "groups compete by scores relative to what their group has left",
         "loss": "groups compete by the scores as they are",
     }
 )
