@@ -112,8 +112,8 @@ COLUMNS = (
 SAID = (
     "Half of a network gone in one round, nothing trained: accuracy in %, or perplexity and how many",
     "times the dense one it is. Cria's units are chosen by `innovation`. `cria bench resnet20-walk` and the",
-    "suites like it measure it again; [results](docs/results.md) has other sizes and criteria. Without ± it is",
-    "one draw. The dense MiniLM has seen 8,000 sentences (`--quick`).",
+    "suites like it measure it again; [results](docs/results.md) has other sizes and criteria. Without ± it",
+    "is one draw. The dense MiniLM has seen 8,000 sentences (`--quick`).",
 )
 
 
