@@ -30,6 +30,7 @@ from cria_prune.base.ranks import world
 from cria_prune.latency import known_latency
 from cria_prune.planning.latency import LatencyTable
 from cria_prune.planning.plan import make_plan
+from cria_prune.planning.selection import highest
 from cria_prune.planning.stairs import Stair, levels, stairs
 from cria_prune.repair.fidelity import comparable
 from cria_prune.repair.levels import Level, losses_of
@@ -120,7 +121,8 @@ def measure_losses(
         (progress or QUIET).bar("measure losses", len(points)) as bar,
     ):
         bar.update(done)
-        for found in _together(prepared, ranking, made, losses, every):
+        examples = judges(prepared)  # read once: a loader may be slow
+        for found in _together(prepared, ranking, made, losses, examples, every):
             losses[found[0].group] = _curve(found)
             world().lead("Keeping the losses", lambda: _keep(keep, of, losses))
             for level in found:
@@ -128,7 +130,7 @@ def measure_losses(
         for stair, count in points:
             if all(count in losses.get(name, {}) for name in stair.names):
                 continue
-            loss = loss_of(prepared, ranking, stair, count)
+            loss = loss_of(prepared, ranking, stair, count, examples)
             for name in stair.names:
                 losses.setdefault(name, {})[count] = loss / len(stair.groups)
             world().lead("Keeping the losses", lambda: _keep(keep, of, losses))
@@ -141,6 +143,7 @@ def _together(
     ranking: Ranking,
     made: Sequence[Stair],
     known: Mapping[str, Mapping[int, float]],
+    examples: Sequence[Batch],
     every: bool,
 ) -> Iterator[list[Level]]:
     """Yield the levels of one group after another, of those that a pass over the network can measure."""
@@ -152,11 +155,11 @@ def _together(
     scores, config = ranking.scores, prepared.config
 
     def chosen(group: UnitGroup, count: int) -> np.ndarray:
-        return _highest(scores[group.name], count)
+        return highest(scores[group.name], count)
 
     found = losses_of(
         prepared.model, groups, counts, chosen, [*limited(prepared.batches, config.record.examples)],
-        judges(prepared), config.record.seed, repaired=config.repair != "none",
+        examples, config.record.seed, repaired=config.repair != "none",
         measured=lambda name, count: every or count == middle[name],
     )  # fmt: skip
     try:
@@ -191,13 +194,19 @@ def judges(prepared: Prepared) -> list[Batch]:
     return [*limited(prepared.held.fit(), EXAMPLES)]
 
 
-def loss_of(prepared: Prepared, ranking: Ranking, stair: Stair, count: int) -> float:
-    """Return the loss when only the groups of a stair are cut, to a number of units each."""
+def loss_of(
+    prepared: Prepared, ranking: Ranking, stair: Stair, count: int, examples: Sequence[Batch] | None = None
+) -> float:
+    """Return the loss when only the groups of a stair are cut, to a number of units each.
+
+    On some examples; by default those of `judges`.
+    """
+    examples = judges(prepared) if examples is None else examples
     scores = ranking.scores
-    kept = {group.name: _highest(scores[group.name], count) for group in stair.groups}
+    kept = {group.name: highest(scores[group.name], count) for group in stair.groups}
     step = make_plan(prepared.groups, kept)
     smaller, _ = removed(prepared, ranking, step)
-    found = comparable(prepared.structure, smaller, judges(prepared))
+    found = comparable(prepared.structure, smaller, examples)
     if found is None:
         raise DataError(
             f"Measuring what a cut of {stair.names[0]} costs",
@@ -209,11 +218,6 @@ def loss_of(prepared: Prepared, ranking: Ranking, stair: Stair, count: int) -> f
 
 def _nearest(counts: Sequence[int], wanted: float) -> int:
     return min(counts, key=lambda count: abs(count - wanted))
-
-
-def _highest(scores: np.ndarray, count: int) -> np.ndarray:
-    """Return the units of the highest scores, ascending."""
-    return np.sort(np.argsort(scores, kind="stable")[len(scores) - count :])
 
 
 def _identity(prepared: Prepared, ranking: Ranking, every: bool) -> str:

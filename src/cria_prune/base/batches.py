@@ -264,6 +264,11 @@ def hold_out_every(examples: int) -> int:
     return max(2, min(10, examples // HELD))
 
 
+def is_held(number: Any, every: int) -> Any:
+    """Say whether examples are held out, by their numbers over all batches: an int, or a tensor of them."""
+    return number % every == every - 1
+
+
 def count_examples(batches: Iterable[Batch], examples: int) -> int:
     """Return how many examples batches hold, at most `examples`; errors as in `limited`."""
     with random_kept():  # a shuffling loader draws from the global generators
@@ -300,7 +305,7 @@ def held_batches(batches: Iterable[Batch], examples: int) -> list[Batch]:
     with random_kept():
         for batch, rows in _numbered(batches, examples):
             most = most or batch_size(batch)
-            held = [row for row, number in rows if number % every == every - 1]
+            held = [row for row, number in rows if is_held(number, every)]
             if not held:
                 continue
             picked = rows_of(batch, held)
@@ -316,7 +321,7 @@ def fit_batches(batches: Iterable[Batch], examples: int) -> Iterator[Batch]:
     """Yield the examples that `held_batches` leaves, batch by batch; its arguments and errors."""
     every = hold_out_every(count_examples(batches, examples))
     for batch, rows in _numbered(batches, examples):
-        left = [row for row, number in rows if number % every != every - 1]
+        left = [row for row, number in rows if not is_held(number, every)]
         if left:
             yield rows_of(batch, left)
 

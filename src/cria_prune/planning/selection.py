@@ -99,10 +99,7 @@ def select(
         # overshoot by far, so these end nearer and are not nested (docs/decisions/0008).
         taken = walk.nearest(owner) if config.uniform else walk.steps(owner, walk.shortest(owner))
         counts = _kept(made, taken)
-    return {
-        group.name: np.sort(np.argsort(arrays[group.name], kind="stable")[group.size - counts[group.name] :])
-        for group in groups.prunable
-    }
+    return {group.name: highest(arrays[group.name], counts[group.name]) for group in groups.prunable}
 
 
 def ranking_of(config: PlanConfig, losses: Losses | None) -> str:
@@ -119,6 +116,11 @@ def ranking_of(config: PlanConfig, losses: Losses | None) -> str:
         "The ranking measured", "found no measured losses",
         "Give losses (prune measures them), or use another ranking",
     )  # fmt: skip
+
+
+def highest(scores: np.ndarray, count: int) -> np.ndarray:
+    """Return so many units of the highest scores, ascending; of equal scores the lower index leaves first."""
+    return np.sort(np.argsort(scores, kind="stable")[len(scores) - count :])
 
 
 def check_reachable(

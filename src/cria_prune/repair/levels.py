@@ -9,22 +9,22 @@ again, on examples of its own: masked equals pruned (docs/method.md section 9).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cria_prune.base.batches import Batch, batch_size, hold_out_every
+from cria_prune.base.batches import Batch
 from cria_prune.base.events import passed
 from cria_prune.base.modules import buffers_kept, device_of, unchanged
 from cria_prune.base.ranks import world
 from cria_prune.repair.fidelity import Fidelity, add_outputs, begin_sums, named_outputs
 from cria_prune.repair.program import Look, Run, programs_for
-from cria_prune.repair.regress import add_update, regressors, wide
+from cria_prune.repair.regress import changes_of, regressors, wide
 from cria_prune.repair.sites import Site, find_sites
-from cria_prune.repair.walk import SAMPLES, drawn, places_each
+from cria_prune.repair.walk import SAMPLES, drawn, layer_size, places_each, share_of
 from cria_prune.structure.groups import ParameterSlice, UnitGroup
 from cria_prune.structure.trace import canonical_tensors
 
@@ -34,20 +34,18 @@ WIDEST = 4608
 """Regressors of which S is kept here; a wider layer is measured with its weights as they are."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Reads:
     """What a layer reads, in the dense network.
 
     Attributes:
         site: the layer.
-        gram: (G, n, n) float64, mean (G, n), samples: sums over them.
+        moments: (G, n, n) float64, without the means where the layer has a place for them; mean: (G, n).
     """
 
     site: Site
-    gram: Tensor
+    moments: Tensor
     mean: Tensor
-    samples: int = 0
-    group: str = field(default="")
 
 
 @dataclass(frozen=True)
@@ -108,22 +106,12 @@ class _Levels:
         chosen: Chosen, batches: Sequence[Batch], held: Sequence[Batch], seed: int, repaired: bool,
     ) -> None:  # fmt: skip
         self._world, self._device, self._seed = world(), device_of(model), seed
-        self._model, self._counts, self._chosen, self._repaired = model, counts, chosen, repaired
-        tensors = canonical_tensors(model)
-        self._look: Look = tensors.__getitem__
+        self._counts, self._chosen, self._repaired = counts, chosen, repaired
+        self._look: Look = canonical_tensors(model).__getitem__
         self._held_batches = [batch for number, batch in enumerate(held) if self._world.mine(number)]
-        mine = [number for number in range(len(batches)) if self._world.mine(number)]
-        sizes = [batch_size(batch) for batch in batches]
-        self._examples, every = sum(sizes), hold_out_every(sum(sizes))
-        firsts = np.cumsum([0, *sizes])
-        self._fit = [
-            (torch.arange(int(firsts[number]), int(firsts[number + 1])) % every) != every - 1
-            for number in mine
-        ]
-        self._numbers = mine
-        own = [batches[number] for number in mine]
+        self._share = share_of(batches, self._world)
+        own = self._share.batches
         programs = programs_for(model, [*own, *(self._held_batches or held[:1])])
-        self._own_batches = own
         self._runs = [Run(p, b, self._device) for p, b in zip(programs[: len(own)], own, strict=True)]
         there = programs[len(own) :]
         self._base = [Run(p, b, self._device) for p, b in zip(there, self._held_batches, strict=False)]
@@ -183,37 +171,37 @@ class _Levels:
     def _read(self, name: str) -> Reads | None:
         """Bring the examples that are fitted on to a layer, and return the moments of what it reads."""
         weight, site = self._look(name), self._sites[self._program][name]
-        shape = tuple(weight.shape)
-        if site.transposed:
+        _, n, _ = layer_size(site, weight)
+        if site.transposed or n > WIDEST:
             return None
-        n = prod(shape[1:]) if site.outputs_first else shape[0]
-        if n > WIDEST:
-            return None
-        found = Reads(
-            site, torch.zeros(site.groups, n, n, dtype=torch.float64, device=self._device),
-            torch.zeros(site.groups, n, dtype=torch.float64, device=self._device),
-        )  # fmt: skip
-        for run, fit, number, batch in zip(
-            self._runs, self._fit, self._numbers, self._own_batches, strict=True
-        ):
+        gram = torch.zeros(site.groups, n, n, dtype=torch.float64, device=self._device)
+        total, samples = gram.new_zeros(site.groups, n), gram.new_zeros(1)
+        examples, numbers, batches, helds = self._share
+        for run, number, batch, held in zip(self._runs, numbers, batches, helds, strict=True):
             here = self._sites[run.program][name]
             run.advance(here.step + 1, self._look, free=False)
             data, output = run.values[here.data], run.values[here.step]
-            seed, wanted = self._seed * 1_000_003 + number, places_each(n, SAMPLES, self._examples)
-            draw = drawn(here, tuple(output.shape), batch, len(fit), wanted, seed).on(self._device)
+            seed, wanted = self._seed * 1_000_003 + number, places_each(n, SAMPLES, examples)
+            draw = drawn(here, tuple(output.shape), batch, len(held), wanted, seed).on(self._device)
             P = regressors(here, data, weight, draw.places)
-            chosen = fit[draw.owner] if draw.valid is None else fit[draw.owner] & draw.valid
+            chosen = ~held[draw.owner] if draw.valid is None else ~held[draw.owner] & draw.valid
             # Products in a short type overflow, or are no moments of anything.
             P = wide(P[chosen.to(self._device)]).transpose(0, 1)
-            found.gram += P.transpose(1, 2) @ P
-            found.mean += P.sum(1)
-            found.samples += P.shape[1]
+            gram += P.transpose(1, 2) @ P
+            total += P.sum(1)
+            samples += P.shape[1]
             run.release()
         if self._world.size > 1:
-            found.gram = self._world.total(found.gram).to(self._device)
-            found.mean = self._world.total(found.mean).to(self._device)
-            found.samples = int(self._world.total(torch.tensor(float(found.samples))))
-        return found if found.samples else None
+            gram, total, samples = (
+                self._world.total(item).to(self._device) for item in (gram, total, samples)
+            )
+        if not samples:
+            return None
+        # All levels read the same moments, so they are made once: (n, n) is the largest thing here.
+        S, mean = gram / samples, total / samples
+        if site.bias is not None or site.norm is not None:
+            S -= mean[:, :, None] * mean[:, None, :]
+        return Reads(site, S, mean)
 
     def _cut(
         self, group: UnitGroup, count: int, reads: Mapping[str, Reads]
@@ -222,22 +210,27 @@ class _Levels:
         stays, changed, total = self._chosen(group, count), dict[str, Tensor](), 0.0
         for item in group.consumers:
             site = self._sites[self._program][item.tensor]
-            found, error = _masked(self._look, site, item, stays, reads.get(item.tensor), changed)
+            found, error = _masked(_over(self._look, changed), site, item, stays, reads.get(item.tensor))
             changed |= found
             total = float("nan") if error is None else total + error
         return changed, None if total != total else total
 
     def _loss(self, changed: Mapping[str, Tensor]) -> float:
         """Return the loss with some tensors changed and nothing else."""
-        look: Look = lambda name: changed[name] if name in changed else self._look(name)  # noqa: E731
+        look = _over(self._look, changed)
         batch, dense = self._kinds
         sums = begin_sums(dense, dense, batch, True)
         for base, kept, given in zip(self._base, self._dense, self._held_batches, strict=True):
             fork = base.fork()
             floats = [item for item in fork.outputs(look) if item.is_floating_point() and item.numel()]
             add_outputs(sums, kept, dict(zip(kept, floats, strict=True)), given, True)
-        found = Fidelity(self._examples, tuple(item.distance(name) for name, item in sums.items()))
+        found = Fidelity(self._share.examples, tuple(item.distance(name) for name, item in sums.items()))
         return found.loss
+
+
+def _over(look: Look, changed: Mapping[str, Tensor]) -> Look:
+    """Return a look that finds the tensors that were changed."""
+    return lambda name: changed[name] if name in changed else look(name)
 
 
 def _input_dim(site: Site) -> int:
@@ -245,14 +238,13 @@ def _input_dim(site: Site) -> int:
 
 
 def _masked(
-    look: Look, site: Site, item: ParameterSlice, stays: np.ndarray, reads: Reads | None,
-    before: Mapping[str, Tensor],
+    look: Look, site: Site, item: ParameterSlice, stays: np.ndarray, reads: Reads | None
 ) -> tuple[dict[str, Tensor], float | None]:  # fmt: skip
     """Return the tensors of a layer that reads only units that stay, and its error, as its moments say.
 
     Without moments it is not repaired, and there is no error.
     """
-    weight = before.get(site.weight, look(site.weight))
+    weight = look(site.weight)
     gone = np.setdiff1d(np.arange(item.positions.shape[0]), stays)
     positions = torch.from_numpy(item.positions[gone].ravel()).to(weight.device)
     if reads is None:
@@ -264,10 +256,7 @@ def _masked(
     leaves[features] = True
     K, R = (~leaves).nonzero()[:, 0], features
     W = matrix.double().unflatten(0, (site.groups, -1))  # (G, o, n)
-    mean, S = reads.mean / reads.samples, reads.gram / reads.samples
-    centred = site.bias is not None or site.norm is not None
-    if centred:
-        S = S - mean[:, :, None] * mean[:, None, :]
+    S = reads.moments
     SKK = S[:, K][:, :, K]
     size = SKK.diagonal(dim1=1, dim2=2).mean(1) if len(K) else S.new_zeros(len(S))
     SKK.diagonal(dim1=1, dim2=2).add_((RIDGE * size + (size <= 0) * 1.0)[:, None])
@@ -279,11 +268,5 @@ def _masked(
     apart, whole = (torch.einsum("gon,gnm,gom->", item, S, item) for item in (update, W))
     # By rounding both may come out below 0 where the inputs hardly move.
     error = max(float(apart / whole), 0.0) if not whole <= 0 else 0.0
-    found = {site.weight: add_update(site, weight, update)}
-    if centred:
-        shift = -torch.einsum("gon,gn->go", update, mean).ravel()
-        name = site.bias or site.norm
-        assert name is not None
-        value = before.get(name, look(name))
-        found[name] = (value.double() + (shift if site.bias else -shift)).to(value)
-    return found, error
+    shift = -torch.einsum("gon,gn->go", update, reads.mean)
+    return dict(changes_of(site, look, update, shift)), error

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cria_prune.base.ranks import World
+from cria_prune.repair.program import Look
 from cria_prune.repair.sites import Site
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -106,6 +107,22 @@ def add_update(site: Site, weight: Tensor, update: Tensor) -> Tensor:
     else:
         update = update[0].T
     return (weight.double() + update.to(weight.device)).to(weight)
+
+
+def changes_of(site: Site, look: Look, update: Tensor, shift: Tensor) -> list[tuple[str, Tensor]]:
+    """Return a layer's new weight, and its new bias or the running mean behind it, by name.
+
+    Args:
+        site: the layer.
+        look: name of a tensor to its value before.
+        update: U (G, o, n); shift: what the outputs have to grow by, of as many elements.
+    """
+    changes = [(site.weight, add_update(site, look(site.weight), update))]
+    name, sign = (site.bias, 1) if site.bias is not None else (site.norm, -1)
+    if name is not None:
+        before = look(name)
+        changes.append((name, (before.double() + sign * shift.reshape(-1).to(before.device)).to(before)))
+    return changes
 
 
 @dataclass(frozen=True)

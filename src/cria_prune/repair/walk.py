@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from math import ceil, prod
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -25,6 +26,7 @@ from cria_prune.base.batches import (
     Batch,
     batch_size,
     hold_out_every,
+    is_held,
     limited,
     model_inputs,
     named_shortage,
@@ -38,7 +40,7 @@ from cria_prune.base.room import free_memory
 from cria_prune.planning.plan import Plan
 from cria_prune.repair.consumers import Repair
 from cria_prune.repair.program import Look, Program, Run, programs_for
-from cria_prune.repair.regress import HELD, Regression, add_update, at_places, regressors, wide
+from cria_prune.repair.regress import HELD, Regression, at_places, changes_of, regressors, wide
 from cria_prune.repair.sites import Site, find_sites, keeps_places, undo
 from cria_prune.repair.spill import Storages, Waiting, noting
 from cria_prune.structure.trace import canonical_tensors
@@ -203,26 +205,17 @@ class Walker:
         self._put, self._forget, self._kept = smaller[2], forget, kept
         self._rows = {(cut.tensor, cut.dim): cut.kept for cut in plan.cuts}
         self._cut = {cut.tensor for cut in plan.cuts if cut.role == "consumes" and len(cut.kept) < cut.size}
-        sizes = [batch_size(batch) for batch in batches]
-        self._examples = sum(sizes)
-        self._distinct = len({item for batch in batches for item in _told(batch)})
+        told = [item for batch in batches for item in _told(batch)]
+        self._distinct = len(set(told))
         if self._distinct < 2:
             raise DataError(
                 f"{ASKED} on calibration examples",
-                f"found {self._examples} examples, {self._distinct} distinct",
+                f"found {len(told)} examples, {self._distinct} distinct",
                 "Pass some hundreds that differ: layers are fitted to some, and judged on others",
             )
+        self._examples, self._numbers, self._batches, self._held = share_of(batches, self._world)
         # Each batch gives as many of its held-out samples, whatever process runs it.
         self._room = ceil(HELD / len(batches))
-        every = hold_out_every(self._examples)
-        mine = [number for number in range(len(batches)) if self._world.mine(number)]
-        firsts = [sum(sizes[:number]) for number in mine]
-        self._numbers = mine
-        self._held = [
-            (torch.arange(first, first + sizes[number]) % every) == every - 1
-            for number, first in zip(mine, firsts, strict=True)
-        ]
-        self._batches = [batches[number] for number in mine]
         shapes = self._batches or [batches[0]]  # to know the layers, even where there is nothing to run
         self._buffers = {name for name, _ in smaller[0].named_buffers()}
         programs = [programs_for(model, shapes) for model in (dense[0], smaller[0])]
@@ -398,7 +391,7 @@ class Walker:
             self.left[name] = "NaN or infinity is met there"
             return None
         update = _whole(site, weight, solution.update, self._parts.patches)
-        changes = [] if solution.ridge is None else self._changes(site, weight, update, solution.intercept)
+        changes = [] if solution.ridge is None else changes_of(site, look, update, solution.intercept)
         self._world.spread(value for _, value in changes)
         # Examples that came twice say nothing new.
         effective = regression.samples * self._distinct // self._examples
@@ -548,17 +541,34 @@ class Walker:
         regressors = layer_size(site, weight, self._parts.patches)[1]
         return places_each(regressors, self._parts.samples, self._examples)
 
-    def _changes(self, site: Site, weight: Tensor, update: Tensor, shift: Tensor) -> Changes:
-        """Return the new weight, and the new bias or running mean, by name."""
-        changes = [(site.weight, add_update(site, weight, update))]
-        look = self._smaller.look
-        if site.bias is not None:
-            before = look(site.bias)
-            changes.append((site.bias, (before.double() + shift.reshape(-1).to(before.device)).to(before)))
-        elif site.norm is not None:
-            before = look(site.norm)
-            changes.append((site.norm, (before.double() - shift.reshape(-1).to(before.device)).to(before)))
-        return changes
+
+class Share(NamedTuple):
+    """The calibration batches of this process.
+
+    Attributes:
+        examples: of all processes.
+        numbers: of its batches among all.
+        batches: themselves.
+        held: (examples,) bool of each, those that nothing is fitted to.
+    """
+
+    examples: int
+    numbers: list[int]
+    batches: list[Batch]
+    held: list[Tensor]
+
+
+def share_of(batches: Sequence[Batch], here: World) -> Share:
+    """Return the batches that a process runs, of those that all know.
+
+    Raises:
+        DataError: there is one example, or none.
+    """
+    ends = [0, *accumulate(batch_size(batch) for batch in batches)]
+    every = hold_out_every(ends[-1])
+    numbers = [number for number in range(len(batches)) if here.mine(number)]
+    held = [is_held(torch.arange(ends[number], ends[number + 1]), every) for number in numbers]
+    return Share(ends[-1], numbers, [batches[number] for number in numbers], held)
 
 
 def places_each(regressors: int, samples: int, examples: int) -> int:
