@@ -36,13 +36,12 @@ from cria_prune.base.events import passed
 from cria_prune.base.modules import copy_of, device_of, random_kept
 from cria_prune.base.progress import QUIET, Progress
 from cria_prune.base.ranks import World, world
-from cria_prune.base.room import free_memory
 from cria_prune.planning.plan import Plan
 from cria_prune.repair.consumers import Repair
 from cria_prune.repair.program import Look, Program, Run, programs_for
 from cria_prune.repair.regress import HELD, Regression, at_places, changes_of, regressors, wide
 from cria_prune.repair.sites import Site, find_sites, keeps_places, undo
-from cria_prune.repair.spill import Storages, Waiting, noting
+from cria_prune.repair.spill import Storages, Waiting, noting, room_for
 from cria_prune.structure.trace import canonical_tensors
 
 SAMPLES, FEWEST = 64, 4096
@@ -225,8 +224,7 @@ class Walker:
             Network(found[: len(self._batches)], self._batches, device, noting(look, fixed))
             for found, look in zip(programs, (dense[1], smaller[1]), strict=True)
         )
-        if memory is None and (free := free_memory(device)) is not None:
-            memory = free // 2 // self._world.size
+        memory = room_for(device, self._world) if memory is None else memory
         self._waiting = Waiting((self._dense.runs, self._smaller.runs), fixed, memory, folder)
         self._refitted: str | None = None  # the layer that batches have still to be run through again
 
