@@ -204,14 +204,7 @@ class Walker:
         self._put, self._forget, self._kept = smaller[2], forget, kept
         self._rows = {(cut.tensor, cut.dim): cut.kept for cut in plan.cuts}
         self._cut = {cut.tensor for cut in plan.cuts if cut.role == "consumes" and len(cut.kept) < cut.size}
-        told = [item for batch in batches for item in _told(batch)]
-        self._distinct = len(set(told))
-        if self._distinct < 2:
-            raise DataError(
-                f"{ASKED} on calibration examples",
-                f"found {len(told)} examples, {self._distinct} distinct",
-                "Pass some hundreds that differ: layers are fitted to some, and judged on others",
-            )
+        self._distinct = check_distinct(batches)
         self._examples, self._numbers, self._batches, self._held = share_of(batches, self._world)
         # Each batch gives as many of its held-out samples, whatever process runs it.
         self._room = ceil(HELD / len(batches))
@@ -677,6 +670,23 @@ def _valid(batch: Batch, places: tuple[int, ...]) -> Tensor | None:
         # Of an encoder's and a decoder's mask of one shape it cannot be told which is meant.
         found = valid.reshape(-1) if found is None else found & valid.reshape(-1)
     return found
+
+
+def check_distinct(batches: Iterable[Batch]) -> int:
+    """Return how many examples differ.
+
+    Raises:
+        DataError: they are all alike.
+    """
+    told = [item for batch in batches for item in _told(batch)]
+    distinct = len(set(told))
+    if distinct < 2:
+        raise DataError(
+            f"{ASKED} on calibration examples",
+            f"found {len(told)} examples, {distinct} distinct",
+            "Pass some hundreds that differ: layers are fitted to some, and judged on others",
+        )
+    return distinct
 
 
 def _told(batch: Batch) -> list[bytes]:
