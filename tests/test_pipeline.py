@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from watching import never
 
 from cria_prune import (
     CRITERIA,
@@ -183,3 +184,23 @@ def test_a_model_that_cannot_be_copied_is_an_error_that_says_why() -> None:
     model.computed = model.fc1.weight * 2
     with pytest.raises(StructureError, match=r"A copy of Plain: Only Tensors created.*detach computed"):
         prune(model, BATCHES, config())
+
+
+class Random(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x) + torch.rand(3)
+
+
+def test_data_and_networks_that_can_say_nothing_are_refused_before_anything_is_recorded() -> None:
+    several, net = [torch.randn(8, 4) for _ in range(4)], Random()
+    for model, data, said in (
+        (net, several, "apart in two runs"), (net.layers, [torch.ones(8, 4)] * 4, "32 examples, 1 distinct"),
+    ):  # fmt: skip
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with never("record", "score"), pytest.raises(DataError, match=said):
+            prune(model, data)
+        assert model.training and all(torch.equal(model.state_dict()[name], before[name]) for name in before)

@@ -335,7 +335,14 @@ class PlanConfig(StageConfig):
     def _speedup_is_a_share(cls, values: Any) -> Any:
         speedup = values.get("speedup") if isinstance(values, dict) else None
         if isinstance(speedup, (int, float)) and speedup > 1:  # the field itself refuses all others
-            values = {**values, "of": "latency", "reduction": 1 - 1 / speedup, "speedup": None}
+            told = {"of": "latency", "reduction": 1 - 1 / speedup}
+            for name in told:
+                if values.get(name, told[name]) != told[name]:
+                    raise ValueError(
+                        f"a speed-up of {speedup:g} sets {name} to {told[name]}, and {values[name]} was "
+                        f"given: leave out {name}, or the speed-up"
+                    )
+            values = {**values, **told, "speedup": None}
         return values
 
     @model_validator(mode="after")

@@ -33,7 +33,7 @@ from cria_prune.planning.plan import make_plan
 from cria_prune.planning.selection import highest
 from cria_prune.planning.stairs import Stair, levels, stairs
 from cria_prune.repair.fidelity import comparable
-from cria_prune.repair.levels import Level, losses_of
+from cria_prune.repair.levels import EXAMPLES, Level, losses_of
 from cria_prune.stages import Prepared, Ranking, removed
 from cria_prune.structure.groups import UnitGroup
 
@@ -70,8 +70,6 @@ def with_latency(
 
 LEAST = 1e-9
 """Loss and error below which nothing is told apart."""
-EXAMPLES = 512
-"""Calibration examples that losses are measured on, at most."""
 MOST = 1e6
 """Loss of a network that gives NaN or infinity: worse than any that gives numbers."""
 

@@ -28,7 +28,7 @@ from cria_prune.recording.gradients import FisherSums, TaylorSums
 from cria_prune.recording.signals import Call, Collector, GroupMemory
 from cria_prune.recording.states import reads_of
 from cria_prune.recording.taps import Taps
-from cria_prune.repair.foretell import Stop, largest, stops
+from cria_prune.repair.foretell import Course, course, largest, largest_of_losses
 from cria_prune.repair.norms import batch_norms
 from cria_prune.structure.groups import Site, UnitGroup, UnitGroups
 
@@ -232,7 +232,7 @@ class Stage:
     """The largest moment of one stage.
 
     Attributes:
-        name: `record`, `score` or `repair`.
+        name: `record`, `score`, `losses` (of groups cut alone) or `repair`.
         parts: what it is made of, in bytes, beyond the model.
         group: the group that it is about, or the weight of the layer; or empty.
     """
@@ -254,14 +254,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class MemoryPrediction:
-    """The memory that recording, scoring and the walk will take, in the first round; prints as a table.
+    """The memory that pruning will take, in the first round; prints as a table.
 
     Attributes:
         model: bytes of its parameters and buffers.
-        stages: recording, where the criterion or the repair needs it, and scoring; beyond the model.
+        stages: recording, where the criterion or the repair needs it, scoring, measuring losses where shares
+            of the layers follow from them, and the walk; beyond the model.
         groups: what every group keeps; empty where nothing is recorded.
         passes: over the calibration data, of all rounds, with that for the batch norms.
         recorded: passes that record.
+        walked: passes of the walk, in each of which two networks run.
+        measured: 1 where losses are measured: a pass, and the rest of the network for each loss.
         gradients: of what the gradients are taken: `batch`, `example`, or None.
         batch: examples in the batch that was counted.
         device: type of the device that the prediction is for; `meta` counts as a CPU.
@@ -277,6 +280,8 @@ class MemoryPrediction:
     batch: int
     device: str
     savings: tuple[tuple[str, int], ...] = ()
+    walked: int = 0
+    measured: int = 0
 
     @property
     def peak(self) -> int:
@@ -375,29 +380,33 @@ def predict_memory(
         one, two = (observe(model, groups.prunable, batch, needs, loss, drawn, count) for count in (1, 2))
         passes = one, two
     own = storages(named_tensors(model).values())
-    halts = _stops(model, batch) if config.repair == "walk" else []
-    work = _Work(groups, passes, size, device_of(model).type, needs, drawn, halts, own)
+    shared = config.plan.shared_by == "measured"
+    way = _course(model, batch) if config.repair == "walk" or shared else Course()
+    work = _Work(groups, passes, size, device_of(model).type, needs, drawn, way, own)
     stages, kept = work.stages(config, size)
     recorded = config.plan.rounds if passes else 0
+    walked = config.plan.rounds if config.repair == "walk" and way.stops else 0
     return MemoryPrediction(
         model=own,
         stages=stages,
         groups=tuple(kept),
-        passes=recorded + bool(config.batch_norm and batch_norms(model)),
+        passes=recorded + walked + shared + bool(config.batch_norm and batch_norms(model)),
         recorded=recorded,
         gradients="example" if "examples" in needs else "batch" if "gradients" in needs else None,
         batch=size,
         device=device_of(model).type,
         savings=work.savings(config, max(stage.peak for stage in stages)),
+        walked=walked,
+        measured=int(shared),
     )
 
 
-def _stops(model: nn.Module, batch: Batch) -> list[Stop]:
+def _course(model: nn.Module, batch: Batch) -> Course:
     """Return the layers that the walk stops at; none where it cannot walk, for nothing is repaired then."""
     try:
-        return stops(model, batch)
+        return course(model, batch)
     except (CaptureError, RuntimeError):
-        return []
+        return Course()
 
 
 @dataclass(frozen=True)
@@ -411,7 +420,7 @@ class _Work:
         device: type of the device where the model is.
         needs: of the criterion.
         graphs: the groups whose graphs are kept.
-        stops: layers that the walk stops at.
+        course: of the walk, and of measuring losses.
         model: bytes of its parameters and buffers.
     """
 
@@ -421,13 +430,13 @@ class _Work:
     device: str
     needs: frozenset[str]
     graphs: frozenset[str]
-    stops: Sequence[Stop]
+    course: Course
     model: int
 
     def stages(self, config: PruneConfig, size: int) -> tuple[tuple[Stage, ...], list[GroupMemory]]:
         """Return recording by batches of so many examples, if there is any, scoring, and what groups keep."""
         if self.passes is None:
-            return (self._score(config, []), *self._repair(config)), []
+            return (self._score(config, []), *self._losses(config), *self._repair(config)), []
         collector = Collector(
             self.groups.prunable, config.record, config.repair == "once", reads_of(self.needs), self.graphs
         )
@@ -445,13 +454,25 @@ class _Work:
             taking = collector.receiving_bytes(call, size)
             moments.append({**held, "activations": alive, "taking in": taking})
         most = max(*moments, _closing(kept), key=lambda parts: sum(parts.values()))
-        return (Stage("record", most), self._score(config, kept), *self._repair(config)), kept
+        after = (*self._losses(config), *self._repair(config))
+        return (Stage("record", most), self._score(config, kept), *after), kept
+
+    def _losses(self, config: PruneConfig) -> list[Stage]:
+        """Return measuring the losses; nothing where it is not done, or not in one pass."""
+        if config.plan.shared_by != "measured" or not self.course.stops:
+            return []
+        groups, device = self.groups.prunable, torch.device(self.device)
+        parts, weight = largest_of_losses(
+            self.course, groups, config.record.examples, self.size, device, config.repair != "none"
+        )
+        return [Stage("losses", parts, weight)] if parts else []
 
     def _repair(self, config: PruneConfig) -> list[Stage]:
         """Return the walk; nothing where there is none."""
-        if config.repair != "walk" or not self.stops:
+        if config.repair != "walk" or not self.course.stops:
             return []
-        parts, weight = largest(self.stops, config.record.examples, self.size, torch.device(self.device))
+        device = torch.device(self.device)
+        parts, weight = largest(self.course.stops, config.record.examples, self.size, device)
         # The model as it was cut is there, and the copy that is refitted; both are smaller than this one.
         return [Stage("repair", {"smaller models": 2 * self.model, **parts}, weight)]
 
@@ -479,7 +500,7 @@ class _Work:
         if config.repair != "none":
             without = config.model_copy(update={"repair": "none"})
             changes.append(("no repair (--repair none)", without, self.size))
-        if config.repair == "walk" and record.examples > 1:
+        if (config.repair == "walk" or config.plan.shared_by == "measured") and record.examples > 1:
             fewer = record.model_copy(update={"examples": record.examples // 2})
             text = f"{fewer.examples} examples (--examples)"
             changes.append((text, config.model_copy(update={"record": fewer}), self.size))

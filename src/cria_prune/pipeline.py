@@ -179,7 +179,7 @@ def _ready(
     else:
         prepared = prepared.checked(model, batches, config)
     prepared.check_reach()
-    _ = prepared.held.batches  # too few examples to hold any out are told before the work
+    prepared.check_data()
     if scores is not None:
         scores.check(model, prepared.dense)
     return prepared.with_reference()

@@ -236,6 +236,40 @@ def left_said(unrepaired: Mapping[str, str]) -> list[str]:
     return [f"not repaired, though they read what was cut: {_some(names)}"] if names else []
 
 
+def repairs_of(item: Round) -> dict[str, Any]:
+    """Return what became of each layer in the repair of a round, as plain JSON; without empty parts.
+
+    `repairs` has `FIGURES` of each layer, the least given back first, and `unrepaired` why others stayed.
+    """
+    worst = sorted(item.repairs, key=lambda repair: repair.recovered)
+    found = {
+        "repairs": [{name: getattr(repair, name) for name in FIGURES} for repair in worst],
+        "unrepaired": dict(item.unrepaired),
+    }
+    return {name: part for name, part in found.items() if part}
+
+
+FIGURES = ("tensor", "recovered", "cut", "effective", "regressors", "lacking")
+"""What reports say of a `Repair`."""
+
+
+def given_back_said(repairs: Sequence[Mapping[str, Any]]) -> str:
+    """Return how much the layers got back of what they had lost, in one sentence; empty where none lost any.
+
+    Args:
+        repairs: of `repairs_of`, or of what it has written.
+    """
+    found = sorted((float(item["recovered"]), item["tensor"]) for item in repairs if item.get("cut", True))
+    if not found:
+        return ""
+    share, name = found[0]
+    several = f"of {len(found)} layers the middle one got {percent(found[len(found) // 2][0])} back, and "
+    return (
+        f"Of what the layers had lost that read units that left: {several if len(found) > 1 else ''}"
+        f"{name} {'least, ' if len(found) > 1 else 'got back '}{percent(share)}"
+    )
+
+
 def _some(names: Sequence[str]) -> str:
     """Return a few names of many."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -20,13 +20,14 @@ from cria_prune.base.batches import (
     again,
     describe,
     first_examples,
+    limited,
     named_shortage,
     shortened,
 )
 from cria_prune.base.dispatched import is_dispatched, structure_of
 from cria_prune.base.errors import CaptureError, CriaError, StructureError
 from cria_prune.base.metrics import Loss
-from cria_prune.base.modules import device_of, digest
+from cria_prune.base.modules import device_of, digest, random_kept
 from cria_prune.base.progress import QUIET, Progress, clock
 from cria_prune.base.ranks import world
 from cria_prune.config import PruneConfig
@@ -43,9 +44,9 @@ from cria_prune.planning.stairs import Allowed
 from cria_prune.recording.collect import record
 from cria_prune.recording.states import States, reads_of
 from cria_prune.repair.consumers import Repair, compensate
-from cria_prune.repair.fidelity import AS_CUT, NORMS, REPAIRED, Fidelity, comparable
+from cria_prune.repair.fidelity import AS_CUT, NORMS, REPAIRED, Fidelity, check_repeats, comparable
 from cria_prune.repair.norms import Remeasured, batch_norms, remeasure
-from cria_prune.repair.walk import Layers, Walked, walk
+from cria_prune.repair.walk import Layers, Walked, check_distinct, walk
 from cria_prune.result import Round
 from cria_prune.spectrum.importance import Importance
 from cria_prune.structure.discovery import discover as follow
@@ -117,6 +118,18 @@ class Prepared:
         within, config = Scope(self.dense, self.allowed), self.config.plan
         if config.of != "latency" or self.latency is not None:
             check_reach(self.structure, self.found, config, within, self.latency)
+
+    def check_data(self) -> None:
+        """Raise a DataError where the examples, or the outputs on them, can say nothing of a cut.
+
+        Too few, or all alike where layers are fitted to them, or a network that is random in evaluation mode:
+        known before the work, by two forwards of one batch.
+        """
+        held = self.held.batches
+        if self.config.repair == "walk":
+            with random_kept():  # a shuffling loader draws from the global generators
+                check_distinct(limited(self.batches, self.config.record.examples))
+        check_repeats(self.structure, held[0])
 
     def with_config(self, config: PruneConfig) -> Prepared:
         """Return the same model prepared for another configuration; nothing is captured again.

@@ -533,6 +533,7 @@ def test_the_card_says_what_was_done(tmp_path: Path, source: Path, no_process: N
         base="llamas/dense",
         command=["cria", "prune", "my model", "--reduction", "0.3"],
         measured=[{"model": "dense", "perplexity": 6.25}, {"model": "a|b\n", "perplexity": 12345.0}],
+        repaired=["half came back", "a|b needs more"],
     )
     save_pretrained(tmp_path / "small", model, plan, source=source, card=card)
     text = (tmp_path / "small" / "README.md").read_text()
@@ -551,6 +552,7 @@ def test_the_card_says_what_was_done(tmp_path: Path, source: Path, no_process: N
     assert "| `model.layers.0-1.self_attn.q_proj` | 8 | 5 | 37.5% |" in body
     assert "| a\\|b | 1.234e+04 |" in body and "| dense | 6.25 |" in body
     assert "    cria prune 'my model' --reduction 0.3" in body
+    assert "\nHalf came back. A\\|b needs more.\n" in body
     assert "AutoModelForCausalLM.from_pretrained" in body and "secret" not in text
     assert "apache-2.0, as the card of the dense model says" in body
 

@@ -51,7 +51,7 @@ def test_a_dry_run_trains_and_scores_nothing() -> None:
         result = cria("digits", "--dry-run", *FAST, "--rounds", "3", "--output", "said.json")
     said = answer(result)
     assert said["dry_run"] is True and said["recipe"] == "digits" and said["asked"] == 0.5
-    assert (said["passes"], said["recording_passes"], said["gradients"]) == (4, 3, None)
+    assert (said["passes"], said["recording_passes"], said["repair_passes"]) == (7, 3, 3)
     assert said["data"] == {"examples": 64, "batches": 1, "bytes": 64 * (64 * 4 + 8)}
     assert 1 - said["parameters_least"] / said["parameters_dense"] == pytest.approx(said["reachable"])
     memory = said["memory"]
@@ -69,7 +69,7 @@ def test_gradients_repair_and_what_does_not_fit_are_said(monkeypatch: pytest.Mon
     monkeypatch.setattr(plans, "available_memory", lambda device: 1000)
     result = cria("digits", "--dry-run", *FAST, "--criterion", "fisher", "--rounds", "1", "--no-batch-norm")
     said = answer(result)
-    assert (said["passes"], said["gradients"]) == (1, "example")
+    assert (said["passes"], said["gradients"]) == (2, "example")
     assert "backward pass for the gradients of each example" in result.stdout
     assert "warning: " in result.stdout and "there are 1000 B" in result.stdout
     plain = answer(cria("digits", "--dry-run", *FAST, "--criterion", "l1", "--repair", "none", "--quiet"))

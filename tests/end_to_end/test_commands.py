@@ -30,6 +30,7 @@ from cria_prune.config import (
 )
 from cria_prune.recipes.registry import task
 from cria_prune.recovery.tune import recover
+from cria_prune.result import FIGURES
 from cria_prune.tasks.images import ImageTask
 from cria_prune.tasks.models import build
 
@@ -261,6 +262,10 @@ def test_stages_alone_and_a_second_cut() -> None:
     assert "repaired" in once["changed"] and f"before this cut {once['changed']}" in twice["changed"]
     assert twice["dense"] == once["dense"] and twice["before"] == once["pruned"]
     assert load("b").plan.sizes["conv1"] == 32
+    assert {item["tensor"] for item in twice["repairs"]} >= {"conv2.weight", "linear.weight"}
+    assert all(item.keys() == {*FIGURES} for item in twice["repairs"])
+    page = Path("b/report.html").read_text()
+    assert "Repair of every layer" in page and "conv2.weight" in page.partition("Repair of")[2]
     tuned = answer(cria("recover", "b", "--epochs", "1", "--output", "c", "--distill", "0.5"))
     assert tuned["recovered"] >= tuned["pruned"] == twice["pruned"] and tuned["dense"] == once["dense"]
     assert next(iter(twice["fidelity"])) == "as cut" and tuned["fidelity"] == twice["fidelity"]

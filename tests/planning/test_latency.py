@@ -107,6 +107,12 @@ def test_a_speedup_is_a_share_of_the_latency():
     for wrong in (1.0, 0.5, -1, "fast"):
         with pytest.raises(ConfigError, match="speedup"):
             PlanConfig(speedup=wrong)
+    for name, value in (("of", "macs"), ("reduction", 0.3)):
+        with pytest.raises(
+            ConfigError, match=f"(?s)speed-up of 1.25 sets {name} to .* {value} was given: leave"
+        ):
+            PlanConfig(speedup=1.25, **{name: value})
+    assert PlanConfig(speedup=1.25, of="latency") == PlanConfig(speedup=1.25)
 
 
 def test_the_ranking_is_decided_where_it_is_auto():

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from cria_prune import Plan, PruneConfig, apply, discover, plan
 from cria_prune.base.errors import ArtifactError
 from cria_prune.repair import spill
+from cria_prune.repair.levels import Level, losses_of
 from cria_prune.repair.program import Program, Run
 from cria_prune.repair.spill import Storages, Waiting
 from cria_prune.repair.walk import Walked, walk
@@ -123,4 +125,29 @@ def test_a_system_that_refuses_is_said_and_no_weight_is_lost(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
     with pytest.raises(ArtifactError, match="No such file"):
         walked(net, memory=0)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_losses_are_the_same_bits_in_any_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, data = network(), [batches()[0], *batches()[2:]]
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    groups = discover(net, data[0]).prunable
+    counts = {group.name: [group.size // 2] for group in groups}
+    written, files = Waiting._write, list[int]()
+
+    def counted(self: Waiting, batch: int, own: Any) -> None:
+        written(self, batch, own)
+        files.append(batch)
+
+    def found(memory: int) -> list[Level]:
+        chosen = lambda group, count: np.arange(count)  # noqa: E731
+        return list(losses_of(net, groups, counts, chosen, data, batches()[1:2] * 2, 0, memory=memory))
+
+    monkeypatch.setattr(Waiting, "_write", counted)
+    whole = found(2**40)
+    assert not files and len(whole) == len(groups) > 2 and all(item.loss for item in whole)
+    assert found(0) == whole
+    assert set(files) == {0, 1, 2, 3, 4}
+    # The examples of the losses are written when they have come further, and not for every level.
+    assert 0 < files.count(4) <= len(groups)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

@@ -49,6 +49,18 @@ def full_result() -> dict:
                 "reduction": 0.5279,
                 "metric": None,
                 "seconds": {"record": 2.5},
+                "repairs": [
+                    {
+                        "tensor": "hidden.weight",
+                        "recovered": 0.75,
+                        "cut": True,
+                        "effective": 640,
+                        "regressors": 256,
+                        "lacking": 96,
+                    },
+                    {"tensor": "linear.weight", "recovered": 0.5, "cut": False, "lacking": 0},
+                ],
+                "unrepaired": {"table.weight": "is read by an operation"},
                 "fidelity": {
                     "as cut": Fidelity(102, (Distance("logits", 102, 0.5, 0.8, 0.4, 0.75),)).to_dict(),
                     "repaired": Fidelity(102, (Distance("logits", 102, 0.1, 0.9, 0.1, 0.875),)).to_dict(),
@@ -115,6 +127,8 @@ def test_everything_is_on_the_page(tmp_path):
         "2 60,000 52.79 % – 2.5 s",
         "On 102 calibration examples",
         "2 repaired logits 0.1 87.50 % 0.1 0.900",
+        "table.weight – – – not repaired: is read by an operation linear.weight 50.00 % – read no unit that "
+        "left hidden.weight 75.00 % 2.5 96",
         "conv1 16 of 32 stay",
         "32 → 16",
         "recover 2 min 10 s",
@@ -174,6 +188,15 @@ def test_a_title_that_looks_like_the_frame():
 
 def test_the_same_result_gives_the_same_page():
     assert render(full_result()) == render(full_result())
+
+
+def test_the_worst_repairs_are_seen_and_the_others_unfold():
+    layers = [{"tensor": f"layer{number}", "recovered": 1 - number / 20} for number in range(14)]
+    page = render({"repairs": layers, "unrepaired": {"": "as cut is nearer"}})
+    seen, _, rest = page.partition("<details><summary>4 more")
+    assert seen.index("layer13") < seen.index("layer4<") and "layer3<" in rest and "layer3<" not in seen
+    assert "Nothing was repaired: as cut is nearer" in seen
+    assert "Repair of every layer" not in render({"rounds": [{"round": 1}]})
 
 
 def test_a_metric_that_is_no_share():

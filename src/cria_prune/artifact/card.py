@@ -34,6 +34,7 @@ class Card:
         changed: what was done, without training, to the parts that stayed; empty for nothing.
         fidelity: rows of a table, all with the same keys: how far the model was from the dense one after each
             stage, before any training.
+        repaired: sentences on how much the layers that lost inputs got back, and what to know of it.
     """
 
     base: str | None = None
@@ -41,6 +42,7 @@ class Card:
     measured: Sequence[Mapping[str, Any]] = ()
     changed: str = ""
     fidelity: Sequence[Mapping[str, Any]] = ()
+    repaired: Sequence[str] = ()
 
 
 def render_card(
@@ -65,6 +67,7 @@ def render_card(
         "## What was removed",
         _removed(plan),
         *([f"Without training, in what stays: {_text(card.changed)}."] if card.changed else []),
+        *([" ".join(f"{_text(_begun(line))}." for line in card.repaired)] if card.repaired else []),
     ]
     if card.measured:
         parts += ["## Measured", _named_rows(card.measured)]
@@ -78,7 +81,7 @@ def render_card(
         command = card.command if isinstance(card.command, str) else shlex.join(card.command)
         parts += ["## How it was made", f"    {' '.join(command.split())}"]
     parts += ["## Reload certificate", f"{_text(str(certificate))}."]
-    parts += [f"{_text(note[:1].upper() + note[1:])}." for note in certificate.notes]
+    parts += [f"{_text(_begun(note))}." for note in certificate.notes]
     if certificate.container:
         parts.append(
             f"The tensors are those of a {_text(type(model).__name__)}. Its configuration cannot say the new "
@@ -196,6 +199,10 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], align: str = "
 
 def _value(value: Any) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+
+
+def _begun(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
 
 
 def _text(value: Any) -> str:

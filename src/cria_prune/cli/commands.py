@@ -277,6 +277,9 @@ def recover(request: Recover, out: Output) -> None:
         "of",
         "criterion",
         "changed",
+        "remarks",
+        "repairs",
+        "unrepaired",
         "fidelity",
         "scoring_over_forward",
     )

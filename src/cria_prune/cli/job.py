@@ -33,7 +33,7 @@ from cria_prune.pipeline import prune
 from cria_prune.planning.plan import Plan, compose
 from cria_prune.recovery.loop import RecoverResult
 from cria_prune.recovery.tune import recover
-from cria_prune.result import PruneResult, fidelity_rows, said_of
+from cria_prune.result import PruneResult, fidelity_rows, given_back_said, repairs_of, said_of
 from cria_prune.scores import Scored
 from cria_prune.stages import Prepared
 
@@ -229,7 +229,10 @@ class Job:
             measured=show.measured(self.results, self.target.metric),
             changed=str(self.results.get("changed", "")),
             fidelity=fidelity_rows(show.known_fidelity(self.results)),
-        )
+            repaired=list(filter(None, [
+                given_back_said(self.results.get("repairs", ())), "; ".join(self.results.get("remarks", ())),
+            ])),
+        )  # fmt: skip
         with TemporaryDirectory(prefix="cria-") as scratch:
             common: dict[str, Any] = {
                 "source": self.target.task.pretrained_source(Path(scratch)), "config": config,
@@ -345,8 +348,11 @@ def note_costs(job: Job, result: PruneResult, plan: Plan) -> None:
     changed = [result.changed, f"before this cut {earlier}" if earlier else ""]
     if any(changed):
         job.results["changed"] = ", ".join(filter(None, changed))
+    for name in ("remarks", "repairs", "unrepaired"):  # of the last round alone
+        job.results.pop(name, None)
     if result.remarks:
         job.results["remarks"] = result.remarks
+    job.results |= repairs_of(result.rounds[-1])
     if result.rounds[-1].fidelity:
         job.results["fidelity"] = said_of(result.rounds[-1])
     checks = [item.verification.difference for item in result.rounds if item.verification is not None]

@@ -17,7 +17,7 @@ from cria_prune.cli.output import Output
 from cria_prune.cli.settings import Prune, prune_config
 from cria_prune.offload.prune import checked, prune_offloaded
 from cria_prune.recipes.registry import TASKS, folder_task
-from cria_prune.result import changed_said, remarks_said, said_of
+from cria_prune.result import changed_said, remarks_said, repairs_of, said_of
 from cria_prune.tasks.folder import FolderTask
 from cria_prune.tasks.loading import CONFIG, find_folder, load_pretrained
 
@@ -71,6 +71,7 @@ def prune(request: Prune, out: Output) -> None:
         "masked_equals_pruned": done.difference,
         "fidelity": said_of(done.rounds[-1]),
         **told,
+        **repairs_of(done.rounds[-1]),
         "output": str(done.path),
         "seconds": rounded(done.seconds),
         "memory": peak_memory(device),

@@ -91,6 +91,8 @@ def _dry(request: Request, found: Target, config: PruneConfig, out: Output) -> M
         "rounds": config.plan.rounds,
         "passes": memory.passes,
         "recording_passes": memory.recorded,
+        "repair_passes": memory.walked,
+        "measuring_passes": memory.measured,
         "gradients": memory.gradients,
         "data": data,
         "memory": {**memory.to_dict(), "available": here},
@@ -132,11 +134,14 @@ def _say_reach(out: Output, reach: Mapping[str, Any], config: PruneConfig) -> No
 
 
 def _say_passes(out: Output, memory: MemoryPrediction, config: PruneConfig, data: Mapping[str, int]) -> None:
-    norms = memory.passes - memory.recorded
+    norms = memory.passes - memory.recorded - memory.walked - memory.measured
     how = f", with a backward pass for the gradients of each {memory.gradients}" if memory.gradients else ""
     out.say(
         f"{memory.passes} passes over {data['examples']:,} examples in {data['batches']} batches: "
-        f"{memory.recorded} to record{how}" + (", 1 for the batch norms at the end" if norms else "")
+        f"{memory.recorded} to record{how}"
+        + (", 1 to measure losses, and the rest of the network for each" if memory.measured else "")
+        + (f", {memory.walked} to repair, of two networks" if memory.walked else "")
+        + (", 1 for the batch norms at the end" if norms else "")
         + f"; {config.plan.rounds} rounds of {config.score.criterion}"
     )  # fmt: skip
 

@@ -426,6 +426,10 @@ def prune_config(request: Scoring, defaults: Mapping[str, Any] | None = None, **
     given = {**request.plan.given(), **plan}
     if "speedup" in given and "reduction" in given:
         raise ConfigError("What to remove", "a speed-up and a share were given", "Give one of the two")
+    if "speedup" in given:  # it stands in place of what a file or the recipe says
+        values["plan"] = {
+            k: v for k, v in values["plan"].items() if k in given or k not in ("of", "reduction")
+        }
     costly = "speedup" in given or values["plan"].get("of") in ("macs", "latency")
     if request.policy == "per-layer" and costly and "ranking" not in given:
         values["plan"] |= {"ranking": "auto"}  # where layers may differ in these, they do by measured losses

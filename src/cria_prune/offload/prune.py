@@ -22,7 +22,7 @@ from cria_prune.criteria.score import find_criterion
 from cria_prune.offload.rounds import Places, Rounds, Standing, all_rounds, work_folder
 from cria_prune.offload.write import load_dispatched
 from cria_prune.planning.plan import Plan, compose
-from cria_prune.result import OffloadedRound, said_of
+from cria_prune.result import OffloadedRound, repairs_of, said_of
 from cria_prune.resume.turns import FinishedRounds, identity_of
 from cria_prune.stages import prepare
 from cria_prune.structure.groups import UnitGroups
@@ -154,6 +154,7 @@ def prune_offloaded(
         said = {**(results or {}), "offloaded": True, "rounds": len(done)}
         if done[-1].fidelity:
             said["fidelity"] = said_of(done[-1])
+        said |= repairs_of(done[-1])
         if config.verify:
             said["masked_equals_pruned"] = _largest(done)
         manifest = render_manifest(smaller, total, "vanilla", config, provenance, said)

@@ -229,6 +229,13 @@ def _compared(model: nn.Module, other: nn.Module, batches: Iterable[Batch], part
     return Fidelity(examples, tuple(item.distance(name) for name, item in sums.items()))
 
 
+def check_repeats(model: nn.Module, batch: Batch) -> None:
+    """Raise a DataError where a second run gives something else: then no distance means anything."""
+    with unchanged(model), buffers_kept(model), torch.no_grad():
+        model.eval()
+        _check_same(model, named_outputs(model, batch), named_outputs(model, batch))
+
+
 def named_outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """Return the floating tensors that a model gives for a batch, by their names, in their order."""
     kept, device = list[Any](), device_of(model)

@@ -3,7 +3,8 @@
 For every group the dense network is run up to the layers that read it. There the second moments S of what
 they read give, in closed form, the best weights W'_K = W_K + W_R S_RK (S_KK + λI)⁻¹ for any units K that
 stay. With them in place, and zeros for the units R that leave, only the network behind these layers runs
-again, on examples of its own: masked equals pruned (docs/method.md section 9).
+again, on examples of its own: masked equals pruned (docs/method.md section 9). Batches for which the memory
+does not suffice wait in files, as in the walk.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ from cria_prune.repair.fidelity import Fidelity, add_outputs, begin_sums, named_
 from cria_prune.repair.program import Look, Run, programs_for
 from cria_prune.repair.regress import changes_of, regressors, wide
 from cria_prune.repair.sites import Site, find_sites
+from cria_prune.repair.spill import Storages, Waiting, room_for
 from cria_prune.repair.walk import SAMPLES, drawn, layer_size, places_each, share_of
 from cria_prune.structure.groups import ParameterSlice, UnitGroup
 from cria_prune.structure.trace import canonical_tensors
 
 RIDGE = 1e-2
 """λ in mean diagonals of S_KK: what the walk chooses most often."""
+ASKED = "Measuring what cuts cost"
+EXAMPLES = 512
+"""Calibration examples that losses are measured on, at most."""
 WIDEST = 4608
 """Regressors of which S is kept here; a wider layer is measured with its weights as they are."""
 
@@ -79,6 +84,7 @@ def losses_of(
     seed: int,
     repaired: bool = True,
     measured: Callable[[str, int], bool] = lambda _name, _count: True,
+    memory: int | None = None,
 ) -> Iterator[Level]:
     """Yield the levels of the groups of a dense model, in the order of the data.
 
@@ -95,19 +101,29 @@ def losses_of(
         seed: of the draw of positions.
         repaired: with the best weights for the units that stay; else with those that are there.
         measured: (group, number) -> whether the loss is measured, and not only the error of the layers.
+        memory: bytes that the batches may hold between their turns; see `walk`.
+
+    Raises:
+        ArtifactError: the system has no room for the temporary files.
     """
     with torch.no_grad():
-        yield from _Levels(model, groups, counts, chosen, batches, held, seed, repaired).run(measured)
+        levels = _Levels(model, groups, counts, chosen, batches, held, seed, repaired, memory)
+        try:
+            yield from levels.run(measured)
+        finally:
+            levels.waiting.close()
 
 
 class _Levels:
     def __init__(
         self, model: nn.Module, groups: Sequence[UnitGroup], counts: Mapping[str, Sequence[int]],
         chosen: Chosen, batches: Sequence[Batch], held: Sequence[Batch], seed: int, repaired: bool,
+        memory: int | None,
     ) -> None:  # fmt: skip
         self._world, self._device, self._seed = world(), device_of(model), seed
         self._counts, self._chosen, self._repaired = counts, chosen, repaired
-        self._look: Look = canonical_tensors(model).__getitem__
+        tensors, weights = canonical_tensors(model), Storages()
+        self._look: Look = tensors.__getitem__
         self._held_batches = [batch for number, batch in enumerate(held) if self._world.mine(number)]
         self._share = share_of(batches, self._world)
         own = self._share.batches
@@ -126,8 +142,17 @@ class _Levels:
         first = held[0]
         with unchanged(model), buffers_kept(model):
             model.eval()
-            self._dense = [named_outputs(model, batch) for batch in self._held_batches]
+            # Copies, for an output may be a weight, and no weight may be emptied.
+            self._dense = [
+                {name: value.clone() for name, value in named_outputs(model, batch).items()}
+                for batch in self._held_batches
+            ]
             self._kinds = first, named_outputs(model, first)
+        for value in tensors.values():
+            weights.add(value)
+        beside = [*([] for _ in self._runs), *(list(item.values()) for item in self._dense)]
+        memory = room_for(self._device, self._world) if memory is None else memory
+        self.waiting = Waiting([[*self._runs, *self._base]], weights, memory, beside=beside)
 
     def _followed(self, group: UnitGroup) -> bool:
         """Say whether every layer that reads a group is a site, alike in every program."""
@@ -155,9 +180,7 @@ class _Levels:
                 if found is not None:
                     reads[found.site.weight] = found
             first = min(place[item.tensor] for later in waiting[index:] for item in later.consumers)
-            for run in self._base:
-                site = self._sites[run.program][self._order[first]]
-                run.advance(min([site.step, *site.path]), self._look)
+            self._advance(self._order[first])
             for count in self._counts[group.name]:
                 changed, error = self._cut(group, count, reads)
                 # Without an error nothing else would say what the level costs.
@@ -168,6 +191,17 @@ class _Levels:
             needed = {item.tensor for later in waiting[index + 1 :] for item in later.consumers}
             reads = {name: item for name, item in reads.items() if name in needed}
 
+    def _advance(self, name: str) -> None:
+        """Bring the examples that losses are measured on to a layer."""
+        # What one process cannot do alone, as to write a file, the others hear of before the next sum.
+        with self._world.together(ASKED):
+            for number, run in enumerate(self._base, len(self._runs)):
+                site = self._sites[run.program][name]
+                until = min([site.step, *site.path])
+                if run.at < until:
+                    with self.waiting.turn(number):
+                        run.advance(until, self._look)
+
     def _read(self, name: str) -> Reads | None:
         """Bring the examples that are fitted on to a layer, and return the moments of what it reads."""
         weight, site = self._look(name), self._sites[self._program][name]
@@ -176,21 +210,14 @@ class _Levels:
             return None
         gram = torch.zeros(site.groups, n, n, dtype=torch.float64, device=self._device)
         total, samples = gram.new_zeros(site.groups, n), gram.new_zeros(1)
-        examples, numbers, batches, helds = self._share
-        for run, number, batch, held in zip(self._runs, numbers, batches, helds, strict=True):
-            here = self._sites[run.program][name]
-            run.advance(here.step + 1, self._look, free=False)
-            data, output = run.values[here.data], run.values[here.step]
-            seed, wanted = self._seed * 1_000_003 + number, places_each(n, SAMPLES, examples)
-            draw = drawn(here, tuple(output.shape), batch, len(held), wanted, seed).on(self._device)
-            P = regressors(here, data, weight, draw.places)
-            chosen = ~held[draw.owner] if draw.valid is None else ~held[draw.owner] & draw.valid
-            # Products in a short type overflow, or are no moments of anything.
-            P = wide(P[chosen.to(self._device)]).transpose(0, 1)
-            gram += P.transpose(1, 2) @ P
-            total += P.sum(1)
-            samples += P.shape[1]
-            run.release()
+        with self._world.together(ASKED):
+            for index in range(len(self._runs)):
+                with self.waiting.turn(index):
+                    P = self._drawn(index, name, weight, n)
+                    gram += P.transpose(1, 2) @ P
+                    total += P.sum(1)
+                    samples += P.shape[1]
+                    self._runs[index].release()
         if self._world.size > 1:
             gram, total, samples = (
                 self._world.total(item).to(self._device) for item in (gram, total, samples)
@@ -202,6 +229,20 @@ class _Levels:
         if site.bias is not None or site.norm is not None:
             S -= mean[:, :, None] * mean[:, None, :]
         return Reads(site, S, mean)
+
+    def _drawn(self, index: int, name: str, weight: Tensor, n: int) -> Tensor:
+        """Bring a batch that is fitted to a layer; return samples of what it reads: (G, M, n) float64."""
+        run, batch, held = self._runs[index], self._share.batches[index], self._share.held[index]
+        site = self._sites[run.program][name]
+        run.advance(site.step + 1, self._look, free=False)
+        data, output = run.values[site.data], run.values[site.step]
+        seed = self._seed * 1_000_003 + self._share.numbers[index]
+        wanted = places_each(n, SAMPLES, self._share.examples)
+        draw = drawn(site, tuple(output.shape), batch, len(held), wanted, seed).on(self._device)
+        P = regressors(site, data, weight, draw.places)
+        chosen = ~held[draw.owner] if draw.valid is None else ~held[draw.owner] & draw.valid
+        # Products in a short type overflow, or are no moments of anything.
+        return wide(P[chosen.to(self._device)]).transpose(0, 1)
 
     def _cut(
         self, group: UnitGroup, count: int, reads: Mapping[str, Reads]
@@ -220,12 +261,15 @@ class _Levels:
         look = _over(self._look, changed)
         batch, dense = self._kinds
         sums = begin_sums(dense, dense, batch, True)
-        for base, kept, given in zip(self._base, self._dense, self._held_batches, strict=True):
-            fork = base.fork()
-            floats = [item for item in fork.outputs(look) if item.is_floating_point() and item.numel()]
-            add_outputs(sums, kept, dict(zip(kept, floats, strict=True)), given, True)
-        found = Fidelity(self._share.examples, tuple(item.distance(name) for name, item in sums.items()))
-        return found.loss
+        with self._world.together(ASKED):
+            for index, base in enumerate(self._base):
+                # The fork goes on alone, and copies what it would write into.
+                with self.waiting.turn(len(self._runs) + index, reading=True):
+                    given = [item for item in base.fork().outputs(look) if item.is_floating_point()]
+                    found = zip(self._dense[index], (item for item in given if item.numel()), strict=True)
+                    add_outputs(sums, self._dense[index], dict(found), self._held_batches[index], True)
+        distances = tuple(item.distance(name) for name, item in sums.items())
+        return Fidelity(self._share.examples, distances).loss
 
 
 def _over(look: Look, changed: Mapping[str, Tensor]) -> Look:

@@ -6,7 +6,7 @@ So views of one storage stay views of it, and what writes into one of them is st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +18,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from cria_prune.base.errors import ArtifactError
+from cria_prune.base.ranks import World
+from cria_prune.base.room import free_memory
 from cria_prune.repair.program import Look, Run
+
+
+def room_for(device: torch.device, here: World) -> int | None:
+    """Return the bytes that batches may hold between their turns; None where the system does not tell.
+
+    Half of what is free, shared out over the processes.
+    """
+    free = free_memory(device)
+    return None if free is None else free // 2 // here.size
 
 
 class Storages:
@@ -67,12 +78,14 @@ class Waiting:
         fixed: storages of weights, which are never emptied: other batches read them too.
         memory: bytes that the batches may hold; None for any number. The one whose turn it is comes on top.
         folder: where a folder for the files is made; that of the system for temporary files by default.
+        beside: further tensors of each batch, none of them a weight.
     """
 
     def __init__(
-        self, runs: Sequence[Sequence[Run]], fixed: Storages, memory: int | None, folder: Path | None = None
-    ) -> None:
-        self._runs, self._memory, self._parent = runs, memory, folder
+        self, runs: Sequence[Sequence[Run]], fixed: Storages, memory: int | None, folder: Path | None = None,
+        beside: Sequence[Sequence[Tensor]] = (),
+    ) -> None:  # fmt: skip
+        self._runs, self._memory, self._parent, self._beside = runs, memory, folder, beside
         self._folder: TemporaryDirectory[str] | None = None
         self._held: dict[int, int] = {}
         self._out: dict[int, list[tuple[int, int]]] = {}
@@ -83,19 +96,27 @@ class Waiting:
                     fixed.add(run.values[step.number])
 
     @contextmanager
-    def turn(self, batch: int) -> Iterator[None]:
+    def turn(self, batch: int, *, reading: bool = False) -> Iterator[None]:
         """Inside, what a batch holds is there.
+
+        Args:
+            batch: its number.
+            reading: nothing that it holds is changed, so that its file need not be written again.
 
         Raises:
             ArtifactError: the system refuses to write or read the file; what the batch held is there then,
                 or is lost, but no weight is.
         """
-        if batch in self._out:
+        file = self._out.get(batch)
+        if file is not None:
             self._read(batch)
         yield
         if self._memory is None:
             return
         own = self._own(batch)
+        if reading and file is not None:
+            self._empty(batch, own, file)
+            return
         self._held[batch] = sum(storage.nbytes() for storage in own.values())
         # The batch that was last at work is the one to wait in a file, for all
         # others come before it: the first ones stay in memory round after round.
@@ -113,7 +134,7 @@ class Waiting:
             self._folder = None
 
     def _own(self, batch: int) -> dict[int, torch.UntypedStorage]:
-        values = [run[batch].values for run in self._runs]
+        values = [*(run[batch].values for run in self._runs), *self._beside[batch : batch + 1]]
         return {
             key: storage
             for key, storage in _storages(values)
@@ -130,8 +151,14 @@ class Waiting:
                     file.write(_bytes(storage).to("cpu", copy=True).numpy().data)
 
         self._or_say(write)
-        self._out[batch] = [(key, storage.nbytes()) for key, storage in own.items()]
-        for storage in own.values():  # only now: after an error all of it is still there
+        # Only now: after an error all of it is still there.
+        self._empty(batch, own, [(key, storage.nbytes()) for key, storage in own.items()])
+
+    def _empty(
+        self, batch: int, own: Mapping[int, torch.UntypedStorage], file: list[tuple[int, int]]
+    ) -> None:
+        self._out[batch] = file
+        for storage in own.values():
             storage.resize_(0)
         self._held[batch] = 0
 

@@ -36,13 +36,12 @@ from cria_prune.base.events import passed
 from cria_prune.base.modules import copy_of, device_of, random_kept
 from cria_prune.base.progress import QUIET, Progress
 from cria_prune.base.ranks import World, world
-from cria_prune.base.room import free_memory
 from cria_prune.planning.plan import Plan
 from cria_prune.repair.consumers import Repair
 from cria_prune.repair.program import Look, Program, Run, programs_for
 from cria_prune.repair.regress import HELD, Regression, at_places, changes_of, regressors, wide
 from cria_prune.repair.sites import Site, find_sites, keeps_places, undo
-from cria_prune.repair.spill import Storages, Waiting, noting
+from cria_prune.repair.spill import Storages, Waiting, noting, room_for
 from cria_prune.structure.trace import canonical_tensors
 
 SAMPLES, FEWEST = 64, 4096
@@ -205,14 +204,7 @@ class Walker:
         self._put, self._forget, self._kept = smaller[2], forget, kept
         self._rows = {(cut.tensor, cut.dim): cut.kept for cut in plan.cuts}
         self._cut = {cut.tensor for cut in plan.cuts if cut.role == "consumes" and len(cut.kept) < cut.size}
-        told = [item for batch in batches for item in _told(batch)]
-        self._distinct = len(set(told))
-        if self._distinct < 2:
-            raise DataError(
-                f"{ASKED} on calibration examples",
-                f"found {len(told)} examples, {self._distinct} distinct",
-                "Pass some hundreds that differ: layers are fitted to some, and judged on others",
-            )
+        self._distinct = check_distinct(batches)
         self._examples, self._numbers, self._batches, self._held = share_of(batches, self._world)
         # Each batch gives as many of its held-out samples, whatever process runs it.
         self._room = ceil(HELD / len(batches))
@@ -225,8 +217,7 @@ class Walker:
             Network(found[: len(self._batches)], self._batches, device, noting(look, fixed))
             for found, look in zip(programs, (dense[1], smaller[1]), strict=True)
         )
-        if memory is None and (free := free_memory(device)) is not None:
-            memory = free // 2 // self._world.size
+        memory = room_for(device, self._world) if memory is None else memory
         self._waiting = Waiting((self._dense.runs, self._smaller.runs), fixed, memory, folder)
         self._refitted: str | None = None  # the layer that batches have still to be run through again
 
@@ -679,6 +670,23 @@ def _valid(batch: Batch, places: tuple[int, ...]) -> Tensor | None:
         # Of an encoder's and a decoder's mask of one shape it cannot be told which is meant.
         found = valid.reshape(-1) if found is None else found & valid.reshape(-1)
     return found
+
+
+def check_distinct(batches: Iterable[Batch]) -> int:
+    """Return how many examples differ.
+
+    Raises:
+        DataError: they are all alike.
+    """
+    told = [item for batch in batches for item in _told(batch)]
+    distinct = len(set(told))
+    if distinct < 2:
+        raise DataError(
+            f"{ASKED} on calibration examples",
+            f"found {len(told)} examples, {distinct} distinct",
+            "Pass some hundreds that differ: layers are fitted to some, and judged on others",
+        )
+    return distinct
 
 
 def _told(batch: Batch) -> list[bytes]:

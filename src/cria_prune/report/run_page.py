@@ -176,6 +176,7 @@ def _graph_picture(side: str, graph: Graph, gone: Sequence[int], name: str) -> s
     return figure(partial(plot_neuron_graph, graph, gone), (4.2, 3.6), label, caption)
 
 
+SEEN = 10  # repaired layers that are seen at once
 ROWS = 60  # layers in one picture of widths
 
 
@@ -187,11 +188,12 @@ def write_report(path: str | Path, result: Result) -> Path:
         result: `title`, `metric` (its name), `dense`, `pruned`, `recovered` (its values; accuracy as
             a share), `parameters_dense`, `parameters`, `macs_dense`, `macs`, `reduction`, `asked`,
             `reachable` (shares) and `of`, `rounds` (a list of `round`, `parameters`, `reduction`,
-            `metric`, `seconds`, `fidelity` by stage), `widths` (group -> before, after), `scores` (group ->
-            `scores`, `kept`), `spectra` (group -> name of a round -> z), `layer` (see `one_layer`),
-            `ablation`, `frozen` (group -> reason), `seconds` (stage -> seconds), `memory` (what -> bytes at
-            most), `provenance`, `earlier` (provenances of the runs before), `config` and `missing` (what is
-            not on the page, and why). A part whose keys are missing is left out.
+            `metric`, `seconds`, `fidelity` by stage, `repairs` and `unrepaired` as in `Round`), `widths`
+            (group -> before, after), `scores` (group -> `scores`, `kept`), `spectra` (group -> name of a
+            round -> z), `layer` (see `one_layer`), `ablation`, `frozen` (group -> reason), `seconds` (stage
+            -> seconds), `memory` (what -> bytes at most), `provenance`, `earlier` (provenances of the runs
+            before), `config` and `missing` (what is not on the page, and why). A part whose keys are missing
+            is left out.
 
     Raises:
         ArtifactError: the system refuses to write.
@@ -207,6 +209,7 @@ def render(result: Result) -> str:
         ("Result", _outcome),
         ("Rounds", _rounds),
         ("Distance from the dense network", _fidelity),
+        ("Repair of every layer", _repairs),
         ("Units of every layer", _widths),
         ("Scores of the last round", all_scores),
         ("Spectrum of every layer", all_spectra),
@@ -337,6 +340,44 @@ def _fidelity(result: Result) -> str:
         "labels and before any training: the worst output after each step.</p>"
     )
     return f"{words}<div class=scroll><table class=fidelity><tr>{head}</tr>{''.join(rows)}</table></div>"
+
+
+def _repairs(result: Result) -> str:
+    """A row for every layer that was repaired in the last round, or should have been; the worst first."""
+    rounds = _round_rows(result)
+    # A folder without rounds knows what its run has said of the last one.
+    last = rounds[-1] if rounds and "repairs" in rounds[-1] else result
+    left, found = dict(last.get("unrepaired") or {}), list(last.get("repairs") or ())
+    why = left.pop("", "")
+    rows = [[name, "–", "–", "–", f"not repaired: {reason}"] for name, reason in left.items()]
+    rows += [
+        _repair_row(item) for item in sorted(found, key=lambda item: number(item.get("recovered")) or 0.0)
+    ]
+    said = f"<p>Nothing was repaired: {escape(str(why))}.</p>" if why else ""
+    if not rows:
+        return said
+    words = (
+        "<p>What each layer got back of what it had lost with the units that left, or since what it reads "
+        "had changed; the worst first. Samples are those that it was fitted to, without repetitions, "
+        "for each feature that it reads; with fewer than four, more examples help.</p>"
+    )
+    head, rest = ["layer", "given back", "samples", "examples to add", ""], rows[SEEN:]
+    more = f"<details><summary>{len(rest)} more</summary>{table(head, rest, 'repairs')}</details>"
+    return f"{said}{words}{table(head, rows[:SEEN], 'repairs')}{more if rest else ''}"
+
+
+def _repair_row(item: Mapping[str, Any]) -> list[str]:
+    samples, features = number(item.get("effective")), number(item.get("regressors"))
+    each = "–" if samples is None or not features else f"{samples / features:.3g}"
+    lacking = number(item.get("lacking"))
+    notes = [
+        *([] if item.get("cut", True) else ["read no unit that left"]),
+        *(["no change was better"] if samples and not number(item.get("recovered")) else []),
+    ]
+    return [
+        str(item.get("tensor")), share(item.get("recovered")), each, count(lacking) if lacking else "",
+        ", ".join(notes),
+    ]  # fmt: skip
 
 
 def _widths(result: Result) -> str:
