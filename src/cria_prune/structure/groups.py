@@ -88,7 +88,8 @@ class UnitGroup:
         name: the module that produces the first slice; stable over rounds.
         kind: `channel` (convolution), `neuron` (fully connected), `gated` (a neuron that is the
             product of two), `head` (attention), `kv group` (a key-value head with its query heads),
-            or `residual` (the width of a sum of branches, shared by all of them).
+            or `residual` (the width of a stream that skips: of a sum of branches one of which goes
+            around a layer of another, see `structure/skips.py`).
         size: units now; `original_size`: units in the dense model.
         slices: what leaves with a unit.
         inputs: taps of the input-side signal; outputs: taps of the output-side signal.

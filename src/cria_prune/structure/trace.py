@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from cria_prune.base.modules import cache_off, named_tensors, shared_copy
 from cria_prune.structure.axes import Resolved, Units
 from cria_prune.structure.rules import attention, layers, shape  # noqa: F401  (they register their rules)
 from cria_prune.structure.rules.core import RULES, Context, freeze_all, no_rule, operation_name
+from cria_prune.structure.skips import skipped
 
 LAYERS = {"linear", "conv1d", "conv2d", "conv3d"}
 """Their rules look at the shapes of weights and results only."""
@@ -72,7 +75,9 @@ def trace(model: nn.Module, example: Batch) -> Trace:
         if isinstance(item, Node):
             freeze_all(context.axes[item], context, "is part of the model's output")
     _freeze_two_ways(context)
-    return Trace(program, context, tensors, names, context.units.resolve())
+    resolved = context.units.resolve()
+    marks = {**resolved.marks, "residual": skipped(context, resolved.classes)}
+    return Trace(program, context, tensors, names, replace(resolved, marks=marks))
 
 
 def capture(model: nn.Module, example: Batch, dynamic: Any = None) -> ExportedProgram:
@@ -172,11 +177,11 @@ def follow(graph: Graph, context: Context) -> Any:
             # Two things are carried from node to node. Data is what depends on the input: a weight
             # that scales the units is no second branch. Sources are the layers that an output
             # comes from: GELU written out adds x and x³ of one layer, and only where different
-            # layers meet is there a residual stream (docs/log.md, structure of any network).
+            # layers meet may one go around another (docs/log.md, structure of any network).
             if not context.data.isdisjoint(node.all_input_nodes):
                 context.data.add(node)
-            inherited = [context.sources[item] for item in node.all_input_nodes if item in context.sources]
-            context.sources[node] = frozenset().union(*inherited)
+            for table in (context.sources, context.upstream):
+                table[node] = reduce(or_, (table.get(item, 0) for item in node.all_input_nodes), 0)
             uses = len(context.uses)
             wrapped = wrapped_graph(node)
             if wrapped is None:
@@ -194,9 +199,11 @@ def follow(graph: Graph, context: Context) -> Any:
                 # A block under no_grad or autocast comes as a graph of
                 # its own. Without a look inside all of it would freeze.
                 context.axes[node] = _wrapper(wrapped, context)
+            noted = range(uses, len(context.uses))
+            context.upstream[node] |= sum(1 << number for number in noted)
             # A rule that notes a use with outputs was a layer's: what comes out of it has this one source.
-            if any(use.out_dim is not None for use in context.uses[uses:]):
-                context.sources[node] = frozenset([node])
+            own = sum(1 << number for number in noted if context.uses[number].out_dim is not None)
+            context.sources[node] = own or context.sources[node]
         elif node.op == "output":
             return node.args[0]
     return ()
@@ -250,7 +257,8 @@ def _wrapper(wrapped: tuple[Graph, list[Any]], context: Context) -> Any:
                 context.tensors[inner] = context.tensors[outer]
             if outer in context.data:
                 context.data.add(inner)
-            context.sources[inner] = context.sources.get(outer, frozenset())
+            context.sources[inner] = context.sources.get(outer, 0)
+            context.upstream[inner] = context.upstream.get(outer, 0)
         else:
             context.axes[inner] = []
     result = follow(graph, context)

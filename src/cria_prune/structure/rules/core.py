@@ -44,6 +44,14 @@ class Counted:
     names: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Addition:
+    """A sum of branches: the atoms along one dimension of it, and the sources of each branch."""
+
+    atoms: np.ndarray
+    branches: tuple[int, ...]
+
+
 @dataclass
 class Context:
     """What the rules know.
@@ -55,7 +63,10 @@ class Context:
         tensors: nodes that are a parameter or buffer, or a view of it with the same elements.
         data: nodes that depend on the model's inputs.
         statistics: node -> (dimension counted from the back, atoms) that it is a statistic over.
-        sources: node -> the layers that produced it, with no other layer between.
+        sources: node -> the layers that produced it, with no other layer between: one bit for each of
+            their uses, see `structure/skips.py`.
+        upstream: node -> all uses of weights that it depends on, likewise.
+        additions: the sums of outputs of different layers.
         uses: the uses of weights.
         counted: numbers that count atoms.
     """
@@ -66,7 +77,9 @@ class Context:
     tensors: dict[Node, str] = field(default_factory=dict)
     data: set[Node] = field(default_factory=set)
     statistics: dict[Node, tuple[int, np.ndarray]] = field(default_factory=dict)
-    sources: dict[Node, frozenset[Node]] = field(default_factory=dict)
+    sources: dict[Node, int] = field(default_factory=dict)
+    upstream: dict[Node, int] = field(default_factory=dict)
+    additions: list[Addition] = field(default_factory=list)
     uses: list[WeightUse] = field(default_factory=list)
     counted: list[Counted] = field(default_factory=list)
 
@@ -199,7 +212,7 @@ ELEMENTWISE = """
     sin sinh softplus softshrink softsign sqrt square sub tan tanh tanhshrink threshold to trunc
     type_as where xlogy zeros_like
 """
-ADDITIONS = {"add", "sub", "rsub"}
+ADDITIONS = {"add", "sub", "rsub", "addcmul", "addcdiv", "lerp"}
 ONE_TENSOR = {"to", "type_as"}  # the other tensor gives its type only
 
 
@@ -235,20 +248,30 @@ def meet_statistics(node: Node, items: list[Node], result: Axes, context: Contex
 
 
 def _mark_branches(node: Node, result: Axes, branches: list[Node], context: Context) -> None:
-    """Mark what meets: a residual stream where outputs of different layers are added, gated units."""
+    """Note what meets: sums of outputs of different layers, of which some may skip; and gated units."""
     name = operation_name(node)
-    if name in ADDITIONS and len({context.sources.get(item) for item in branches}) > 1:
-        mark = "residual"
-    elif name == "mul":
-        mark = "gated"
-    else:
+    added = tuple(dict.fromkeys(_added(name, branches, context))) if name in ADDITIONS else ()
+    if len(added) < 2 and name != "mul":
         return
     for back in range(1, len(result) + 1):
         held = [context.axes[item][-back] for item in branches if back <= len(shape(item))]
         # Equal atoms on both sides are one branch that meets itself, as in x · sigmoid(x).
         labelled = [item for item in held if item is not None]
         if any(not np.array_equal(labelled[0], other) for other in labelled[1:]):
-            context.units.mark(result[-back], mark)
+            if name == "mul":
+                context.units.mark(result[-back], "gated")
+            else:
+                context.additions.append(Addition(np.asarray(result[-back]).ravel(), added))
+
+
+def _added(name: str, branches: list[Node], context: Context) -> list[int]:
+    """Return the sources of each term of a sum."""
+    sources = [context.sources.get(item, 0) for item in branches]
+    if name == "lerp" and len(sources) == 3:  # (1 - w) x + w y
+        return [sources[0] | sources[2], sources[1] | sources[2]]
+    if name.startswith("addc") and len(sources) == 3:  # x + y z
+        return [sources[0], sources[1] | sources[2]]
+    return sources
 
 
 def broadcast(items: list[tuple[Axes, list[int]]], rank: int, node: Node, context: Context) -> Axes:
