@@ -204,6 +204,10 @@ def follow(graph: Graph, context: Context) -> Any:
             # A rule that notes a use with outputs was a layer's: what comes out of it has this one source.
             own = sum(1 << number for number in noted if context.uses[number].out_dim is not None)
             context.sources[node] = own or context.sources[node]
+            if not noted and node not in context.lost:
+                for item in node.all_input_nodes:
+                    if item in context.lost:
+                        context.lost[node] = context.lost[item]
         elif node.op == "output":
             return node.args[0]
     return ()

@@ -18,7 +18,7 @@ from cria_prune.structure.rules.core import (
     shape,
     tensor_arguments,
 )
-from cria_prune.structure.rules.layers import MODEL_INPUT, follow_units
+from cria_prune.structure.rules.layers import follow_units
 
 
 @rule("matmul", "mm", "bmm")
@@ -54,7 +54,7 @@ def product(node: Node, left: Node, right: Node, context: Context) -> Any:
         return no_rule(node, context)
     first, second = context.of(left), context.of(right)
     if right in context.tensors and len(second) == 2:
-        context.units.tie(first[-1], second[0], MODEL_INPUT)
+        context.units.tie(first[-1], second[0], context.fixed_by(left))
         context.use(node, right, (0, 1), -1, first[-1], second[1], float(np.prod(shape(node)[:-1])))
         return [*first[:-1], second[1]]
     # Two activations: their sum has no weight to cut. The dimension is fixed weakly,

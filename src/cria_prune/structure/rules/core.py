@@ -13,8 +13,10 @@ from typing import Any, cast
 import numpy as np
 from torch.fx import Node
 
+from cria_prune.structure.account import NO_RULE
 from cria_prune.structure.axes import Axes, Dim, Units
 
+MODEL_INPUT = "is part of the model's input"
 Rule = Callable[[Node, "Context"], Any]
 RULES: dict[str, Rule] = {}
 
@@ -67,6 +69,7 @@ class Context:
             their uses, see `structure/skips.py`.
         upstream: node -> all uses of weights that it depends on, likewise.
         additions: the sums of outputs of different layers.
+        lost: node -> the operation without a rule that its values come from, with no layer between.
         uses: the uses of weights.
         counted: numbers that count atoms.
     """
@@ -80,6 +83,7 @@ class Context:
     sources: dict[Node, int] = field(default_factory=dict)
     upstream: dict[Node, int] = field(default_factory=dict)
     additions: list[Addition] = field(default_factory=list)
+    lost: dict[Node, str] = field(default_factory=dict)
     uses: list[WeightUse] = field(default_factory=list)
     counted: list[Counted] = field(default_factory=list)
 
@@ -90,6 +94,10 @@ class Context:
     def where(self, node: Node) -> str:
         """Say where a node is, for a reason."""
         return f"{operation_name(node)} in {module_path(node) or 'the model'}"
+
+    def fixed_by(self, node: Node) -> str:
+        """Say why a dimension of a layer's input has no units."""
+        return self.lost.get(node, MODEL_INPUT)
 
     def count(self, node: Node, value: int, atoms: Dim, *names: str) -> None:
         """Note that the number `value` in this operation counts these atoms."""
@@ -182,9 +190,12 @@ def no_rule(node: Node, context: Context) -> Any:
     """Freeze all that touches an operation that has no rule."""
     # An operation that is not known may mix, move or count
     # units. Freezing prunes less than could be, never wrongly.
+    reason = f"{NO_RULE} {context.where(node)}"
+    context.lost[node] = next(
+        (context.lost[item] for item in node.all_input_nodes if item in context.lost), reason
+    )
     for item in node.all_input_nodes:
-        axes = context.axes.get(item, [])
-        freeze_all(axes, context, f"no rule for the operation {context.where(node)}")
+        freeze_all(context.axes.get(item, []), context, reason)
     value = node.meta.get("val")
     if isinstance(value, (tuple, list)):
         return [[None] * len(getattr(item, "shape", ())) for item in value]

@@ -22,15 +22,13 @@ from cria_prune.structure.rules.core import (
     shape,
 )
 
-MODEL_INPUT = "is part of the model's input"
-
 
 @rule("linear")
 def linear(node: Node, context: Context) -> Axes:
     """y = x W^T + b over the last dimension."""
     data, weight = cast(tuple[Node, Node], node.args[:2])
     axes, weights = context.of(data), context.of(weight)
-    context.units.tie(axes[-1], weights[1], MODEL_INPUT)
+    context.units.tie(axes[-1], weights[1], context.fixed_by(data))
     follow_units(context, node, weights[0], argument(node, 2, "bias"))
     # Each element of the weight multiplies once for every row, which is what the MACs are counted by.
     context.use(node, weight, (1, 0), -1, axes[-1], weights[0], float(np.prod(shape(node)[:-1])))
@@ -74,17 +72,17 @@ def convolution(node: Node, context: Context) -> Any:
         # A depthwise filter follows its channel like a bias: it has no dimension that sums over channels.
         multiplier = len(leaving) // groups
         repeated = None if entering is None else np.repeat(entering, multiplier)
-        context.units.tie(repeated, leaving, MODEL_INPUT)
+        context.units.tie(repeated, leaving, context.fixed_by(data))
         context.units.freeze(summed, "is the single input of a depthwise filter")
         dims = (None, None)
     elif groups > 1:
         # The weight has one dimension for the inputs of all groups. A group that lost more than another would
         # need a weight of another shape; so position i leaves all of them, on the side of the outputs too.
-        context.units.tie(entering, np.tile(summed, groups), MODEL_INPUT)
+        context.units.tie(entering, np.tile(summed, groups), context.fixed_by(data))
         rows = leaving.reshape(groups, -1)
-        context.units.tie(np.tile(rows[0], groups), leaving, MODEL_INPUT)
+        context.units.tie(np.tile(rows[0], groups), leaving, "")
     else:
-        context.units.tie(entering, summed, MODEL_INPUT)
+        context.units.tie(entering, summed, context.fixed_by(data))
     follow_units(context, node, leaving, argument(node, 2, "bias"))
     sizes = argument_shape(node) if turned else shape(node)
     positions = float(np.prod(sizes[:channel] + sizes[channel + 1 :]))
