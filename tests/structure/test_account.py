@@ -79,7 +79,7 @@ def test_what_stays_names_its_reason_and_the_way_out() -> None:
         and stream.where == ("stem",)
         and stream.parameters == 8 * 6 + 8 + 8 + 9 * 8
     )
-    assert said["is part of the model's input"].where == ("moved",)
+    assert said["meets a tensor of fixed size in add in the model"].where == ("moved",)
     assert said[LOOSE].where == ("scale",)
 
 
