@@ -220,7 +220,14 @@ def describe(value: Any) -> str:
 
 
 def cut(batch: Any, size: int, examples: int) -> Any:
-    """Return the first examples of a batch: every tensor of leading length `size` is cut."""
+    """Return the first examples of a batch: every tensor of leading length `size` is cut.
+
+    A batch with a tensor of another leading length stays whole: edges of a graph name its nodes by number,
+    and the places in a text are as many as its images.
+    """
+    tensors = [item for item in tree_leaves(batch) if isinstance(item, Tensor) and item.ndim]
+    if any(len(item) not in (1, size) for item in tensors):
+        return batch
     return map_tensors(batch, lambda item: item[:examples] if item.ndim and len(item) == size else item)
 
 

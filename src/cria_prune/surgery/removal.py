@@ -66,7 +66,10 @@ def restate(module: nn.Module, before: Mapping[str, tuple[int, ...]], depthwise:
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = map(int, module.weight.shape)
     elif isinstance(module, TRANSPOSED):
-        module.in_channels, module.out_channels = int(module.weight.shape[0]), int(module.weight.shape[1])
+        if module.groups > 1 and depthwise:
+            module.groups = int(module.weight.shape[0])
+        module.in_channels = int(module.weight.shape[0])
+        module.out_channels = int(module.weight.shape[1]) * module.groups
     elif isinstance(module, CONVOLUTIONS):
         if module.groups > 1 and depthwise:
             multiplier = before["weight"][0] // module.groups

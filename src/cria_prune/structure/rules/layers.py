@@ -59,7 +59,7 @@ def convolution(node: Node, context: Context) -> Any:
     axes, weights = context.of(data), context.of(weight)
     summed, leaving = weights[:2] if turned else (weights[1], weights[0])
     # A weight without atoms is a constant, or computed by an operation without a rule.
-    if summed is None or leaving is None or (turned and groups > 1):
+    if summed is None or leaving is None:
         return no_rule(node, context)
     dims: tuple[int | None, int | None] = (0, 1) if turned else (1, 0)
     spatial = len(weights) - 2
@@ -67,7 +67,10 @@ def convolution(node: Node, context: Context) -> Any:
     entering = axes[channel]
     freeze_all(axes[channel + 1 :], context, f"is a spatial dimension of {context.where(node)}")
     freeze_all(weights[2:], context, "is a window of a convolution")
-    if groups > 1 and argument_shape(node, 1)[1] == 1:
+    if turned and groups > 1:
+        # The first dimension has the inputs of all groups, the second the outputs of one.
+        leaving, dims = _turned_groups(node, entering, weights, groups, context)
+    elif groups > 1 and argument_shape(node, 1)[1] == 1:
         # Depthwise: each input channel makes its own outputs, so both leave together.
         # A depthwise filter follows its channel like a bias: it has no dimension that sums over channels.
         multiplier = len(leaving) // groups
@@ -88,6 +91,22 @@ def convolution(node: Node, context: Context) -> Any:
     positions = float(np.prod(sizes[:channel] + sizes[channel + 1 :]))
     context.use(node, weight, dims, channel, entering, leaving, positions)
     return [*axes[:channel], leaving, *[None] * spatial]
+
+
+def _turned_groups(
+    node: Node, entering: Dim, weights: Axes, groups: int, context: Context
+) -> tuple[np.ndarray, tuple[int | None, int | None]]:
+    """Tie the channels of a grouped transposed convolution; return what it makes, and its dimensions."""
+    inputs, outputs = np.asarray(weights[0]), np.asarray(weights[1])
+    context.units.tie(entering, inputs, context.fixed_by(cast(Node, node.args[0])))
+    if len(inputs) == groups:
+        # Depthwise: each channel makes its own, by filters that follow it like a bias.
+        context.units.freeze(outputs, "are the outputs of one depthwise filter")
+        return np.repeat(inputs, len(outputs)), (None, None)
+    # As in the plain one: position i leaves every group, on both sides.
+    rows = inputs.reshape(groups, -1)
+    context.units.tie(np.tile(rows[0], groups), inputs, "")
+    return np.tile(outputs, groups), (0, 1)
 
 
 def follow_units(context: Context, node: Node, units: Dim, *parameters: Any) -> None:
