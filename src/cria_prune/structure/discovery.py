@@ -162,6 +162,8 @@ def discover(model: nn.Module, example: Batch, traced: Trace | None = None) -> U
         roles.setdefault((use.weight, use.in_dim), set()).add("consumes")
         kinds[use.weight] = "channel" if operation_name(use.node).startswith("conv") else "neuron"
         positions[use.weight] = positions.get(use.weight, 0.0) + use.per_element / batch_size(example)
+    for place in context.picks:
+        roles.setdefault(place, set()).add("picks")
     slices = [
         Place(name, dim, kind, atoms)
         for name, dims in context.labels.items()
@@ -313,7 +315,7 @@ def _group(
     units = made[0].units[order].tolist()
     slices = [
         ParameterSlice(item.place.tensor, item.place.dim, item.positions[order], cast(Role, item.place.kind))
-        for item in [*made, *(item for item in items if item.place.kind in ("consumes", "follows"))]
+        for item in [*made, *(item for item in items if item.place.kind in ("consumes", "follows", "picks"))]
     ]
     taps = {
         site: tuple(

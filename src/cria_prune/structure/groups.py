@@ -14,7 +14,7 @@ import numpy as np
 from cria_prune.structure.account import LAST, Account, Held, account
 from cria_prune.structure.table import Row, Status, plain
 
-Role = Literal["produces", "consumes", "follows"]
+Role = Literal["produces", "consumes", "follows", "picks"]
 Site = Literal["output", "input", "rows"]
 
 
@@ -27,7 +27,8 @@ class ParameterSlice:
         dim: the dimension that the units lie along.
         positions: (units, width) int64, the positions of each unit along `dim`.
         role: `produces` (output dimension of a weight), `consumes` (a dimension that the
-            weight sums over), or `follows` (bias, batch norm statistics, depthwise filters).
+            weight sums over), `follows` (bias, batch norm statistics, depthwise filters), or `picks`
+            (an index that a buffer holds: its values are positions too).
     """
 
     tensor: str

@@ -71,6 +71,7 @@ def trace(model: nn.Module, example: Batch) -> Trace:
         context.labels[name] = [context.units.fresh(size) for size in tensor.shape]
     names = parameter_names(program, model)
     _start(program.graph, context, names)
+    _note_values(program, context, tensors)
     for item in tree_leaves(follow(program.graph, context)):
         if isinstance(item, Node):
             freeze_all(context.axes[item], context, "is part of the model's output")
@@ -162,6 +163,16 @@ def _start(graph: Graph, context: Context, names: Mapping[str, str]) -> None:
             else:
                 context.axes[node] = [*context.labels[name]]
                 context.tensors[node] = name
+
+
+def _note_values(program: ExportedProgram, context: Context, tensors: Mapping[str, Tensor]) -> None:
+    """Note the constants and the whole numbers of buffers, which may be positions that are picked."""
+    constants = program.graph_signature.inputs_to_lifted_tensor_constants
+    for node in program.graph.nodes:
+        held = tensors.get(context.tensors.get(node, ""))
+        value = program.constants[constants[node.name]] if node.name in constants else held
+        if isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32):
+            context.values[node] = value
 
 
 def follow(graph: Graph, context: Context) -> Any:

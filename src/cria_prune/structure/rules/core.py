@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
+from torch import Tensor
 from torch.fx import Node
 
 from cria_prune.structure.account import NO_RULE
@@ -70,6 +71,8 @@ class Context:
         upstream: node -> all uses of weights that it depends on, likewise.
         additions: the sums of outputs of different layers.
         lost: node -> the operation without a rule that its values come from, with no layer between.
+        values: nodes that are a constant of the code, with its value; integer buffers too.
+        picks: (buffer, dimension) whose values are the positions of the units that they stand beside.
         uses: the uses of weights.
         counted: numbers that count atoms.
     """
@@ -84,6 +87,8 @@ class Context:
     upstream: dict[Node, int] = field(default_factory=dict)
     additions: list[Addition] = field(default_factory=list)
     lost: dict[Node, str] = field(default_factory=dict)
+    values: dict[Node, Tensor] = field(default_factory=dict)
+    picks: set[tuple[str, int]] = field(default_factory=set)
     uses: list[WeightUse] = field(default_factory=list)
     counted: list[Counted] = field(default_factory=list)
 

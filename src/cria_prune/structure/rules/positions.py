@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any, cast
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.fx import Node
 
 from cria_prune.structure.rules.core import (
@@ -136,6 +138,77 @@ def _repeats(mask: Node) -> bool:
             return False
         mask = source
     return True
+
+
+def picked(node: Node, index: Node, units: Any, context: Context) -> Any:
+    """Return the units at numbered positions (n,) in their order, or None where that freezes them.
+
+    Numbers that are written in the code need what stands before them (or behind, if they count from the end)
+    to stay. Numbers that the code works out have to fit after a cut, which a trial shows. Those that a buffer
+    holds are cut with their units, if they name each of them once, and counted anew.
+    """
+    if units is None or len(shape(index)) != 1:
+        return None
+    name, size = context.tensors.get(index), len(units)
+    if name is not None:
+        value = context.values.get(index)
+        if value is None or not _is_order(value, size) or not _only_picks(index):
+            return None
+        context.units.tie(context.labels[name][0], units[value.numpy()], "")
+        context.picks.add((name, 0))
+        return units[value.numpy()]
+    found = _numbers(index, context)
+    if found is None:
+        return None
+    value, written = found
+    if written:
+        reason = f"is picked from at a fixed position by {context.where(node)}"
+        context.units.freeze(units[: max([-1, *value.tolist()]) + 1], reason)
+        context.units.freeze(units[size + min([0, *value.tolist()]) :], reason)
+    else:
+        context.units.assume(units, f"{context.where(node)} takes its positions from its input")
+    return units[value.numpy()]
+
+
+def _is_order(value: Tensor, size: int) -> bool:
+    """Say whether whole numbers (n,) name each of `size` positions once."""
+    order = torch.arange(size, device=value.device, dtype=value.dtype)
+    return value.device.type != "meta" and len(value) == size and bool((value.sort().values == order).all())
+
+
+def _only_picks(index: Node) -> bool:
+    """Say whether nothing but a picking by index reads a buffer: its values change with a cut."""
+    for user in index.users:
+        name = operation_name(user)
+        if name in ALIKE:
+            if not _only_picks(user):
+                return False
+        elif name not in {"index", "index_select"} or user.args[0] is index:
+            return False
+    return True
+
+
+def _numbers(node: Node, context: Context) -> tuple[Tensor, bool] | None:
+    """Return whole numbers that no input and no buffer has a part in, and whether they are written down."""
+    if node in context.values and node not in context.tensors:
+        return context.values[node].cpu(), True
+    value = node.meta.get("val")
+    if node.op != "call_function" or not isinstance(value, Tensor) or value.is_floating_point():
+        return None
+    if value.ndim != 1 or value.numel() > MOST:
+        return None
+    found = {item: _numbers(item, context) for item in node.all_input_nodes}
+    values = {item: pair[0] for item, pair in found.items() if pair is not None}
+    if len(values) < len(found) or (not found and operation_name(node) != "arange"):
+        return None
+    args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda item: values[item])
+    kwargs = {name: item for name, item in kwargs.items() if name not in ("device", "layout", "pin_memory")}
+    written = bool(found) and all(pair is not None and pair[1] for pair in found.values())
+    return node.target(*args, **kwargs).cpu(), written
+
+
+MOST = 2**16
+"""Numbers that are worked out at most."""
 
 
 def into_part(target: Any, context: Context) -> bool:

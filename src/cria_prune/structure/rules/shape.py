@@ -24,7 +24,7 @@ from cria_prune.structure.rules.core import (
     shape,
     sizes_argument,
 )
-from cria_prune.structure.rules.positions import into_part
+from cria_prune.structure.rules.positions import into_part, picked
 
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as", "ravel")
@@ -300,6 +300,10 @@ def index(node: Node, context: Context) -> Any:
         len(shape(item)) > 1 and "bool" in str(item.meta["val"].dtype) for item in indices if item is not None
     ):
         return no_rule(node, context)
+    alone = len(indexed) == 1 and indices[indexed[0]]
+    units = picked(node, alone, axes[indexed[0]], context) if isinstance(alone, Node) else None
+    if units is not None:
+        return [*axes[: indexed[0]], units, *axes[indexed[0] + 1 :]]
     for item in indices:
         if item is not None:
             freeze_all(context.of(item), context, f"is an index in {context.where(node)}")
@@ -320,8 +324,10 @@ def index_select(node: Node, context: Context) -> Axes:
     """The dimension that is picked from is fixed; the others pass."""
     axes = context.of(node.args[0])
     dim = dim_argument(node, 1, "dim", len(axes))
-    context.units.freeze(axes[dim], f"is picked from by index in {context.where(node)}")
-    axes[dim] = None
+    units = picked(node, cast(Node, argument(node, 2, "index")), axes[dim], context)
+    if units is None:
+        context.units.freeze(axes[dim], f"is picked from by index in {context.where(node)}")
+    axes[dim] = units
     return axes
 
 
