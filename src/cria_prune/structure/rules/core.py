@@ -66,6 +66,7 @@ class Context:
         tensors: nodes that are a parameter or buffer, or a view of it with the same elements.
         data: nodes that depend on the model's inputs.
         statistics: node -> (dimension counted from the back, atoms) that it is a statistic over.
+        dropped: the same of a statistic whose dimension is gone, and will be put back.
         sources: node -> the layers that produced it, with no other layer between: one bit for each of
             their uses, see `structure/skips.py`.
         upstream: node -> all uses of weights that it depends on, likewise.
@@ -83,6 +84,7 @@ class Context:
     tensors: dict[Node, str] = field(default_factory=dict)
     data: set[Node] = field(default_factory=set)
     statistics: dict[Node, tuple[int, np.ndarray]] = field(default_factory=dict)
+    dropped: dict[Node, tuple[int, np.ndarray]] = field(default_factory=dict)
     sources: dict[Node, int] = field(default_factory=dict)
     upstream: dict[Node, int] = field(default_factory=dict)
     additions: list[Addition] = field(default_factory=list)
@@ -247,6 +249,8 @@ def elementwise(node: Node, context: Context) -> Axes:
 def meet_statistics(node: Node, items: list[Node], result: Axes, context: Context) -> None:
     """A statistic over units is broadcast back over these units, or they are frozen."""
     for item in items:
+        if item in context.dropped:
+            context.dropped[node] = context.dropped[item]
         if item in context.statistics:
             back, atoms = context.statistics[item]
             met = result[back]

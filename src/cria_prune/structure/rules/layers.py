@@ -251,7 +251,13 @@ def reduction(node: Node, context: Context) -> Any:
         if normalises:
             context.units.mark(axes[dim], "normed")
             if axes[dim] is not None:
-                context.statistics[node] = (dim - len(axes), np.asarray(axes[dim]))
+                kept = len(shape(node)) == len(axes)
+                table = context.statistics if kept else context.dropped
+                table[node] = (dim - len(axes), np.asarray(axes[dim]))
+        elif name == "sum" and not context.units.made_by("factor", axes[dim]):
+            # A sum by hand (the scores of attention pooling) is a layer whose weights are one: it loses what
+            # the units add. They are no zeros where a bias or exp stands between, so operations are the twin.
+            context.units.mark(axes[dim], "normed")
         else:
             context.units.freeze(axes[dim], f"is reduced over by {context.where(node)}")
     value = node.meta["val"]
@@ -277,25 +283,34 @@ STATISTICS = {"mean", "var", "std", "sum", "amax", "amin", "linalg_vector_norm",
 
 
 def _is_broadcast_back(node: Node, dim: int) -> bool:
-    """Say whether a statistic over `dim` (kept with size one) only ever meets that dimension again.
+    """Say whether a statistic over `dim` only ever meets that dimension again, with size one or put back.
 
     So it is in a hand-written normalisation, x / sqrt(mean(x²)): nothing else reads the statistic.
     """
-    if any(item == 0 for item in shape(node)) or len(shape(node)) != len(shape(node.all_input_nodes[0])):
+    rank = len(shape(node.all_input_nodes[0]))
+    if any(item == 0 for item in shape(node)):
         return False
-    back = dim - len(shape(node))
+    back = dim - rank
     # Every reader is followed as long as the dimension has size
     # one, and what it meets at last has to be elementwise.
-    waiting = [node]
+    waiting = [(node, len(shape(node)) == rank)]
     while waiting:
-        for user in waiting.pop().users:
-            if operation_name(user) == "_assert_tensor_metadata":
+        item, there = waiting.pop()
+        for user in item.users:
+            name = operation_name(user)
+            if name == "_assert_tensor_metadata":
                 continue
-            meets = RULES.get(operation_name(user)) is elementwise or operation_name(user) == "expand_as"
+            if not there:
+                put_back = name == "unsqueeze" and dim_argument(user, 1, "dim", rank) == dim
+                if not put_back and (RULES.get(name) is not elementwise or shape(user) != shape(item)):
+                    return False
+                waiting.append((user, put_back))
+                continue
+            meets = RULES.get(name) is elementwise or name == "expand_as"
             if not meets or len(shape(user)) < -back:
                 return False
             if shape(user)[back] == 1:
-                waiting.append(user)
+                waiting.append((user, True))
     return True
 
 

@@ -105,6 +105,27 @@ def _meet(node: Node, parts: list[Node], dim: int, others: list[int], context: C
     return result
 
 
+@rule("index_put", "_unsafe_index_put")
+def index_put(node: Node, context: Context) -> Any:
+    """Values go where indices or a mask say, along the first dimensions, which are fixed; the rest meets."""
+    data, indices, values = cast(tuple[Node, list[Node | None], Node], node.args[:3])
+    given = [item for item in indices if item is not None]
+    masks = [item for item in given if "bool" in str(item.meta["val"].dtype)]
+    if indices[: len(given)] != given or (masks and len(given) > 1) or into_part(data, context):
+        return no_rule(node, context)
+    axes, put = context.of(data), context.of(values)
+    first = len(shape(masks[0])) if masks else len(given)
+    reason = f"is picked from by index in {context.where(node)}"
+    rest = len(axes) - first
+    freeze_all([*axes[:first], *put[: max(0, len(put) - rest)]], context, reason)
+    freeze_all([context.of(item) for item in given], context, f"is an index in {context.where(node)}")
+    for back in range(1, min(rest, len(put)) + 1):
+        if shape(values)[-back] != 1:
+            fixed = f"meets a tensor of fixed size in {context.where(node)}"
+            axes[-back] = context.units.tie(axes[-back], put[-back], fixed)
+    return axes
+
+
 @rule("masked_scatter")
 def masked_scatter(node: Node, context: Context) -> Any:
     """Rows of another tensor in place of those that a mask names: the last dimensions meet.

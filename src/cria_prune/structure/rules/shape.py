@@ -104,6 +104,8 @@ def _moved(node: Node, axes: Axes) -> Axes:
 def unsqueeze(node: Node, context: Context) -> Axes:
     """A new dimension of one."""
     axes = context.of(node.args[0])
+    if node.args[0] in context.dropped:
+        context.statistics[node] = context.dropped[cast(Node, node.args[0])]
     axes.insert(dim_argument(node, 1, "dim", len(axes) + 1), None)
     return axes
 
