@@ -57,12 +57,12 @@ def roll(node: Node, context: Context) -> Any:
 
 @rule("channel_shuffle", "native_channel_shuffle")
 def channel_shuffle(node: Node, context: Context) -> Any:
-    """Channels as (groups, n) become (n, groups)."""
+    """Channels as (groups, n) become (n, groups): the same position leaves every group."""
     axes, groups = context.of(node.args[0]), int(cast(int, node.args[1]))
-    sizes = [groups, shape(node)[1] // groups]
-    parts = context.units.split(axes[1], sizes)
-    context.count(node, groups, parts[0], "groups")
-    axes[1] = context.units.merge(parts[::-1], sizes[::-1])
+    if axes[1] is not None:
+        rows = axes[1].reshape(groups, -1)
+        context.units.tie(np.tile(rows[0], groups), axes[1], "")
+        axes[1] = rows.T.ravel()
     return axes
 
 
