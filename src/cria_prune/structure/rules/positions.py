@@ -225,7 +225,7 @@ def _numbers(node: Node, context: Context) -> tuple[Tensor, bool] | None:
     args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda item: values[item])
     kwargs = {name: item for name, item in kwargs.items() if name not in ("device", "layout", "pin_memory")}
     written = bool(found) and all(pair is not None and pair[1] for pair in found.values())
-    return node.target(*args, **kwargs).cpu(), written
+    return cast(Any, node.target)(*args, **kwargs).cpu(), written
 
 
 MOST = 2**16

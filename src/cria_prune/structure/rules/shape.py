@@ -125,7 +125,7 @@ def expand(node: Node, context: Context) -> Axes:
     """A dimension of one is repeated as often as a number says that may count units; the others pass."""
     axes, before, after = context.of(node.args[0]), argument_shape(node), shape(node)
     new = len(after) - len(before)
-    result: Axes = [None] * new + axes
+    result: Axes = [*[None] * new, *axes]
     sizes = sizes_argument(node)
     for dim, size in enumerate(after):
         if size != 1 and (dim < new or before[dim - new] == 1):
