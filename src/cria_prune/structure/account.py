@@ -48,7 +48,9 @@ WAYS = (
     (r"^(is summed over|is a sequence|is a spatial|is a window|is one of several|is the single)",
      "nothing, sizes of heads, windows and pictures are fixed"),
     (rf"^({LOOSE}|picks rows|are the rows)", "nothing, these are no units"),
-    (r"^is part of the model's (output|input)", "nothing, its size is the caller's"),
+    (r"^is part of the model's output",
+     "nothing where the caller needs it; else wrap the model to return less, such as its logits alone"),
+    (r"^is part of the model's input", "nothing, its size is the caller's"),
 )  # fmt: skip
 MEANT = {pattern: place for place, (pattern, _) in enumerate(WAYS)}
 

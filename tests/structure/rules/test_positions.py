@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from tests.support.networks import randomize
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cria_prune import UnitGroups, apply, discover, verify
+from cria_prune import UnitGroups, apply, discover, load, save, verify
 from cria_prune.planning.plan import Plan, make_plan
 from cria_prune.structure.groups import shrink
 
@@ -96,3 +97,17 @@ def test_what_moves_channels_and_rows_is_cut_with_them(name: str) -> None:
         assert [(g.name, g.size, g.frozen) for g in discover(smaller, x)] == [
             (g.name, g.size, g.frozen) for g in again
         ]
+
+
+def test_an_order_is_counted_anew_and_loads_again(tmp_path: Path) -> None:
+    model, x = randomize(Net(ORDERED["order"][0])).eval(), torch.randn(2, 5, 4)
+    smaller, plan = cut(model, discover(model, x), x, 0)
+    assert sorted(smaller.order.tolist()) == [*range(8)] and len(model.order) == 12
+    save(tmp_path, smaller, plan)
+    other = randomize(Net(ORDERED["order"][0]), 1)
+    other.order.copy_(other.order.flip(0))
+    found = load(tmp_path, other).model
+    torch.testing.assert_close(found(x), smaller(x))
+    # Values that are read as numbers too are no mere order, and stay.
+    model.middle = lambda net, y: y[:, net.order] * net.order[:, None]
+    assert "is picked from by index" in str(discover(model, x)["a"].frozen)
