@@ -64,6 +64,12 @@ def test_every_parameter_is_counted_once(floor: float, residual: bool) -> None:
     assert sum(grouped for _, grouped in counted) == found.total - 42 - 1 - 6  # unused, scale and moved
 
 
+def test_all_positions_of_a_unit_are_counted() -> None:
+    model = nn.Sequential(nn.Conv1d(3, 6, 1), nn.ReLU(), nn.Flatten(), nn.Linear(24, 4))
+    groups = discover(model, torch.randn(2, 3, 4))
+    assert groups.account(0.3).entries[0].share == pytest.approx(largest_reachable(groups, 0.3, "parameters"))
+
+
 def test_what_stays_names_its_reason_and_the_way_out() -> None:
     model = Mixed()
     found = without_residual(discover(model, torch.randn(3, 6))).account()

@@ -19,7 +19,7 @@ class Net(nn.Module):
         super().__init__()
         self.stem, self.a, self.b, self.c = (nn.Linear(n, 8) for n in (6, 8, 8, 6))
         self.down, self.up, self.out = nn.Linear(6, 2), nn.Linear(2, 8), nn.Linear(8, 3)
-        self.cell = nn.Linear(6 + 8, 32)
+        self.gates, self.forget = nn.Linear(6 + 8, 24), nn.Linear(6 + 8, 8)
         self.run = forward
 
     def forward(self, x: Tensor) -> Tensor:
@@ -29,8 +29,9 @@ class Net(nn.Module):
 def remembered(net: Net, x: Tensor) -> Tensor:
     h = c = x.new_zeros(len(x), net.out.in_features)
     for _ in range(3):
-        i, f, g, o = net.cell(torch.cat([x, h], 1)).chunk(4, 1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        both = torch.cat([x, h], 1)
+        i, g, o = net.gates(both).chunk(3, 1)
+        c = net.forget(both).sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
     return h
 
