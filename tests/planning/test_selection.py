@@ -8,9 +8,9 @@ from tests.planning.test_budget import convnet, counts, piece, random_groups, sl
 
 from cria_prune.base.errors import SignalError, StructureError, TargetError
 from cria_prune.config import PlanConfig
-from cria_prune.planning.budget import Budget, largest_reachable, least_kept
+from cria_prune.planning.budget import Budget, largest_reachable
 from cria_prune.planning.selection import check_reachable, select
-from cria_prune.structure.groups import UnitGroup, UnitGroups, shrink
+from cria_prune.structure.groups import UnitGroup, UnitGroups, least_kept, shrink
 
 
 def two_layers(a: int = 10, b: int = 10, cost: int = 1) -> UnitGroups:

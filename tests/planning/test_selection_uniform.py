@@ -12,7 +12,7 @@ from tests.planning.test_budget import counts, piece
 
 from cria_prune.base.errors import ConfigError, StructureError, TargetError
 from cria_prune.config import PlanConfig
-from cria_prune.planning.budget import Budget, largest_reachable, least_kept
+from cria_prune.planning.budget import Budget, largest_reachable
 from cria_prune.planning.plan import compose, identity_plan, make_plan, plan
 from cria_prune.planning.selection import reachable, select
 from cria_prune.planning.stairs import stairs
@@ -22,6 +22,7 @@ from cria_prune.structure.groups import (
     UnitGroups,
     alike,
     counted_together,
+    least_kept,
     shrink,
 )
 

@@ -126,7 +126,11 @@ def batch_target(batch: Batch) -> Tensor | None:
 
 
 def batch_size(batch: Batch) -> int:
-    """Return the number of examples in a batch (the first dimension of its first tensor)."""
+    """Return the number of examples in a batch (the first dimension of its first tensor).
+
+    Inputs of several lengths are one example: the edges of a graph name its nodes by number, and the
+    places for pictures in a text are as many as the pictures, so that neither can be taken apart.
+    """
     args, kwargs = model_inputs(batch)
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if not tensors or tensors[0].ndim == 0:
@@ -135,7 +139,8 @@ def batch_size(batch: Batch) -> int:
             f"found {describe(batch)}",
             "The first tensor of a batch needs a leading batch dimension",
         )
-    return int(tensors[0].shape[0])
+    size = int(tensors[0].shape[0])
+    return size if all(not item.ndim or len(item) in (1, size) for item in tensors) else 1
 
 
 def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:

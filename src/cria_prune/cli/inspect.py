@@ -19,6 +19,7 @@ from cria_prune.cli.target import load_source, parse_shape
 from cria_prune.config import OF
 from cria_prune.planning.budget import Budget, count_macs, count_parameters, largest_reachable
 from cria_prune.stages import discover
+from cria_prune.structure.account import Entry
 from cria_prune.structure.groups import UnitGroups, without_residual
 from cria_prune.structure.table import FLOW, FROZEN, LOOSE, Fold, Row, Status, flow, fold, merged, sections
 
@@ -61,7 +62,10 @@ def inspect(request: Inspect, out: Output) -> None:
         **found.to_dict(),
         **counts,
     }
-    out.answer(answer if request.as_json else {**answer, "groups": len(found.rows)})
+    fates = {item.fate: 0.0 for item in found.account}
+    for item in found.account:
+        fates[item.fate] += item.share
+    out.answer(answer if request.as_json else {**answer, "groups": len(found.rows), "account": fates})
 
 
 def inputs(example: Batch) -> str:
@@ -84,6 +88,8 @@ class Inventory:
         removable: cost (parameters, prunable, macs) -> largest share that can leave, without the
             residual widths.
         removable_with_residual: the same with them.
+        account: every parameter once under what becomes of it, without the residual widths; the shares
+            add up to one.
     """
 
     rows: tuple[Row, ...]
@@ -92,6 +98,7 @@ class Inventory:
     floor: float
     removable: Mapping[str, float]
     removable_with_residual: Mapping[str, float]
+    account: tuple[Entry, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain JSON values, `rows` under the key `groups`."""
@@ -114,6 +121,7 @@ def inventory(groups: UnitGroups, floor: float) -> Inventory:
         floor=floor,
         removable=_shares(inner, floor),
         removable_with_residual=_shares(groups, floor),
+        account=inner.account(floor).entries,
     )
 
 
@@ -131,6 +139,8 @@ def shares(out: Output, found: Inventory) -> None:
         rows.append(["with it (--residual)", *map(percent, found.removable_with_residual.values())])
     out.table(["can be removed at most", *(OF.texts[of] for of in found.removable)], rows)
     out.say(f"{found.floor * 100:g} % of the units of each group always stay (--floor)")
+    accounted = [[percent(item.share), item.fate, item.reason, item.way_out] for item in found.account]
+    out.table(["parameters", "fate", "why", "way out"], accounted, left=4)
 
 
 PLURALS = {"channel": "channels", "neuron": "neurons", "gated": "gated neurons", "head": "heads"}

@@ -28,7 +28,7 @@ from cria_prune.repair.consumers import Repair, compensate
 from cria_prune.repair.fidelity import Fidelity, comparable
 from cria_prune.resume.turns import Spilled
 from cria_prune.structure.groups import UnitGroups
-from cria_prune.surgery.removal import apply, check, slice_tensor
+from cria_prune.surgery.removal import apply, check, ranks, slice_tensor
 from cria_prune.surgery.verify import ADVICE, TOLERANCE, Verification, difference, zero_consumers
 from cria_prune.tasks.loading import INDEX, load_pretrained
 
@@ -178,7 +178,7 @@ def _write_weights(
     from huggingface_hub import split_state_dict_into_shards_factory
 
     tensors, first = named_tensors(structure), first_names(structure)
-    cuts = check(tensors, plan)
+    cuts, orders = check(tensors, plan), {cut.tensor for cut in plan.cuts if cut.role == "picks"}
     names = stored_names(stored)
     split = split_state_dict_into_shards_factory(
         {name: stored.state_dict()[name] for name in names},
@@ -192,6 +192,7 @@ def _write_weights(
         give_back()  # the shard before
         for name in held:
             value = slice_tensor(weights[first[name]], cuts.get(first[name], ()))
+            value = ranks(value) if first[name] in orders else value
             # The files have to hold what the configuration builds, or nothing could load them.
             if tuple(value.shape) != shapes[name]:
                 raise StructureError(

@@ -19,7 +19,7 @@ import numpy as np
 from cria_prune.base.errors import StructureError, TargetError
 from cria_prune.config import OF
 from cria_prune.planning.latency import LatencyTable
-from cria_prune.structure.groups import ParameterSlice, UnitGroup, UnitGroups
+from cria_prune.structure.groups import ParameterSlice, UnitGroups, least_kept
 
 # Shares are quotients of exact counts; a target such as 3 * 0.1 misses them by a rounding error.
 SLACK = 1e-12
@@ -197,12 +197,6 @@ def count_parameters(groups: UnitGroups, kept: Mapping[str, int] | None = None) 
 def count_macs(groups: UnitGroups, kept: Mapping[str, int] | None = None) -> float:
     """Return the multiply-accumulates per example with `kept` units (name -> number) left."""
     return float(Budget(groups, "macs").amount(groups, kept))
-
-
-def least_kept(group: UnitGroup, floor: float) -> int:
-    """Return how many units always stay: max(1, ceil(floor * original size)), at most all of now."""
-    # 0.07 · 100 is 7.000000000000001 in floating point, and 8 units would stay.
-    return min(group.size, max(1, math.ceil(floor * group.original_size - 1e-9)))
 
 
 def largest_reachable(groups: UnitGroups, floor: float, of: str, *, dense: UnitGroups | None = None) -> float:

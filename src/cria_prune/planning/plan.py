@@ -34,7 +34,7 @@ class TensorCut:
         dim: dimension.
         size: length of the dimension before the cut.
         kept: positions that stay, ascending.
-        role: `produces`, `consumes` or `follows`, see `ParameterSlice`.
+        role: `produces`, `consumes`, `follows` or `picks`, see `ParameterSlice`.
     """
 
     tensor: str

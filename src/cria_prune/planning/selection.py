@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from cria_prune.base.errors import CriaError, SignalError, StructureError, TargetError
+from cria_prune.base.errors import CriaError, SignalError, StructureError, TargetError, some
 from cria_prune.config import PlanConfig
 from cria_prune.planning.allocation import Losses, allocate
 from cria_prune.planning.budget import SLACK, Budget, Cost
 from cria_prune.planning.latency import LatencyTable
 from cria_prune.planning.stairs import Allowed, Stair, fewest, stairs
+from cria_prune.structure.account import LAST
 from cria_prune.structure.groups import UnitGroup, UnitGroups, freeze, without_residual
 from cria_prune.vanilla import holdable
 
@@ -135,7 +136,8 @@ def check_reachable(
     """Return the largest share that can be removed, at least the target; see `select` for the arguments.
 
     Raises:
-        TargetError: the target is not in (0, 1) or beyond that share.
+        TargetError: the target is not in (0, 1) or beyond that share; the text says what keeps the most
+            parameters in place, and what would let them leave.
         StructureError: nothing is prunable, or `allowed` does not fit.
     """
     check_share(target)
@@ -148,9 +150,11 @@ def check_reachable(
             *([f"multiples of {config.multiple}"] if config.multiple > 1 else []),
             *(["the numbers that are allowed"] if allowed else []),
         ]
+        stays = groups.account(least=fewest(stairs(groups, config, allowed)))
         raise TargetError(
             f"Removing {target:.2%} of the {config.of}{_as_speedup(config, target)}",
-            f"at most {most:.2%} can be removed{_as_speedup(config, most)} with {', '.join(limits)}",
+            f"at most {most:.2%} can be removed{_as_speedup(config, most)} with {', '.join(limits)}. "
+            f"What stays of the parameters: {' | '.join(map(str, stays.largest()))}",
             f"Ask for {np.floor(most * 1e4) / 1e4:g} or less, or lower the floor",
         )
     return most
@@ -171,13 +175,15 @@ def check_share(target: float) -> None:
 
 
 def check_prunable(groups: UnitGroups) -> None:
-    """Raise a StructureError, with every group's reason, if no group can be pruned."""
+    """Raise a StructureError, with the reasons that keep the most in place, if no group can be pruned."""
     if groups.prunable:
         return
-    reasons = [f"{group.name}: {group.frozen or 'one unit is left, which always stays'}" for group in groups]
+    reasons = [f"{group.name}: {group.frozen or LAST}" for group in groups]
+    found = f" ({some(reasons, between='; ')})" if reasons else ", the model has no groups"
+    stays = " | ".join(map(str, groups.account().largest()))
     raise StructureError(
         "Choosing units to remove",
-        "no group can be pruned" + (f" ({'; '.join(reasons)})" if reasons else ", the model has no groups"),
+        f"no group can be pruned{found}" + (f". What stays of the parameters: {stays}" if stays else ""),
         "Use a model with at least one prunable layer, or mend what the reasons name",
     )
 

@@ -9,8 +9,7 @@ import numpy as np
 
 from cria_prune.base.errors import StructureError
 from cria_prune.config import PlanConfig
-from cria_prune.planning.budget import least_kept
-from cria_prune.structure.groups import UnitGroup, UnitGroups, counted_together
+from cria_prune.structure.groups import UnitGroup, UnitGroups, counted_together, least_kept
 
 Allowed = Mapping[str, Sequence[int]]
 ROUNDED = ("neuron", "gated", "channel")

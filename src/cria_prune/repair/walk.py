@@ -695,7 +695,7 @@ def _told(batch: Batch) -> list[bytes]:
     rows = [
         item.detach().cpu().contiguous().reshape(size, -1)
         for item in tree_leaves(model_inputs(batch))
-        if isinstance(item, Tensor) and item.ndim and len(item) == size and item.numel()
+        if isinstance(item, Tensor) and item.ndim and (size == 1 or len(item) == size) and item.numel()
     ]
     seen = [hashlib.blake2b(digest_size=16) for _ in range(size)]
     for item in rows:

@@ -173,12 +173,27 @@ class Units:
         self._fixed: list[tuple[np.ndarray, str]] = []
         self._assumed: list[tuple[np.ndarray, str]] = []
         self._marked: dict[str, list[np.ndarray]] = {}
+        self._made: dict[str, list[tuple[int, int]]] = {"spread": [], "factor": []}
 
     def fresh(self, size: int) -> np.ndarray:
         """Return `size` new atoms."""
         atoms = np.arange(self.count, self.count + size, dtype=np.int64)
         self.count += size
         return atoms
+
+    def spread(self, size: int) -> np.ndarray:
+        """Return new atoms of a dimension along which one position is repeated, as `expand` does it."""
+        return self._noted("spread", self.fresh(size))
+
+    def _noted(self, name: str, atoms: np.ndarray) -> np.ndarray:
+        self._made[name].append((int(atoms[0]), self.count))
+        return atoms
+
+    def made_by(self, name: str, atoms: Dim) -> bool:
+        """Say whether these atoms were made by a repetition (`spread`) or a reshape (`factor`)."""
+        if atoms is None or not atoms.size:
+            return False
+        return any(start <= atoms.flat[0] < stop for start, stop in self._made[name])
 
     def tie(self, first: Dim, second: Dim, reason: str) -> Dim:
         """Tie two dimensions position by position; a fixed one freezes the other with `reason`."""
@@ -233,7 +248,7 @@ class Units:
         # A projection splits into heads × size, a fused one into 3 × heads ×
         # size, a shuffle into 2 × half. At the split these look alike; so
         # every factor gets atoms, and what the operations do to each decides.
-        factors = tuple(self.fresh(sizes[axis]) for axis in varies)
+        factors = tuple(self._noted("factor", self.fresh(sizes[axis])) for axis in varies)
         self._grids.append(Grid(grid, factors))
         for axis, factor in zip(varies, factors, strict=True):
             result[axis] = factor
@@ -244,6 +259,10 @@ class Units:
         labelled = [axis for axis, item in enumerate(factors) if item is not None]
         if not labelled:
             return None
+        # A dimension along which units are repeated (a key-value head for each of its query
+        # heads) holds none of its own, unless nothing else is there that could be a unit.
+        own = [axis for axis in labelled if not self.made_by("spread", factors[axis])]
+        labelled = own or labelled
         held = [np.asarray(factors[axis]) for axis in labelled]
         inner = [size if axis in labelled else 1 for axis, size in enumerate(sizes)]
         # A merge of several factors is the same question from the other side, so it makes a grid as well.

@@ -13,10 +13,11 @@ from torch.fx import Node
 
 from cria_prune.base.batches import Batch, batch_size
 from cria_prune.base.events import passed
+from cria_prune.structure.account import UNREAD
 from cria_prune.structure.axes import Resolved
 from cria_prune.structure.groups import Count, ParameterSlice, Role, Site, Tap, UnitGroup, UnitGroups
 from cria_prune.structure.rules.core import Context, Counted, operation_name
-from cria_prune.structure.trace import Trace, trace
+from cria_prune.structure.trace import Trace, live_nodes, trace
 
 # Names that say what they count. Any other number that happens to be equal is a
 # guess, and restated only where a trial cut fails without it (docs/decisions/0007).
@@ -161,6 +162,8 @@ def discover(model: nn.Module, example: Batch, traced: Trace | None = None) -> U
         roles.setdefault((use.weight, use.in_dim), set()).add("consumes")
         kinds[use.weight] = "channel" if operation_name(use.node).startswith("conv") else "neuron"
         positions[use.weight] = positions.get(use.weight, 0.0) + use.per_element / batch_size(example)
+    for place in context.picks:
+        roles.setdefault(place, set()).add("picks")
     slices = [
         Place(name, dim, kind, atoms)
         for name, dims in context.labels.items()
@@ -175,7 +178,35 @@ def discover(model: nn.Module, example: Batch, traced: Trace | None = None) -> U
         parameters=tuple(name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)),
         positions=positions,
         embeddings=_embeddings(traced),
+        loose=_loose(traced, atoms.values()),
     )
+
+
+def _loose(traced: Trace, grouped: Iterable[np.ndarray]) -> dict[str, dict[int, str]]:
+    """Return why dimensions of parameters that no group touches have no units; see `UnitGroups.loose`."""
+    resolved, context = traced.resolved, traced.context
+    owned = np.zeros(int(resolved.classes.max(initial=-1)) + 1, dtype=bool)
+    for units in grouped:
+        owned[units] = True
+    alive = live_nodes(traced.program.graph)
+    read = {
+        traced.names[node.name]
+        for node in traced.program.graph.nodes
+        if node.op == "placeholder" and node.name in traced.names and not alive.isdisjoint(node.users)
+    }
+    found: dict[str, dict[int, str]] = {}
+    for name, tensor in traced.tensors.items():
+        if not isinstance(tensor, nn.Parameter):
+            continue
+        dims = [np.unique(resolved.classes[atoms]) for atoms in context.labels[name]]
+        free = {dim: units for dim, units in enumerate(dims) if not owned[units].any()}
+        said = {
+            dim: next((resolved.frozen[unit] for unit in units.tolist() if unit in resolved.frozen), "")
+            for dim, units in free.items()
+        }
+        known = {dim: text for dim, text in said.items() if text}
+        found[name] = known if name in read else dict.fromkeys([-1, *free], UNREAD)
+    return {name: reasons for name, reasons in found.items() if reasons}
 
 
 def _embeddings(traced: Trace) -> tuple[str, ...]:
@@ -284,7 +315,7 @@ def _group(
     units = made[0].units[order].tolist()
     slices = [
         ParameterSlice(item.place.tensor, item.place.dim, item.positions[order], cast(Role, item.place.kind))
-        for item in [*made, *(item for item in items if item.place.kind in ("consumes", "follows"))]
+        for item in [*made, *(item for item in items if item.place.kind in ("consumes", "follows", "picks"))]
     ]
     taps = {
         site: tuple(

@@ -6,16 +6,16 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
+from cria_prune.structure.account import LAST, Account, Held, account
 from cria_prune.structure.table import Row, Status, plain
 
-Role = Literal["produces", "consumes", "follows"]
+Role = Literal["produces", "consumes", "follows", "picks"]
 Site = Literal["output", "input", "rows"]
-LAST_UNIT = "has one unit, and one always stays"
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class ParameterSlice:
         dim: the dimension that the units lie along.
         positions: (units, width) int64, the positions of each unit along `dim`.
         role: `produces` (output dimension of a weight), `consumes` (a dimension that the
-            weight sums over), or `follows` (bias, batch norm statistics, depthwise filters).
+            weight sums over), `follows` (bias, batch norm statistics, depthwise filters), or `picks`
+            (an index that a buffer holds: its values are positions too).
     """
 
     tensor: str
@@ -88,7 +89,8 @@ class UnitGroup:
         name: the module that produces the first slice; stable over rounds.
         kind: `channel` (convolution), `neuron` (fully connected), `gated` (a neuron that is the
             product of two), `head` (attention), `kv group` (a key-value head with its query heads),
-            or `residual` (the width of a sum of branches, shared by all of them).
+            or `residual` (the width of a stream that skips: of a sum of branches one of which goes
+            around a layer of another, see `structure/skips.py`).
         size: units now; `original_size`: units in the dense model.
         slices: what leaves with a unit.
         inputs: taps of the input-side signal; outputs: taps of the output-side signal.
@@ -139,6 +141,7 @@ class UnitGroups:
             so that MACs = sum over weights of positions * elements.
         embeddings: names of the parameters that rows are picked from (tokens, positions, types), and
             of an output layer as large as the token embedding.
+        loose: parameter -> dimension that no group touches -> why it has no units; -1 is the parameter.
     """
 
     groups: tuple[UnitGroup, ...]
@@ -146,6 +149,7 @@ class UnitGroups:
     parameters: tuple[str, ...]
     positions: Mapping[str, float]
     embeddings: tuple[str, ...] = ()
+    loose: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[UnitGroup]:
         return iter(self.groups)
@@ -169,6 +173,23 @@ class UnitGroups:
         prunable = {group.name for group in self.prunable}
         return tuple(self._row(group, group.name in prunable) for group in self.groups)
 
+    def account(self, floor: float = 0.0, least: Mapping[str, int] | None = None) -> Account:
+        """Return what becomes of every parameter: what can leave, and why the rest stays.
+
+        The shares of the entries add up to one; each says what would let its parameters leave.
+
+        Args:
+            floor: share of each group's units that always stays; one unit does anyway.
+            least: group name -> units that always stay, in place of what the floor says.
+        """
+        least, held, prunable = least or {}, [], {group.name for group in self.prunable}
+        for group in self.groups:
+            reason = None if group.name in prunable else group.frozen or LAST
+            places = tuple((item.tensor, item.dim, item.positions) for item in group.slices)
+            stays = least.get(group.name, least_kept(group, floor))
+            held.append(Held(group.name, group.size, reason, stays, places))
+        return account(held, self.shapes, self.parameters, self.loose)
+
     def __str__(self) -> str:
         rows, sizes = self.rows(), {name: math.prod(shape) for name, shape in self.shapes.items()}
         parameters = sum(sizes[name] for name in self.parameters)
@@ -190,7 +211,7 @@ class UnitGroups:
             kind=group.kind,
             units=group.size,
             status=status,
-            frozen=None if prunable else group.frozen or LAST_UNIT,
+            frozen=None if prunable else group.frozen or LAST,
             parameters_per_unit=parameters,
             macs_per_unit=macs,
             producers=tuple(sorted({item.tensor for item in group.producers})),
@@ -205,6 +226,12 @@ class UnitGroups:
         gone = {tensor: math.prod(before[tensor]) - math.prod(after[tensor]) for tensor in before}
         macs = sum(gone[tensor] * self.positions.get(tensor, 0.0) for tensor in gone)
         return sum(gone[tensor] for tensor in gone if tensor in self.parameters), float(macs)
+
+
+def least_kept(group: UnitGroup, floor: float) -> int:
+    """Return how many units always stay: max(1, ceil(floor * original size)), at most all of now."""
+    # 0.07 · 100 is 7.000000000000001 in floating point, and 8 units would stay.
+    return min(group.size, max(1, math.ceil(floor * group.original_size - 1e-9)))
 
 
 def without_residual(groups: UnitGroups) -> UnitGroups:

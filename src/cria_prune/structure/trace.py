@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -23,8 +25,9 @@ from cria_prune.base.errors import CaptureError, DataError, said
 from cria_prune.base.events import passed
 from cria_prune.base.modules import cache_off, named_tensors, shared_copy
 from cria_prune.structure.axes import Resolved, Units
-from cria_prune.structure.rules import attention, layers, shape  # noqa: F401  (they register their rules)
+from cria_prune.structure.rules import attention, layers, positions, shape  # noqa: F401  (they register)
 from cria_prune.structure.rules.core import RULES, Context, freeze_all, no_rule, operation_name
+from cria_prune.structure.skips import skipped
 
 LAYERS = {"linear", "conv1d", "conv2d", "conv3d"}
 """Their rules look at the shapes of weights and results only."""
@@ -68,11 +71,14 @@ def trace(model: nn.Module, example: Batch) -> Trace:
         context.labels[name] = [context.units.fresh(size) for size in tensor.shape]
     names = parameter_names(program, model)
     _start(program.graph, context, names)
+    _note_values(program, context, tensors)
     for item in tree_leaves(follow(program.graph, context)):
         if isinstance(item, Node):
             freeze_all(context.axes[item], context, "is part of the model's output")
     _freeze_two_ways(context)
-    return Trace(program, context, tensors, names, context.units.resolve())
+    resolved = context.units.resolve()
+    marks = {**resolved.marks, "residual": skipped(context, resolved.classes)}
+    return Trace(program, context, tensors, names, replace(resolved, marks=marks))
 
 
 def capture(model: nn.Module, example: Batch, dynamic: Any = None) -> ExportedProgram:
@@ -159,6 +165,16 @@ def _start(graph: Graph, context: Context, names: Mapping[str, str]) -> None:
                 context.tensors[node] = name
 
 
+def _note_values(program: ExportedProgram, context: Context, tensors: Mapping[str, Tensor]) -> None:
+    """Note the constants and the whole numbers of buffers, which may be positions that are picked."""
+    constants = program.graph_signature.inputs_to_lifted_tensor_constants
+    for node in program.graph.nodes:
+        held = tensors.get(context.tensors.get(node, ""))
+        value = program.constants[constants[node.name]] if node.name in constants else held
+        if isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32):
+            context.values[node] = value
+
+
 def follow(graph: Graph, context: Context) -> Any:
     """Apply the rule of every operation of a graph in order; return the arguments of its output."""
     # What nothing reads must not freeze the units that it touches, and export leaves such operations behind.
@@ -172,11 +188,11 @@ def follow(graph: Graph, context: Context) -> Any:
             # Two things are carried from node to node. Data is what depends on the input: a weight
             # that scales the units is no second branch. Sources are the layers that an output
             # comes from: GELU written out adds x and x³ of one layer, and only where different
-            # layers meet is there a residual stream (docs/log.md, structure of any network).
+            # layers meet may one go around another (docs/log.md, structure of any network).
             if not context.data.isdisjoint(node.all_input_nodes):
                 context.data.add(node)
-            inherited = [context.sources[item] for item in node.all_input_nodes if item in context.sources]
-            context.sources[node] = frozenset().union(*inherited)
+            for table in (context.sources, context.upstream):
+                table[node] = reduce(or_, (table.get(item, 0) for item in node.all_input_nodes), 0)
             uses = len(context.uses)
             wrapped = wrapped_graph(node)
             if wrapped is None:
@@ -194,9 +210,15 @@ def follow(graph: Graph, context: Context) -> Any:
                 # A block under no_grad or autocast comes as a graph of
                 # its own. Without a look inside all of it would freeze.
                 context.axes[node] = _wrapper(wrapped, context)
+            noted = range(uses, len(context.uses))
+            context.upstream[node] |= sum(1 << number for number in noted)
             # A rule that notes a use with outputs was a layer's: what comes out of it has this one source.
-            if any(use.out_dim is not None for use in context.uses[uses:]):
-                context.sources[node] = frozenset([node])
+            own = sum(1 << number for number in noted if context.uses[number].out_dim is not None)
+            context.sources[node] = own or context.sources[node]
+            if not noted and node not in context.lost:
+                for item in node.all_input_nodes:
+                    if item in context.lost:
+                        context.lost[node] = context.lost[item]
         elif node.op == "output":
             return node.args[0]
     return ()
@@ -250,7 +272,8 @@ def _wrapper(wrapped: tuple[Graph, list[Any]], context: Context) -> Any:
                 context.tensors[inner] = context.tensors[outer]
             if outer in context.data:
                 context.data.add(inner)
-            context.sources[inner] = context.sources.get(outer, frozenset())
+            context.sources[inner] = context.sources.get(outer, 0)
+            context.upstream[inner] = context.upstream.get(outer, 0)
         else:
             context.axes[inner] = []
     result = follow(graph, context)

@@ -33,6 +33,17 @@ def slice_tensor(tensor: Tensor, cuts: Sequence[tuple[int, Sequence[int]]]) -> T
     return nn.Parameter(smaller, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else smaller
 
 
+def ranks(order: Tensor) -> Tensor:
+    """Return the positions that are left of an order (n,), counted anew.
+
+    >>> ranks(torch.tensor([5, 0, 3]))
+    tensor([2, 0, 1])
+    """
+    if order.device.type == "meta":
+        return order
+    return order.unique(return_inverse=True)[1].to(order.dtype)
+
+
 # Instance norms derive from the same class and have no weight unless asked for.
 CHANNEL_NORMS = (nn.modules.batchnorm._NormBase,)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -66,7 +77,10 @@ def restate(module: nn.Module, before: Mapping[str, tuple[int, ...]], depthwise:
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = map(int, module.weight.shape)
     elif isinstance(module, TRANSPOSED):
-        module.in_channels, module.out_channels = int(module.weight.shape[0]), int(module.weight.shape[1])
+        if module.groups > 1 and depthwise:
+            module.groups = int(module.weight.shape[0])
+        module.in_channels = int(module.weight.shape[0])
+        module.out_channels = int(module.weight.shape[1]) * module.groups
     elif isinstance(module, CONVOLUTIONS):
         if module.groups > 1 and depthwise:
             multiplier = before["weight"][0] // module.groups
@@ -163,6 +177,8 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False, share: bool = 
     cuts = check(tensors, plan)
     check_attributes(model, plan)
     smaller = {name: slice_tensor(tensors[name], items) for name, items in cuts.items()}
+    order = {cut.tensor for cut in plan.cuts if cut.role == "picks"} & smaller.keys()
+    smaller |= {name: ranks(smaller[name]) for name in order}
     # By identity: a tensor of several names is cut once and stays one.
     replaced = {id(tensors[name]): tensor for name, tensor in smaller.items()}
     before = {id(tensors[name]): tuple(tensors[name].shape) for name in cuts}

@@ -18,10 +18,10 @@ from cria_prune.structure.rules.core import (
     shape,
     tensor_arguments,
 )
-from cria_prune.structure.rules.layers import MODEL_INPUT, follow_units
+from cria_prune.structure.rules.layers import follow_units
 
 
-@rule("matmul", "mm", "bmm")
+@rule("matmul", "mm", "bmm", "mv")
 def matmul(node: Node, context: Context) -> Any:
     """A weight is used as in a linear; two activations: the summed dimension is fixed, batches meet."""
     left, right = cast(tuple[Node, Node], node.args[:2])
@@ -50,11 +50,15 @@ def baddbmm(node: Node, context: Context) -> Any:
 
 def product(node: Node, left: Node, right: Node, context: Context) -> Any:
     """Return the axes of left @ right."""
-    if len(shape(left)) < 2 or len(shape(right)) < 2:
-        return no_rule(node, context)
     first, second = context.of(left), context.of(right)
+    if len(shape(right)) == 1:
+        add_up(node, first[-1], second[0], context)
+        return first[:-1]
+    if len(shape(left)) == 1:
+        add_up(node, second[-2], first[0], context)
+        return [*second[:-2], second[-1]]
     if right in context.tensors and len(second) == 2:
-        context.units.tie(first[-1], second[0], MODEL_INPUT)
+        context.units.tie(first[-1], second[0], context.fixed_by(left))
         context.use(node, right, (0, 1), -1, first[-1], second[1], float(np.prod(shape(node)[:-1])))
         return [*first[:-1], second[1]]
     # Two activations: their sum has no weight to cut. The dimension is fixed weakly,
@@ -63,6 +67,15 @@ def product(node: Node, left: Node, right: Node, context: Context) -> Any:
     fix_sum(context, [first[-1], second[-2]], reason)
     batch = meet_batches(node, context, (first[:-2], shape(left)[:-2]), (second[:-2], shape(right)[:-2]))
     return [*batch, first[-2], second[-1]]
+
+
+def add_up(node: Node, units: Dim, other: Dim, context: Context) -> None:
+    """Tie the units of a sum of products with a vector, such as the query of attention pooling."""
+    together = context.units.tie(units, other, f"meets a tensor of fixed size in {context.where(node)}")
+    if context.units.made_by("factor", units):
+        context.units.fix(together, f"is summed over by {context.where(node)}")
+    else:
+        context.units.mark(together, "normed")  # the twin of weights knows no such consumer
 
 
 def fix_sum(context: Context, dims: list[Dim], reason: str) -> None:
@@ -135,7 +148,10 @@ def einsum(node: Node, context: Context) -> Any:
             met[letter] = context.units.tie(met[letter], other, reason)
     if not _einsum_weight(node, items, terms, result, context):
         for letter, dim in met.items():
-            if letter not in result:
+            vector = any(term == letter for term in terms)
+            if letter not in result and vector and not context.units.made_by("factor", dim):
+                context.units.mark(dim, "normed")
+            elif letter not in result:
                 context.units.fix(dim, f"is summed over by {context.where(node)}")
             elif (
                 sum(letter in term for term, item in zip(terms, items, strict=True) if item in context.data)

@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
+from torch import Tensor
 from torch.fx import Node
 
+from cria_prune.structure.account import NO_RULE
 from cria_prune.structure.axes import Axes, Dim, Units
 
+MODEL_INPUT = "is part of the model's input"
 Rule = Callable[[Node, "Context"], Any]
 RULES: dict[str, Rule] = {}
 
@@ -44,6 +47,14 @@ class Counted:
     names: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Addition:
+    """A sum of branches: the atoms along one dimension of it, and the sources of each branch."""
+
+    atoms: np.ndarray
+    branches: tuple[int, ...]
+
+
 @dataclass
 class Context:
     """What the rules know.
@@ -55,7 +66,14 @@ class Context:
         tensors: nodes that are a parameter or buffer, or a view of it with the same elements.
         data: nodes that depend on the model's inputs.
         statistics: node -> (dimension counted from the back, atoms) that it is a statistic over.
-        sources: node -> the layers that produced it, with no other layer between.
+        dropped: the same of a statistic whose dimension is gone, and will be put back.
+        sources: node -> the layers that produced it, with no other layer between: one bit for each of
+            their uses, see `structure/skips.py`.
+        upstream: node -> all uses of weights that it depends on, likewise.
+        additions: the sums of outputs of different layers.
+        lost: node -> the operation without a rule that its values come from, with no layer between.
+        values: nodes that are a constant of the code, with its value; integer buffers too.
+        picks: (buffer, dimension) whose values are the positions of the units that they stand beside.
         uses: the uses of weights.
         counted: numbers that count atoms.
     """
@@ -66,7 +84,13 @@ class Context:
     tensors: dict[Node, str] = field(default_factory=dict)
     data: set[Node] = field(default_factory=set)
     statistics: dict[Node, tuple[int, np.ndarray]] = field(default_factory=dict)
-    sources: dict[Node, frozenset[Node]] = field(default_factory=dict)
+    dropped: dict[Node, tuple[int, np.ndarray]] = field(default_factory=dict)
+    sources: dict[Node, int] = field(default_factory=dict)
+    upstream: dict[Node, int] = field(default_factory=dict)
+    additions: list[Addition] = field(default_factory=list)
+    lost: dict[Node, str] = field(default_factory=dict)
+    values: dict[Node, Tensor] = field(default_factory=dict)
+    picks: set[tuple[str, int]] = field(default_factory=set)
     uses: list[WeightUse] = field(default_factory=list)
     counted: list[Counted] = field(default_factory=list)
 
@@ -77,6 +101,10 @@ class Context:
     def where(self, node: Node) -> str:
         """Say where a node is, for a reason."""
         return f"{operation_name(node)} in {module_path(node) or 'the model'}"
+
+    def fixed_by(self, node: Node) -> str:
+        """Say why a dimension of a layer's input has no units."""
+        return self.lost.get(node, MODEL_INPUT)
 
     def count(self, node: Node, value: int, atoms: Dim, *names: str) -> None:
         """Note that the number `value` in this operation counts these atoms."""
@@ -169,9 +197,12 @@ def no_rule(node: Node, context: Context) -> Any:
     """Freeze all that touches an operation that has no rule."""
     # An operation that is not known may mix, move or count
     # units. Freezing prunes less than could be, never wrongly.
+    reason = f"{NO_RULE} {context.where(node)}"
+    context.lost[node] = next(
+        (context.lost[item] for item in node.all_input_nodes if item in context.lost), reason
+    )
     for item in node.all_input_nodes:
-        axes = context.axes.get(item, [])
-        freeze_all(axes, context, f"no rule for the operation {context.where(node)}")
+        freeze_all(context.axes.get(item, []), context, reason)
     value = node.meta.get("val")
     if isinstance(value, (tuple, list)):
         return [[None] * len(getattr(item, "shape", ())) for item in value]
@@ -199,7 +230,7 @@ ELEMENTWISE = """
     sin sinh softplus softshrink softsign sqrt square sub tan tanh tanhshrink threshold to trunc
     type_as where xlogy zeros_like
 """
-ADDITIONS = {"add", "sub", "rsub"}
+ADDITIONS = {"add", "sub", "rsub", "addcmul", "addcdiv", "lerp"}
 ONE_TENSOR = {"to", "type_as"}  # the other tensor gives its type only
 
 
@@ -218,6 +249,8 @@ def elementwise(node: Node, context: Context) -> Axes:
 def meet_statistics(node: Node, items: list[Node], result: Axes, context: Context) -> None:
     """A statistic over units is broadcast back over these units, or they are frozen."""
     for item in items:
+        if item in context.dropped:
+            context.dropped[node] = context.dropped[item]
         if item in context.statistics:
             back, atoms = context.statistics[item]
             met = result[back]
@@ -235,20 +268,30 @@ def meet_statistics(node: Node, items: list[Node], result: Axes, context: Contex
 
 
 def _mark_branches(node: Node, result: Axes, branches: list[Node], context: Context) -> None:
-    """Mark what meets: a residual stream where outputs of different layers are added, gated units."""
+    """Note what meets: sums of outputs of different layers, of which some may skip; and gated units."""
     name = operation_name(node)
-    if name in ADDITIONS and len({context.sources.get(item) for item in branches}) > 1:
-        mark = "residual"
-    elif name == "mul":
-        mark = "gated"
-    else:
+    added = tuple(dict.fromkeys(_added(name, branches, context))) if name in ADDITIONS else ()
+    if len(added) < 2 and name != "mul":
         return
     for back in range(1, len(result) + 1):
         held = [context.axes[item][-back] for item in branches if back <= len(shape(item))]
         # Equal atoms on both sides are one branch that meets itself, as in x · sigmoid(x).
         labelled = [item for item in held if item is not None]
         if any(not np.array_equal(labelled[0], other) for other in labelled[1:]):
-            context.units.mark(result[-back], mark)
+            if name == "mul":
+                context.units.mark(result[-back], "gated")
+            else:
+                context.additions.append(Addition(np.asarray(result[-back]).ravel(), added))
+
+
+def _added(name: str, branches: list[Node], context: Context) -> list[int]:
+    """Return the sources of each term of a sum."""
+    sources = [context.sources.get(item, 0) for item in branches]
+    if name == "lerp" and len(sources) == 3:  # (1 - w) x + w y
+        return [sources[0] | sources[2], sources[1] | sources[2]]
+    if name.startswith("addc") and len(sources) == 3:  # x + y z
+        return [sources[0], sources[1] | sources[2]]
+    return sources
 
 
 def broadcast(items: list[tuple[Axes, list[int]]], rank: int, node: Node, context: Context) -> Axes:

@@ -22,15 +22,13 @@ from cria_prune.structure.rules.core import (
     shape,
 )
 
-MODEL_INPUT = "is part of the model's input"
-
 
 @rule("linear")
 def linear(node: Node, context: Context) -> Axes:
     """y = x W^T + b over the last dimension."""
     data, weight = cast(tuple[Node, Node], node.args[:2])
     axes, weights = context.of(data), context.of(weight)
-    context.units.tie(axes[-1], weights[1], MODEL_INPUT)
+    context.units.tie(axes[-1], weights[1], context.fixed_by(data))
     follow_units(context, node, weights[0], argument(node, 2, "bias"))
     # Each element of the weight multiplies once for every row, which is what the MACs are counted by.
     context.use(node, weight, (1, 0), -1, axes[-1], weights[0], float(np.prod(shape(node)[:-1])))
@@ -61,7 +59,7 @@ def convolution(node: Node, context: Context) -> Any:
     axes, weights = context.of(data), context.of(weight)
     summed, leaving = weights[:2] if turned else (weights[1], weights[0])
     # A weight without atoms is a constant, or computed by an operation without a rule.
-    if summed is None or leaving is None or (turned and groups > 1):
+    if summed is None or leaving is None:
         return no_rule(node, context)
     dims: tuple[int | None, int | None] = (0, 1) if turned else (1, 0)
     spatial = len(weights) - 2
@@ -69,27 +67,46 @@ def convolution(node: Node, context: Context) -> Any:
     entering = axes[channel]
     freeze_all(axes[channel + 1 :], context, f"is a spatial dimension of {context.where(node)}")
     freeze_all(weights[2:], context, "is a window of a convolution")
-    if groups > 1 and argument_shape(node, 1)[1] == 1:
+    if turned and groups > 1:
+        # The first dimension has the inputs of all groups, the second the outputs of one.
+        leaving, dims = _turned_groups(node, entering, weights, groups, context)
+    elif groups > 1 and argument_shape(node, 1)[1] == 1:
         # Depthwise: each input channel makes its own outputs, so both leave together.
         # A depthwise filter follows its channel like a bias: it has no dimension that sums over channels.
         multiplier = len(leaving) // groups
         repeated = None if entering is None else np.repeat(entering, multiplier)
-        context.units.tie(repeated, leaving, MODEL_INPUT)
+        context.units.tie(repeated, leaving, context.fixed_by(data))
         context.units.freeze(summed, "is the single input of a depthwise filter")
         dims = (None, None)
     elif groups > 1:
         # The weight has one dimension for the inputs of all groups. A group that lost more than another would
         # need a weight of another shape; so position i leaves all of them, on the side of the outputs too.
-        context.units.tie(entering, np.tile(summed, groups), MODEL_INPUT)
+        context.units.tie(entering, np.tile(summed, groups), context.fixed_by(data))
         rows = leaving.reshape(groups, -1)
-        context.units.tie(np.tile(rows[0], groups), leaving, MODEL_INPUT)
+        context.units.tie(np.tile(rows[0], groups), leaving, "")
     else:
-        context.units.tie(entering, summed, MODEL_INPUT)
+        context.units.tie(entering, summed, context.fixed_by(data))
     follow_units(context, node, leaving, argument(node, 2, "bias"))
     sizes = argument_shape(node) if turned else shape(node)
     positions = float(np.prod(sizes[:channel] + sizes[channel + 1 :]))
     context.use(node, weight, dims, channel, entering, leaving, positions)
     return [*axes[:channel], leaving, *[None] * spatial]
+
+
+def _turned_groups(
+    node: Node, entering: Dim, weights: Axes, groups: int, context: Context
+) -> tuple[np.ndarray, tuple[int | None, int | None]]:
+    """Tie the channels of a grouped transposed convolution; return what it makes, and its dimensions."""
+    inputs, outputs = np.asarray(weights[0]), np.asarray(weights[1])
+    context.units.tie(entering, inputs, context.fixed_by(cast(Node, node.args[0])))
+    if len(inputs) == groups:
+        # Depthwise: each channel makes its own, by filters that follow it like a bias.
+        context.units.freeze(outputs, "are the outputs of one depthwise filter")
+        return np.repeat(inputs, len(outputs)), (None, None)
+    # As in the plain one: position i leaves every group, on both sides.
+    rows = inputs.reshape(groups, -1)
+    context.units.tie(np.tile(rows[0], groups), inputs, "")
+    return np.tile(outputs, groups), (0, 1)
 
 
 def follow_units(context: Context, node: Node, units: Dim, *parameters: Any) -> None:
@@ -234,7 +251,13 @@ def reduction(node: Node, context: Context) -> Any:
         if normalises:
             context.units.mark(axes[dim], "normed")
             if axes[dim] is not None:
-                context.statistics[node] = (dim - len(axes), np.asarray(axes[dim]))
+                kept = len(shape(node)) == len(axes)
+                table = context.statistics if kept else context.dropped
+                table[node] = (dim - len(axes), np.asarray(axes[dim]))
+        elif name == "sum" and not context.units.made_by("factor", axes[dim]):
+            # A sum by hand (the scores of attention pooling) is a layer whose weights are one: it loses what
+            # the units add. They are no zeros where a bias or exp stands between, so operations are the twin.
+            context.units.mark(axes[dim], "normed")
         else:
             context.units.freeze(axes[dim], f"is reduced over by {context.where(node)}")
     value = node.meta["val"]
@@ -260,25 +283,34 @@ STATISTICS = {"mean", "var", "std", "sum", "amax", "amin", "linalg_vector_norm",
 
 
 def _is_broadcast_back(node: Node, dim: int) -> bool:
-    """Say whether a statistic over `dim` (kept with size one) only ever meets that dimension again.
+    """Say whether a statistic over `dim` only ever meets that dimension again, with size one or put back.
 
     So it is in a hand-written normalisation, x / sqrt(mean(x²)): nothing else reads the statistic.
     """
-    if any(item == 0 for item in shape(node)) or len(shape(node)) != len(shape(node.all_input_nodes[0])):
+    rank = len(shape(node.all_input_nodes[0]))
+    if any(item == 0 for item in shape(node)):
         return False
-    back = dim - len(shape(node))
+    back = dim - rank
     # Every reader is followed as long as the dimension has size
     # one, and what it meets at last has to be elementwise.
-    waiting = [node]
+    waiting = [(node, len(shape(node)) == rank)]
     while waiting:
-        for user in waiting.pop().users:
-            if operation_name(user) == "_assert_tensor_metadata":
+        item, there = waiting.pop()
+        for user in item.users:
+            name = operation_name(user)
+            if name == "_assert_tensor_metadata":
                 continue
-            meets = RULES.get(operation_name(user)) is elementwise or operation_name(user) == "expand_as"
+            if not there:
+                put_back = name == "unsqueeze" and dim_argument(user, 1, "dim", rank) == dim
+                if not put_back and (RULES.get(name) is not elementwise or shape(user) != shape(item)):
+                    return False
+                waiting.append((user, put_back))
+                continue
+            meets = RULES.get(name) is elementwise or name == "expand_as"
             if not meets or len(shape(user)) < -back:
                 return False
             if shape(user)[back] == 1:
-                waiting.append(user)
+                waiting.append((user, True))
     return True
 
 

@@ -24,6 +24,7 @@ from cria_prune.structure.rules.core import (
     shape,
     sizes_argument,
 )
+from cria_prune.structure.rules.positions import into_part, picked
 
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as", "ravel")
@@ -103,6 +104,8 @@ def _moved(node: Node, axes: Axes) -> Axes:
 def unsqueeze(node: Node, context: Context) -> Axes:
     """A new dimension of one."""
     axes = context.of(node.args[0])
+    if node.args[0] in context.dropped:
+        context.statistics[node] = context.dropped[cast(Node, node.args[0])]
     axes.insert(dim_argument(node, 1, "dim", len(axes) + 1), None)
     return axes
 
@@ -119,15 +122,20 @@ def squeeze(node: Node, context: Context) -> Axes:
 
 @rule("expand", "broadcast_to")
 def expand(node: Node, context: Context) -> Axes:
-    """Dimensions of one are repeated and stay fixed; the others pass."""
+    """A dimension of one is repeated as often as a number says that may count units; the others pass."""
     axes, before, after = context.of(node.args[0]), argument_shape(node), shape(node)
     new = len(after) - len(before)
-    kept: Axes = [item if before[dim] == after[dim + new] else None for dim, item in enumerate(axes)]
+    result: Axes = [*[None] * new, *axes]
     sizes = sizes_argument(node)
-    for dim, item in enumerate(kept):
-        if sizes[dim + new] != -1:
-            context.units.assume(item, f"{context.where(node)} takes its sizes from its input")
-    return [*[None] * new, *kept]
+    for dim, size in enumerate(after):
+        if size != 1 and (dim < new or before[dim - new] == 1):
+            # The one key of all query heads is expanded to as many as there are.
+            # The number may be held by the module, so it has atoms as `zeros` has.
+            result[dim] = context.units.spread(size)
+            context.count(node, size, result[dim])
+        if sizes[dim] != -1:
+            context.units.assume(result[dim], f"{context.where(node)} takes its sizes from its input")
+    return result
 
 
 @rule("expand_as")
@@ -277,13 +285,8 @@ def write_into(node: Node, context: Context) -> Any:
     """Values written into a tensor meet its units; into a numbered part of the units: no rule."""
     target, source = cast(tuple[Node, Node], node.args[:2])
     # The write goes through views into the whole tensor, so it is the whole one's units that it may meet.
-    view = target
-    while operation_name(view) in {"slice", "select"}:
-        whole = cast(Node, view.args[0])
-        dim = dim_argument(view, 1, "dim", len(shape(whole)))
-        if context.axes[whole][dim] is not None and shape(view) != shape(whole):
-            return no_rule(node, context)
-        view = whole
+    if into_part(target, context):
+        return no_rule(node, context)
     items = [(context.of(item), shape(item)) for item in (target, source)]
     return broadcast(items, len(shape(node)), node, context)
 
@@ -299,6 +302,10 @@ def index(node: Node, context: Context) -> Any:
         len(shape(item)) > 1 and "bool" in str(item.meta["val"].dtype) for item in indices if item is not None
     ):
         return no_rule(node, context)
+    alone = len(indexed) == 1 and indices[indexed[0]]
+    units = picked(node, alone, axes[indexed[0]], context) if isinstance(alone, Node) else None
+    if units is not None:
+        return [*axes[: indexed[0]], units, *axes[indexed[0] + 1 :]]
     for item in indices:
         if item is not None:
             freeze_all(context.of(item), context, f"is an index in {context.where(node)}")
@@ -319,8 +326,10 @@ def index_select(node: Node, context: Context) -> Axes:
     """The dimension that is picked from is fixed; the others pass."""
     axes = context.of(node.args[0])
     dim = dim_argument(node, 1, "dim", len(axes))
-    context.units.freeze(axes[dim], f"is picked from by index in {context.where(node)}")
-    axes[dim] = None
+    units = picked(node, cast(Node, argument(node, 2, "index")), axes[dim], context)
+    if units is None:
+        context.units.freeze(axes[dim], f"is picked from by index in {context.where(node)}")
+    axes[dim] = units
     return axes
 
 
@@ -342,16 +351,6 @@ def gather(node: Node, context: Context) -> Any:
             context.units.freeze(indices[place], f"meets a tensor of fixed size in {context.where(node)}")
         else:
             context.units.tie(axes[place], indices[place], "")
-    return axes
-
-
-@rule("roll", "flip")
-def roll(node: Node, context: Context) -> Any:
-    """The dimensions that are rolled or flipped are fixed; the others pass."""
-    axes = context.of(node.args[0])
-    dims = argument(node, 2, "dims", []) if operation_name(node) == "roll" else sizes_argument(node)
-    for dim in [dims] if isinstance(dims, int) else dims or range(len(axes)):
-        context.units.freeze(axes[int(dim)], f"is reordered by {context.where(node)}")
     return axes
 
 
