@@ -196,7 +196,7 @@ def twin(dense: nn.Module, smaller: nn.Module, plan: Plan, X: Tensor) -> nn.Modu
             gain = bn.weight.abs() / (bn.running_var + bn.eps).sqrt()
             sums = [seen(model, f"{meeting}.sum", X)[1] for model in (dense, smaller)]
             scale = bn.weight / (bn.running_var + bn.eps).sqrt()
-            targets.insert(0, (sums[0] - sums[1]) / scale[:, None, None])
+            targets.insert(0, (sums[0][:, kept] - sums[1]) / scale[:, None, None])
         if name == "head":
             P, owner = read, torch.arange(len(X))
         else:
