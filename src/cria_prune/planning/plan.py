@@ -13,6 +13,7 @@ import numpy as np
 
 from cria_prune.base.errors import ArtifactError, StructureError
 from cria_prune.base.events import passed
+from cria_prune.base.sizes import Operation, Size, Sizing
 from cria_prune.base.progress import screenful
 from cria_prune.config import PlanConfig
 from cria_prune.planning.allocation import Losses
@@ -20,7 +21,7 @@ from cria_prune.planning.budget import Budget, count_macs, count_parameters
 from cria_prune.planning.latency import LatencyTable
 from cria_prune.planning.selection import ranking_of, reachable, select
 from cria_prune.planning.stairs import Allowed
-from cria_prune.structure.groups import Role, UnitGroups, removed_positions, said_values
+from cria_prune.structure.groups import Role, UnitGroups, removed_positions, said_values, units_gone
 
 FORMAT, VERSION = "cria-plan", 2
 
@@ -60,6 +61,21 @@ class AttributeEdit:
     after: int
 
 
+@dataclass(frozen=True)
+class CallEdit:
+    """A call of a module's code, and the sizes that it gives from now on; see `base.sizes`.
+
+    Attributes:
+        module: qualified name of the module; `` for the model itself.
+        place: which of the model's captured operations it is.
+        sizing: its sizes.
+    """
+
+    module: str
+    place: int
+    sizing: Sizing
+
+
 @dataclass(frozen=True, repr=False)
 class Plan:
     """Kept units per group and kept positions per tensor, relative to the model; prints as a table.
@@ -72,6 +88,7 @@ class Plan:
         report: asked, reached and reachable shares and their denominators.
         attributes: what modules say of their sizes, beyond the shapes of their own parameters.
         normed: a normalisation takes statistics over removed units, see `surgery/verify.py`.
+        calls: calls that ask for sizes which the code works out from something else.
     """
 
     sizes: Mapping[str, int]
@@ -80,6 +97,7 @@ class Plan:
     report: Mapping[str, float | str]
     attributes: tuple[AttributeEdit, ...] = ()
     normed: bool = False
+    calls: tuple[CallEdit, ...] = ()
 
     def __repr__(self) -> str:
         stay = sum(map(len, self.kept.values()))
@@ -106,7 +124,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain dictionaries and lists, ready for JSON."""
-        return {
+        values = {
             "format": FORMAT,
             "version": VERSION,
             "sizes": dict(self.sizes),
@@ -119,6 +137,8 @@ class Plan:
             "normed": self.normed,
             "report": dict(self.report),
         }
+        # Most plans have none, and are written as they were before there were any.
+        return {**values, "calls": [_written(edit) for edit in self.calls]} if self.calls else values
 
     def to_json(self) -> str:
         """Return the plan as one line of JSON."""
@@ -134,7 +154,8 @@ class Plan:
         fields = _mapping(values, "the plan")
         if (fields.get("format"), fields.get("version")) == (FORMAT, 1):  # before attributes were restated
             fields = {"attributes": [], "normed": False, **fields, "version": VERSION}
-        keys = ("format", "version", "sizes", "kept", "cuts", "attributes", "normed", "report")
+        fields = {"calls": [], **fields}
+        keys = ("format", "version", "sizes", "kept", "cuts", "attributes", "normed", "report", "calls")
         fields = _mapping(fields, "the plan", keys)
         if fields["format"] != FORMAT or fields["version"] != VERSION:
             raise _wrong(
@@ -158,6 +179,7 @@ class Plan:
             cuts=cuts,
             attributes=_attributes(fields["attributes"]),
             normed=bool(fields["normed"]),
+            calls=_calls(fields["calls"]),
             report={key: _said(value, key) for key, value in _mapping(fields["report"], "report").items()},
         )
 
@@ -229,6 +251,41 @@ def _attributes(values: Any) -> tuple[AttributeEdit, ...]:
         edits.append(AttributeEdit(fields["module"], fields["name"], before, after))
     if len({(edit.module, edit.name) for edit in edits}) != len(edits):
         raise _wrong("two edits of one attribute")
+    return tuple(edits)
+
+
+def _written(edit: CallEdit) -> dict[str, Any]:
+    sizing = asdict(edit.sizing)
+    gives = [list(item) if isinstance(item, tuple) else item for item in edit.sizing.gives]
+    return {"module": edit.module, "place": edit.place, **sizing, "takes": [*edit.sizing.takes], "gives": gives}
+
+
+def _calls(values: Any) -> tuple[CallEdit, ...]:
+    if not isinstance(values, list):
+        raise _wrong(f"calls is a {type(values).__name__}, not a list")
+    edits = []
+    for number, value in enumerate(values):
+        what = f"calls[{number}]"
+        fields = _mapping(value, what, ("module", "place", "operation", "takes", "gives", "dim"))
+        lists = all(isinstance(fields[key], list) for key in ("takes", "gives"))
+        if not isinstance(fields["module"], str) or fields["operation"] not in get_args(Operation) or not lists:
+            raise _wrong(f"{what} of module {fields['module']!r}: {fields['operation']!r}")
+        takes = tuple(
+            None if item is None else _integer(item, f"{what}.takes", 1) for item in fields["takes"]
+        )
+        gives: tuple[Size, ...] = tuple(
+            tuple(_integer(dim, f"{what}.gives", 0) for dim in item)
+            if isinstance(item, list)
+            else None
+            if item is None
+            else _integer(item, f"{what}.gives", 1)
+            for item in fields["gives"]
+        )
+        last = max((dim for item in gives if isinstance(item, tuple) for dim in item), default=0)
+        if last >= len(takes):
+            raise _wrong(f"{what}.gives names dimension {last} of {len(takes)}")
+        sizing = Sizing(fields["operation"], takes, gives, _integer(fields["dim"], f"{what}.dim", -1))
+        edits.append(CallEdit(fields["module"], _integer(fields["place"], f"{what}.place", 0), sizing))
     return tuple(edits)
 
 
@@ -327,6 +384,21 @@ def make_plan(groups: UnitGroups, kept: Kept, report: Mapping[str, float | str] 
         normed=any(
             group.normed and len(chosen.get(group.name, ())) not in (0, group.size) for group in groups
         ),
+        calls=_call_edits(groups, chosen),
+    )
+
+
+def _call_edits(groups: UnitGroups, kept: Mapping[str, tuple[int, ...]]) -> tuple[CallEdit, ...]:
+    """Return every call of the modules that have to be restated when these units leave."""
+    gone = units_gone(groups, kept)
+    modules = {name for group in groups if group.name in gone for name in group.restated}
+    # An earlier round may have restated a module, and a group that could do without lies in its calls.
+    able = {name for group in groups for name in group.restated}
+    modules |= {call.module for call in groups.calls if call.module in able and call.groups & gone.keys()}
+    return tuple(
+        CallEdit(call.module, call.place, call.without(gone).sizing())
+        for call in groups.calls
+        if call.module in modules
     )
 
 
@@ -387,9 +459,11 @@ def compose(first: Plan, second: Plan) -> Plan:
     for edit in second.attributes:
         start = edits.get((edit.module, edit.name), edit)
         edits[edit.module, edit.name] = replace(start, after=edit.after)
+    # A module that the second plan restates says all that its calls give; the others are as they were.
+    calls = {(edit.module, edit.place): edit for edit in (*first.calls, *second.calls)}
     return Plan(
         dict(first.sizes), kept, (*cuts, *later.values()), _composed_report(first, second),
-        tuple(edits.values()), first.normed or second.normed,
+        tuple(edits.values()), first.normed or second.normed, tuple(calls.values()),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from torch.fx import Node
 from cria_prune.base.batches import Batch, batch_size
 from cria_prune.base.events import passed
 from cria_prune.structure.axes import Resolved
+from cria_prune.structure.calls import sized_calls
 from cria_prune.structure.groups import Count, ParameterSlice, Role, Site, Tap, UnitGroup, UnitGroups
 from cria_prune.structure.rules.core import Context, Counted, operation_name
 from cria_prune.structure.trace import Trace, trace
@@ -59,7 +60,7 @@ def with_counts(
         counted: numbers of the captured operations; `classes`: (atoms,) the class of each atom.
     """
     groups = list(groups)
-    owner = {int(unit): group.name for group in groups for unit in atoms[group.name]}
+    owner = _owners(groups, atoms)
     found: dict[str, dict[tuple[str, str, str], Count]] = {group.name: {} for group in groups}
     modules = dict(model.named_modules(remove_duplicate=False))
     for place, item in enumerate(counted):
@@ -84,6 +85,11 @@ def with_counts(
         for entry in _config_widths(modules, group):
             found[group.name][entry.module, entry.name, entry.place] = entry
     return [replace(group, counts=tuple(found[group.name].values())) for group in groups]
+
+
+def _owners(groups: Iterable[UnitGroup], atoms: Mapping[str, np.ndarray]) -> dict[int, str]:
+    """Return class -> name of the group whose unit it is."""
+    return {int(unit): group.name for group in groups for unit in atoms[group.name]}
 
 
 def _names(module: nn.Module, item: Counted) -> dict[str, bool]:
@@ -175,6 +181,7 @@ def discover(model: nn.Module, example: Batch, traced: Trace | None = None) -> U
         parameters=tuple(name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)),
         positions=positions,
         embeddings=_embeddings(traced),
+        calls=sized_calls(context.sized, resolved.classes, _owners(groups, atoms)),
     )
 
 

@@ -101,10 +101,39 @@ class _Trials:
             self.frozen |= {name: self.reason(name, text) for name in blamed}
 
     def blame(self, names: list[str]) -> None:
-        """Freeze those of some alike groups that fail and cannot be mended by restating attributes."""
+        """Freeze those of some alike groups that fail and cannot be mended by restating attributes or sizes."""
         text = self.failure(names)
-        if text is not None and not self.restated(names):
+        if text is not None and not self.restated(names) and not self.resized(names):
             self.halve(names, text)
+
+    def resized(self, names: list[str]) -> bool:
+        """Restate the sizes that calls around the groups ask for, if the trial passes with them."""
+        before = {name: self.groups[name] for name in names}
+        for modules in self.callers(names):
+            # What the code works out from a count, such as the factor of an attention's scores, may be right
+            # with the count of now only. So the counts of these modules are restated or left.
+            for counted in (True, False):
+                for name, group in before.items():
+                    counts = (
+                        replace(item, sure=item.sure and (counted or item.module not in modules))
+                        for item in group.counts
+                    )
+                    self.groups[name] = replace(group, restated=modules, counts=tuple(counts))
+                if self.failure(names) is None:
+                    return True
+        self.groups.update(before)
+        return False
+
+    def callers(self, names: list[str]) -> list[tuple[str, ...]]:
+        """Return the modules whose calls take or give units of the groups; then all around their tensors."""
+        calls = self.all.calls
+        own = {call.module for call in calls if not call.groups.isdisjoint(names)}
+        tensors = {item.tensor for name in names for item in self.groups[name].slices}
+        around = {call.module for call in calls} & {
+            name[:end] for name in tensors for end in [0, *(at for at, char in enumerate(name) if char == ".")]
+        }
+        choices = [own, own | around]
+        return [tuple(sorted(item)) for place, item in enumerate(choices) if item and item not in choices[:place]]
 
     def restated(self, names: list[str]) -> bool:
         """Take the attributes that hold the same numbers too, if the trial passes with them."""

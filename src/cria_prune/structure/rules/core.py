@@ -6,13 +6,14 @@ where there are several). An operation without a rule freezes what touches it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
 from torch.fx import Node
 
+from cria_prune.base.sizes import Operation
 from cria_prune.structure.axes import Axes, Dim, Units
 
 Rule = Callable[[Node, "Context"], Any]
@@ -44,6 +45,37 @@ class Counted:
     names: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Factor:
+    """One of the dimensions (atoms) that a reshape makes of the dimensions `of` of its tensor."""
+
+    atoms: Dim
+    of: tuple[int, ...]
+
+
+Given = Factor | tuple[int, ...] | None
+"""What says a size of a result: a factor, the dimensions of the tensor whose sizes make it, or nothing."""
+
+
+@dataclass(frozen=True)
+class Sized:
+    """An operation that asks for sizes, whose call can be given others (`base.sizes`).
+
+    Attributes:
+        module: the module whose code calls it.
+        operation: `reshape`, `expand` or `split`.
+        takes: atoms of each dimension of the tensor.
+        gives: of each dimension of the result, or of each part.
+        dim: the dimension that is split, else -1.
+    """
+
+    module: str
+    operation: Operation
+    takes: tuple[Dim, ...]
+    gives: tuple[Given, ...]
+    dim: int = -1
+
+
 @dataclass
 class Context:
     """What the rules know.
@@ -58,6 +90,7 @@ class Context:
         sources: node -> the layers that produced it, with no other layer between.
         uses: the uses of weights.
         counted: numbers that count atoms.
+        sized: operations that ask for sizes.
     """
 
     units: Units
@@ -69,6 +102,7 @@ class Context:
     sources: dict[Node, frozenset[Node]] = field(default_factory=dict)
     uses: list[WeightUse] = field(default_factory=list)
     counted: list[Counted] = field(default_factory=list)
+    sized: list[Sized] = field(default_factory=list)
 
     def of(self, node: Any) -> Axes:
         """Return the axes of a tensor argument."""
@@ -82,6 +116,13 @@ class Context:
         """Note that the number `value` in this operation counts these atoms."""
         if atoms is not None and value > 0:
             self.counted.append(Counted(node, module_path(node), int(value), atoms, names))
+
+    def size(
+        self, node: Node, operation: Operation, takes: Axes, gives: Sequence[Given], dim: int = -1
+    ) -> None:
+        """Note that an operation asks for sizes."""
+        if any(item is not None for item in gives):
+            self.sized.append(Sized(module_path(node), operation, tuple(takes), tuple(gives), dim))
 
     def parameter_dim(self, node: Node, axis: int) -> int | None:
         """Return which dimension of its parameter an axis of this view is."""

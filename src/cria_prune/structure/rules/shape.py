@@ -11,6 +11,8 @@ from torch.fx import Node
 from cria_prune.structure.axes import Axes, common_factors, reshape_segments
 from cria_prune.structure.rules.core import (
     Context,
+    Factor,
+    Given,
     argument,
     argument_shape,
     broadcast,
@@ -36,6 +38,7 @@ def reshape(node: Node, context: Context) -> Axes:
     # type has other numbers: no position can be followed.
     if 0 in before or as_type:
         return no_rule(node, context)
+    gives: list[Given] = [None] * len(after)
     for ins, outs in reshape_segments(before, after):
         if all(axes[dim] is None for dim in ins):
             continue
@@ -58,6 +61,11 @@ def reshape(node: Node, context: Context) -> Axes:
         for sizes, held, places in ((before, axes, ins), (after, result, outs)):
             for dim in places:
                 context.count(node, sizes[dim], held[dim])
+        # What is made of whole dimensions has their sizes, whatever
+        # they are; the factors of one have sizes of their own.
+        for dim in outs:
+            gives[dim] = tuple(ins) if len(outs) == 1 else Factor(result[dim], tuple(ins))
+    context.size(node, "reshape", axes, gives)
     _note_literals(node, context, result)
     return result
 
@@ -124,6 +132,8 @@ def expand(node: Node, context: Context) -> Axes:
     new = len(after) - len(before)
     kept: Axes = [item if before[dim] == after[dim + new] else None for dim, item in enumerate(axes)]
     sizes = sizes_argument(node)
+    passing: list[Given] = [None if item is None else (dim,) for dim, item in enumerate(kept)]
+    context.size(node, "expand", axes, [*[None] * new, *passing])
     for dim, item in enumerate(kept):
         if sizes[dim + new] != -1:
             context.units.assume(item, f"{context.where(node)} takes its sizes from its input")
@@ -222,7 +232,11 @@ def split(node: Node, context: Context) -> list[Axes]:
         context.count(node, sizes[0], parts[0])
     elif by_number:
         context.units.freeze(units, f"is split into unequal parts by {context.where(node)}")
+    else:
+        for size, part in zip(sizes, parts, strict=True):
+            context.count(node, size, part)
     if not by_number:
+        context.size(node, "split", axes, [Factor(part, (dim,)) for part in parts], dim)
         context.units.assume(units, f"{context.where(node)} takes its bounds from its input")
     return [[*axes[:dim], part, *axes[dim + 1 :]] for part in parts]
 

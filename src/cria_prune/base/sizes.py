@@ -1,0 +1,169 @@
+"""Calls of a model's code whose sizes are restated, where the code works them out from something else.
+
+An attention that divides the width of its input by its number of heads asks for a wrong shape once a head is
+gone, and no attribute of it says that shape. The tensor that is reshaped does: its own sizes are known from
+the cuts. So while such a module runs, its reshapes, expansions and splits are looked at, and a call on a
+tensor of a noted shape gets the noted sizes in place of those that were asked for. Parameters, code and names
+stay as they were (docs/decisions/0025).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+Operation = Literal["reshape", "expand", "split"]
+Size = int | tuple[int, ...] | None
+"""A number, the product of the tensor's sizes along some dimensions, or None: as the code asks."""
+
+CALLS: dict[Any, Operation] = {
+    **dict.fromkeys([Tensor.view, Tensor.reshape, torch.reshape, Tensor.unflatten, torch.unflatten], "reshape"),
+    **dict.fromkeys([Tensor.expand, Tensor.broadcast_to, torch.broadcast_to], "expand"),
+    **dict.fromkeys([Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes], "split"),
+}
+UNFLATTEN = {Tensor.unflatten, torch.unflatten}
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """What a call gives, whatever sizes it asks for.
+
+    Attributes:
+        operation: `reshape` (also view and unflatten), `expand` or `split`.
+        takes: sizes of the tensor that it is called on; None: any.
+        gives: sizes of the result, one for each dimension; of a split, of each part.
+        dim: the dimension that is split.
+    """
+
+    operation: Operation
+    takes: tuple[int | None, ...]
+    gives: tuple[Size, ...]
+    dim: int = -1
+
+    @property
+    def key(self) -> tuple[str, int, int, int]:
+        """What has to be equal for a call to be this one, beside the sizes that it takes."""
+        parts = 0 if self.operation == "split" else len(self.gives)
+        return self.operation, len(self.takes), parts, self.dim
+
+    def fits(self, shape: Sequence[Any]) -> bool:
+        """Say whether a tensor of this many dimensions has the sizes that the call takes."""
+        return all(size is None or size == found for size, found in zip(self.takes, shape, strict=True))
+
+    def sizes(self, shape: Sequence[Any], asked: Sequence[Any]) -> list[Any]:
+        """Return the sizes to give for a tensor of this shape."""
+        return [
+            said if size is None else size if isinstance(size, int) else math.prod(shape[dim] for dim in size)
+            for size, said in zip(self.gives, asked, strict=True)
+        ]
+
+
+class _Restating(TorchFunctionMode):
+    """Gives the noted sizes while a module runs."""
+
+    def __init__(self, sizings: Sequence[Sizing]) -> None:
+        super().__init__()
+        self._sizings = sizings
+        self._times: dict[tuple[Sizing, ...], int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        operation = CALLS.get(func)
+        call = None if operation is None else _asked(func, operation, args, kwargs)
+        if call is not None:
+            tensor, asked, dim = call
+            shape = tensor.shape
+            key = (operation, len(shape), 0 if operation == "split" else len(asked), dim)
+            found = tuple(item for item in self._sizings if item.key == key and item.fits(shape))
+            if found:
+                # Calls that take and ask for the same are told apart by their order alone.
+                turn = self._times.get(found, 0)
+                self._times[found] = turn + 1
+                return _called(func, operation, tensor, found[turn % len(found)], asked, dim)
+        return func(*args, **kwargs)
+
+
+def _asked(func: Any, operation: str, args: Any, kwargs: Any) -> tuple[Tensor, list[Any], int] | None:
+    """Return the tensor of a call, the sizes that it asks for, and the dimension of a split; else None."""
+    tensor, *rest = args if args else (kwargs.get("input", kwargs.get("self")),)
+    if not isinstance(tensor, Tensor) or (rest and isinstance(rest[0], torch.dtype)) or "dtype" in kwargs:
+        return None
+    rank = tensor.dim()
+    if operation == "split":
+        names = ("split_size", "split_size_or_sections", "split_sizes")
+        sizes = rest[0] if rest else next((kwargs[name] for name in names if name in kwargs), None)
+        dim = int(rest[1] if len(rest) > 1 else kwargs.get("dim", 0))
+        return tensor, list(sizes) if isinstance(sizes, (list, tuple)) else [sizes], dim % max(rank, 1)
+    if func in UNFLATTEN:
+        dim = rest[0] if rest else kwargs.get("dim")
+        sizes = rest[1] if len(rest) > 1 else kwargs.get("sizes")
+        if not isinstance(dim, int) or not isinstance(sizes, (list, tuple)):
+            return None
+        shape = list(tensor.shape)
+        return tensor, [*shape[: dim % rank], *sizes, *shape[dim % rank + 1 :]], -1
+    given = rest or [kwargs.get("shape", kwargs.get("size"))]
+    sizes = given[0] if len(given) == 1 and isinstance(given[0], (list, tuple)) else given
+    return None if any(size is None for size in sizes) else (tensor, list(sizes), -1)
+
+
+def _called(
+    func: Any, operation: Any, tensor: Tensor, sizing: Sizing, asked: list[Any], dim: int
+) -> Any:  # fmt: skip
+    if operation == "split":
+        return tensor.split(list(cast(tuple[int, ...], sizing.gives)), dim)
+    sizes = sizing.sizes(tensor.shape, asked)
+    if operation == "expand":
+        return tensor.expand(sizes)
+    return tensor.view(sizes) if func is Tensor.view else tensor.reshape(sizes)
+
+
+class Restated(nn.Module):
+    """A module some of whose calls get other sizes than they ask for; see `restate_calls`."""
+
+    _restated: tuple[Sizing, ...]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, so a pickle names the one that it was made from.
+        return _again, (type(self).__mro__[2],), dict(self.__dict__)
+
+
+def _again(kind: type[nn.Module]) -> nn.Module:
+    made = _restated_class(kind)
+    return cast(nn.Module, made.__new__(made))
+
+
+@functools.cache
+def _restated_class(kind: Any) -> Any:
+    """Return the class of the same name whose forward runs under the noted sizes."""
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _Restating(self._restated):
+            return kind.forward(self, *args, **kwargs)
+
+    members = {
+        "forward": forward,
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+    }
+    return type(kind.__name__, (Restated, kind), members)
+
+
+def restate_calls(module: nn.Module, sizings: Sequence[Sizing]) -> None:
+    """Let some calls of a module's own code give the noted sizes from now on.
+
+    The module becomes one of a class of the same name, derived from its own. It can be copied, pickled,
+    exported and compiled, and its forward takes the same arguments. What was noted before is forgotten.
+    """
+    if not isinstance(module, Restated):
+        module.__class__ = _restated_class(type(module))
+    cast(Any, module)._restated = tuple(sizings)
