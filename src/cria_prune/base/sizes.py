@@ -10,11 +10,10 @@ stay as they were (docs/decisions/0025).
 from __future__ import annotations
 
 import functools
-import inspect
-import math
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,21 +48,50 @@ class Sizing:
     dim: int = -1
 
     @property
-    def key(self) -> tuple[str, int, int, int]:
-        """What has to be equal for a call to be this one, beside the sizes that it takes."""
-        parts = 0 if self.operation == "split" else len(self.gives)
-        return self.operation, len(self.takes), parts, self.dim
+    def known(self) -> int:
+        """How many sizes of its tensor are known."""
+        return sum(size is not None for size in self.takes)
 
-    def fits(self, shape: Sequence[Any]) -> bool:
-        """Say whether a tensor of this many dimensions has the sizes that the call takes."""
-        return all(size is None or size == found for size, found in zip(self.takes, shape, strict=True))
+    def meets(self, operation: str, shape: Sequence[Any], asked: Sequence[Any], dim: int) -> bool:
+        """Say whether a call can be this one."""
+        if (self.operation, self.dim) != (operation, dim) or len(self.takes) != len(shape):
+            return False
+        if operation != "split" and len(self.gives) != len(asked):
+            return False
+        known = [(size, found) for size, found in zip(self.takes, shape, strict=True) if size is not None]
+        # Without a size to know the tensor by, something of what is asked for has to be right.
+        return all(size == found for size, found in known) and (bool(known) or self.agrees(shape, asked) > 0)
+
+    def agrees(self, shape: Sequence[Any], asked: Sequence[Any]) -> int:
+        """Return how many dimensions the code passes on as this call does."""
+        if self.operation == "split":
+            return 0
+        passed = [(size[0], said) for size, said in zip(self.gives, asked, strict=True) if _is_one(size)]
+        return sum(_equal(shape[dim], said) for dim, said in passed)
 
     def sizes(self, shape: Sequence[Any], asked: Sequence[Any]) -> list[Any]:
         """Return the sizes to give for a tensor of this shape."""
         return [
-            said if size is None else size if isinstance(size, int) else math.prod(shape[dim] for dim in size)
+            said
+            if size is None
+            else size
+            if isinstance(size, int)
+            else functools.reduce(operator.mul, [shape[dim] for dim in size])
             for size, said in zip(self.gives, asked, strict=True)
         ]
+
+
+def _is_one(size: Size) -> TypeGuard[tuple[int]]:
+    return isinstance(size, tuple) and len(size) == 1
+
+
+def _equal(size: Any, other: Any) -> bool:
+    """Compare two sizes; of symbols without a guard."""
+    if isinstance(size, int) and isinstance(other, int):
+        return size == other
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(size == other)
 
 
 class _Restating(TorchFunctionMode):
@@ -72,23 +100,30 @@ class _Restating(TorchFunctionMode):
     def __init__(self, sizings: Sequence[Sizing]) -> None:
         super().__init__()
         self._sizings = sizings
-        self._times: dict[tuple[Sizing, ...], int] = {}
+        self._turns: dict[tuple[Sizing, ...], int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         operation = CALLS.get(func)
         call = None if operation is None else _asked(func, operation, args, kwargs)
-        if call is not None:
+        if operation is not None and call is not None:
             tensor, asked, dim = call
-            shape = tensor.shape
-            key = (operation, len(shape), 0 if operation == "split" else len(asked), dim)
-            found = tuple(item for item in self._sizings if item.key == key and item.fits(shape))
-            if found:
-                # Calls that take and ask for the same are told apart by their order alone.
-                turn = self._times.get(found, 0)
-                self._times[found] = turn + 1
-                return _called(func, operation, tensor, found[turn % len(found)], asked, dim)
+            sizing = self._sizing(operation, tensor.shape, asked, dim)
+            if sizing is not None:
+                return _called(func, tensor, sizing, asked)
         return func(*args, **kwargs)
+
+    def _sizing(self, operation: str, shape: Sequence[Any], asked: Sequence[Any], dim: int) -> Sizing | None:
+        """Return the noted call that this one is."""
+        found = [item for item in self._sizings if item.meets(operation, shape, asked, dim)]
+        if len({item.gives for item in found}) > 1:
+            # The one that the code agrees with most; calls that are alike in all are told apart by their order.
+            best = max((item.agrees(shape, asked), item.known) for item in found)
+            found = [item for item in found if (item.agrees(shape, asked), item.known) == best]
+            turn = self._turns.get(tuple(found), 0)
+            self._turns[tuple(found)] = turn + 1
+            return found[turn % len(found)]
+        return found[0] if found else None
 
 
 def _asked(func: Any, operation: str, args: Any, kwargs: Any) -> tuple[Tensor, list[Any], int] | None:
@@ -114,13 +149,11 @@ def _asked(func: Any, operation: str, args: Any, kwargs: Any) -> tuple[Tensor, l
     return None if any(size is None for size in sizes) else (tensor, list(sizes), -1)
 
 
-def _called(
-    func: Any, operation: Any, tensor: Tensor, sizing: Sizing, asked: list[Any], dim: int
-) -> Any:  # fmt: skip
-    if operation == "split":
-        return tensor.split(list(cast(tuple[int, ...], sizing.gives)), dim)
+def _called(func: Any, tensor: Tensor, sizing: Sizing, asked: Sequence[Any]) -> Any:
+    if sizing.operation == "split":
+        return tensor.split([*cast(tuple[int, ...], sizing.gives)], sizing.dim)
     sizes = sizing.sizes(tensor.shape, asked)
-    if operation == "expand":
+    if sizing.operation == "expand":
         return tensor.expand(sizes)
     return tensor.view(sizes) if func is Tensor.view else tensor.reshape(sizes)
 

@@ -77,16 +77,18 @@ def sized_calls(sized: Iterable[Sized], classes: np.ndarray, owner: Mapping[int,
         # none of the model's. So sizes are given for factors of dimensions that hold units, no others.
         held = [extent is not None and bool(extent.widths) for extent in extents]
         takes = tuple(extent if holds else None for extent, holds in zip(extents, held, strict=True))
-        gives = tuple(
-            size
-            if not isinstance(size, Factor)
-            else _extent(size.atoms, classes, owner)
-            if all(held[dim] for dim in size.of)
-            else None
-            for size in item.gives
-        )
-        if any(held) and any(size is not None for size in gives):
-            found.append(SizedCall(item.module, place, item.operation, takes, gives, item.dim))
+        gives: list[Extent | tuple[int, ...] | None] = []
+        for size in item.gives:
+            if isinstance(size, Factor):
+                extent = _extent(size.atoms, classes, owner)
+                known = extent is not None and (extent.widths or all(held[dim] for dim in size.of))
+                gives.append(extent if known else None)
+            else:
+                gives.append(size)
+        # A dimension of examples and heads in one holds units too, but its size is not known.
+        counted = any(isinstance(size, Extent) for size in gives)
+        if (any(held) or counted) and any(size is not None for size in gives):
+            found.append(SizedCall(item.module, place, item.operation, takes, tuple(gives), item.dim))
     return tuple(found)
 
 

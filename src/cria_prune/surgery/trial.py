@@ -7,8 +7,9 @@ a copy, and masked must equal pruned; groups for which it does not are frozen wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -17,7 +18,7 @@ from cria_prune.base.batches import Batch, map_tensors, named_shortage, outputs
 from cria_prune.base.errors import CriaError, ResourceError, said
 from cria_prune.base.modules import device_of, meta_copy, shared_copy
 from cria_prune.planning.plan import Plan, make_plan
-from cria_prune.structure.groups import UnitGroups, alike
+from cria_prune.structure.groups import UnitGroup, UnitGroups, alike
 from cria_prune.surgery.removal import apply
 from cria_prune.surgery.verify import LESS, Reference
 
@@ -88,8 +89,16 @@ class _Trials:
 
     def find(self, chosen: list[str]) -> None:
         """Freeze the groups that fail alone; if the rest fails together, the assumed ones, then all."""
-        for names in self.alike(chosen):
-            self.blame(names)
+        failing = self.failing(chosen)
+        # What mends one class most often mends all that fail, such as the attentions of all stages. Residual
+        # widths are apart: they lie in every block, and more of what a forward does depends on them.
+        for residual in (False, True):
+            classes = [item for item in failing if (self.groups[item[0]].kind == "residual") is residual]
+            if len(classes) > 1 and self.mended([name for names in classes for name in names]):
+                continue
+            for names in classes:
+                if not self.mended([*names]):
+                    self.halve([*names], failing[names])
         for assumed in (True, False):
             left = [name for name in chosen if name not in self.frozen]
             text = self.failure(left) if left else None
@@ -100,40 +109,25 @@ class _Trials:
             blamed = [name for name in left if self.groups[name].assumes or not assumed]
             self.frozen |= {name: self.reason(name, text) for name in blamed}
 
+    def failing(self, chosen: list[str]) -> dict[tuple[str, ...], str]:
+        """Return the classes of alike groups that fail alone, with what they gave."""
+        classes = [tuple(names) for names in self.alike(chosen)]
+        sound = [names for names in classes if not any(self.groups[name].assumes for name in names)]
+        # Most of what is under no assumption passes, and then one trial says so.
+        if len(sound) > 1 and self.failure([name for names in sound for name in names]) is None:
+            classes = [names for names in classes if names not in sound]
+        found = {names: self.failure(names) for names in classes}
+        return {names: text for names, text in found.items() if text is not None}
+
     def blame(self, names: list[str]) -> None:
-        """Freeze those of some alike groups that fail and cannot be mended by restating attributes or sizes."""
+        """Freeze those of some alike groups that fail and cannot be mended."""
         text = self.failure(names)
-        if text is not None and not self.restated(names) and not self.resized(names):
+        if text is not None and not self.mended(names):
             self.halve(names, text)
 
-    def resized(self, names: list[str]) -> bool:
-        """Restate the sizes that calls around the groups ask for, if the trial passes with them."""
-        before = {name: self.groups[name] for name in names}
-        for modules in self.callers(names):
-            # What the code works out from a count, such as the factor of an attention's scores, may be right
-            # with the count of now only. So the counts of these modules are restated or left.
-            for counted in (True, False):
-                for name, group in before.items():
-                    counts = (
-                        replace(item, sure=item.sure and (counted or item.module not in modules))
-                        for item in group.counts
-                    )
-                    self.groups[name] = replace(group, restated=modules, counts=tuple(counts))
-                if self.failure(names) is None:
-                    return True
-        self.groups.update(before)
-        return False
-
-    def callers(self, names: list[str]) -> list[tuple[str, ...]]:
-        """Return the modules whose calls take or give units of the groups; then all around their tensors."""
-        calls = self.all.calls
-        own = {call.module for call in calls if not call.groups.isdisjoint(names)}
-        tensors = {item.tensor for name in names for item in self.groups[name].slices}
-        around = {call.module for call in calls} & {
-            name[:end] for name in tensors for end in [0, *(at for at, char in enumerate(name) if char == ".")]
-        }
-        choices = [own, own | around]
-        return [tuple(sorted(item)) for place, item in enumerate(choices) if item and item not in choices[:place]]
+    def mended(self, names: list[str]) -> bool:
+        """Restate attributes or the sizes of calls, if the trial passes with them."""
+        return self.restated(names) or self.resized(names)
 
     def restated(self, names: list[str]) -> bool:
         """Take the attributes that hold the same numbers too, if the trial passes with them."""
@@ -141,6 +135,8 @@ class _Trials:
         # an attribute that need not be changed may count something else, and be equal by chance.
         before = {name: self.groups[name] for name in names}
         guesses = {item.name for group in before.values() for item in group.counts if not item.sure}
+        if not guesses:
+            return False
 
         def passes(taken: set[str]) -> bool:
             for name, group in before.items():
@@ -148,10 +144,9 @@ class _Trials:
                 self.groups[name] = replace(group, counts=tuple(counts))
             return self.failure(names) is None
 
-        taken = next(
-            (item for item in (guesses, *({name} for name in sorted(guesses))) if passes(item)), None
-        )
-        if not guesses or taken is None:
+        single = [{name} for name in sorted(guesses)] if len(guesses) > 1 else []
+        taken = next((item for item in (guesses, *single) if passes(item)), None)
+        if taken is None:
             self.groups.update(before)
             return False
         guesses = set(taken)
@@ -160,6 +155,42 @@ class _Trials:
                 guesses.discard(name)
         # The last trial also leaves the groups with the guesses that were kept.
         return passes(guesses)
+
+    def resized(self, names: list[str]) -> bool:
+        """Restate the sizes that calls around the groups ask for, if the trial passes with them."""
+        before = {name: self.groups[name] for name in names}
+        tried = [_mends(before.values())]
+        for wide in (False, True):
+            modules = {name: self.callers(name, wide) for name in names}
+            every = set().union(*modules.values())
+            # What the code works out from a count, such as the factor of an attention's scores, may be right
+            # with the count of now only. So the counts of these modules are restated or left.
+            for counted in (True, False):
+                for name, group in before.items():
+                    counts = (
+                        replace(item, sure=item.sure and (counted or item.module not in every))
+                        for item in group.counts
+                    )
+                    self.groups[name] = replace(group, restated=modules[name], counts=tuple(counts))
+                now = _mends(self.groups[name] for name in names)
+                if now not in tried:
+                    tried.append(now)
+                    if self.failure(names) is None:
+                        return True
+        self.groups.update(before)
+        return False
+
+    def callers(self, name: str, wide: bool) -> tuple[str, ...]:
+        """Return the modules whose calls take or give units of a group; or all around its tensors as well."""
+        group, calls = self.groups[name], self.all.calls
+        found = {call.module for call in calls if name in call.groups}
+        # A residual width is what the code of every block around reads off its input.
+        if wide or group.kind == "residual":
+            tensors = {item.tensor for item in group.slices}
+            ends = {name: [0, *(at for at, char in enumerate(name) if char == ".")] for name in tensors}
+            around = {name[:end] for name, places in ends.items() for end in places}
+            found |= around & {call.module for call in calls}
+        return tuple(sorted(found))
 
     def halve(self, names: list[str], failure: str) -> None:
         """Freeze those of the groups that fail; `failure` is what all of them gave."""
@@ -211,6 +242,11 @@ class _Trials:
         return kept
 
 
+def _mends(groups: Iterable[UnitGroup]) -> list[Any]:
+    """Return what a trial of these groups restates."""
+    return [(group.restated, group.counts) for group in groups]
+
+
 class _Values:
     """Masked against pruned."""
 
@@ -223,7 +259,7 @@ class _Values:
         # in float64 each time made the search take minutes.
         with named_shortage("A trial cut of the model", LESS):
             smaller = apply(self.reference.model, plan, share=True)
-        self.reference.compare(plan, smaller)
+        self.reference.compare(plan, smaller, spare=True)
         return None
 
 
@@ -235,7 +271,7 @@ class _Shapes:
         # so wrong shapes are found there before values are.
         self.model = meta_copy(model)
         self.example = map_tensors(example, lambda item: item.to("meta"))
-        self.expected = self._outputs(self.model)
+        self.expected = self._outputs(shared_copy(self.model))
 
     @classmethod
     def of(cls, model: nn.Module, example: Batch) -> _Shapes | None:
@@ -255,4 +291,4 @@ class _Shapes:
         return None if found == self.expected else f"outputs of shape {found}, dense {self.expected}"
 
     def _outputs(self, model: nn.Module) -> list[tuple[int, ...]]:
-        return [tuple(item.shape) for item in outputs(shared_copy(model), self.example)]
+        return [tuple(item.shape) for item in outputs(model, self.example)]
