@@ -13,7 +13,7 @@ import functools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,9 @@ Size = int | tuple[int, ...] | None
 """A number, the product of the tensor's sizes along some dimensions, or None: as the code asks."""
 
 CALLS: dict[Any, Operation] = {
-    **dict.fromkeys([Tensor.view, Tensor.reshape, torch.reshape, Tensor.unflatten, torch.unflatten], "reshape"),
+    **dict.fromkeys(
+        [Tensor.view, Tensor.reshape, torch.reshape, Tensor.unflatten, torch.unflatten], "reshape"
+    ),
     **dict.fromkeys([Tensor.expand, Tensor.broadcast_to, torch.broadcast_to], "expand"),
     **dict.fromkeys([Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes], "split"),
 }
@@ -66,8 +68,11 @@ class Sizing:
         """Return how many dimensions the code passes on as this call does."""
         if self.operation == "split":
             return 0
-        passed = [(size[0], said) for size, said in zip(self.gives, asked, strict=True) if _is_one(size)]
-        return sum(_equal(shape[dim], said) for dim, said in passed)
+        count = 0
+        for size, said in zip(self.gives, asked, strict=True):
+            if isinstance(size, tuple) and len(size) == 1 and _equal(shape[size[0]], said):
+                count += 1
+        return count
 
     def sizes(self, shape: Sequence[Any], asked: Sequence[Any]) -> list[Any]:
         """Return the sizes to give for a tensor of this shape."""
@@ -79,10 +84,6 @@ class Sizing:
             else functools.reduce(operator.mul, [shape[dim] for dim in size])
             for size, said in zip(self.gives, asked, strict=True)
         ]
-
-
-def _is_one(size: Size) -> TypeGuard[tuple[int]]:
-    return isinstance(size, tuple) and len(size) == 1
 
 
 def _equal(size: Any, other: Any) -> bool:
@@ -117,9 +118,10 @@ class _Restating(TorchFunctionMode):
         """Return the noted call that this one is."""
         found = [item for item in self._sizings if item.meets(operation, shape, asked, dim)]
         if len({item.gives for item in found}) > 1:
-            # The one that the code agrees with most; calls that are alike in all are told apart by their order.
-            best = max((item.agrees(shape, asked), item.known) for item in found)
-            found = [item for item in found if (item.agrees(shape, asked), item.known) == best]
+            # The one that the code agrees with most. Calls that are alike in all go by their order.
+            ranks = [(item.agrees(shape, asked), item.known) for item in found]
+            best = max(ranks)
+            found = [item for item, rank in zip(found, ranks, strict=True) if rank == best]
             turn = self._turns.get(tuple(found), 0)
             self._turns[tuple(found)] = turn + 1
             return found[turn % len(found)]
@@ -168,7 +170,7 @@ class Restated(nn.Module):
         return _again, (type(self).__mro__[2],), dict(self.__dict__)
 
 
-def _again(kind: type[nn.Module]) -> nn.Module:
+def _again(kind: Any) -> nn.Module:
     made = _restated_class(kind)
     return cast(nn.Module, made.__new__(made))
 
@@ -198,5 +200,5 @@ def restate_calls(module: nn.Module, sizings: Sequence[Sizing]) -> None:
     exported and compiled, and its forward takes the same arguments. What was noted before is forgotten.
     """
     if not isinstance(module, Restated):
-        module.__class__ = _restated_class(type(module))
+        module.__class__ = _restated_class(cast(Any, type(module)))
     cast(Any, module)._restated = tuple(sizings)

@@ -13,8 +13,8 @@ import numpy as np
 
 from cria_prune.base.errors import ArtifactError, StructureError
 from cria_prune.base.events import passed
-from cria_prune.base.sizes import Operation, Size, Sizing
 from cria_prune.base.progress import screenful
+from cria_prune.base.sizes import Operation, Size, Sizing
 from cria_prune.config import PlanConfig
 from cria_prune.planning.allocation import Losses
 from cria_prune.planning.budget import Budget, count_macs, count_parameters
@@ -257,7 +257,13 @@ def _attributes(values: Any) -> tuple[AttributeEdit, ...]:
 def _written(edit: CallEdit) -> dict[str, Any]:
     sizing = asdict(edit.sizing)
     gives = [list(item) if isinstance(item, tuple) else item for item in edit.sizing.gives]
-    return {"module": edit.module, "place": edit.place, **sizing, "takes": [*edit.sizing.takes], "gives": gives}
+    return {
+        "module": edit.module,
+        "place": edit.place,
+        **sizing,
+        "takes": [*edit.sizing.takes],
+        "gives": gives,
+    }
 
 
 def _calls(values: Any) -> tuple[CallEdit, ...]:
@@ -268,7 +274,11 @@ def _calls(values: Any) -> tuple[CallEdit, ...]:
         what = f"calls[{number}]"
         fields = _mapping(value, what, ("module", "place", "operation", "takes", "gives", "dim"))
         lists = all(isinstance(fields[key], list) for key in ("takes", "gives"))
-        if not isinstance(fields["module"], str) or fields["operation"] not in get_args(Operation) or not lists:
+        if (
+            not isinstance(fields["module"], str)
+            or fields["operation"] not in get_args(Operation)
+            or not lists
+        ):
             raise _wrong(f"{what} of module {fields['module']!r}: {fields['operation']!r}")
         takes = tuple(
             None if item is None else _integer(item, f"{what}.takes", 1) for item in fields["takes"]

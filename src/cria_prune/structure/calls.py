@@ -59,11 +59,14 @@ class SizedCall:
     def sizing(self) -> Sizing:
         """Return its numbers."""
         takes = tuple(None if item is None else item.size for item in self.takes)
-        gives: tuple[Size, ...] = tuple(item.size if isinstance(item, Extent) else item for item in self.gives)
+        gives: tuple[Size, ...]
+        gives = tuple(item.size if isinstance(item, Extent) else item for item in self.gives)
         return Sizing(self.operation, takes, gives, self.dim)
 
 
-def sized_calls(sized: Iterable[Sized], classes: np.ndarray, owner: Mapping[int, str]) -> tuple[SizedCall, ...]:
+def sized_calls(
+    sized: Iterable[Sized], classes: np.ndarray, owner: Mapping[int, str]
+) -> tuple[SizedCall, ...]:
     """Return the calls whose sizes follow from units.
 
     Args:

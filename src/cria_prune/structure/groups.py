@@ -311,7 +311,7 @@ def shrink(groups: UnitGroups, kept: Mapping[str, Sequence[int]]) -> UnitGroups:
 
 
 def units_gone(groups: UnitGroups, kept: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """Return group name -> how many units leave when only the `kept` ones stay; only groups that lose some."""
+    """Return group name -> how many units leave when only the `kept` ones stay, of groups that lose some."""
     sizes = {group.name: group.size for group in groups}
     return {name: sizes[name] - len(stays) for name, stays in kept.items() if len(stays) < sizes[name]}
 

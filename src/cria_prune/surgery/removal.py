@@ -189,9 +189,7 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False, share: bool = 
         restate(module, {local: shape for local, (_, shape) in shapes.items()}, depthwise)
     restate_attributes(target, plan)
     for path in dict.fromkeys(edit.module for edit in plan.calls):
-        restate_calls(
-            target.get_submodule(path), [edit.sizing for edit in plan.calls if edit.module == path]
-        )
+        restate_calls(target.get_submodule(path), [edit.sizing for edit in plan.calls if edit.module == path])
     return target
 
 
