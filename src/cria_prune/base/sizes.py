@@ -24,11 +24,11 @@ Size = int | tuple[int, ...] | None
 """A number, the product of the tensor's sizes along some dimensions, or None: as the code asks."""
 
 CALLS: dict[Any, Operation] = {
-    **dict.fromkeys(
-        [Tensor.view, Tensor.reshape, torch.reshape, Tensor.unflatten, torch.unflatten], "reshape"
-    ),
+    **dict.fromkeys([Tensor.view, Tensor.reshape, torch.reshape], "reshape"),
+    **dict.fromkeys([Tensor.unflatten, torch.unflatten], "reshape"),
     **dict.fromkeys([Tensor.expand, Tensor.broadcast_to, torch.broadcast_to], "expand"),
-    **dict.fromkeys([Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes], "split"),
+    **dict.fromkeys([Tensor.split, torch.split], "split"),
+    **dict.fromkeys([Tensor.split_with_sizes, torch.split_with_sizes], "split"),
 }
 UNFLATTEN = {Tensor.unflatten, torch.unflatten}
 

@@ -8,13 +8,14 @@ a copy, and masked must equal pruned; groups for which it does not are frozen wi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from cria_prune.base.batches import Batch, map_tensors, named_shortage, outputs
+from cria_prune.base.batches import Batch, batch_size, map_tensors, named_shortage, outputs, rows_of
 from cria_prune.base.errors import CriaError, ResourceError, said
 from cria_prune.base.modules import device_of, meta_copy, shared_copy
 from cria_prune.planning.plan import Plan, make_plan
@@ -271,7 +272,8 @@ class _Shapes:
         # so wrong shapes are found there before values are.
         self.model = meta_copy(model)
         self.example = map_tensors(example, lambda item: item.to("meta"))
-        self.expected = self._outputs(shared_copy(self.model))
+        self.expected = self._outputs(shared_copy(self.model), self.example)
+        self.more: tuple[Batch, list[tuple[int, ...]]] | None = None
 
     @classmethod
     def of(cls, model: nn.Module, example: Batch) -> _Shapes | None:
@@ -284,11 +286,26 @@ class _Shapes:
     def failure(self, plan: Plan) -> str | None:
         """Cut the meta model and run it; None if the outputs have the shapes of the dense model's."""
         smaller = apply(self.model, plan, share=True)
-        try:
-            found = self._outputs(smaller)
-        except Exception as error:
-            return said(error)
-        return None if found == self.expected else f"outputs of shape {found}, dense {self.expected}"
+        batches = [(self.example, self.expected)]
+        # A size that is restated must be none of the batch's, and the example alone cannot tell.
+        batches += [self._one_more()] if plan.calls else []
+        for batch, expected in batches:
+            try:
+                found = self._outputs(smaller, batch)
+            except Exception as error:
+                return said(error)
+            if found != expected:
+                return f"outputs of shape {found}, dense {expected}"
+        return None
 
-    def _outputs(self, model: nn.Module) -> list[tuple[int, ...]]:
-        return [tuple(item.shape) for item in outputs(model, self.example)]
+    def _one_more(self) -> tuple[Batch, list[tuple[int, ...]]]:
+        """Return the batch with one more example and the dense shapes; as it is where that will not run."""
+        if self.more is None:
+            self.more = self.example, self.expected
+            with suppress(Exception):  # whatever the model's code raises: it may take this number only
+                batch = rows_of(self.example, [0, *range(batch_size(self.example))])
+                self.more = batch, self._outputs(shared_copy(self.model), batch)
+        return self.more
+
+    def _outputs(self, model: nn.Module, example: Batch) -> list[tuple[int, ...]]:
+        return [tuple(item.shape) for item in outputs(model, example)]
