@@ -97,8 +97,7 @@ def sized_calls(
 
 def _extent(atoms: Dim, classes: np.ndarray, owner: Mapping[int, str]) -> Extent | None:
     """Return how a dimension's size follows from its units; None where it follows from more than them."""
-    # Atoms repeat where something else is a factor, which may be the number of examples.
-    if atoms is None or len(np.unique(atoms)) < len(atoms):
+    if atoms is None:
         return None
     units, times = np.unique(classes[atoms], return_counts=True)
     widths: dict[str, set[int]] = {}

@@ -161,11 +161,11 @@ def _start(graph: Graph, context: Context, names: Mapping[str, str]) -> None:
 
 def follow(graph: Graph, context: Context) -> Any:
     """Apply the rule of every operation of a graph in order; return the arguments of its output."""
-    # What nothing reads must not freeze the units that it touches, and export leaves such operations behind.
-    alive = live_nodes(graph)
+    # What nothing reads is run by Python all the same, so its weights are cut with the rest and what meets
+    # in it has to fit. But it must not freeze what it touches, and export leaves such operations behind.
+    alive, around = live_nodes(graph), context.units.unread
     for node in graph.nodes:
-        if node not in alive:
-            continue
+        context.units.unread = around or node not in alive
         if node.op == "get_attr":
             context.axes[node] = [None] * len(getattr(node.meta.get("val"), "shape", ()))
         elif node.op == "call_function":
@@ -198,6 +198,7 @@ def follow(graph: Graph, context: Context) -> Any:
             if any(use.out_dim is not None for use in context.uses[uses:]):
                 context.sources[node] = frozenset([node])
         elif node.op == "output":
+            context.units.unread = around
             return node.args[0]
     return ()
 

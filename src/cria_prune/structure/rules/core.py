@@ -122,7 +122,9 @@ class Context:
     ) -> None:
         """Note that an operation asks for sizes."""
         if any(item is not None for item in gives):
-            self.sized.append(Sized(module_path(node), operation, tuple(takes), tuple(gives), dim))
+            # The size of a dimension of examples and units in one is not the model's.
+            known = [None if item is None or self.units.is_mixed(item) else item for item in takes]
+            self.sized.append(Sized(module_path(node), operation, tuple(known), tuple(gives), dim))
 
     def parameter_dim(self, node: Node, axis: int) -> int | None:
         """Return which dimension of its parameter an axis of this view is."""

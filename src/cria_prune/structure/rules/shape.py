@@ -64,7 +64,11 @@ def reshape(node: Node, context: Context) -> Axes:
         # What is made of whole dimensions has their sizes, whatever
         # they are; the factors of one have sizes of their own.
         for dim in outs:
-            gives[dim] = tuple(ins) if len(outs) == 1 else Factor(result[dim], tuple(ins))
+            mixed = result[dim] is not None and context.units.is_mixed(result[dim])
+            if len(outs) == 1:
+                gives[dim] = tuple(ins)
+            elif not mixed:
+                gives[dim] = Factor(result[dim], tuple(ins))
     context.size(node, "reshape", axes, gives)
     _note_literals(node, context, result)
     return result
