@@ -41,12 +41,15 @@ class Sizing:
         operation: `reshape` (also view and unflatten), `expand` or `split`.
         takes: sizes of the tensor that it is called on; None: any.
         gives: sizes of the result, one for each dimension; of a split, of each part.
+        passes: the dimension of the tensor that each dimension of the result is, where it is a whole one:
+            calls that take the same are told apart by it.
         dim: the dimension that is split.
     """
 
     operation: Operation
     takes: tuple[int | None, ...]
     gives: tuple[Size, ...]
+    passes: tuple[int | None, ...]
     dim: int = -1
 
     @property
@@ -69,8 +72,8 @@ class Sizing:
         if self.operation == "split":
             return 0
         count = 0
-        for size, said in zip(self.gives, asked, strict=True):
-            if isinstance(size, tuple) and len(size) == 1 and _equal(shape[size[0]], said):
+        for dim, said in zip(self.passes, asked, strict=True):
+            if dim is not None and _equal(shape[dim], said):
                 count += 1
         return count
 

@@ -255,15 +255,12 @@ def _attributes(values: Any) -> tuple[AttributeEdit, ...]:
 
 
 def _written(edit: CallEdit) -> dict[str, Any]:
-    sizing = asdict(edit.sizing)
-    gives = [list(item) if isinstance(item, tuple) else item for item in edit.sizing.gives]
-    return {
-        "module": edit.module,
-        "place": edit.place,
-        **sizing,
-        "takes": [*edit.sizing.takes],
-        "gives": gives,
+    """Return a call as JSON has it: lists in place of tuples."""
+    values = {
+        key: list(item) if isinstance(item, tuple) else item for key, item in asdict(edit.sizing).items()
     }
+    values["gives"] = [list(item) if isinstance(item, tuple) else item for item in values["gives"]]
+    return {"module": edit.module, "place": edit.place, **values}
 
 
 def _calls(values: Any) -> tuple[CallEdit, ...]:
@@ -272,31 +269,31 @@ def _calls(values: Any) -> tuple[CallEdit, ...]:
     edits = []
     for number, value in enumerate(values):
         what = f"calls[{number}]"
-        fields = _mapping(value, what, ("module", "place", "operation", "takes", "gives", "dim"))
-        lists = all(isinstance(fields[key], list) for key in ("takes", "gives"))
-        if (
-            not isinstance(fields["module"], str)
-            or fields["operation"] not in get_args(Operation)
-            or not lists
-        ):
+        keys = ("module", "place", "operation", "takes", "gives", "passes", "dim")
+        fields = _mapping(value, what, keys)
+        lists = all(isinstance(fields[key], list) for key in ("takes", "gives", "passes"))
+        known = fields["operation"] in get_args(Operation) and isinstance(fields["module"], str)
+        if not (lists and known) or len(fields["gives"]) != len(fields["passes"]):
             raise _wrong(f"{what} of module {fields['module']!r}: {fields['operation']!r}")
-        takes = tuple(
-            None if item is None else _integer(item, f"{what}.takes", 1) for item in fields["takes"]
-        )
-        gives: tuple[Size, ...] = tuple(
+        takes = tuple(_size(item, f"{what}.takes", 1) for item in fields["takes"])
+        passes = tuple(_size(item, f"{what}.passes", 0) for item in fields["passes"])
+        gives: list[Size] = [
             tuple(_integer(dim, f"{what}.gives", 0) for dim in item)
-            if isinstance(item, list)
-            else None
-            if item is None
-            else _integer(item, f"{what}.gives", 1)
+            if isinstance(item, list) and item
+            else _size(item, f"{what}.gives", 1)
             for item in fields["gives"]
-        )
-        last = max((dim for item in gives if isinstance(item, tuple) for dim in item), default=0)
-        if last >= len(takes):
-            raise _wrong(f"{what}.gives names dimension {last} of {len(takes)}")
-        sizing = Sizing(fields["operation"], takes, gives, _integer(fields["dim"], f"{what}.dim", -1))
+        ]
+        named = [dim for item in (*gives, passes) if isinstance(item, tuple) for dim in item]
+        if any(dim is not None and dim >= len(takes) for dim in named):
+            raise _wrong(f"{what} names a dimension of {len(takes)} that is not there")
+        dim = _integer(fields["dim"], f"{what}.dim", -1)
+        sizing = Sizing(fields["operation"], takes, tuple(gives), passes, dim)
         edits.append(CallEdit(fields["module"], _integer(fields["place"], f"{what}.place", 0), sizing))
     return tuple(edits)
+
+
+def _size(value: Any, what: str, least: int) -> int | None:
+    return None if value is None else _integer(value, what, least)
 
 
 def _said(value: Any, key: str) -> float | str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class SizedCall:
     Attributes:
         module: qualified name of the module whose code calls; `` for the model itself.
         place: which of the captured operations it is.
-        operation, dim: see `base.sizes.Sizing`.
+        operation, passes, dim: see `base.sizes.Sizing`.
         takes, gives: the same as there, with extents in place of numbers.
     """
 
@@ -41,6 +41,7 @@ class SizedCall:
     operation: Operation
     takes: tuple[Extent | None, ...]
     gives: tuple[Extent | tuple[int, ...] | None, ...]
+    passes: tuple[int | None, ...]
     dim: int = -1
 
     @property
@@ -54,14 +55,14 @@ class SizedCall:
         """Return it after so many units of the groups left."""
         takes = tuple(None if item is None else item.without(gone) for item in self.takes)
         gives = tuple(item.without(gone) if isinstance(item, Extent) else item for item in self.gives)
-        return SizedCall(self.module, self.place, self.operation, takes, gives, self.dim)
+        return replace(self, takes=takes, gives=gives)
 
     def sizing(self) -> Sizing:
         """Return its numbers."""
         takes = tuple(None if item is None else item.size for item in self.takes)
         gives: tuple[Size, ...]
         gives = tuple(item.size if isinstance(item, Extent) else item for item in self.gives)
-        return Sizing(self.operation, takes, gives, self.dim)
+        return Sizing(self.operation, takes, gives, self.passes, self.dim)
 
 
 def sized_calls(
@@ -75,23 +76,28 @@ def sized_calls(
     """
     found = []
     for place, item in enumerate(sized):
-        extents = [_extent(atoms, classes, owner) for atoms in item.takes]
         # The number of examples or of positions may have atoms too (a table of positions has), and is
-        # none of the model's. So sizes are given for factors of dimensions that hold units, no others.
-        held = [extent is not None and bool(extent.widths) for extent in extents]
-        takes = tuple(extent if holds else None for extent, holds in zip(extents, held, strict=True))
+        # none of the model's. So sizes are given to what is made of dimensions that hold units, no others.
+        holds = [
+            atoms is not None and not owner.keys().isdisjoint(classes[atoms].tolist()) for atoms in item.takes
+        ]
+        takes = tuple(
+            _extent(atoms, classes, owner) if held and dim not in item.mixed else None
+            for dim, (atoms, held) in enumerate(zip(item.takes, holds, strict=True))
+        )
         gives: list[Extent | tuple[int, ...] | None] = []
         for size in item.gives:
             if isinstance(size, Factor):
                 extent = _extent(size.atoms, classes, owner)
-                known = extent is not None and (extent.widths or all(held[dim] for dim in size.of))
-                gives.append(extent if known else None)
+                whole = all(takes[dim] is not None for dim in size.of)
+                gives.append(extent if extent is not None and (extent.widths or whole) else None)
             else:
-                gives.append(size)
-        # A dimension of examples and heads in one holds units too, but its size is not known.
-        counted = any(isinstance(size, Extent) for size in gives)
-        if (any(held) or counted) and any(size is not None for size in gives):
-            found.append(SizedCall(item.module, place, item.operation, takes, tuple(gives), item.dim))
+                gives.append(size if size is not None and any(holds[dim] for dim in size) else None)
+        if any(size is not None for size in gives):
+            passes = tuple(
+                size[0] if isinstance(size, tuple) and len(size) == 1 else None for size in item.gives
+            )
+            found.append(SizedCall(item.module, place, item.operation, takes, tuple(gives), passes, item.dim))
     return tuple(found)
 
 

@@ -66,6 +66,7 @@ class Sized:
         operation: `reshape`, `expand` or `split`.
         takes: atoms of each dimension of the tensor.
         gives: of each dimension of the result, or of each part.
+        mixed: the dimensions of the tensor whose units are one with a fixed factor, such as the examples.
         dim: the dimension that is split, else -1.
     """
 
@@ -73,6 +74,7 @@ class Sized:
     operation: Operation
     takes: tuple[Dim, ...]
     gives: tuple[Given, ...]
+    mixed: frozenset[int]
     dim: int = -1
 
 
@@ -122,9 +124,10 @@ class Context:
     ) -> None:
         """Note that an operation asks for sizes."""
         if any(item is not None for item in gives):
-            # The size of a dimension of examples and units in one is not the model's.
-            known = [None if item is None or self.units.is_mixed(item) else item for item in takes]
-            self.sized.append(Sized(module_path(node), operation, tuple(known), tuple(gives), dim))
+            mixed = frozenset(
+                place for place, item in enumerate(takes) if item is not None and self.units.is_mixed(item)
+            )
+            self.sized.append(Sized(module_path(node), operation, tuple(takes), tuple(gives), mixed, dim))
 
     def parameter_dim(self, node: Node, axis: int) -> int | None:
         """Return which dimension of its parameter an axis of this view is."""

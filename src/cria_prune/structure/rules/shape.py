@@ -40,6 +40,10 @@ def reshape(node: Node, context: Context) -> Axes:
         return no_rule(node, context)
     gives: list[Given] = [None] * len(after)
     for ins, outs in reshape_segments(before, after):
+        # What is made of whole dimensions has their sizes, whatever
+        # they are; the factors of one have sizes of their own.
+        if len(outs) == 1:
+            gives[outs[0]] = tuple(ins)
         if all(axes[dim] is None for dim in ins):
             continue
         factors = common_factors([before[dim] for dim in ins], [after[dim] for dim in outs])
@@ -61,14 +65,9 @@ def reshape(node: Node, context: Context) -> Axes:
         for sizes, held, places in ((before, axes, ins), (after, result, outs)):
             for dim in places:
                 context.count(node, sizes[dim], held[dim])
-        # What is made of whole dimensions has their sizes, whatever
-        # they are; the factors of one have sizes of their own.
-        for dim in outs:
-            mixed = result[dim] is not None and context.units.is_mixed(result[dim])
-            if len(outs) == 1:
-                gives[dim] = tuple(ins)
-            elif not mixed:
-                gives[dim] = Factor(result[dim], tuple(ins))
+        for dim in outs if len(outs) > 1 else ():
+            units = result[dim]
+            gives[dim] = None if units is None or context.units.is_mixed(units) else Factor(units, tuple(ins))
     context.size(node, "reshape", axes, gives)
     _note_literals(node, context, result)
     return result
