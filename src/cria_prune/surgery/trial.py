@@ -36,9 +36,9 @@ def settle(model: nn.Module, groups: UnitGroups, example: Batch, reference: Refe
     trials = _Trials(model, groups)
     shapes = _Shapes.of(model, example)
     if shapes is not None:
-        trials.run(shapes.failure)
+        trials.run(shapes.failure, apart=True)
     if device_of(model).type != "meta":
-        trials.run(_Values(reference).failure)
+        trials.run(_Values(reference).failure, apart=shapes is None)
     return trials.settled()
 
 
@@ -54,12 +54,19 @@ class _Trials:
         self.frozen: dict[str, str] = {}
         self.test: Test = lambda plan: None
 
-    def run(self, test: Test) -> None:
-        """Freeze the groups that fail a test, among those that are not frozen yet."""
+    def run(self, test: Test, apart: bool = False) -> None:
+        """Freeze the groups that fail a test, among those that are not frozen yet.
+
+        Args:
+            test: says what failed when a plan is carried out.
+            apart: heads and residual widths are tried without each other too. A width by a number of heads
+                can be the size of a head by chance when both are cut.
+        """
         self.test = test
         chosen = [group.name for group in self.all.prunable if group.name not in self.frozen]
         # Where all groups pass together, one trial is all that it takes.
-        if chosen and self.failure(chosen) is not None:
+        tried = [chosen, *(self.parts(chosen) if apart else [])]
+        if chosen and any(self.failure(names) is not None for names in tried):
             itself = self.failure([])
             if itself is not None:  # NaN, chance: it says nothing, so what is only assumed is not offered
                 why = f"and the model differs from itself: {itself}"
@@ -69,6 +76,13 @@ class _Trials:
         for names in self.alike(chosen):
             if self.has_bounds(names):  # numbers can fit a cut of everything, and not of one group
                 self.blame(names)
+
+    def parts(self, chosen: Sequence[str]) -> list[list[str]]:
+        """Return the residual widths, and the rest, where there are heads beside a residual width."""
+        residual = [name for name in chosen if self.groups[name].kind == "residual"]
+        rest = [name for name in chosen if name not in residual]
+        heads = any(self.groups[name].kind in ("head", "kv group") for name in rest)
+        return [rest, residual] if heads and residual else []
 
     def alike(self, chosen: Sequence[str]) -> list[list[str]]:
         """Return those of the groups that are not frozen, alike ones together."""
