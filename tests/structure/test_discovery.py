@@ -116,10 +116,11 @@ def test_groups_of_the_mixed_network() -> None:
     assert groups["up"].size == 6 and ("shared.weight", 0, "produces") in slices["up"]
 
 
-def test_a_literal_reshape_freezes_after_a_trial_and_an_adaptive_one_does_not() -> None:
-    assert "a trial cut failed" in (discover(Literal(), IMAGE)["conv"].frozen or "")
-    assert discover(Literal(), IMAGE)["free"].frozen is None
-    assert discover(Adaptive(), IMAGE)["conv"].frozen is None
+def test_a_literal_reshape_is_restated_after_a_trial_and_an_adaptive_one_is_not() -> None:
+    groups = discover(Literal(), IMAGE)
+    assert groups["conv"].frozen is None and groups["conv"].restated == ("",)
+    assert groups["free"].frozen is None and groups["free"].restated == ()
+    assert discover(Adaptive(), IMAGE)["conv"].restated == ()
     assert follow(Literal(), IMAGE)["conv"].assumes == (
         "reshape in the model takes its sizes from its input",
     )

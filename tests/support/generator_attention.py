@@ -32,6 +32,8 @@ class Attention:
             "{0}.reshape(*{0}.shape[:2], {heads}, {0}.shape[-1] // {heads})",
         )
         self.literal = draw.chance(0.1)
+        # Widths that follow from the input: the head size is its width by the number of heads.
+        self.divided = self.heads * self.size == x.width and draw.chance(0.5)
 
     def linear(self, width: int, out: int, name: str) -> str:
         bias = self.draw.pick("", ", bias=False")
@@ -42,6 +44,7 @@ class Attention:
         attribute = "num_key_value_heads" if keys else "num_heads"
         count = f"self.{attribute}" if not self.literal else str(self.keys if keys else self.heads)
         size = "self.head_dim" if not self.literal else str(self.size)
+        size = "x.shape[-1] // self.num_heads" if self.divided else size
         made = self.draw.let(self.form.format(name, heads=count, size=size))
         return self.draw.let(f"{made}.{self.draw.pick('transpose(1, 2)', 'permute(0, 2, 1, 3)')}")
 
@@ -197,6 +200,8 @@ class Attention:
             "{0}.transpose(1, 2).reshape({0}.shape[0], {0}.shape[2], self.num_heads * self.head_dim)",
             "{0}.transpose(1, 2).reshape({0}.shape[0], {0}.shape[2], {0}.shape[1] * {0}.shape[3])",
         )
+        if self.divided:
+            form = "{0}.transpose(1, 2).reshape(x.shape)"
         flat = draw.let(form.format(out))
         if draw.chance(0.1):
             gate = self.linear(x.width, self.heads * self.size, "gate")

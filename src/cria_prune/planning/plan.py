@@ -14,13 +14,14 @@ import numpy as np
 from cria_prune.base.errors import ArtifactError, StructureError
 from cria_prune.base.events import passed
 from cria_prune.base.progress import screenful
+from cria_prune.base.sizes import Operation, Size, Sizing
 from cria_prune.config import PlanConfig
 from cria_prune.planning.allocation import Losses
 from cria_prune.planning.budget import Budget, count_macs, count_parameters
 from cria_prune.planning.latency import LatencyTable
 from cria_prune.planning.selection import ranking_of, reachable, select
 from cria_prune.planning.stairs import Allowed
-from cria_prune.structure.groups import Role, UnitGroups, removed_positions, said_values
+from cria_prune.structure.groups import Role, UnitGroups, removed_positions, said_values, units_gone
 
 FORMAT, VERSION = "cria-plan", 2
 
@@ -60,6 +61,21 @@ class AttributeEdit:
     after: int
 
 
+@dataclass(frozen=True)
+class CallEdit:
+    """A call of a module's code, and the sizes that it gives from now on; see `base.sizes`.
+
+    Attributes:
+        module: qualified name of the module; `` for the model itself.
+        place: which of the model's captured operations it is.
+        sizing: its sizes.
+    """
+
+    module: str
+    place: int
+    sizing: Sizing
+
+
 @dataclass(frozen=True, repr=False)
 class Plan:
     """Kept units per group and kept positions per tensor, relative to the model; prints as a table.
@@ -72,6 +88,7 @@ class Plan:
         report: asked, reached and reachable shares and their denominators.
         attributes: what modules say of their sizes, beyond the shapes of their own parameters.
         normed: a normalisation takes statistics over removed units, see `surgery/verify.py`.
+        calls: calls that ask for sizes which the code works out from something else.
     """
 
     sizes: Mapping[str, int]
@@ -80,6 +97,7 @@ class Plan:
     report: Mapping[str, float | str]
     attributes: tuple[AttributeEdit, ...] = ()
     normed: bool = False
+    calls: tuple[CallEdit, ...] = ()
 
     def __repr__(self) -> str:
         stay = sum(map(len, self.kept.values()))
@@ -106,7 +124,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain dictionaries and lists, ready for JSON."""
-        return {
+        values = {
             "format": FORMAT,
             "version": VERSION,
             "sizes": dict(self.sizes),
@@ -119,6 +137,8 @@ class Plan:
             "normed": self.normed,
             "report": dict(self.report),
         }
+        # Most plans have none, and are written as they were before there were any.
+        return {**values, "calls": [_written(edit) for edit in self.calls]} if self.calls else values
 
     def to_json(self) -> str:
         """Return the plan as one line of JSON."""
@@ -134,7 +154,8 @@ class Plan:
         fields = _mapping(values, "the plan")
         if (fields.get("format"), fields.get("version")) == (FORMAT, 1):  # before attributes were restated
             fields = {"attributes": [], "normed": False, **fields, "version": VERSION}
-        keys = ("format", "version", "sizes", "kept", "cuts", "attributes", "normed", "report")
+        fields = {"calls": [], **fields}
+        keys = ("format", "version", "sizes", "kept", "cuts", "attributes", "normed", "report", "calls")
         fields = _mapping(fields, "the plan", keys)
         if fields["format"] != FORMAT or fields["version"] != VERSION:
             raise _wrong(
@@ -158,6 +179,7 @@ class Plan:
             cuts=cuts,
             attributes=_attributes(fields["attributes"]),
             normed=bool(fields["normed"]),
+            calls=_calls(fields["calls"]),
             report={key: _said(value, key) for key, value in _mapping(fields["report"], "report").items()},
         )
 
@@ -230,6 +252,48 @@ def _attributes(values: Any) -> tuple[AttributeEdit, ...]:
     if len({(edit.module, edit.name) for edit in edits}) != len(edits):
         raise _wrong("two edits of one attribute")
     return tuple(edits)
+
+
+def _written(edit: CallEdit) -> dict[str, Any]:
+    """Return a call as JSON has it: lists in place of tuples."""
+    values = {
+        key: list(item) if isinstance(item, tuple) else item for key, item in asdict(edit.sizing).items()
+    }
+    values["gives"] = [list(item) if isinstance(item, tuple) else item for item in values["gives"]]
+    return {"module": edit.module, "place": edit.place, **values}
+
+
+def _calls(values: Any) -> tuple[CallEdit, ...]:
+    if not isinstance(values, list):
+        raise _wrong(f"calls is a {type(values).__name__}, not a list")
+    edits = []
+    for number, value in enumerate(values):
+        what = f"calls[{number}]"
+        keys = ("module", "place", "operation", "takes", "gives", "passes", "dim")
+        fields = _mapping(value, what, keys)
+        lists = all(isinstance(fields[key], list) for key in ("takes", "gives", "passes"))
+        known = fields["operation"] in get_args(Operation) and isinstance(fields["module"], str)
+        if not (lists and known) or len(fields["gives"]) != len(fields["passes"]):
+            raise _wrong(f"{what} of module {fields['module']!r}: {fields['operation']!r}")
+        takes = tuple(_size(item, f"{what}.takes", 1) for item in fields["takes"])
+        passes = tuple(_size(item, f"{what}.passes", 0) for item in fields["passes"])
+        gives: list[Size] = [
+            tuple(_integer(dim, f"{what}.gives", 0) for dim in item)
+            if isinstance(item, list) and item
+            else _size(item, f"{what}.gives", 1)
+            for item in fields["gives"]
+        ]
+        named = [dim for item in (*gives, passes) if isinstance(item, tuple) for dim in item]
+        if any(dim is not None and dim >= len(takes) for dim in named):
+            raise _wrong(f"{what} names a dimension of {len(takes)} that is not there")
+        dim = _integer(fields["dim"], f"{what}.dim", -1)
+        sizing = Sizing(fields["operation"], takes, tuple(gives), passes, dim)
+        edits.append(CallEdit(fields["module"], _integer(fields["place"], f"{what}.place", 0), sizing))
+    return tuple(edits)
+
+
+def _size(value: Any, what: str, least: int) -> int | None:
+    return None if value is None else _integer(value, what, least)
 
 
 def _said(value: Any, key: str) -> float | str:
@@ -327,6 +391,21 @@ def make_plan(groups: UnitGroups, kept: Kept, report: Mapping[str, float | str] 
         normed=any(
             group.normed and len(chosen.get(group.name, ())) not in (0, group.size) for group in groups
         ),
+        calls=_call_edits(groups, chosen),
+    )
+
+
+def _call_edits(groups: UnitGroups, kept: Mapping[str, tuple[int, ...]]) -> tuple[CallEdit, ...]:
+    """Return every call of the modules that have to be restated when these units leave."""
+    gone = units_gone(groups, kept)
+    modules = {name for group in groups if group.name in gone for name in group.restated}
+    # An earlier round may have restated a module, and a group that could do without lies in its calls.
+    able = {name for group in groups for name in group.restated}
+    modules |= {call.module for call in groups.calls if call.module in able and call.groups & gone.keys()}
+    return tuple(
+        CallEdit(call.module, call.place, call.without(gone).sizing())
+        for call in groups.calls
+        if call.module in modules
     )
 
 
@@ -387,9 +466,11 @@ def compose(first: Plan, second: Plan) -> Plan:
     for edit in second.attributes:
         start = edits.get((edit.module, edit.name), edit)
         edits[edit.module, edit.name] = replace(start, after=edit.after)
+    # A module that the second plan restates says all that its calls give; the others are as they were.
+    calls = {(edit.module, edit.place): edit for edit in (*first.calls, *second.calls)}
     return Plan(
         dict(first.sizes), kept, (*cuts, *later.values()), _composed_report(first, second),
-        tuple(edits.values()), first.normed or second.normed,
+        tuple(edits.values()), first.normed or second.normed, tuple(calls.values()),
     )  # fmt: skip
 
 

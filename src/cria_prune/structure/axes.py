@@ -163,7 +163,11 @@ Axes = list[Dim]
 
 
 class Units:
-    """Atoms, the ties between them, the grids, and the reasons that keep some of them in place."""
+    """Atoms, the ties between them, the grids, and the reasons that keep some of them in place.
+
+    Attributes:
+        unread: what is followed now is read by nothing, so that it keeps nothing in place.
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -174,6 +178,8 @@ class Units:
         self._assumed: list[tuple[np.ndarray, str]] = []
         self._marked: dict[str, list[np.ndarray]] = {}
         self._made: dict[str, list[tuple[int, int]]] = {"spread": [], "factor": []}
+        self._mixed: dict[int, np.ndarray] = {}
+        self.unread = False
 
     def fresh(self, size: int) -> np.ndarray:
         """Return `size` new atoms."""
@@ -212,12 +218,12 @@ class Units:
 
     def freeze(self, atoms: Dim, reason: str) -> None:
         """Keep these atoms, and all that are tied to them, in place."""
-        if atoms is not None and atoms.size:
+        if atoms is not None and atoms.size and not self.unread:
             self._frozen.append((atoms.ravel(), reason))
 
     def fix(self, atoms: Dim, reason: str) -> None:
         """Keep these atoms in place, with a reason that yields to any other: one dimension of a grid."""
-        if atoms is not None and atoms.size:
+        if atoms is not None and atoms.size and not self.unread:
             self._fixed.append((atoms.ravel(), reason))
 
     def assume(self, atoms: Dim, reason: str) -> None:
@@ -273,7 +279,14 @@ class Units:
                 [len(item) for item in held]
             )
             self._grids.append(Grid(grid, tuple(held)))
-        return np.broadcast_to(grid.reshape(inner), sizes).ravel()
+        merged = np.broadcast_to(grid.reshape(inner), sizes).ravel()
+        if any(axis not in labelled and size > 1 for axis, size in enumerate(sizes)):
+            self._mixed[id(merged)] = merged
+        return merged
+
+    def is_mixed(self, atoms: np.ndarray) -> bool:
+        """Say whether a dimension was merged from units and a fixed one, which may be the examples."""
+        return id(atoms) in self._mixed
 
     def resolve(self) -> Resolved:
         """Return the connected components with their reasons; the first reason noted is kept."""

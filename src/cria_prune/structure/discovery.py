@@ -15,6 +15,7 @@ from cria_prune.base.batches import Batch, batch_size
 from cria_prune.base.events import passed
 from cria_prune.structure.account import UNREAD
 from cria_prune.structure.axes import Resolved
+from cria_prune.structure.calls import sized_calls
 from cria_prune.structure.groups import Count, ParameterSlice, Role, Site, Tap, UnitGroup, UnitGroups
 from cria_prune.structure.rules.core import Context, Counted, operation_name
 from cria_prune.structure.trace import Trace, live_nodes, trace
@@ -60,7 +61,7 @@ def with_counts(
         counted: numbers of the captured operations; `classes`: (atoms,) the class of each atom.
     """
     groups = list(groups)
-    owner = {int(unit): group.name for group in groups for unit in atoms[group.name]}
+    owner = _owners(groups, atoms)
     found: dict[str, dict[tuple[str, str, str], Count]] = {group.name: {} for group in groups}
     modules = dict(model.named_modules(remove_duplicate=False))
     for place, item in enumerate(counted):
@@ -85,6 +86,11 @@ def with_counts(
         for entry in _config_widths(modules, group):
             found[group.name][entry.module, entry.name, entry.place] = entry
     return [replace(group, counts=tuple(found[group.name].values())) for group in groups]
+
+
+def _owners(groups: Iterable[UnitGroup], atoms: Mapping[str, np.ndarray]) -> dict[int, str]:
+    """Return class -> name of the group whose unit it is."""
+    return {int(unit): group.name for group in groups for unit in atoms[group.name]}
 
 
 def _names(module: nn.Module, item: Counted) -> dict[str, bool]:
@@ -179,6 +185,7 @@ def discover(model: nn.Module, example: Batch, traced: Trace | None = None) -> U
         positions=positions,
         embeddings=_embeddings(traced),
         loose=_loose(traced, atoms.values()),
+        calls=sized_calls(context.sized, resolved.classes, _owners(groups, atoms)),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from cria_prune.structure.account import LAST, Account, Held, account
+from cria_prune.structure.calls import SizedCall
 from cria_prune.structure.table import Row, Status, plain
 
 Role = Literal["produces", "consumes", "follows", "picks"]
@@ -99,6 +100,7 @@ class UnitGroup:
         counts: attributes of modules that say how many units there are.
         normed: a normalisation takes its statistics over the units, so that the others change
             when some leave: verified by the twin of operations, see `surgery/verify.py`.
+        restated: modules whose calls get their sizes restated when some units leave, see `base.sizes`.
     """
 
     name: str
@@ -112,6 +114,7 @@ class UnitGroup:
     assumes: tuple[str, ...] = ()
     counts: tuple[Count, ...] = ()
     normed: bool = False
+    restated: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         before = f" of {self.original_size}" if self.size < self.original_size else ""
@@ -142,6 +145,7 @@ class UnitGroups:
         embeddings: names of the parameters that rows are picked from (tokens, positions, types), and
             of an output layer as large as the token embedding.
         loose: parameter -> dimension that no group touches -> why it has no units; -1 is the parameter.
+        calls: calls of the model's code that ask for sizes which follow from units.
     """
 
     groups: tuple[UnitGroup, ...]
@@ -150,6 +154,7 @@ class UnitGroups:
     positions: Mapping[str, float]
     embeddings: tuple[str, ...] = ()
     loose: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    calls: tuple[SizedCall, ...] = ()
 
     def __iter__(self) -> Iterator[UnitGroup]:
         return iter(self.groups)
@@ -328,7 +333,14 @@ def shrink(groups: UnitGroups, kept: Mapping[str, Sequence[int]]) -> UnitGroups:
         return replace(group, size=len(stays), slices=slices, inputs=inputs, outputs=outputs, counts=counts)
 
     shapes = shrunk_shapes(groups.shapes, removed)
-    return replace(groups, groups=tuple(smaller(group) for group in groups), shapes=shapes)
+    calls = tuple(call.without(units_gone(groups, kept)) for call in groups.calls)
+    return replace(groups, groups=tuple(smaller(group) for group in groups), shapes=shapes, calls=calls)
+
+
+def units_gone(groups: UnitGroups, kept: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Return group name -> how many units leave when only the `kept` ones stay, of groups that lose some."""
+    sizes = {group.name: group.size for group in groups}
+    return {name: sizes[name] - len(stays) for name, stays in kept.items() if len(stays) < sizes[name]}
 
 
 def _gone(group: UnitGroup, kept: Mapping[str, Sequence[int]]) -> np.ndarray:

@@ -177,11 +177,11 @@ def _note_values(program: ExportedProgram, context: Context, tensors: Mapping[st
 
 def follow(graph: Graph, context: Context) -> Any:
     """Apply the rule of every operation of a graph in order; return the arguments of its output."""
-    # What nothing reads must not freeze the units that it touches, and export leaves such operations behind.
-    alive = live_nodes(graph)
+    # What nothing reads is run by Python all the same, so its weights are cut with the rest and what meets
+    # in it has to fit. But it must not freeze what it touches, and export leaves such operations behind.
+    alive, around = live_nodes(graph), context.units.unread
     for node in graph.nodes:
-        if node not in alive:
-            continue
+        context.units.unread = around or node not in alive
         if node.op == "get_attr":
             context.axes[node] = [None] * len(getattr(node.meta.get("val"), "shape", ()))
         elif node.op == "call_function":
@@ -210,7 +210,8 @@ def follow(graph: Graph, context: Context) -> Any:
                 # A block under no_grad or autocast comes as a graph of
                 # its own. Without a look inside all of it would freeze.
                 context.axes[node] = _wrapper(wrapped, context)
-            noted = range(uses, len(context.uses))
+            # A wrapper may hold layers whose outputs nothing reads: nothing comes from them.
+            noted = [number for number in range(uses, len(context.uses)) if context.uses[number].read]
             context.upstream[node] |= sum(1 << number for number in noted)
             # A rule that notes a use with outputs was a layer's: what comes out of it has this one source.
             own = sum(1 << number for number in noted if context.uses[number].out_dim is not None)
@@ -220,6 +221,7 @@ def follow(graph: Graph, context: Context) -> Any:
                     if item in context.lost:
                         context.lost[node] = context.lost[item]
         elif node.op == "output":
+            context.units.unread = around
             return node.args[0]
     return ()
 

@@ -13,6 +13,7 @@ from cria_prune.base.attention import MultiheadAttention
 from cria_prune.base.errors import StructureError
 from cria_prune.base.events import passed
 from cria_prune.base.modules import copy_of, named_tensors, shared_copy
+from cria_prune.base.sizes import restate_calls
 from cria_prune.planning.plan import Plan
 
 
@@ -108,7 +109,7 @@ def _restate_attention(module: nn.MultiheadAttention) -> None:
 
 
 def check_attributes(model: nn.Module, plan: Plan) -> None:
-    """Check that the model says what the plan's edits start from.
+    """Check that the model says what the plan's edits start from, and has the modules that it restates.
 
     Raises:
         StructureError: a module or attribute is missing or says something else.
@@ -125,6 +126,12 @@ def check_attributes(model: nn.Module, plan: Plan) -> None:
                 f"the model says {found!r}",
                 "Apply a plan to the model that it was made for",
             )
+    for path in dict.fromkeys(call.module for call in plan.calls):
+        if path not in modules:
+            raise StructureError(
+                f"A plan that restates calls of {path!r}", "the model has no such module",
+                "Apply a plan to the model that it was made for",
+            )  # fmt: skip
 
 
 def restate_attributes(model: nn.Module, plan: Plan) -> None:
@@ -197,6 +204,8 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False, share: bool = 
         depthwise = shapes.get("weight", (0, ()))[0] in following
         restate(module, {local: shape for local, (_, shape) in shapes.items()}, depthwise)
     restate_attributes(target, plan)
+    for path in dict.fromkeys(edit.module for edit in plan.calls):
+        restate_calls(target.get_submodule(path), [edit.sizing for edit in plan.calls if edit.module == path])
     return target
 
 

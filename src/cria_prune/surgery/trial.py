@@ -7,17 +7,19 @@ a copy, and masked must equal pruned; groups for which it does not are frozen wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from torch import nn
 
-from cria_prune.base.batches import Batch, map_tensors, named_shortage, outputs
+from cria_prune.base.batches import Batch, batch_size, map_tensors, named_shortage, outputs, rows_of
 from cria_prune.base.errors import CriaError, ResourceError, said
 from cria_prune.base.modules import device_of, meta_copy, shared_copy
 from cria_prune.planning.plan import Plan, make_plan
-from cria_prune.structure.groups import UnitGroups, alike
+from cria_prune.structure.groups import UnitGroup, UnitGroups, alike
 from cria_prune.surgery.removal import apply
 from cria_prune.surgery.verify import LESS, Reference
 
@@ -34,9 +36,9 @@ def settle(model: nn.Module, groups: UnitGroups, example: Batch, reference: Refe
     trials = _Trials(model, groups)
     shapes = _Shapes.of(model, example)
     if shapes is not None:
-        trials.run(shapes.failure)
+        trials.run(shapes.failure, apart=True)
     if device_of(model).type != "meta":
-        trials.run(_Values(reference).failure)
+        trials.run(_Values(reference).failure, apart=shapes is None)
     return trials.settled()
 
 
@@ -52,12 +54,19 @@ class _Trials:
         self.frozen: dict[str, str] = {}
         self.test: Test = lambda plan: None
 
-    def run(self, test: Test) -> None:
-        """Freeze the groups that fail a test, among those that are not frozen yet."""
+    def run(self, test: Test, apart: bool = False) -> None:
+        """Freeze the groups that fail a test, among those that are not frozen yet.
+
+        Args:
+            test: says what failed when a plan is carried out.
+            apart: heads and residual widths are tried without each other too. A width by a number of heads
+                can be the size of a head by chance when both are cut.
+        """
         self.test = test
         chosen = [group.name for group in self.all.prunable if group.name not in self.frozen]
         # Where all groups pass together, one trial is all that it takes.
-        if chosen and self.failure(chosen) is not None:
+        tried = [chosen, *(self.parts(chosen) if apart else [])]
+        if chosen and any(self.failure(names) is not None for names in tried):
             itself = self.failure([])
             if itself is not None:  # NaN, chance: it says nothing, so what is only assumed is not offered
                 why = f"and the model differs from itself: {itself}"
@@ -67,6 +76,13 @@ class _Trials:
         for names in self.alike(chosen):
             if self.has_bounds(names):  # numbers can fit a cut of everything, and not of one group
                 self.blame(names)
+
+    def parts(self, chosen: Sequence[str]) -> list[list[str]]:
+        """Return the residual widths, and the rest, where there are heads beside a residual width."""
+        residual = [name for name in chosen if self.groups[name].kind == "residual"]
+        rest = [name for name in chosen if name not in residual]
+        heads = any(self.groups[name].kind in ("head", "kv group") for name in rest)
+        return [rest, residual] if heads and residual else []
 
     def alike(self, chosen: Sequence[str]) -> list[list[str]]:
         """Return those of the groups that are not frozen, alike ones together."""
@@ -88,8 +104,16 @@ class _Trials:
 
     def find(self, chosen: list[str]) -> None:
         """Freeze the groups that fail alone; if the rest fails together, the assumed ones, then all."""
-        for names in self.alike(chosen):
-            self.blame(names)
+        failing = self.failing(chosen)
+        # What mends one class most often mends all that fail, such as the attentions of all stages. Residual
+        # widths are apart: they lie in every block, and more of what a forward does depends on them.
+        for residual in (False, True):
+            classes = [item for item in failing if (self.groups[item[0]].kind == "residual") is residual]
+            if len(classes) > 1 and self.mended([name for names in classes for name in names]):
+                continue
+            for names in classes:
+                if not self.mended([*names]):
+                    self.halve([*names], failing[names])
         for assumed in (True, False):
             left = [name for name in chosen if name not in self.frozen]
             text = self.failure(left) if left else None
@@ -100,11 +124,25 @@ class _Trials:
             blamed = [name for name in left if self.groups[name].assumes or not assumed]
             self.frozen |= {name: self.reason(name, text) for name in blamed}
 
+    def failing(self, chosen: list[str]) -> dict[tuple[str, ...], str]:
+        """Return the classes of alike groups that fail alone, with what they gave."""
+        classes = [tuple(names) for names in self.alike(chosen)]
+        sound = [names for names in classes if not any(self.groups[name].assumes for name in names)]
+        # Most of what is under no assumption passes, and then one trial says so.
+        if len(sound) > 1 and self.failure([name for names in sound for name in names]) is None:
+            classes = [names for names in classes if names not in sound]
+        found = {names: self.failure(names) for names in classes}
+        return {names: text for names, text in found.items() if text is not None}
+
     def blame(self, names: list[str]) -> None:
-        """Freeze those of some alike groups that fail and cannot be mended by restating attributes."""
+        """Freeze those of some alike groups that fail and cannot be mended."""
         text = self.failure(names)
-        if text is not None and not self.restated(names):
+        if text is not None and not self.mended(names):
             self.halve(names, text)
+
+    def mended(self, names: list[str]) -> bool:
+        """Restate attributes or the sizes of calls, if the trial passes with them."""
+        return self.restated(names) or self.resized(names)
 
     def restated(self, names: list[str]) -> bool:
         """Take the attributes that hold the same numbers too, if the trial passes with them."""
@@ -112,6 +150,8 @@ class _Trials:
         # an attribute that need not be changed may count something else, and be equal by chance.
         before = {name: self.groups[name] for name in names}
         guesses = {item.name for group in before.values() for item in group.counts if not item.sure}
+        if not guesses:
+            return False
 
         def passes(taken: set[str]) -> bool:
             for name, group in before.items():
@@ -119,10 +159,9 @@ class _Trials:
                 self.groups[name] = replace(group, counts=tuple(counts))
             return self.failure(names) is None
 
-        taken = next(
-            (item for item in (guesses, *({name} for name in sorted(guesses))) if passes(item)), None
-        )
-        if not guesses or taken is None:
+        single = [{name} for name in sorted(guesses)] if len(guesses) > 1 else []
+        taken = next((item for item in (guesses, *single) if passes(item)), None)
+        if taken is None:
             self.groups.update(before)
             return False
         guesses = set(taken)
@@ -131,6 +170,42 @@ class _Trials:
                 guesses.discard(name)
         # The last trial also leaves the groups with the guesses that were kept.
         return passes(guesses)
+
+    def resized(self, names: list[str]) -> bool:
+        """Restate the sizes that calls around the groups ask for, if the trial passes with them."""
+        before = {name: self.groups[name] for name in names}
+        tried = [_mends(before.values())]
+        for wide in (False, True):
+            modules = {name: self.callers(name, wide) for name in names}
+            every = set().union(*modules.values())
+            # What the code works out from a count, such as the factor of an attention's scores, may be right
+            # with the count of now only. So the counts of these modules are restated or left.
+            for counted in (True, False):
+                for name, group in before.items():
+                    counts = (
+                        replace(item, sure=item.sure and (counted or item.module not in every))
+                        for item in group.counts
+                    )
+                    self.groups[name] = replace(group, restated=modules[name], counts=tuple(counts))
+                now = _mends(self.groups[name] for name in names)
+                if now not in tried:
+                    tried.append(now)
+                    if self.failure(names) is None:
+                        return True
+        self.groups.update(before)
+        return False
+
+    def callers(self, name: str, wide: bool) -> tuple[str, ...]:
+        """Return the modules whose calls take or give units of a group; or all around its tensors as well."""
+        group, calls = self.groups[name], self.all.calls
+        found = {call.module for call in calls if name in call.groups}
+        # A residual width is what the code of every block around reads off its input.
+        if wide or group.kind == "residual":
+            tensors = {item.tensor for item in group.slices}
+            ends = {name: [0, *(at for at, char in enumerate(name) if char == ".")] for name in tensors}
+            around = {name[:end] for name, places in ends.items() for end in places}
+            found |= around & {call.module for call in calls}
+        return tuple(sorted(found))
 
     def halve(self, names: list[str], failure: str) -> None:
         """Freeze those of the groups that fail; `failure` is what all of them gave."""
@@ -182,6 +257,11 @@ class _Trials:
         return kept
 
 
+def _mends(groups: Iterable[UnitGroup]) -> list[Any]:
+    """Return what a trial of these groups restates."""
+    return [(group.restated, group.counts) for group in groups]
+
+
 class _Values:
     """Masked against pruned."""
 
@@ -194,7 +274,7 @@ class _Values:
         # in float64 each time made the search take minutes.
         with named_shortage("A trial cut of the model", LESS):
             smaller = apply(self.reference.model, plan, share=True)
-        self.reference.compare(plan, smaller)
+        self.reference.compare(plan, smaller, spare=True)
         return None
 
 
@@ -206,7 +286,8 @@ class _Shapes:
         # so wrong shapes are found there before values are.
         self.model = meta_copy(model)
         self.example = map_tensors(example, lambda item: item.to("meta"))
-        self.expected = self._outputs(self.model)
+        self.expected = self._outputs(shared_copy(self.model), self.example)
+        self.more: tuple[Batch, list[tuple[int, ...]]] | None = None
 
     @classmethod
     def of(cls, model: nn.Module, example: Batch) -> _Shapes | None:
@@ -219,11 +300,26 @@ class _Shapes:
     def failure(self, plan: Plan) -> str | None:
         """Cut the meta model and run it; None if the outputs have the shapes of the dense model's."""
         smaller = apply(self.model, plan, share=True)
-        try:
-            found = self._outputs(smaller)
-        except Exception as error:
-            return said(error)
-        return None if found == self.expected else f"outputs of shape {found}, dense {self.expected}"
+        batches = [(self.example, self.expected)]
+        # A size that is restated must be none of the batch's, and the example alone cannot tell.
+        batches += [self._one_more()] if plan.calls else []
+        for batch, expected in batches:
+            try:
+                found = self._outputs(smaller, batch)
+            except Exception as error:
+                return said(error)
+            if found != expected:
+                return f"outputs of shape {found}, dense {expected}"
+        return None
 
-    def _outputs(self, model: nn.Module) -> list[tuple[int, ...]]:
-        return [tuple(item.shape) for item in outputs(shared_copy(model), self.example)]
+    def _one_more(self) -> tuple[Batch, list[tuple[int, ...]]]:
+        """Return the batch with one more example and the dense shapes; as it is where that will not run."""
+        if self.more is None:
+            self.more = self.example, self.expected
+            with suppress(Exception):  # whatever the model's code raises: it may take this number only
+                batch = rows_of(self.example, [0, *range(batch_size(self.example))])
+                self.more = batch, self._outputs(shared_copy(self.model), batch)
+        return self.more
+
+    def _outputs(self, model: nn.Module, example: Batch) -> list[tuple[int, ...]]:
+        return [tuple(item.shape) for item in outputs(model, example)]

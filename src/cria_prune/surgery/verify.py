@@ -303,6 +303,7 @@ class Reference:
         with named_shortage("A copy of the model, to compare its cut with", LESS):
             self.model = _in_type(copy_of(model), dtype)
         self._trace: Trace | None = None
+        self._rounds: bool | None = None
 
     def trace(self) -> Trace:
         """Return the copy's operations with the axes of each, captured once.
@@ -323,8 +324,12 @@ class Reference:
                 if not torch.equal(mine, value):  # a buffer may be a view that cannot be written into
                     mine.copy_(value)
 
-    def compare(self, plan: Plan, smaller: nn.Module) -> Verification:
+    def compare(self, plan: Plan, smaller: nn.Module, *, spare: bool = False) -> Verification:
         """Compare a pruned model, of any type, with the masked twin.
+
+        Args:
+            plan: what was removed; smaller: the pruned model.
+            spare: it is not needed any more, so that its forward may leave something on it.
 
         Raises:
             VerificationError: they differ by more than the tolerance, or one of them does not run.
@@ -332,13 +337,14 @@ class Reference:
         """
         passed("verify", plan=plan)
         with named_shortage("Comparing the pruned model with the masked one", LESS):
-            return self._compared(plan, smaller)
+            return self._compared(plan, smaller, spare)
 
-    def _compared(self, plan: Plan, smaller: nn.Module) -> Verification:
+    def _compared(self, plan: Plan, smaller: nn.Module, spare: bool) -> Verification:
         expected = self._expected(plan)
         try:
             same = _is_of(smaller, self.dtype)
-            found = self._run(smaller if same else _in_type(copy_of(smaller), self.dtype))
+            mine = smaller if same else _in_type(copy_of(smaller), self.dtype)
+            found = outputs(mine, self._batch()) if spare else self._run(mine)
         except Exception as error:
             # A lack of memory says nothing of the cut.
             if ran_out(error):
@@ -372,9 +378,11 @@ class Reference:
         if difference <= usual or self.dtype is not torch.float64:
             return usual
         # Watching every operation is dear, and most cuts are within the usual bound.
-        with _Rounding() as seen:
-            self._run(self.model)
-        return ROUNDED if seen.found else usual
+        if self._rounds is None:
+            with _Rounding() as seen:
+                self._run(self.model)
+            self._rounds = seen.found
+        return ROUNDED if self._rounds else usual
 
     def _expected(self, plan: Plan) -> list[Tensor]:
         """Return the masked outputs; in float32 from now on if float64 does not run."""

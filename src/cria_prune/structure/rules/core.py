@@ -6,7 +6,7 @@ where there are several). An operation without a rule freezes what touches it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 from torch.fx import Node
 
+from cria_prune.base.sizes import Operation
 from cria_prune.structure.account import NO_RULE
 from cria_prune.structure.axes import Axes, Dim, Units
 
@@ -24,7 +25,10 @@ RULES: dict[str, Rule] = {}
 
 @dataclass
 class WeightUse:
-    """One call of an operation that sums over a weight: where its units come in and go out."""
+    """One call of an operation that sums over a weight: where its units come in and go out.
+
+    `read` says whether the output of the model depends on it.
+    """
 
     node: Node
     weight: str
@@ -34,6 +38,7 @@ class WeightUse:
     entering: Dim
     leaving: Dim
     per_element: float
+    read: bool = True
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,39 @@ class Addition:
 
     atoms: np.ndarray
     branches: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One of the dimensions (atoms) that a reshape makes of the dimensions `of` of its tensor."""
+
+    atoms: Dim
+    of: tuple[int, ...]
+
+
+Given = Factor | tuple[int, ...] | None
+"""What says a size of a result: a factor, the dimensions of the tensor whose sizes make it, or nothing."""
+
+
+@dataclass(frozen=True)
+class Sized:
+    """An operation that asks for sizes, whose call can be given others (`base.sizes`).
+
+    Attributes:
+        module: the module whose code calls it.
+        operation: `reshape`, `expand` or `split`.
+        takes: atoms of each dimension of the tensor.
+        gives: of each dimension of the result, or of each part.
+        mixed: the dimensions of the tensor whose units are one with a fixed factor, such as the examples.
+        dim: the dimension that is split, else -1.
+    """
+
+    module: str
+    operation: Operation
+    takes: tuple[Dim, ...]
+    gives: tuple[Given, ...]
+    mixed: frozenset[int]
+    dim: int = -1
 
 
 @dataclass
@@ -76,6 +114,7 @@ class Context:
         picks: (buffer, dimension) whose values are the positions of the units that they stand beside.
         uses: the uses of weights.
         counted: numbers that count atoms.
+        sized: operations that ask for sizes.
     """
 
     units: Units
@@ -93,6 +132,7 @@ class Context:
     picks: set[tuple[str, int]] = field(default_factory=set)
     uses: list[WeightUse] = field(default_factory=list)
     counted: list[Counted] = field(default_factory=list)
+    sized: list[Sized] = field(default_factory=list)
 
     def of(self, node: Any) -> Axes:
         """Return the axes of a tensor argument."""
@@ -110,6 +150,16 @@ class Context:
         """Note that the number `value` in this operation counts these atoms."""
         if atoms is not None and value > 0:
             self.counted.append(Counted(node, module_path(node), int(value), atoms, names))
+
+    def size(
+        self, node: Node, operation: Operation, takes: Axes, gives: Sequence[Given], dim: int = -1
+    ) -> None:
+        """Note that an operation asks for sizes."""
+        if any(item is not None for item in gives):
+            mixed = frozenset(
+                place for place, item in enumerate(takes) if item is not None and self.units.is_mixed(item)
+            )
+            self.sized.append(Sized(module_path(node), operation, tuple(takes), tuple(gives), mixed, dim))
 
     def parameter_dim(self, node: Node, axis: int) -> int | None:
         """Return which dimension of its parameter an axis of this view is."""
@@ -138,7 +188,8 @@ class Context:
                 return
             name, (in_dim, out_dim) = found, dims
             freeze_all(self.labels[name], self, reason)
-        self.uses.append(WeightUse(node, name, in_dim, out_dim, channel, entering, leaving, positions))
+        read = not self.units.unread
+        self.uses.append(WeightUse(node, name, in_dim, out_dim, channel, entering, leaving, positions, read))
 
     def computed_from(self, weight: Node) -> str | None:
         """Return the parameter of the same shape that a computed weight comes from, if there is one."""
@@ -280,7 +331,7 @@ def _mark_branches(node: Node, result: Axes, branches: list[Node], context: Cont
         if any(not np.array_equal(labelled[0], other) for other in labelled[1:]):
             if name == "mul":
                 context.units.mark(result[-back], "gated")
-            else:
+            elif not context.units.unread:
                 context.additions.append(Addition(np.asarray(result[-back]).ravel(), added))
 
 

@@ -178,6 +178,19 @@ def windows(node: Node, context: Context) -> Axes:
     return [*axes[:-3], repeated, None]
 
 
+@rule("col2im")
+def folded_windows(node: Node, context: Context) -> Any:
+    """The positions of each channel's window are added up where they lie: they leave together."""
+    axes, size = context.of(node.args[0]), shape(node)[-3]
+    context.units.freeze(axes[-1], f"is a spatial dimension of {context.where(node)}")
+    units = axes[-2]
+    if units is not None:
+        rows = units.reshape(size, -1)
+        context.units.tie(np.repeat(rows[:, 0], rows.shape[1]), units, "")
+        units = np.ascontiguousarray(rows[:, 0])
+    return [*axes[:-2], units, None, None]
+
+
 @rule("batch_norm", "instance_norm")
 def batch_norm(node: Node, context: Context) -> Axes:
     """Per channel: weight, bias and running statistics follow the channels."""

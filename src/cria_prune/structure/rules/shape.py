@@ -11,6 +11,8 @@ from torch.fx import Node
 from cria_prune.structure.axes import Axes, common_factors, reshape_segments
 from cria_prune.structure.rules.core import (
     Context,
+    Factor,
+    Given,
     argument,
     argument_shape,
     broadcast,
@@ -37,7 +39,12 @@ def reshape(node: Node, context: Context) -> Axes:
     # type has other numbers: no position can be followed.
     if 0 in before or as_type:
         return no_rule(node, context)
+    gives: list[Given] = [None] * len(after)
     for ins, outs in reshape_segments(before, after):
+        # What is made of whole dimensions has their sizes, whatever
+        # they are; the factors of one have sizes of their own.
+        if len(outs) == 1:
+            gives[outs[0]] = tuple(ins)
         if all(axes[dim] is None for dim in ins):
             continue
         factors = common_factors([before[dim] for dim in ins], [after[dim] for dim in outs])
@@ -59,6 +66,10 @@ def reshape(node: Node, context: Context) -> Axes:
         for sizes, held, places in ((before, axes, ins), (after, result, outs)):
             for dim in places:
                 context.count(node, sizes[dim], held[dim])
+        for dim in outs if len(outs) > 1 else ():
+            units = result[dim]
+            gives[dim] = None if units is None or context.units.is_mixed(units) else Factor(units, tuple(ins))
+    context.size(node, "reshape", axes, gives)
     _note_literals(node, context, result)
     return result
 
@@ -127,14 +138,18 @@ def expand(node: Node, context: Context) -> Axes:
     new = len(after) - len(before)
     result: Axes = [*[None] * new, *axes]
     sizes = sizes_argument(node)
+    passing: list[Given] = [None] * len(after)
     for dim, size in enumerate(after):
         if size != 1 and (dim < new or before[dim - new] == 1):
             # The one key of all query heads is expanded to as many as there are.
             # The number may be held by the module, so it has atoms as `zeros` has.
             result[dim] = context.units.spread(size)
             context.count(node, size, result[dim])
+        elif result[dim] is not None:
+            passing[dim] = (dim - new,)
         if sizes[dim] != -1:
             context.units.assume(result[dim], f"{context.where(node)} takes its sizes from its input")
+    context.size(node, "expand", axes, passing)
     return result
 
 
@@ -230,7 +245,11 @@ def split(node: Node, context: Context) -> list[Axes]:
         context.count(node, sizes[0], parts[0])
     elif by_number:
         context.units.freeze(units, f"is split into unequal parts by {context.where(node)}")
+    else:
+        for size, part in zip(sizes, parts, strict=True):
+            context.count(node, size, part)
     if not by_number:
+        context.size(node, "split", axes, [Factor(part, (dim,)) for part in parts], dim)
         context.units.assume(units, f"{context.where(node)} takes its bounds from its input")
     return [[*axes[:dim], part, *axes[dim + 1 :]] for part in parts]
 
