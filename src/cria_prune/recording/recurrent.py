@@ -63,8 +63,8 @@ def signals(function: Any, args: Sequence[Any], result: Any) -> Iterator[Signal]
         for place, weights in enumerate(layer):
             before = partial(_before, call, given[place], begun[0][place], back=place == 1)
             yield from _of_layer(data, before, weights[:4])
-        if layer[0][4] is not None:
-            yield from _of_projections(function, args, call, sequence, begun, number)
+            if weights[4] is not None:
+                yield Signal(weights[4], "output", partial(_examples_first, given[place], call))
         sequence = outputs
 
 
@@ -78,29 +78,6 @@ def _of_layer(data: Tensor, before: Callable[[], Tensor], weights: Sequence[Any]
     yield Signal(inputs, "input", lambda: data)
     yield Signal(inputs, "output", gates)
     yield Signal(states, "input", before)
-
-
-def _of_projections(
-    function: Any, args: Sequence[Any], call: Fused, sequence: Tensor, begun: Sequence[Tensor], number: int
-) -> Iterator[Signal]:
-    """Yield what the projections of a layer read and give."""
-    # A projection that also gives the hidden units as they are, which the next step does not read, shows
-    # them: (P, H) becomes (P + H, H), and weight_hh gets H columns of zeros.
-    layer, H = call.weights[number], call.weights[number][0][4].shape[1]
-
-    def outputs(place: int) -> tuple[Tensor, Tensor]:
-        wider = [
-            (ih, functional.pad(hh, (0, H)), one, other, torch.cat([hr, torch.eye(H).to(hr)]))
-            for ih, hh, one, other, hr in layer
-        ]
-        with torch.backends.cudnn.flags(enabled=False):  # it takes no projection to more than there is
-            found = _one_layer(function, args, sequence, [functional.pad(begun[0], (0, H)), begun[1]], wider)
-        shown = _examples_first(found.chunk(len(layer), -1)[place], call)
-        return shown[..., :-H], shown[..., -H:]
-
-    for place, weights in enumerate(layer):
-        yield Signal(weights[4], "input", partial(lambda place: outputs(place)[1], place))
-        yield Signal(weights[4], "output", partial(lambda place: outputs(place)[0], place))
 
 
 def _one_layer(

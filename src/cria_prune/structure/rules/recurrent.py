@@ -140,8 +140,11 @@ def _units(
     # Both weights make the gates, which are one signal: it is read at the first of them.
     context.use(node, states, (1, 0), -1, state, None, positions)
     if projection is not None:
+        # Torch takes no projection to as many numbers as there are hidden units, or more, and a plan does not
+        # keep one group below another. So the projection is cut, and the hidden units behind it stay.
         context.units.tie(hidden, weights[2][1], "")
-        context.use(node, projection, (1, 0), -1, hidden, state, positions)
+        context.units.freeze(hidden, f"has to stay larger than the projection in {context.where(node)}")
+        context.use(node, projection, (1, 0), -1, None, state, positions)
     return hidden, state
 
 
