@@ -23,6 +23,7 @@ from cria_prune.base.errors import CaptureError, DataError, said
 from cria_prune.base.events import passed
 from cria_prune.base.modules import cache_off, named_tensors, shared_copy
 from cria_prune.structure.axes import Resolved, Units
+from cria_prune.structure.packed import PackedRows
 from cria_prune.structure.rules import attention, layers, recurrent, shape  # noqa: F401  (they register their rules)
 from cria_prune.structure.rules.core import RULES, Context, freeze_all, no_rule, operation_name
 
@@ -95,6 +96,7 @@ def capture(model: nn.Module, example: Batch, dynamic: Any = None) -> ExportedPr
     with (
         cache_off(model),
         plain_attention(model),
+        PackedRows(),
         torch.random.fork_rng(devices=[]),
         torch.no_grad(),
     ):

@@ -54,9 +54,9 @@ def restate(module: nn.Module, before: Mapping[str, tuple[int, ...]], depthwise:
     elif isinstance(module, nn.MultiheadAttention):
         _restate_attention(module)
     elif isinstance(module, nn.RNNBase):
-        _restate_sizes(module, module.weight_ih_l0)
+        _restate_sizes(module, cast(Tensor, module.weight_ih_l0))
         if module.proj_size:
-            module.proj_size = int(module.weight_hh_l0.shape[1])
+            module.proj_size = int(cast(Tensor, module.weight_hh_l0).shape[1])
         module.flatten_parameters()  # assigned one by one, they no longer lie in one piece of a GPU's memory
     elif isinstance(module, nn.RNNCellBase):
         _restate_sizes(module, module.weight_ih)

@@ -71,15 +71,27 @@ def _cell(flat: Sequence[Any], biased: bool) -> tuple[Any, Any, Any, Any, Any]:
 
 @rule(*GATES)
 def recurrent(node: Node, context: Context) -> Any:
+    """A recurrent layer as `torch.nn` calls it."""
+    return _layers(node, context, Fused.of(node.args), GATES[operation_name(node)])
+
+
+@rule("recurrent_rows")
+def recurrent_rows(node: Node, context: Context) -> Any:
+    """A recurrent layer over packed sequences, as `structure.packed` writes it."""
+    kind, rows, sizes, states, weights, biased, layers, both = node.args
+    call = Fused.of((rows, sizes, states, weights, biased, layers, 0.0, False, both))
+    return _layers(node, context, call, GATES[str(kind)])
+
+
+def _layers(node: Node, context: Context, call: Fused, gates: int) -> Any:
     """All layers and directions: the gate rows of a unit leave together, and with them who reads it."""
-    call = Fused.of(node.args)
     axes = context.of(call.data)
     # What comes before or after, and beside, is another step or example: no width that units lie along.
     freeze_all(axes[:-1], context, f"is a sequence in {context.where(node)}")
     positions = float(np.prod(shape(call.data)[:-1]))
     entering, made = axes[-1], list[tuple[np.ndarray, np.ndarray]]()
     for layer in call.weights:
-        outputs = [_units(node, context, entering, cell, positions) for cell in layer]
+        outputs = [_units(node, context, entering, cell, gates, positions) for cell in layer]
         if any(item is None for item in outputs):
             return no_rule(node, context)
         made += cast(list[tuple[np.ndarray, np.ndarray]], outputs)
@@ -107,7 +119,8 @@ def cell(node: Node, context: Context) -> Any:
     freeze_all(axes[:-1], context, f"is an example in {context.where(node)}")
     biases = [argument(node, place, name) for place, name in ((4, "b_ih"), (5, "b_hh"))]
     positions = float(np.prod(shape(cast(Node, data))[:-1]))
-    made = _units(node, context, axes[-1], (*weights[:2], *biases, None), positions)
+    gates = GATES[operation_name(node).removesuffix("_cell")]
+    made = _units(node, context, axes[-1], (*weights[:2], *biases, None), gates, positions)
     if made is None:
         return no_rule(node, context)
     kept = [[*[None] * (len(axes) - 1), _initial(node, context, item, made[0])] for item in states]
@@ -115,7 +128,12 @@ def cell(node: Node, context: Context) -> Any:
 
 
 def _units(
-    node: Node, context: Context, entering: Dim, cell: tuple[Any, Any, Any, Any, Any], positions: float
+    node: Node,
+    context: Context,
+    entering: Dim,
+    cell: tuple[Any, Any, Any, Any, Any],
+    gates: int,
+    positions: float,
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Tie what belongs to the units of one layer in one direction.
 
@@ -124,17 +142,17 @@ def _units(
     """
     inputs, states, *biases, projection = cell
     weights = [context.of(item) for item in (inputs, states, projection) if item is not None]
-    if any(dim is None for axes in weights for dim in axes):
+    (rows, columns), (also, read) = weights[:2]
+    projected = rows if projection is None else weights[2][0]
+    if rows is None or projected is None or any(dim is None for axes in weights for dim in axes):
         return None
-    (rows, columns), (also, read) = weights[0], weights[1]
-    gates = GATES[operation_name(node).removesuffix("_cell")]
     hidden = rows.reshape(gates, -1)[0]
     # Gate g of unit h is row g·H + h: the rows of a unit are H apart, and none of its gates works alone.
     context.units.tie(np.tile(hidden, gates), rows, "")
     context.units.tie(rows, also, "")
     follow_units(context, node, rows, *biases)
     context.units.tie(entering, columns, MODEL_INPUT)
-    state = hidden if projection is None else weights[2][0]
+    state = hidden if projection is None else projected
     context.units.tie(state, read, "")
     context.use(node, inputs, (1, 0), -1, entering, rows, positions)
     # Both weights make the gates, which are one signal: it is read at the first of them.
@@ -156,7 +174,7 @@ def _initial(node: Node, context: Context, states: Any, units: np.ndarray) -> np
     return units
 
 
-@rule("_pack_padded_sequence")
+@rule("_pack_padded_sequence", "pack_rows")
 def pack(node: Node, context: Context) -> list[Axes]:
     """Steps and examples become rows; features pass. Also gives the examples at each step."""
     axes = context.of(node.args[0])
@@ -164,7 +182,7 @@ def pack(node: Node, context: Context) -> list[Axes]:
     return [[None, axes[-1]], [None]]
 
 
-@rule("_pad_packed_sequence")
+@rule("_pad_packed_sequence", "pad_rows")
 def unpack(node: Node, context: Context) -> list[Axes]:
     """Rows become steps and examples again."""
     return [[None, None, context.of(node.args[0])[-1]], [None]]
