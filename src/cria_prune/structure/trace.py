@@ -7,6 +7,7 @@ on it.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +100,10 @@ def capture(model: nn.Module, example: Batch, dynamic: Any = None) -> ExportedPr
         PackedRows(),
         torch.random.fork_rng(devices=[]),
         torch.no_grad(),
+        warnings.catch_warnings(),
     ):
+        # A recurrent layer lists its weights once more; the list of this copy is let go with it.
+        warnings.filterwarnings("ignore", r"The tensor attributes? self\.[\w.]*_flat_weights")
         model.eval()
         try:
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)

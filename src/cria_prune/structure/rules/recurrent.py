@@ -170,7 +170,10 @@ def _initial(node: Node, context: Context, states: Any, units: np.ndarray) -> np
     """Tie an initial state to the units; return them. One that the caller gives is as wide as it is."""
     axes = context.of(states)
     freeze_all(axes[:-1], context, f"is a layer or an example in {context.where(node)}")
-    context.units.tie(units, axes[-1], f"begins with a state of a fixed width in {context.where(node)}")
+    made = "let the forward make it, as wide as the layer says"
+    context.units.tie(
+        units, axes[-1], f"begins with a state of a fixed width in {context.where(node)}: {made}"
+    )
     return units
 
 
