@@ -87,14 +87,15 @@ def _layers(node: Node, context: Context, call: Fused, gates: int) -> Any:
     """All layers and directions: the gate rows of a unit leave together, and with them who reads it."""
     axes = context.of(call.data)
     # What comes before or after, and beside, is another step or example: no width that units lie along.
-    freeze_all(axes[:-1], context, f"is a sequence in {context.where(node)}")
+    freeze_all(axes[:-1], context, f"is a step or an example in {context.where(node)}")
     positions = float(np.prod(shape(call.data)[:-1]))
     entering, made = axes[-1], list[tuple[np.ndarray, np.ndarray]]()
     for layer in call.weights:
-        outputs = [_units(node, context, entering, cell, gates, positions) for cell in layer]
-        if any(item is None for item in outputs):
-            return no_rule(node, context)
-        made += cast(list[tuple[np.ndarray, np.ndarray]], outputs)
+        for weights in layer:
+            units = _units(node, context, entering, weights, gates, positions)
+            if units is None:
+                return _computed(node, context, [item for part in call.weights for item in part], positions)
+            made.append(units)
         entering = np.concatenate([state for _, state in made[-len(layer) :]])
     hidden, state = made[0]
     # One number says how wide all layers and directions are, and one tensor holds their states. So unit i of
@@ -120,9 +121,10 @@ def cell(node: Node, context: Context) -> Any:
     biases = [argument(node, place, name) for place, name in ((4, "b_ih"), (5, "b_hh"))]
     positions = float(np.prod(shape(cast(Node, data))[:-1]))
     gates = GATES[operation_name(node).removesuffix("_cell")]
-    made = _units(node, context, axes[-1], (*weights[:2], *biases, None), gates, positions)
+    call = (*weights[:2], *biases, None)
+    made = _units(node, context, axes[-1], call, gates, positions)
     if made is None:
-        return no_rule(node, context)
+        return _computed(node, context, [call], positions)
     kept = [[*[None] * (len(axes) - 1), _initial(node, context, item, made[0])] for item in states]
     return kept if operation_name(node) == "lstm_cell" else kept[0]
 
@@ -164,6 +166,16 @@ def _units(
         context.units.freeze(hidden, f"has to stay larger than the projection in {context.where(node)}")
         context.use(node, projection, (1, 0), -1, None, state, positions)
     return hidden, state
+
+
+def _computed(node: Node, context: Context, cells: Sequence[Sequence[Any]], positions: float) -> Any:
+    """Freeze all that touches a layer of whose weights one has no atoms; its parameters are still listed."""
+    reason = f"a weight of {context.where(node)} is computed, not a parameter"
+    for item in node.all_input_nodes:
+        freeze_all(context.axes[item], context, reason)
+    for weight in (item for cell in cells for item in (*cell[:2], cell[4]) if item is not None):
+        context.use(node, weight, (1, 0), -1, None, None, positions)
+    return no_rule(node, context)
 
 
 def _initial(node: Node, context: Context, states: Any, units: np.ndarray) -> np.ndarray:
