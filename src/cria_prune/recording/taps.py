@@ -9,6 +9,7 @@ that accelerate loads for each forward have no identity that lasts: they are tol
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -111,7 +112,9 @@ class Taps(TorchFunctionMode):
         """Run `func` as it is; if a wanted tensor names the call, hand its data over."""
         kwargs = kwargs or {}
         if is_recurrent(func):
-            result = func(*args, **kwargs)
+            # In evaluation mode cuDNN's recurrent layers have no gradient, which some criteria take.
+            with torch.backends.cudnn.flags(enabled=False) if torch.is_grad_enabled() else nullcontext():
+                result = func(*args, **kwargs)
             self._read_recurrent(func, args, result)
             return result
         signature = SIGNATURES.get(func)
