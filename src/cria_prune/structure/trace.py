@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +98,7 @@ def capture(model: nn.Module, example: Batch, dynamic: Any = None) -> ExportedPr
     with (
         cache_off(model),
         plain_attention(model),
-        PackedRows(),
+        PackedRows() if any(isinstance(item, nn.RNNBase) for item in model.modules()) else nullcontext(),
         torch.random.fork_rng(devices=[]),
         torch.no_grad(),
         warnings.catch_warnings(),
