@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from cria_prune.base.dispatched import Place, first_names, is_dispatched, places
 from cria_prune.base.errors import CriterionError, StructureError
@@ -169,16 +170,18 @@ class Taps(TorchFunctionMode):
         Raises:
             CriterionError: the gradient of a signal is asked for, which the one operation does not give.
         """
-        for item in signals(func, args, result):
-            for name, site in self._of(item.weight):
-                if site != item.site:
-                    continue
-                if self._watch is not None and site == "output":
-                    raise CriterionError(
-                        f"Per-example gradients at {name!r}",
-                        "the gates of a recurrent layer are inside one operation",
-                        "Use 'taylor', which takes the gradient of its weights",
-                    )
-                # Layers are run once more to look into them: that is no part of the model's own forward.
-                with torch.no_grad():
+        if not any(self._of(item) for item in tree_leaves(args) if isinstance(item, Tensor)):
+            return
+        # Layers are run once more to look into them: that is no part of the model's own forward.
+        with torch.no_grad():
+            for item in signals(func, args, result):
+                for name, site in self._of(item.weight):
+                    if site != item.site:
+                        continue
+                    if self._watch is not None and site == "output":
+                        raise CriterionError(
+                            f"Per-example gradients at {name!r}",
+                            "the gates of a recurrent layer are inside one operation",
+                            "Use 'taylor', which takes the gradient of its weights",
+                        )
                     self._receive(name, site, item.read().detach())
