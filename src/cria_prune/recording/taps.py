@@ -9,16 +9,19 @@ that accelerate loads for each forward have no identity that lasts: they are tol
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from cria_prune.base.dispatched import Place, first_names, is_dispatched, places
-from cria_prune.base.errors import StructureError
+from cria_prune.base.errors import CriterionError, StructureError
 from cria_prune.base.modules import named_tensors
+from cria_prune.recording.recurrent import is_recurrent, signals
 from cria_prune.structure.groups import Site
 
 
@@ -109,6 +112,12 @@ class Taps(TorchFunctionMode):
     ) -> Any:
         """Run `func` as it is; if a wanted tensor names the call, hand its data over."""
         kwargs = kwargs or {}
+        if is_recurrent(func):
+            # In evaluation mode cuDNN's recurrent layers have no gradient, which some criteria take.
+            with torch.backends.cudnn.flags(enabled=False) if torch.is_grad_enabled() else nullcontext():
+                result = func(*args, **kwargs)
+            self._read_recurrent(func, args, result)
+            return result
         signature = SIGNATURES.get(func)
         sites = self._wanted(signature, args, kwargs) if signature else ()
         if signature:
@@ -135,17 +144,44 @@ class Taps(TorchFunctionMode):
         for key in signature.keys:
             tensor = key.of(args, kwargs)
             if isinstance(tensor, Tensor):
-                # `x @ W.t()` names its weight through a view. A view of
-                # all elements is the weight, a view of a part is not.
-                base = tensor._base
-                whole = tensor if base is None or base.numel() != tensor.numel() else base
-                found = self._sites.get(id(tensor)) or self._sites.get(id(whole))
-                # Weights that accelerate loads are a new tensor in
-                # every forward, and are known by where they lie.
-                for place, sites in self._places:
-                    if found:
-                        break
-                    found = sites if place.holds(tensor) or place.holds(whole) else None
+                found = self._of(tensor)
                 if found:
                     return found
         return ()
+
+    def _of(self, tensor: Tensor) -> Sequence[tuple[str, Site]]:
+        """Return the (name, site) pairs of a tensor, or of what it is a view of; none if it is not wanted."""
+        # `x @ W.t()` names its weight through a view. A view of
+        # all elements is the weight, a view of a part is not.
+        base = tensor._base
+        whole = tensor if base is None or base.numel() != tensor.numel() else base
+        found = self._sites.get(id(tensor)) or self._sites.get(id(whole))
+        # Weights that accelerate loads are a new tensor in
+        # every forward, and are known by where they lie.
+        for place, sites in self._places:
+            if found:
+                break
+            found = sites if place.holds(tensor) or place.holds(whole) else None
+        return found or ()
+
+    def _read_recurrent(self, func: Any, args: Sequence[Any], result: Any) -> None:
+        """Hand over what is read and made inside a recurrent layer.
+
+        Raises:
+            CriterionError: the gradient of a signal is asked for, which the one operation does not give.
+        """
+        if not any(self._of(item) for item in tree_leaves(args) if isinstance(item, Tensor)):
+            return
+        # Layers are run once more to look into them: that is no part of the model's own forward.
+        with torch.no_grad():
+            for item in signals(func, args, result):
+                for name, site in self._of(item.weight):
+                    if site != item.site:
+                        continue
+                    if self._watch is not None and site == "output":
+                        raise CriterionError(
+                            f"Per-example gradients at {name!r}",
+                            "the gates of a recurrent layer are inside one operation",
+                            "Use 'taylor', which takes the gradient of its weights",
+                        )
+                    self._receive(name, site, item.read().detach())

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cria_prune.repair.program import Look, Program, Ref, Run, Step
+from cria_prune.structure.rules.recurrent import GATES
 
 CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 TRANSPOSED = {"conv_transpose1d": 1, "conv_transpose2d": 2, "conv_transpose3d": 3}
@@ -23,6 +24,7 @@ RESHAPED = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze"
 SAME = {"contiguous", "clone", "dropout", "to", "_to_copy", "alias", "detach", "identity"}
 TURNED = {"permute", "transpose", "t", "numpy_T", "mT"}
 ADDED, SCALED = {"add"}, {"mul", "div"}
+RECURRENT = {*GATES, *(f"{name}_cell" for name in GATES), "recurrent_rows"}
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,12 @@ def find_sites(
             found.append(site)
     left = {site.weight: "is read more than once" for site in found if uses[site.weight] > 1}
     left |= {site.weight: "is a buffer, and no parameter" for site in found if site.weight in fixed}
+    inside = [number for step in program.steps if step.name in RECURRENT for number in step.reads]
+    left |= {
+        program.steps[number].name: "is inside a recurrent layer, whose steps are one operation"
+        for number in inside
+        if program.steps[number].kind == "weight"
+    }
     found = [site for site in found if site.weight not in left]
     # A bias or norm that others read too stays as it is.
     kept = [

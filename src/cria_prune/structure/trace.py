@@ -7,7 +7,9 @@ on it.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
@@ -25,7 +27,14 @@ from cria_prune.base.errors import CaptureError, DataError, said
 from cria_prune.base.events import passed
 from cria_prune.base.modules import cache_off, named_tensors, shared_copy
 from cria_prune.structure.axes import Resolved, Units
-from cria_prune.structure.rules import attention, layers, positions, shape  # noqa: F401  (they register)
+from cria_prune.structure.packed import PackedRows
+from cria_prune.structure.rules import (  # noqa: F401  (they register their rules)
+    attention,
+    layers,
+    positions,
+    recurrent,
+    shape,
+)
 from cria_prune.structure.rules.core import RULES, Context, freeze_all, no_rule, operation_name
 from cria_prune.structure.skips import skipped
 
@@ -101,9 +110,13 @@ def capture(model: nn.Module, example: Batch, dynamic: Any = None) -> ExportedPr
     with (
         cache_off(model),
         plain_attention(model),
+        PackedRows() if any(isinstance(item, nn.RNNBase) for item in model.modules()) else nullcontext(),
         torch.random.fork_rng(devices=[]),
         torch.no_grad(),
+        warnings.catch_warnings(),
     ):
+        # A recurrent layer lists its weights once more; the list of this copy is let go with it.
+        warnings.filterwarnings("ignore", r"The tensor attributes? self\.[\w.]*_flat_weights")
         model.eval()
         try:
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)

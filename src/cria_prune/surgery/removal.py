@@ -65,6 +65,13 @@ def restate(module: nn.Module, before: Mapping[str, tuple[int, ...]], depthwise:
         module.num_features = int(statistics.shape[0])
     elif isinstance(module, nn.MultiheadAttention):
         _restate_attention(module)
+    elif isinstance(module, nn.RNNBase):
+        _restate_sizes(module, cast(Tensor, module.weight_ih_l0))
+        if module.proj_size:
+            module.proj_size = int(cast(Tensor, module.weight_hh_l0).shape[1])
+        module.flatten_parameters()  # assigned one by one, they no longer lie in one piece of a GPU's memory
+    elif isinstance(module, nn.RNNCellBase):
+        _restate_sizes(module, module.weight_ih)
     elif "weight" not in before:
         return
     elif isinstance(module, nn.PReLU):
@@ -106,6 +113,18 @@ def _restate_attention(module: nn.MultiheadAttention) -> None:
     module._qkv_same_embed_dim = False  # what the fused kernels of the layers around it ask for
     if type(module) is nn.MultiheadAttention:
         module.__class__ = MultiheadAttention
+
+
+def _restate_sizes(module: nn.RNNBase | nn.RNNCellBase, weight: Tensor) -> None:
+    """Set the sizes of a recurrent layer by those of its weights; a unit has a row for each gate."""
+    gates = (
+        4
+        if isinstance(module, (nn.LSTM, nn.LSTMCell))
+        else 3
+        if isinstance(module, (nn.GRU, nn.GRUCell))
+        else 1
+    )
+    module.hidden_size, module.input_size = int(weight.shape[0]) // gates, int(weight.shape[1])
 
 
 def check_attributes(model: nn.Module, plan: Plan) -> None:

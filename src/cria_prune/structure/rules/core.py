@@ -229,7 +229,7 @@ def operation_name(node: Node) -> str:
     target = node.target
     name = target.__name__ if callable(target) and not hasattr(target, "_schema") else str(target)
     parts = name.split(".")
-    base = parts[1] if parts[0] == "aten" and len(parts) > 1 else parts[0]
+    base = parts[1] if parts[0] in ("aten", "cria_prune") and len(parts) > 1 else parts[0]
     return base.rstrip("_") or base
 
 
