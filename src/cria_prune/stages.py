@@ -25,6 +25,7 @@ from cria_prune.base.batches import (
 )
 from cria_prune.base.dispatched import is_dispatched, structure_of
 from cria_prune.base.errors import CaptureError, CriaError, StructureError
+from cria_prune.base.hooked import check_functions
 from cria_prune.base.inputs import Inputs, notes_of, read, read_one, source_of
 from cria_prune.base.kinds import check_kind, of_plain_models
 from cria_prune.base.metrics import Loss
@@ -285,6 +286,7 @@ def discover(model: nn.Module, example: Batch, *, inputs: Inputs | None = None) 
 def _discover(model: nn.Module, example: Batch) -> tuple[UnitGroups, Reference]:
     """Find the unit groups by one capture, of the model's copy that the cuts are compared with."""
     example = shortened(example, device_of(model))
+    check_functions(model, example)
     # One capture of one float64 copy: the structure is read off it, the trial
     # cuts mask it, and the cuts of all rounds are compared with it. The trials
     # belong to the discovery, for only they show which of its assumptions hold.

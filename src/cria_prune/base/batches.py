@@ -39,6 +39,7 @@ class Items(tuple[Any, ...]):
     names: tuple[str, ...] | None
 
     def __new__(cls, items: Iterable[Any], inputs: int, names: Sequence[str] | None = None) -> Self:
+        """Make it of its items."""
         made = super().__new__(cls, items)
         made.inputs, made.names = inputs, None if names is None else tuple(names)
         return made

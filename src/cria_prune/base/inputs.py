@@ -102,7 +102,7 @@ class Reader:
                 self._check_items(batch)
                 self._known[kind] = self._tuple(batch)
             how = self._known[kind]
-            return batch if how is None else Items(batch, *how)  # type: ignore[misc]
+            return batch if how is None else Items(batch, *how)
         return batch  # of another kind: `model_inputs` says so
 
     def _refused(self, batch: Any, found: str, todo: str = HOW) -> DataError:
@@ -137,7 +137,7 @@ class Reader:
             if needed > 1:
                 raise self._refused(
                     batch,
-                    f"its forward needs {_names(self._needed)}, and of two items the second is a target elsewhere"
+                    f"its forward needs {_names(self._needed)}, and a second item is a target elsewhere"
                     if count == 2
                     else f"its forward needs {_names(self._needed)}",
                 )
@@ -198,20 +198,20 @@ class Reader:
             return
         masks = like_a_mask(item)
         for other in filter(_takes_tensor, self._places[place:]):
-            # What `model(*batch)` would give it to is the next argument; a mask may be given to any of that name.
+            # `model(*batch)` would give it to the next argument; a mask may be meant for any of that name.
             mask, following = "mask" in other.name, other is self._places[place]
             possible = masks if mask else following
             if possible and self._is_read(batch[: place + 1], None if following else other.name, mask):
                 raise self._refused(
                     batch,
-                    f"its item {place + 1}, {describe(item)}, may be a target, or the argument {other.name!r} of "
-                    "its forward",
+                    f"its item {place + 1}, {describe(item)}, may be a target, or the argument "
+                    f"{other.name!r} of its forward",
                     f"Say inputs={place} if it is a target, or inputs={place + 1} or the names of the "
                     "arguments if it is an input; or pass a mapping of keyword arguments",
                 )
 
     def _is_read(self, items: Sequence[Any], name: str | None, mask: bool) -> bool:
-        """Say whether the forward runs with the last item, by its place or a name, and gives something else."""
+        """Say whether the forward runs with the last item, by its place or a name, and is moved by it."""
         if _is_elsewhere(self._model):
             return True  # nothing can be tried
         count = len(items)

@@ -31,7 +31,8 @@ Wrap = Callable[[nn.Module], nn.Module]
 
 PACKED_NAMES = {"qweight", "weight", "weight_packed", "qzeros", "SCB"}
 """Buffers of linear layers of which no pruner can tell what their whole numbers stand for."""
-FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128}
+FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+WHOLE = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 def _compiled_class() -> type | tuple[()]:
@@ -45,8 +46,8 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, Wrap | None, str]:
     """Take a model out of DistributedDataParallel, DataParallel and what torch.compile gives.
 
     Returns:
-        The plain module; what wraps another one in the same way, None where there is nothing to wrap; and what
-        was taken off, in words.
+        The plain module; what wraps another one in the same way, None where there is nothing to wrap; and
+        what was taken off, in words.
     """
     kinds, layers = list[str](), list[Wrap]()
     while True:
@@ -58,14 +59,16 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, Wrap | None, str]:
             layers.append(
                 functools.partial(
                     nn.DataParallel, device_ids=model.device_ids or None,
-                    output_device=model.output_device if model.device_ids else None, dim=model.dim,
+                    output_device=model.output_device if model.device_ids else None,
+                    dim=getattr(model, "dim", 0),
                 )
             )  # fmt: skip
             model = model.module
         elif isinstance(model, _compiled_class()):
             kinds.append("torch.compile")
             outer: Any = model
-            layers.append(functools.partial(type(outer), dynamo_ctx=outer.dynamo_ctx))
+            kind: Any = type(outer)
+            layers.append(functools.partial(kind, dynamo_ctx=outer.dynamo_ctx))
             model = outer._orig_mod
         else:
             break
@@ -144,15 +147,21 @@ def _packed(module: nn.Module) -> Iterator[str]:
         for node in module.graph.nodes:
             if "quantized_decomposed" in str(node.target):
                 yield f"the operation {node.target}"
-    for name, item in module._parameters.items():
-        if item is not None and (item.dtype not in FLOATS or _subclassed(item) or item.is_quantized):
-            yield f"{name!r} as {_kind(item)}"
+    for name, weight in module._parameters.items():
+        if weight is not None and (_is_packed(weight) or _subclassed(weight)):
+            yield f"{name!r} as {_kind(weight)}"
     for name, item in module._buffers.items():
-        if item is None:
-            continue
-        whole = item.ndim > 1 and name in PACKED_NAMES and not item.is_floating_point()
-        if item.is_quantized or whole or (item.is_floating_point() and item.dtype not in FLOATS):
+        # Masks and tables are whole numbers too, under other names.
+        named = name in PACKED_NAMES or item is None or item.is_quantized or item.is_floating_point()
+        if item is not None and named and (_is_packed(item) or item.dtype in WHOLE):
             yield f"{name!r} as {_kind(item)}"
+
+
+def _is_packed(tensor: Tensor) -> bool:
+    """Say whether a tensor has numbers of a byte or less, which stand for others."""
+    if tensor.is_floating_point():
+        return tensor.dtype not in FLOATS
+    return tensor.is_quantized or (tensor.ndim > 1 and tensor.dtype in (torch.uint8, torch.int8))
 
 
 def _subclassed(tensor: Tensor) -> bool:

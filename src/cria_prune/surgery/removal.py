@@ -152,8 +152,9 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False, share: bool = 
         share: the copy shares the tensors that are not cut with `model`.
 
     Returns:
-        The smaller model, in the wrapping of `model` (see `base.kinds`). Parameters that shared a tensor still share it, and modules say their
-        new sizes (`out_channels`, `in_features`, `groups`, `num_features`).
+        The smaller model, in the wrapping of `model` (see `base.kinds`). Parameters that shared a tensor
+        still share it, and modules say their new sizes (`out_channels`, `in_features`,
+        `groups`, `num_features`).
 
     Raises:
         StructureError: the plan names a tensor or size that the model does not have; nothing is changed.
