@@ -73,6 +73,7 @@ class Reader:
         self._parameters = parameters or {}
         places = [item for item in self._parameters.values() if item.kind in PLACES]
         self._places = places
+        self._variable = [item for item in self._parameters.values() if item.kind is Parameter.VAR_POSITIONAL]
         self._needed = [item for item in places if item.default is Parameter.empty]
         self._open = parameters is None or Parameter.VAR_KEYWORD in {
             item.kind for item in parameters.values()
@@ -106,7 +107,7 @@ class Reader:
         return batch  # of another kind: `model_inputs` says so
 
     def _refused(self, batch: Any, found: str, todo: str = HOW) -> DataError:
-        return DataError(f"What {describe(batch)} is to {self._name}", found, todo)
+        return DataError(f"Reading a batch for {self._name}, {describe(batch)}", found, todo)
 
     def _note(self, text: str) -> None:
         self.notes.append(text)
@@ -197,23 +198,25 @@ class Reader:
         if not isinstance(item, Tensor) or not isinstance(first, Tensor):
             return
         masks = like_a_mask(item)
-        for other in filter(_takes_tensor, self._places[place:]):
-            # `model(*batch)` would give it to the next argument; a mask may be meant for any of that name.
-            mask, following = "mask" in other.name, other is self._places[place]
-            possible = masks if mask else following
-            if possible and self._is_read(batch[: place + 1], None if following else other.name, mask):
+        # `model(*batch)` would give it to the next argument; a mask may be meant for any of that name.
+        following = next(iter([*self._places[place:], *self._variable]), None)
+        for other in (*self._places[place:], *self._variable):
+            mask, label = "mask" in other.name, _is_label(other.name)
+            if not _takes_tensor(other) or not (masks if mask else other is following):
+                continue
+            if self._is_read(batch[: place + 1], None if other is following else other.name, mask, label):
                 raise self._refused(
                     batch,
-                    f"its item {place + 1}, {describe(item)}, may be a target, or the argument "
-                    f"{other.name!r} of its forward",
+                    f"item {place + 1}, {describe(item)}, may be a target, or the argument {other.name!r} "
+                    "of its forward",
                     f"Say inputs={place} if it is a target, or inputs={place + 1} or the names of the "
                     "arguments if it is an input; or pass a mapping of keyword arguments",
                 )
 
-    def _is_read(self, items: Sequence[Any], name: str | None, mask: bool) -> bool:
+    def _is_read(self, items: Sequence[Any], name: str | None, mask: bool, label: bool) -> bool:
         """Say whether the forward runs with the last item, by its place or a name, and is moved by it."""
         if _is_elsewhere(self._model):
-            return True  # nothing can be tried
+            return not label  # nothing can be tried
         count = len(items)
         names = None if name is None else (*(other.name for other in self._places[: count - 1]), name)
         example = shortened(Items(items, count, names), device_of(self._model))
@@ -221,6 +224,8 @@ class Reader:
             found = outputs(shared_copy(self._model), example)
         except Exception:  # whatever a forward raises that is given a target
             return False
+        if label and any(not tensor.ndim for tensor in found):
+            return False  # with it a loss is given
         # A mask that hides nothing in two examples may hide something in others.
         if mask:
             return True
@@ -365,11 +370,14 @@ def _names(parameters: Iterable[Parameter]) -> str:
     return ", ".join(repr(item.name) for item in parameters)
 
 
+def _is_label(name: str) -> bool:
+    return "label" in name or "target" in name
+
+
 def _takes_tensor(parameter: Parameter) -> bool:
-    """Say whether an argument may be given a tensor that is no target."""
-    name = parameter.name
-    if name in LABEL_KEYS or "label" in name or "target" in name:
-        return False
+    """Say whether an argument may be given a tensor."""
+    if parameter.kind is Parameter.VAR_POSITIONAL:
+        return True
     if parameter.annotation is not Parameter.empty:
         return "Tensor" in str(parameter.annotation)
     return parameter.default is None or parameter.default is Parameter.empty
