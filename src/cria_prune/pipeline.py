@@ -160,10 +160,11 @@ def prune(
                 reduction=report["reached"],
                 metric=result.rounds[-1].metric,
             )
+            given = shown(result)
             if on_round is not None:
-                on_round(shown(result))
+                on_round(given)
     world().meet("The pruned weights", lambda: digest("", named_tensors(result.model)))
-    return shown(result)
+    return given
 
 
 def _ready(

@@ -120,25 +120,19 @@ def _is_empty(cell: CellType) -> bool:
 
 
 def computed_tensors(model: nn.Module) -> Memo:
-    """Return id -> detached copy of the computed tensors that a forward or a hook has left on a model.
+    """Return id -> detached copy of the computed tensors in a model's dictionaries and lists.
 
-    Such tensors cannot be copied otherwise, and their gradients are of no copy. The weights that the old
-    weight_norm and spectral_norm compute are none of these.
+    A hook or a forward has left them there; they cannot be copied otherwise, and their gradients are of no
+    copy. One that is an attribute itself may be a weight, as those of the old weight_norm: it is left.
     """
-    found: Memo = {}
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if name in ("_parameters", "_buffers", "_modules"):
-                continue
-            if isinstance(value, Tensor):
-                items: Any = [] if {f"{name}_g", f"{name}_orig"} & module._parameters.keys() else [value]
-            else:
-                items = value.values() if isinstance(value, dict) else value
-                items = list(items) if isinstance(value, (dict, list, tuple)) else []
-            for item in items:
-                if isinstance(item, Tensor) and not item.is_leaf:
-                    found[id(item)] = item.detach().clone()
-    return found
+    return {
+        id(item): item.detach().clone()
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, (dict, list)) and name not in ("_parameters", "_buffers", "_modules")
+        for item in (value.values() if isinstance(value, dict) else value)
+        if isinstance(item, Tensor) and not item.is_leaf
+    }
 
 
 def reaches(function: Any, moved: Collection[int]) -> bool:
