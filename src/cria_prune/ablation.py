@@ -22,6 +22,8 @@ from torch import nn
 
 from cria_prune.base.batches import Batch
 from cria_prune.base.errors import ConfigError, TargetError
+from cria_prune.base.inputs import read_one
+from cria_prune.base.kinds import of_plain_models
 from cria_prune.base.metrics import Metric, metric
 from cria_prune.base.modules import copy_of
 from cria_prune.base.progress import QUIET, Progress
@@ -169,6 +171,7 @@ SEEDS = (0, 1, 2)
 Order = Mapping[str, np.ndarray]
 
 
+@of_plain_models
 def ablate(
     model: nn.Module,
     groups: UnitGroups,
@@ -233,7 +236,7 @@ def ablate(
             prepared, ranking, evaluate, shares, seeds=seeds, measure=measure, progress=progress
         )
     if reference is None and example is not None:
-        reference = Reference(model, example)
+        reference = Reference(model, read_one(model, example))
 
     def cut(step: Plan) -> tuple[nn.Module, Verification | None]:
         smaller = remove(model, step)

@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from cria_prune.base.batches import Batch, batch_size, cut, forward, map_tensors
 from cria_prune.base.errors import CaptureError, CriterionError
+from cria_prune.base.inputs import read_one
+from cria_prune.base.kinds import of_plain_models
 from cria_prune.base.metrics import Loss, cross_entropy
 from cria_prune.base.modules import device_of, named_tensors, unchanged
 from cria_prune.config import PruneConfig
@@ -331,6 +333,7 @@ def amount(size: float) -> str:
     return f"{size:.0f} B"
 
 
+@of_plain_models
 def predict_memory(
     model: nn.Module,
     groups: UnitGroups,
@@ -371,7 +374,7 @@ def predict_memory(
         >>> [(stage.name, stage.largest) for stage in found.stages]
         [('record', 'moments'), ('score', 'inverse'), ('repair', 'solving')]
     """
-    config = config or PruneConfig()
+    config, batch = config or PruneConfig(), read_one(model, batch)
     needs, size = find_criterion(config.score).needs, batch_size(batch)
     widths = {group.name: group.size for group in groups.prunable}
     drawn = worth_keeping(widths, config.score.neighbors) if graphs else frozenset[str]()

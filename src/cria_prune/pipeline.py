@@ -15,6 +15,8 @@ from torch import nn
 from cria_prune.base.batches import Batch
 from cria_prune.base.errors import StructureError
 from cria_prune.base.events import passed
+from cria_prune.base.inputs import Inputs
+from cria_prune.base.kinds import check_kind, unwrap
 from cria_prune.base.modules import (
     check_finite,
     check_in_memory,
@@ -62,6 +64,7 @@ def prune(
     data: str | None = None,
     scores: Scored | None = None,
     prepared: Prepared | None = None,
+    inputs: Inputs | None = None,
 ) -> PruneResult:
     """Make a trained model smaller: record, score, plan and cut, round by round; no weight is trained.
 
@@ -76,8 +79,9 @@ def prune(
     same in every pass.
 
     Args:
-        model: the trained model, on the device where the work is to be done.
-        batches: calibration batches: tensors, (inputs, target) pairs or mappings.
+        model: the trained model, on the device where the work is to be done. One in DataParallel or
+            torch.compile is worked on without it, and the result's is wrapped alike; see `base.kinds`.
+        batches: calibration batches: tensors, (inputs, target) pairs, mappings, or tuples of several inputs.
         config: what to remove and how; half of the parameters in one round by default.
         loss: (model, batch) to a scalar, for criteria that take gradients.
         evaluate: model -> metric, shown for every round.
@@ -90,6 +94,8 @@ def prune(
             are compared in any case.
         scores: of this model, from `score_once` or `load_scores`: nothing is recorded, in one round.
         prepared: what `prepare` found of this model and these batches: nothing is captured again.
+        inputs: what of a tuple the forward is given, where that cannot be told (an error says so): the first
+            so many items, or the arguments that the first items are, by name. One more item is the target.
 
     Raises:
         CriaError: each stage's own; the model is then as it was.
@@ -105,12 +111,17 @@ def prune(
         >>> result.model[0].out_features < 16
         True
     """
-    ready = _ready(model, batches, config or PruneConfig(), scores, prepared)
+    model, wrap, taken = unwrap(model)
+    ready = _ready(model, batches, config or PruneConfig(), scores, prepared, inputs)
     ready = with_latency(ready, keep=_file(state, LATENCIES), progress=progress)
     config, rounds = ready.config, ready.config.plan.rounds
     result = PruneResult(
         model, ready.plan, ready.dense, ready.dense, (), config, ready.seconds, {} if graphs else None
     )
+
+    def shown(result: PruneResult) -> PruneResult:
+        notes = (*ready.notes, taken) if taken else ready.notes
+        return replace(result, model=result.model if wrap is None else wrap(result.model), notes=notes)
 
     def planned(before: PruneResult, item: Round) -> Plan:
         values = {name: np.array(found) for name, found in item.scores.items()}
@@ -149,10 +160,11 @@ def prune(
                 reduction=report["reached"],
                 metric=result.rounds[-1].metric,
             )
+            given = shown(result)
             if on_round is not None:
-                on_round(result)
+                on_round(given)
     world().meet("The pruned weights", lambda: digest("", named_tensors(result.model)))
-    return result
+    return given
 
 
 def _ready(
@@ -161,12 +173,14 @@ def _ready(
     config: PruneConfig,
     scores: Scored | None,
     prepared: Prepared | None,
+    inputs: Inputs | None,
 ) -> Prepared:
     """Return the model prepared, once it is known that it can be pruned as is asked."""
     # A criterion that there is not and weights that are no numbers are refused before the capture.
     # Whether the target can be reached is known after it, and still before anything is recorded.
     config = config if scores is None else scores.applied(config)
     find_criterion(config.score)
+    check_kind(model)
     check_in_memory(model)
     check_finite(named_tensors(model))
     if prepared is not None and not isinstance(prepared, Prepared):
@@ -175,7 +189,7 @@ def _ready(
             "Give what prepare(model, batches, config) returned",
         )  # fmt: skip
     if prepared is None:
-        prepared = prepare(model, batches, config)
+        prepared = prepare(model, batches, config, inputs=inputs)
     else:
         prepared = prepared.checked(model, batches, config)
     prepared.check_reach()

@@ -88,6 +88,7 @@ class PruneResult:
         seconds: wall time of capture and discovery.
         graphs: group name -> the graphs of the dense model's neurons, of as many groups as `keep_graphs`
             takes; empty where nothing is recorded, None if not asked for.
+        notes: what the items of the batches were taken for, and out of what the model was taken.
     """
 
     model: nn.Module
@@ -98,6 +99,7 @@ class PruneResult:
     config: PruneConfig
     seconds: float
     graphs: Mapping[str, NeuronGraphs] | None = None
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         reached, of = self.report["reached"], self.config.plan.of
@@ -153,6 +155,7 @@ class PruneResult:
             lines.append(self.changed)
         lines += self.remarks
         lines += stages_said(self.rounds[-1].fidelity)
+        lines += self.notes
         return "\n".join(lines)
 
 

@@ -9,6 +9,8 @@ from torch import nn
 
 from cria_prune.base.batches import Batch
 from cria_prune.base.errors import ConfigError, StructureError
+from cria_prune.base.inputs import Inputs
+from cria_prune.base.kinds import of_plain_models
 from cria_prune.base.metrics import Loss
 from cria_prune.base.progress import screenful
 from cria_prune.config import PruneConfig
@@ -92,6 +94,7 @@ class Scored:
         return Ranking(found, self.consumed, seconds={"record": 0.0, "score": 0.0})
 
 
+@of_plain_models
 def score_once(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -100,6 +103,7 @@ def score_once(
     example: Batch | None = None,
     loss: Loss | None = None,
     seconds: dict[str, float] | None = None,
+    inputs: Inputs | None = None,
 ) -> Scored:
     """Score a model's units once, so that `prune(..., scores=...)` cuts it to any size without recording.
 
@@ -113,6 +117,7 @@ def score_once(
         example: one batch to capture the model with; the first of `batches` by default.
         loss: (model, batch) to a scalar, for `taylor`; cross-entropy by default.
         seconds: where wall times are added: `structure`, `record`, `score`.
+        inputs: as in `prune`.
 
     Raises:
         CaptureError, DataError: the model cannot be captured, or does not accept the batches.
@@ -131,7 +136,7 @@ def score_once(
         True
     """
     config = config or PruneConfig()
-    prepared = prepare(model, batches, config, example=example).without_reference()
+    prepared = prepare(model, batches, config, example=example, inputs=inputs).without_reference()
     return scored_of(prepared, loss=loss, seconds=seconds)
 
 

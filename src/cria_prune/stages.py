@@ -26,6 +26,9 @@ from cria_prune.base.batches import (
 )
 from cria_prune.base.dispatched import is_dispatched, structure_of
 from cria_prune.base.errors import CaptureError, CriaError, StructureError
+from cria_prune.base.hooked import check_functions
+from cria_prune.base.inputs import Inputs, notes_of, read, read_one, source_of
+from cria_prune.base.kinds import check_kind, of_plain_models
 from cria_prune.base.metrics import Loss
 from cria_prune.base.modules import device_of, digest, random_kept
 from cria_prune.base.progress import QUIET, Progress, clock
@@ -110,6 +113,11 @@ class Prepared:
             f"{count_parameters(self.groups):,.0f} parameters"
         )
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the items of the batches were taken for, a line for each kind; see `base.inputs`."""
+        return notes_of(self.batches)
+
     def check_reach(self) -> None:
         """Raise a TargetError if the plan's reduction cannot be reached; see `selection.check_reach`.
 
@@ -144,6 +152,7 @@ class Prepared:
             held=HeldOut(self.batches, config.record.examples), losses=None,
         )  # fmt: skip
 
+    @of_plain_models
     def with_model(self, model: nn.Module, batches: Iterable[Batch] | None = None) -> Prepared:
         """Return another model of the same structure prepared: the trained one in place of an untrained.
 
@@ -166,7 +175,7 @@ class Prepared:
         reference = self.reference
         if reference is not None:
             reference.take(model)
-        batches = self.batches if batches is None else again(batches)
+        batches = self.batches if batches is None else read(model, again(batches))
         return replace(
             self, model=model, structure=structure_of(model) if is_dispatched(model) else model,
             batches=batches, reference=reference, held=HeldOut(batches, self.config.record.examples),
@@ -185,7 +194,7 @@ class Prepared:
                 asked, "what was prepared is of another model",
                 "Give what prepare() returned for this very model, or use with_model",
             )  # fmt: skip
-        if batches is not self.batches:
+        if source_of(batches) is not source_of(self.batches):
             raise StructureError(
                 f"{asked} on {describe(batches)}", "what was prepared is of other batches",
                 "Give prepared.batches, or use with_model(model, batches)",
@@ -268,25 +277,29 @@ class Cut:
     unrepaired: Mapping[str, str] = field(default_factory=dict)
 
 
-def discover(model: nn.Module, example: Batch) -> UnitGroups:
+@of_plain_models
+def discover(model: nn.Module, example: Batch, *, inputs: Inputs | None = None) -> UnitGroups:
     """Find what can be removed from a model: its unit groups, and why the frozen ones are frozen.
 
     Args:
         model: any module that torch.export can follow; it is left as it was.
         example: one batch, as its forward takes it; two examples are enough.
+        inputs: as in `prune`.
 
     Raises:
         CaptureError: the operations cannot be captured.
         DataError: the forward does not accept the example.
     """
+    check_kind(model)
     if is_dispatched(model):  # its shapes decide, for there is no room for a copy with values
         model = structure_of(model)
-    return _discover(model, example)[0]
+    return _discover(model, read_one(model, example, inputs))[0]
 
 
 def _discover(model: nn.Module, example: Batch) -> tuple[UnitGroups, Reference]:
     """Find the unit groups by one capture, of the model's copy that the cuts are compared with."""
     example = shortened(example, device_of(model))
+    check_functions(model, example)
     # One capture of one float64 copy: the structure is read off it, the trial
     # cuts mask it, and the cuts of all rounds are compared with it. The trials
     # belong to the discovery, for only they show which of its assumptions hold.
@@ -298,12 +311,14 @@ def _discover(model: nn.Module, example: Batch) -> tuple[UnitGroups, Reference]:
     return settle(model, follow(model, example, traced), example, reference), reference
 
 
+@of_plain_models
 def prepare(
     model: nn.Module,
     batches: Iterable[Batch],
     config: PruneConfig | None = None,
     *,
     example: Batch | None = None,
+    inputs: Inputs | None = None,
 ) -> Prepared:
     """Find what a model's pruning needs once: its batches, its structure, and what may be cut of it.
 
@@ -319,6 +334,7 @@ def prepare(
         config: what to remove and how; the usual one by default.
         example: one batch to capture the model with; the first of `batches` by default. MACs are counted at
             its size.
+        inputs: as in `prune`.
 
     Raises:
         CaptureError: the operations cannot be captured.
@@ -333,9 +349,9 @@ def prepare(
         >>> made.model[0].out_features < 16
         True
     """
+    check_kind(model)
     start, config = time.perf_counter(), config or PruneConfig()
-    batches, device = again(batches), device_of(model)
-    example = first_examples(batches, device) if example is None else shortened(example, device)
+    batches, example = _read(model, batches, example, inputs)
     structure = structure_of(model) if is_dispatched(model) else model
     found, reference = _discover(structure, example)
     # What the plan leaves alone is frozen on top of what was found. So another plan needs no other discovery.
@@ -345,6 +361,16 @@ def prepare(
         within.groups, within.allowed, reference if _compared(config) else None, time.perf_counter() - start,
         HeldOut(batches, config.record.examples),
     )  # fmt: skip
+
+
+def _read(
+    model: nn.Module, batches: Iterable[Batch], example: Batch | None, inputs: Inputs | None = None
+) -> tuple[Iterable[Batch], Batch]:
+    """Return batches read by the signature of the forward, and two examples on the model's device."""
+    batches, device = read(model, again(batches), inputs), device_of(model)
+    if example is None:
+        return batches, first_examples(batches, device)
+    return batches, shortened(read_one(model, example, inputs), device)
 
 
 def prepared_with(
@@ -362,8 +388,7 @@ def prepared_with(
     Raises:
         DataError: the batches are not batches, or empty.
     """
-    batches, device = again(batches), device_of(model)
-    example = first_examples(batches, device) if example is None else shortened(example, device)
+    batches, example = _read(model, batches, example)
     return Prepared(
         model, groups, identity_plan(groups), batches, example, config, model, groups, groups, {}, None, 0.0,
         HeldOut(batches, config.record.examples),

@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from cria_prune.base.batches import Batch, again
 from cria_prune.base.errors import SignalError, StructureError, needed, some
+from cria_prune.base.kinds import plain
 from cria_prune.base.metrics import Loss
 from cria_prune.base.modules import named_tensors
 from cria_prune.config import PruneConfig
@@ -197,7 +198,7 @@ class SpectralImportance:
             import torch_pruning
         # Users ask isinstance; a base class would have to be imported with this file.
         torch_pruning.importance.Importance.register(type(self))
-        self.model, self.batches, self.config = model, again(batches), config
+        self.model, self.batches, self.config = plain(model), again(batches), config
         self.loss, self.strict = loss, strict
         self.scores: dict[str, Importance] = {}
         self.left_alone: dict[str, str] = {}

@@ -71,8 +71,8 @@ def test_a_pruning_tells_its_stages_in_their_order() -> None:
         prune(network(), data(), CONFIG)
     stages = [name for name in names if name not in ("cut", "verify")]  # those of trial cuts besides
     one = ["record", *["batch"] * 3, "score", "scored", "plan", "repair"]
-    assert stages[:3] == ["reference", "capture", "discover"]
-    rest = [name for name in stages[3:] if name not in ("reference", "capture")]
+    assert stages[:4] == ["inputs", "reference", "capture", "discover"]
+    rest = [name for name in stages[4:] if name not in ("reference", "capture")]
     assert rest == [*one, "fidelity", "round", *one, "fidelity", "norms", "fidelity", "round"]
     with counted("cut") as cuts, counted("round") as rounds:
         prune(network(), data(), CONFIG)

@@ -9,7 +9,7 @@ a manifest is used as a path or run as code.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn, strided
 from cria_prune.artifact.rebuild import load_folder, replay
 from cria_prune.base.errors import ArtifactError, some
 from cria_prune.base.files import Layout, new_folder, strict_json
+from cria_prune.base.kinds import of_plain_models, unwrap
 from cria_prune.base.modules import first_names
 from cria_prune.planning.plan import Plan
 from cria_prune.tasks.loading import CONFIG
@@ -50,6 +51,7 @@ class LoadedCheckpoint:
     manifest: Mapping[str, Any] = field(repr=False)
 
 
+@of_plain_models
 def save(
     path: str | Path,
     model: nn.Module,
@@ -104,14 +106,18 @@ def load(path: str | Path, model: nn.Module | None = None) -> LoadedCheckpoint:
         path: the folder.
         model: an instance of the dense architecture, with any weights; it stays as it is. None takes the
             architecture of the manifest from `cria_prune.tasks.models.ARCHITECTURES`, or that of config.json.
+            One in DataParallel or torch.compile is given back in the same wrapping; names are plain ones.
 
     Raises:
         ArtifactError: a file is missing, damaged, foreign or of a newer format, or the tensors
             are not those of the plan applied to the dense architecture; the text says what was found.
     """
-    folder = Path(path)
+    folder, wrap = Path(path), None
+    if model is not None:
+        model, wrap, _ = unwrap(model)
     if (folder / CONFIG).exists() and not (folder / MANIFEST).exists():
-        return LoadedCheckpoint(*load_folder(folder, model))
+        found = LoadedCheckpoint(*load_folder(folder, model))
+        return found if wrap is None else replace(found, model=wrap(found.model))
     manifest = read_checkpoint_manifest(folder)
     plan = Plan.from_dict(manifest["plan"])
     stored = LAYOUT.read_tensors(folder, manifest["sha256"])
@@ -131,7 +137,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> LoadedCheckpoint:
     )
     state = {name: stored[manifest["aliases"].get(name, name)] for name in manifest["tensors"]}
     smaller.load_state_dict(state, strict=True)
-    return LoadedCheckpoint(smaller.eval(), plan, manifest)
+    smaller.eval()
+    return LoadedCheckpoint(smaller if wrap is None else wrap(smaller), plan, manifest)
 
 
 def describe(tensor: Tensor) -> dict[str, Any]:

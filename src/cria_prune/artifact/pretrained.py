@@ -30,6 +30,7 @@ from cria_prune.base.files import (
     refused,
     whole_folder,
 )
+from cria_prune.base.kinds import of_plain_models
 from cria_prune.base.modules import named_tensors, shared_copy
 from cria_prune.base.progress import quiet
 from cria_prune.planning.plan import Plan
@@ -68,6 +69,7 @@ def container(model: nn.Module) -> nn.Module:
     return mistral.train(model.training)
 
 
+@of_plain_models
 def save_pretrained(
     path: str | Path,
     model: nn.Module,
@@ -120,6 +122,7 @@ def save_pretrained(
     )  # fmt: skip
 
 
+@of_plain_models
 def save_padded(
     path: str | Path,
     model: nn.Module,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import register_pytree_node, tree_flatten, tree_leaves, tree_unflatten
 
 from cria_prune.base.errors import CriaError, DataError, ResourceError, first_line
 from cria_prune.base.modules import cache_off, digest, random_kept
@@ -27,17 +27,76 @@ SMALLER = "Pass smaller batches or shorter inputs, or run on a device with more 
 LABEL_KEYS = ("labels", "label", "target", "targets")
 
 
-def model_inputs(batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+class Items(tuple[Any, ...]):
+    """A batch of several inputs, and any target behind them: a tuple that knows how many are inputs.
+
+    Attributes:
+        inputs: so many of the first items are inputs.
+        names: the arguments of the forward that they are; None where they are given by position.
+    """
+
+    inputs: int
+    names: tuple[str, ...] | None
+
+    def __new__(cls, items: Iterable[Any], inputs: int, names: Sequence[str] | None = None) -> Self:
+        """Make it of its items."""
+        made = super().__new__(cls, items)
+        made.inputs, made.names = inputs, None if names is None else tuple(names)
+        return made
+
+    def __getnewargs__(self) -> tuple[Any, ...]:  # a copy is made of them
+        return tuple(self), self.inputs, self.names
+
+    def like(self, items: Iterable[Any]) -> Items:
+        """Return other items that are read the same way."""
+        return Items(items, self.inputs, self.names)
+
+
+class Named(dict[str, Any]):
+    """A batch of keyword arguments that knows which of them the forward is given.
+
+    Attributes:
+        given: their keys; what else there is may be a target, or is left out.
+    """
+
+    given: tuple[str, ...]
+
+    def __init__(self, items: Mapping[str, Any], given: Iterable[str]) -> None:
+        super().__init__(items)
+        self.given = tuple(given)
+
+    def __reduce__(self) -> Any:
+        return Named, (dict(self), self.given)
+
+
+# The functions of torch that take batches apart know the exact types alone.
+register_pytree_node(
+    Items, lambda item: (list(item), (item.inputs, item.names)), lambda items, how: Items(items, *how)
+)
+register_pytree_node(
+    Named,
+    lambda item: (list(item.values()), (tuple(item), item.given)),
+    lambda items, how: Named(dict(zip(how[0], items, strict=True)), how[1]),
+)
+
+
+def model_inputs(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Split a batch into the positional and keyword arguments of the model's forward.
 
     A tensor is the one input. Of a tuple or list the first item is the input and the
-    second, if any, the target. A mapping is passed by keyword, without its labels.
+    second, if any, the target. A mapping is passed by keyword, without its labels. Other batches are read
+    by the signature of the forward, see `base.inputs`, which makes `Items` and `Named` of them.
 
     Raises:
         DataError: the batch is of another type or empty.
     """
     if isinstance(batch, Tensor):
         return (batch,), {}
+    if isinstance(batch, Items):
+        inputs = tuple(batch)[: batch.inputs]
+        return (inputs, {}) if batch.names is None else ((), dict(zip(batch.names, inputs, strict=True)))
+    if isinstance(batch, Named):
+        return (), {key: batch[key] for key in batch.given if key in batch}
     if isinstance(batch, Mapping):
         if batch:
             return (), {key: value for key, value in batch.items() if key not in LABEL_KEYS}
@@ -46,9 +105,35 @@ def model_inputs(batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     raise DataError(
         "A batch for the model",
         f"found {describe(batch)}",
-        "Pass a tensor, an (inputs, target) pair of tensors, or a mapping of keyword arguments "
+        "Turn texts into tensors with the model's tokenizer first"
+        if texts(batch)
+        else "Pass a tensor, an (inputs, target) pair of tensors, or a mapping of keyword arguments "
         "(for several inputs)",
     )
+
+
+def texts(value: Any) -> bool:
+    """Say whether a batch, or an item of one, is a text or a list of texts."""
+    return isinstance(value, str) or (
+        isinstance(value, (tuple, list)) and len(value) > 0 and all(isinstance(item, str) for item in value)
+    )
+
+
+def by_name(batch: Batch) -> Mapping[str, Any]:
+    """Return the items of a batch that have names, its targets too; none of a tensor or a pair."""
+    if isinstance(batch, Items):
+        return model_inputs(batch)[1]
+    return batch if isinstance(batch, Mapping) else {}
+
+
+def without_target(batch: Batch) -> Any:
+    """Return the inputs of a batch alone, as a batch."""
+    args, kwargs = model_inputs(batch)
+    if isinstance(batch, Items):
+        return batch.like(tuple(batch)[: batch.inputs])
+    if isinstance(batch, Named):
+        return Named(kwargs, batch.given)
+    return kwargs if kwargs else args[0]
 
 
 def forward(model: Callable[..., Any], batch: Batch, step: Callable[[Batch], Any] | None = None) -> None:
@@ -120,8 +205,9 @@ def batch_target(batch: Batch) -> Tensor | None:
     """Return the target of a batch, or None where it has none."""
     if isinstance(batch, Mapping):
         return next((batch[key] for key in LABEL_KEYS if key in batch), None)
-    if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor):
-        return batch[1]
+    place = batch.inputs if isinstance(batch, Items) else 1
+    if isinstance(batch, (tuple, list)) and len(batch) == place + 1 and isinstance(batch[place], Tensor):
+        return batch[place]
     return None
 
 
@@ -130,6 +216,9 @@ def batch_size(batch: Batch) -> int:
 
     Inputs of several lengths are one example: the edges of a graph name its nodes by number, and the
     places for pictures in a text are as many as the pictures, so that neither can be taken apart.
+
+    Raises:
+        DataError: its inputs hold no tensor with a leading dimension, or no example.
     """
     args, kwargs = model_inputs(batch)
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
@@ -139,7 +228,13 @@ def batch_size(batch: Batch) -> int:
             f"found {describe(batch)}",
             "The first tensor of a batch needs a leading batch dimension",
         )
-    size = int(tensors[0].shape[0])
+    size = len(tensors[0])
+    if not size:
+        raise DataError(
+            "The number of examples in a batch",
+            f"found none in {describe(tensors[0])}",
+            "Leave empty batches out",
+        )
     return size if all(not item.ndim or len(item) in (1, size) for item in tensors) else 1
 
 
@@ -147,8 +242,11 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """Return the batch with `function` applied to every tensor; a tuple or list keeps its kind."""
     if isinstance(batch, Tensor):
         return function(batch)
+    if isinstance(batch, Items):
+        return batch.like(map_tensors(value, function) for value in batch)
     if isinstance(batch, Mapping):
-        return {key: map_tensors(value, function) for key, value in batch.items()}
+        made = {key: map_tensors(value, function) for key, value in batch.items()}
+        return Named(made, batch.given) if isinstance(batch, Named) else made
     if isinstance(batch, (tuple, list)):
         return type(batch)(map_tensors(value, function) for value in batch)
     return batch
@@ -162,9 +260,8 @@ def joined(batches: Iterable[Batch], least: int) -> Iterator[Batch]:
     """
     waiting: Batch | None = None
     for batch in batches:
-        args, kwargs = model_inputs(batch)
         # The map makes plain dictionaries of inner mappings, which alone can be taken apart and compared.
-        inputs: Batch = map_tensors(kwargs, lambda item: item) if kwargs else args[0]
+        inputs: Batch = map_tensors(without_target(batch), lambda item: item)
         whole = inputs if waiting is None else _together(waiting, inputs)
         if whole is None:
             assert waiting is not None

@@ -9,6 +9,7 @@ but for those that say otherwise. Facts are the live objects of the work: read t
     dense        a recipe makes or reads its dense model                         task, seed
     weights      a Hugging Face folder is read whole                             folder
     calibration  calibration examples are drawn                                  task, examples
+    inputs       what the items of a batch are taken for is known                model, text
     reference    the model is copied, to compare its cuts with                   model
     capture      a model's operations are captured                               model
     discover     the unit groups are found                                       model
@@ -51,7 +52,18 @@ from dataclasses import dataclass
 from typing import Any
 
 EVENTS = (
-    *("dense", "weights", "calibration", "reference", "capture", "discover", "record", "batch", "turn"),
+    *(
+        "dense",
+        "weights",
+        "calibration",
+        "inputs",
+        "reference",
+        "capture",
+        "discover",
+        "record",
+        "batch",
+        "turn",
+    ),
     *(
         "score",
         "factored",

@@ -108,7 +108,7 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
         and "labels" in batch
         and "labels" in inspect.signature(model.forward).parameters
     )
-    output = model(*args, **kwargs, **({"labels": target} if own else {}))
+    output = model(*args, **{**kwargs, **({"labels": target} if own else {})})
     found = getattr(output, "loss", None)
     if own and isinstance(found, Tensor):
         return found

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cria_prune.base.attention import plain_attention
 from cria_prune.base.errors import SignalError, StructureError, first_line
+from cria_prune.base.rebound import computed_tensors, rebind
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -55,11 +56,21 @@ def offloading_hooks(module: nn.Module) -> Iterator[Any]:
 def copy_of(model: nn.Module, replaced: dict[int, Any] | None = None) -> nn.Module:
     """Return a deep copy of a model; tensors whose id is in `replaced` come from there instead.
 
+    Its hooks and other functions have its own parts in their closures, see `base.rebound`.
+
     Raises:
         StructureError: the model holds something that cannot be copied, such as a computed tensor.
     """
+    return copy_and_memo(model, replaced)[0]
+
+
+def copy_and_memo(
+    model: nn.Module, replaced: dict[int, Any] | None = None
+) -> tuple[nn.Module, dict[int, Any]]:
+    """Return what `copy_of` does, and what `copy.deepcopy` has kept of the copying."""
+    memo = {**computed_tensors(model), **(replaced or {})}
     try:
-        return copy.deepcopy(model, dict(replaced or {}))
+        found = copy.deepcopy(model, memo)
     except Exception as error:  # whatever the model's parts raise
         computed = "graph leaves" in str(error)
         raise StructureError(
@@ -69,6 +80,8 @@ def copy_of(model: nn.Module, replaced: dict[int, Any] | None = None) -> nn.Modu
             if computed
             else "Keep what cannot be copied (locks, files, handles) off the model, or give it __deepcopy__",
         ) from error
+    rebind(found, memo)
+    return found, memo
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:

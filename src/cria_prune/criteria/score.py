@@ -13,6 +13,7 @@ from torch import nn
 from cria_prune.base.dispatched import values_of
 from cria_prune.base.errors import CriterionError, StructureError
 from cria_prune.base.events import passed
+from cria_prune.base.kinds import of_plain_models
 from cria_prune.base.ranks import World, world
 from cria_prune.config import ScoreConfig
 from cria_prune.criteria.evidence import Evidence, UnitWeights
@@ -30,6 +31,7 @@ OLD_RIDGE = 1e-2
 """What a configuration said before a ridge was the criterion's own: no error where it is not read."""
 
 
+@of_plain_models
 def score(
     model: nn.Module,
     groups: UnitGroups,

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import nn
 
-from cria_prune.base.batches import Batch, batch_size, forward, limited, map_tensors, told_apart
+from cria_prune.base.batches import Batch, batch_size, by_name, forward, limited, map_tensors, told_apart
 from cria_prune.base.errors import DataError
 from cria_prune.base.events import passed
+from cria_prune.base.inputs import Inputs, read
+from cria_prune.base.kinds import of_plain_models
 from cria_prune.base.metrics import Loss, cross_entropy
 from cria_prune.base.modules import buffers_kept, digest, named_tensors, unchanged
 from cria_prune.base.ranks import world
@@ -26,6 +28,7 @@ from cria_prune.recording.taps import Taps
 from cria_prune.structure.groups import UnitGroups
 
 
+@of_plain_models
 def record(
     model: nn.Module,
     groups: UnitGroups,
@@ -39,6 +42,7 @@ def record(
     reads: frozenset[Read] = EVERYTHING,
     graphs: Collection[str] = (),
     device: torch.device | str = "cpu",
+    inputs: Inputs | None = None,
 ) -> States:
     """Run the model over calibration batches and return what its prunable units do.
 
@@ -65,6 +69,7 @@ def record(
             Criteria say what they read; second moments are most of the work.
         graphs: names of groups of which both sides are kept in any case.
         device: where the batches go.
+        inputs: as in `prune`.
 
     Returns:
         The states of every prunable group: per side its moments, and those of the even and the odd
@@ -79,7 +84,7 @@ def record(
         RankError: another process failed, is gone, or has other weights or batches.
     """
     passed("record", model=model, groups=groups)
-    config = config or RecordConfig()
+    config, batches = config or RecordConfig(), read(model, batches, inputs)
     gradients = gradients or per_example
     reads |= reads_of(frozenset({"examples"})) if per_example else frozenset()
     start = time.perf_counter()
@@ -101,7 +106,7 @@ def record(
                     seen.update(told_apart(batch).encode())
                 if not here.mine(count - 1):
                     continue
-                mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                mask = by_name(batch).get("attention_mask")
                 collector.begin(first, size, mask)
                 if fisher:
                     fisher.begin(size)

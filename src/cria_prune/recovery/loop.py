@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cria_prune.base.batches import Batch, move
 from cria_prune.base.errors import DataError, SignalError
 from cria_prune.base.events import passed
+from cria_prune.base.inputs import Read, Reader
 from cria_prune.base.metrics import Loss
 from cria_prune.base.modules import forward_of
 from cria_prune.base.progress import Bar, Progress
@@ -204,10 +205,11 @@ Metric = Callable[[nn.Module], float]
 
 
 class Source:
-    """Batches of one epoch, always with a length."""
+    """Batches of one epoch, always with a length; read by the model's signature where a reader is given."""
 
-    def __init__(self, batches: Batches) -> None:
+    def __init__(self, batches: Batches, reader: Reader | None = None) -> None:
         self.batches = list(batches) if isinstance(batches, Iterator) else batches
+        self.reader = reader
 
     def sized(self, epoch: int) -> tuple[Iterable[Batch], int]:
         """Return the batches of an epoch (from 0) and their number.
@@ -226,7 +228,7 @@ class Source:
             raise DataError(
                 "A fine-tune", f"epoch {epoch} has no batches", "Pass at least one training batch"
             )
-        return batches, count
+        return batches if self.reader is None else Read(batches, self.reader), count
 
 
 @dataclass(eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
 
-from cria_prune.base.batches import Batch, model_inputs
+from cria_prune.base.batches import Batch, by_name, model_inputs
 from cria_prune.base.errors import ConfigError, DataError
 from cria_prune.base.metrics import Loss, logits_of
 from cria_prune.base.modules import forward_of
@@ -124,7 +124,7 @@ def without_padding(logits: Tensor, batch: Batch) -> Tensor:
         logits: (batch, classes) or (batch, tokens, classes).
         batch: where its mask is not (batch, tokens), all tokens stay.
     """
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    mask = by_name(batch).get("attention_mask")
     return logits[mask.bool()] if mask is not None and mask.shape == logits.shape[:-1] else logits
 
 

@@ -13,6 +13,8 @@ from torch import nn
 
 from cria_prune.base.errors import ConfigError
 from cria_prune.base.events import passed
+from cria_prune.base.inputs import Reader
+from cria_prune.base.kinds import plain
 from cria_prune.base.metrics import Loss, cross_entropy
 from cria_prune.base.modules import digest, modes_kept
 from cria_prune.base.progress import QUIET, Progress
@@ -108,6 +110,7 @@ def recover(
         RankError: another process failed, is gone, or has other batches.
         StructureError: the model cannot be shared out.
     """
+    given, model, teacher = model, plain(model), plain(teacher)
     passed("train", model=model)
     config = config or RecoverConfig()
     place = torch.device(device)
@@ -146,7 +149,7 @@ def recover(
         run = Run(model, config, objective, evaluate, lower_is_better, place, keeper)
         try:
             with run.here.together("Recovering"):
-                run.fit(Source(train_batches), progress or QUIET)
+                run.fit(Source(train_batches, None if loss else Reader(model)), progress or QUIET)
             if shared:  # not touched so far
                 before = snapshot(model)
             put_back(model, run.best_state or before)
@@ -160,7 +163,7 @@ def recover(
             put_back(model, before)
             raise
     best = run.history[run.best_epoch]
-    return RecoverResult(model, tuple(run.history), best.epoch, best.metric, run.history[-1].metric)
+    return RecoverResult(given, tuple(run.history), best.epoch, best.metric, run.history[-1].metric)
 
 
 def _keeper(

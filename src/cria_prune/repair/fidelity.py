@@ -32,6 +32,7 @@ from cria_prune.base.batches import (
     again,
     batch_size,
     batch_target,
+    by_name,
     forward,
     map_tensors,
     model_inputs,
@@ -39,6 +40,8 @@ from cria_prune.base.batches import (
 )
 from cria_prune.base.errors import DataError, SignalError
 from cria_prune.base.events import passed
+from cria_prune.base.inputs import Inputs, read
+from cria_prune.base.kinds import of_plain_models
 from cria_prune.base.metrics import percent
 from cria_prune.base.modules import buffers_kept, device_of, digest, named_tensors, unchanged
 from cria_prune.base.ranks import world
@@ -153,7 +156,10 @@ def _form() -> TypeAdapter[Fidelity]:
     return TypeAdapter(Fidelity)
 
 
-def fidelity(model: nn.Module, other: nn.Module, batches: Iterable[Batch]) -> Fidelity:
+@of_plain_models
+def fidelity(
+    model: nn.Module, other: nn.Module, batches: Iterable[Batch], *, inputs: Inputs | None = None
+) -> Fidelity:
     """Measure how far a network is from the one that it was made of; no labels are needed.
 
     Both run in evaluation mode without gradients, and are left as they were: modes, buffers and the random
@@ -169,6 +175,7 @@ def fidelity(model: nn.Module, other: nn.Module, batches: Iterable[Batch]) -> Fi
         other: the network to compare, with outputs of the same names and shapes.
         batches: tensors, (inputs, target) pairs or mappings, as both take them. The target only helps to
             tell logits. For an honest figure, examples that nothing was fitted on.
+        inputs: as in `prune`.
 
     Raises:
         DataError: there are no batches, or a network fails on one; the outputs hold no floating tensor, or
@@ -182,7 +189,7 @@ def fidelity(model: nn.Module, other: nn.Module, batches: Iterable[Batch]) -> Fi
         >>> print(fidelity(net, net, [torch.randn(16, 4)]))
         KL 0, agrees on 100.00 % of 16 examples
     """
-    found = _compared(model, other, batches, partly=False)
+    found = _compared(model, other, read(model, batches, inputs), partly=False)
     assert found is not None
     return found
 
@@ -370,18 +377,19 @@ def _kind(name: str, output: Tensor, batch: Batch, alone: bool) -> str | None:
 
 def _mask(name: str, output: Tensor, batch: Batch) -> Tensor | None:
     """Return which tokens of an output (N, T, C) or (N, T) count, (N, T) bool; None where all do."""
-    if not isinstance(batch, Mapping) or output.ndim not in (2, 3):
+    if output.ndim not in (2, 3):
         return None
     # With an encoder and a decoder, `attention_mask` is the encoder's.
-    decoder = "decoder_input_ids" in batch or "decoder_attention_mask" in batch
-    mask = batch.get(f"{'decoder_' if decoder and not name.startswith('encoder') else ''}attention_mask")
+    named = by_name(batch)
+    decoder = "decoder_input_ids" in named or "decoder_attention_mask" in named
+    mask = named.get(f"{'decoder_' if decoder and not name.startswith('encoder') else ''}attention_mask")
     if not isinstance(mask, Tensor) or mask.shape != output.shape[:2]:
         return None
     return mask.to(output.device) != 0
 
 
 def _per_token(output: Tensor, batch: Batch) -> bool:
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    mask = by_name(batch).get("attention_mask")
     return output.ndim == 2 and isinstance(mask, Tensor) and mask.shape == output.shape
 
 

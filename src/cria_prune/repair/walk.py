@@ -25,6 +25,7 @@ from cria_prune.base.batches import (
     SMALLER,
     Batch,
     batch_size,
+    by_name,
     hold_out_every,
     is_held,
     limited,
@@ -653,11 +654,9 @@ def _owners(shape: tuple[int, ...], examples: int) -> Tensor:
 
 def _valid(batch: Batch, places: tuple[int, ...]) -> Tensor | None:
     """Return which rows of an output (..., features) are no padding; None where that is not said."""
-    if not isinstance(batch, Mapping):
-        return None
-    found = None
+    found, named = None, by_name(batch)
     for key in ("attention_mask", "decoder_attention_mask"):
-        mask = batch.get(key)
+        mask = named.get(key)
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             continue
         valid = mask.cpu() != 0

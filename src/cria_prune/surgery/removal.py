@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cria_prune.base.attention import MultiheadAttention
 from cria_prune.base.errors import StructureError
 from cria_prune.base.events import passed
+from cria_prune.base.kinds import unwrap
 from cria_prune.base.modules import copy_of, named_tensors, shared_copy
 from cria_prune.base.sizes import restate_calls
 from cria_prune.planning.plan import Plan
@@ -191,12 +192,14 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False, share: bool = 
         share: the copy shares the tensors that are not cut with `model`.
 
     Returns:
-        The smaller model. Parameters that shared a tensor still share it, and modules say their
-        new sizes (`out_channels`, `in_features`, `groups`, `num_features`).
+        The smaller model, in the wrapping of `model` (see `base.kinds`). Parameters that shared a tensor
+        still share it, and modules say their new sizes (`out_channels`, `in_features`,
+        `groups`, `num_features`).
 
     Raises:
         StructureError: the plan names a tensor or size that the model does not have; nothing is changed.
     """
+    given, (model, wrap, _) = model, unwrap(model)
     passed("cut", model=model, plan=plan)
     # All that can fail comes before the first change, so that no model is left half cut.
     tensors = named_tensors(model)
@@ -225,7 +228,9 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False, share: bool = 
     restate_attributes(target, plan)
     for path in dict.fromkeys(edit.module for edit in plan.calls):
         restate_calls(target.get_submodule(path), [edit.sizing for edit in plan.calls if edit.module == path])
-    return target
+    if wrap is None:
+        return target
+    return given if inplace else wrap(target)
 
 
 def check(tensors: Mapping[str, Tensor], plan: Plan) -> dict[str, list[tuple[int, tuple[int, ...]]]]:

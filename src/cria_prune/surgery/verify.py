@@ -28,9 +28,12 @@ from cria_prune.base.batches import (
     named_shortage,
     outputs,
     ran_out,
+    without_target,
 )
 from cria_prune.base.errors import VerificationError, said
 from cria_prune.base.events import passed
+from cria_prune.base.inputs import read_one
+from cria_prune.base.kinds import of_plain_models
 from cria_prune.base.modules import copy_of, device_of, named_tensors, shared_copy
 from cria_prune.planning.plan import Plan
 from cria_prune.structure.rules.core import argument, operation_name
@@ -245,6 +248,7 @@ def zero_consumers(tensors: Mapping[str, Tensor], plan: Plan) -> None:
                 tensors[cut.tensor].index_fill_(cut.dim, index, 0)
 
 
+@of_plain_models
 def verify(
     model: nn.Module, plan: Plan, smaller: nn.Module, example: Batch, *, dtype: torch.dtype = torch.float64
 ) -> Verification:
@@ -262,7 +266,7 @@ def verify(
     Raises:
         VerificationError: they differ by more than the tolerance, or the smaller model does not run.
     """
-    return Reference(model, example, dtype=dtype).compare(plan, smaller)
+    return Reference(model, read_one(model, example), dtype=dtype).compare(plan, smaller)
 
 
 class _Rounding(TorchDispatchMode):
@@ -419,8 +423,8 @@ class Reference:
                     tensors[name].copy_(values)
 
     def _batch(self) -> Batch:
-        args, kwargs = _cast(model_inputs(self._example), self.dtype)
-        return kwargs if kwargs else args[0]
+        batch: Batch = _cast(without_target(self._example), self.dtype)
+        return batch
 
     def _run(self, model: nn.Module) -> list[Tensor]:
         return outputs(shared_copy(model), self._batch())  # some forwards keep caches on their module
