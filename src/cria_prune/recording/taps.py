@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from cria_prune.base.dispatched import Place, first_names, is_dispatched, places
 from cria_prune.base.errors import StructureError
+import cria_prune.base.experts  # noqa: F401  (it registers an operation that is read here)
 from cria_prune.base.modules import named_tensors
 from cria_prune.structure.groups import Site
 
@@ -50,6 +51,8 @@ SIGNATURES: dict[Any, Signature] = {
     **dict.fromkeys(
         [torch.matmul, Tensor.matmul, Tensor.__matmul__], Signature(DATA, (Argument(1, "other"),))
     ),
+    **dict.fromkeys([torch.bmm, Tensor.bmm], Signature(DATA, (Argument(1, "mat2"),))),
+    torch.ops.cria_prune.routed_mm.default: Signature(DATA, (WEIGHT,)),
     functional.embedding: Signature(DATA, (WEIGHT,), rows=True),
     functional.batch_norm: Signature(DATA, (Argument(3, "weight"), Argument(1, "running_mean"))),
     torch.batch_norm: Signature(DATA, (WEIGHT, Argument(3, "running_mean"))),

@@ -21,9 +21,10 @@ from cria_prune.base.attention import plain_attention
 from cria_prune.base.batches import SMALLER, Batch, check_memory, model_inputs
 from cria_prune.base.errors import CaptureError, DataError, said
 from cria_prune.base.events import passed
+from cria_prune.base.experts import plain_experts
 from cria_prune.base.modules import cache_off, named_tensors, shared_copy
 from cria_prune.structure.axes import Resolved, Units
-from cria_prune.structure.rules import attention, layers, shape  # noqa: F401  (they register their rules)
+from cria_prune.structure.rules import attention, experts, layers, shape  # noqa: F401  (they register their rules)
 from cria_prune.structure.rules.core import RULES, Context, freeze_all, no_rule, operation_name
 
 LAYERS = {"linear", "conv1d", "conv2d", "conv3d"}
@@ -95,6 +96,7 @@ def capture(model: nn.Module, example: Batch, dynamic: Any = None) -> ExportedPr
     with (
         cache_off(model),
         plain_attention(model),
+        plain_experts(model),
         torch.random.fork_rng(devices=[]),
         torch.no_grad(),
     ):

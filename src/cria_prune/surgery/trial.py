@@ -15,6 +15,7 @@ from torch import nn
 
 from cria_prune.base.batches import Batch, map_tensors, named_shortage, outputs
 from cria_prune.base.errors import CriaError, ResourceError, said
+from cria_prune.base.experts import plain_experts
 from cria_prune.base.modules import device_of, meta_copy, shared_copy
 from cria_prune.planning.plan import Plan, make_plan
 from cria_prune.structure.groups import UnitGroups, alike
@@ -226,4 +227,6 @@ class _Shapes:
         return None if found == self.expected else f"outputs of shape {found}, dense {self.expected}"
 
     def _outputs(self, model: nn.Module) -> list[tuple[int, ...]]:
-        return [tuple(item.shape) for item in outputs(shared_copy(model), self.example)]
+        model = shared_copy(model)
+        with plain_experts(model):
+            return [tuple(item.shape) for item in outputs(model, self.example)]

@@ -31,6 +31,7 @@ from cria_prune.base.batches import (
 )
 from cria_prune.base.errors import VerificationError, said
 from cria_prune.base.events import passed
+from cria_prune.base.experts import plain_experts
 from cria_prune.base.modules import copy_of, device_of, named_tensors, shared_copy
 from cria_prune.planning.plan import Plan
 from cria_prune.structure.rules.core import argument, operation_name
@@ -343,6 +344,10 @@ class Reference:
             # A lack of memory says nothing of the cut.
             if ran_out(error):
                 raise
+            # The twin of operations can run where the model itself does not: then both go to float32.
+            if self.dtype is torch.float64 and not self._runs():
+                self._to_single()
+                return self._compared(plan, smaller)
             raise VerificationError("A forward pass of the pruned model", said(error), ADVICE) from error
         apart = difference(expected, found)
         result = Verification(
@@ -383,8 +388,7 @@ class Reference:
         except Exception as error:
             # Once for all further calls: the copy stays in float32.
             if self.dtype is torch.float64:  # the forward makes tensors of its own type, or memory is lacking
-                self.dtype, self._trace = torch.float32, None
-                self.model = _in_type(self.model, self.dtype)
+                self._to_single()
                 return self._expected(plan)
             if ran_out(error):
                 raise
@@ -393,6 +397,21 @@ class Reference:
                 said(error),
                 "Write its forward so that new tensors take the type of its input",
             ) from error
+
+    def _to_single(self) -> None:
+        """Compare in float32 from now on."""
+        self.dtype, self._trace = torch.float32, None
+        self.model = _in_type(self.model, self.dtype)
+
+    def _runs(self) -> bool:
+        """Say whether the dense model runs in the type of the comparison."""
+        try:
+            self._run(self.model)
+        except Exception as error:  # whatever the model's code raises
+            if ran_out(error):
+                raise
+            return False
+        return True
 
     def masked_outputs(self, plan: Plan) -> list[Tensor]:
         """Return the outputs of the masked twin."""
@@ -415,7 +434,9 @@ class Reference:
         return kwargs if kwargs else args[0]
 
     def _run(self, model: nn.Module) -> list[Tensor]:
-        return outputs(shared_copy(model), self._batch())  # some forwards keep caches on their module
+        model = shared_copy(model)  # some forwards keep caches on their module
+        with plain_experts(model):  # not every way of theirs runs in float64, or with any width
+            return outputs(model, self._batch())
 
 
 LESS = (
