@@ -26,13 +26,14 @@ ALIGNED = 16
 
 
 @torch.library.custom_op("cria_prune::routed_mm", mutates_args=())
-def routed_mm(input: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
-    """Multiply every row with the weight of its expert.
+def routed_mm(input: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply every row with the weight of its expert, and add its bias.
 
     Args:
         input: (rows ..., inputs).
         weight: (experts, inputs, outputs).
         experts: (rows ...) int64, which expert each row goes to.
+        bias: (experts, outputs).
 
     Returns:
         (rows ..., outputs), in the order of the input.
@@ -40,25 +41,30 @@ def routed_mm(input: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
     flat, result = _rows(input), input.new_empty(*experts.shape, weight.shape[2])
     out = _rows(result)
     for number, rows in _places(experts, len(weight)):
-        out[rows] = flat[rows] @ weight[number]
+        product = flat[rows] @ weight[number]
+        out[rows] = product if bias is None else product + bias[number]
     return result
 
 
 @routed_mm.register_fake
-def _(input: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
+def _(input: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None = None) -> Tensor:
     return input.new_empty(*experts.shape, weight.shape[2])
 
 
-def _backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+def _backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     input, weight, experts = context.saved_tensors
     flat, back, to_weight = _rows(input), _rows(gradient), torch.zeros_like(weight)
+    to_bias = gradient.new_zeros(weight.shape[0], weight.shape[2]) if context.biased else None
     for number, rows in _places(experts, len(weight)):
         to_weight[number] = flat[rows].mT @ back[rows]
-    return routed_mm(gradient.contiguous(), weight.mT, experts), to_weight, None
+        if to_bias is not None:
+            to_bias[number] = back[rows].sum(dim=0)
+    return routed_mm(gradient.contiguous(), weight.mT, experts), to_weight, None, to_bias
 
 
-def _setup(context: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    context.save_for_backward(*inputs)
+def _setup(context: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    context.save_for_backward(*inputs[:3])
+    context.biased = inputs[3] is not None
 
 
 routed_mm.register_autograd(_backward, setup_context=_setup)
@@ -95,8 +101,8 @@ def experts_forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor)
 def _product(module: Any, name: str, rows: Tensor, index: Tensor) -> Tensor:
     weight = getattr(module, name)
     turned = weight if module.is_transposed else weight.transpose(-2, -1)
-    rows = routed_mm(rows.to(weight.dtype), turned, index)
-    return rows + getattr(module, f"{name}_bias")[index] if module.has_bias else rows
+    bias = getattr(module, f"{name}_bias") if module.has_bias else None
+    return routed_mm(rows.to(weight.dtype), turned, index, bias)
 
 
 def grouped_experts(model: nn.Module) -> list[Any]:

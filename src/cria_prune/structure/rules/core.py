@@ -58,6 +58,7 @@ class Context:
         sources: node -> the layers that produced it, with no other layer between.
         uses: the uses of weights.
         counted: numbers that count atoms.
+        stretched: node -> its dimensions that one position was expanded to.
     """
 
     units: Units
@@ -69,6 +70,7 @@ class Context:
     sources: dict[Node, frozenset[Node]] = field(default_factory=dict)
     uses: list[WeightUse] = field(default_factory=list)
     counted: list[Counted] = field(default_factory=list)
+    stretched: dict[Node, frozenset[int]] = field(default_factory=dict)
 
     def of(self, node: Any) -> Axes:
         """Return the axes of a tensor argument."""
@@ -212,7 +214,7 @@ def elementwise(node: Node, context: Context) -> Axes:
     items = tensor_arguments(node)
     if operation_name(node) in ONE_TENSOR:
         items = items[:1]
-    result = broadcast([(context.of(item), shape(item)) for item in items], len(shape(node)), node, context)
+    result = meeting(items, node, context)
     _mark_branches(node, result, [item for item in items if item in context.data], context)
     meet_statistics(node, items, result, context)
     return result
@@ -252,6 +254,25 @@ def _mark_branches(node: Node, result: Axes, branches: list[Node], context: Cont
         labelled = [item for item in held if item is not None]
         if any(not np.array_equal(labelled[0], other) for other in labelled[1:]):
             context.units.mark(result[-back], mark)
+
+
+def meeting(items: list[Node], node: Node, context: Context) -> Axes:
+    """Broadcast tensors to the shape of a node; what one position was expanded to follows what it meets."""
+    result = broadcast(
+        [(context.of(item), unstretched(item, context)) for item in items], len(shape(node)), node, context
+    )
+    for item in items:
+        for dim in context.stretched.get(item, ()):
+            # The code that expands may read the size from the tensor that it then meets, or hold it.
+            reason = f"what meets it in {context.where(node)} is expanded to its size"
+            context.units.assume(result[dim - len(shape(item))], reason)
+    return result
+
+
+def unstretched(node: Node, context: Context) -> list[int]:
+    """Return a node's shape, with one where one position was expanded."""
+    gone = context.stretched.get(node, ())
+    return [1 if dim in gone else size for dim, size in enumerate(shape(node))]
 
 
 def broadcast(items: list[tuple[Axes, list[int]]], rank: int, node: Node, context: Context) -> Axes:

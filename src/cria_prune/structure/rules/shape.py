@@ -18,6 +18,7 @@ from cria_prune.structure.rules.core import (
     fixed_atoms,
     freeze_all,
     meet_statistics,
+    meeting,
     no_rule,
     operation_name,
     rule,
@@ -127,6 +128,8 @@ def expand(node: Node, context: Context) -> Axes:
     for dim, item in enumerate(kept):
         if sizes[dim + new] != -1:
             context.units.assume(item, f"{context.where(node)} takes its sizes from its input")
+    wider = (dim + new for dim, size in enumerate(before) if size == 1 and after[dim + new] != 1)
+    context.stretched[node] = frozenset(dim for dim in wider if kept[dim - new] is None)
     return [*[None] * new, *kept]
 
 
@@ -169,10 +172,17 @@ def concatenate(node: Node, context: Context) -> Axes:
     dim = dim_argument(node, 1, "dim", len(shape(node)))
     result = context.of(parts[0])
     meets = f"meets a tensor of fixed size in {context.where(node)}"
-    for item in parts[1:]:
-        for index, other in enumerate(context.of(item)):
-            if index != dim and shape(node)[index] != 1:
-                result[index] = context.units.tie(result[index], other, meets)
+    for index in range(len(result)):
+        if index == dim or shape(node)[index] == 1:
+            continue
+        # A part that was expanded to the size of the others follows them, if its code does.
+        held = [context.of(item)[index] for item in parts if index not in context.stretched.get(item, ())]
+        result[index] = held[0] if held else None
+        for other in held[1:]:
+            result[index] = context.units.tie(result[index], other, meets)
+        if len(held) < len(parts):
+            reason = f"what meets it in {context.where(node)} is expanded to its size"
+            context.units.assume(result[index], reason)
     along = [context.of(item)[dim] for item in parts]
     if all(item is None for item in along):
         result[dim] = None
@@ -262,9 +272,13 @@ def slice_dimension(node: Node, context: Context) -> Axes:
     if operation_name(node) == "narrow":
         stop, step = start + int(cast(int, stop)), 1
     part = units[slice(start, stop, step)]
-    # Every second position of what stays would be other units. A part from the front may end
-    # at `C // 2`, which adapts, or at a number that is written down: a trial cut shows which.
-    if step != 1:
+    # Every second position of what stays would be other units, unless they leave in pairs: then every
+    # pair that stays still gives its first. A part from the front may end at `C // 2`, which adapts, or
+    # at a number that is written down: a trial cut shows which.
+    if step > 1 and start < step and len(part) * step == before[dim]:
+        pairs = units.reshape(-1, step)
+        context.units.tie(np.repeat(pairs[:, 0], step), units, "")
+    elif step != 1:
         context.units.freeze(units, f"is sliced at fixed positions by {context.where(node)}")
     elif len(part) < before[dim]:
         context.units.assume(units, f"{context.where(node)} takes its bounds from its input")
@@ -274,18 +288,17 @@ def slice_dimension(node: Node, context: Context) -> Axes:
 
 @rule("copy")
 def write_into(node: Node, context: Context) -> Any:
-    """Values written into a tensor meet its units; into a numbered part of the units: no rule."""
+    """Values written into a tensor meet its units; a dimension that is written in parts stays."""
     target, source = cast(tuple[Node, Node], node.args[:2])
     # The write goes through views into the whole tensor, so it is the whole one's units that it may meet.
     view = target
     while operation_name(view) in {"slice", "select"}:
         whole = cast(Node, view.args[0])
         dim = dim_argument(view, 1, "dim", len(shape(whole)))
-        if context.axes[whole][dim] is not None and shape(view) != shape(whole):
-            return no_rule(node, context)
+        if shape(view) != shape(whole):
+            context.units.freeze(context.axes[whole][dim], f"is written in parts by {context.where(node)}")
         view = whole
-    items = [(context.of(item), shape(item)) for item in (target, source)]
-    return broadcast(items, len(shape(node)), node, context)
+    return meeting([target, source], node, context)
 
 
 @rule("index")
