@@ -200,9 +200,13 @@ def count_macs(groups: UnitGroups, kept: Mapping[str, int] | None = None) -> flo
 
 
 def least_kept(group: UnitGroup, floor: float) -> int:
-    """Return how many units always stay: max(1, ceil(floor * original size)), at most all of now."""
+    """Return how many units always stay: max(1, ceil(floor * original size)), at most all of now.
+
+    Where a kernel takes multiples only it is the next of them.
+    """
     # 0.07 · 100 is 7.000000000000001 in floating point, and 8 units would stay.
-    return min(group.size, max(1, math.ceil(floor * group.original_size - 1e-9)))
+    least = max(1, math.ceil(floor * group.original_size - 1e-9))
+    return min(group.size, -(-least // group.multiple) * group.multiple)
 
 
 def largest_reachable(groups: UnitGroups, floor: float, of: str, *, dense: UnitGroups | None = None) -> float:

@@ -309,8 +309,14 @@ def _group(
         frozen=reason,
         assumes=tuple(dict.fromkeys(text for unit in units for text in resolved.assumed.get(unit, ()))),
         normed=resolved.marked(units, "normed"),
+        multiple=_multiple(len(units)) if resolved.marked(units, "aligned") else 1,
     )
     return group, np.asarray(units)
+
+
+def _multiple(size: int) -> int:
+    """Return what divides the widths of a kernel with aligned rows: 16 bytes, of half or of single precision."""
+    return next((step for step in (8, 4) if size % step == 0), 1)
 
 
 def _kind(kind: str, units: list[int], made: list[Touched], resolved: Resolved) -> str:

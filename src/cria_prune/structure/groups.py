@@ -97,6 +97,7 @@ class UnitGroup:
         counts: attributes of modules that say how many units there are.
         normed: a normalisation takes its statistics over the units, so that the others change
             when some leave: verified by the twin of operations, see `surgery/verify.py`.
+        multiple: of what a number of units that stay has to be, for a kernel to take it.
     """
 
     name: str
@@ -110,6 +111,7 @@ class UnitGroup:
     assumes: tuple[str, ...] = ()
     counts: tuple[Count, ...] = ()
     normed: bool = False
+    multiple: int = 1
 
     def __repr__(self) -> str:
         before = f" of {self.original_size}" if self.size < self.original_size else ""

@@ -36,6 +36,9 @@ def routed_mm(node: Node, context: Context) -> Axes:
     if isinstance(bias, Node):
         freeze_all(context.of(bias)[:1], context, EXPERTS)
         follow_units(context, node, outputs, bias)
+    # The network itself runs them by transformers' grouped product, whose kernel wants aligned rows.
+    for item in (inputs, outputs):
+        context.units.mark(item, "aligned")
     # Each row meets one of the experts, so an element of a weight multiplies for its share of the rows.
     rows = float(np.prod(shape(node)[:-1])) / shape(weight)[0]
     context.use(node, weight, (1, 2), -1, axes[-1], outputs, rows)
