@@ -51,10 +51,10 @@ def _(input: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None = None
     return input.new_empty(*experts.shape, weight.shape[2])
 
 
-def _backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight, experts = context.saved_tensors
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    input, weight, experts = ctx.saved_tensors
     flat, back, to_weight = _rows(input), _rows(gradient), torch.zeros_like(weight)
-    to_bias = gradient.new_zeros(weight.shape[0], weight.shape[2]) if context.biased else None
+    to_bias = gradient.new_zeros(weight.shape[0], weight.shape[2]) if ctx.biased else None
     for number, rows in _places(experts, len(weight)):
         to_weight[number] = flat[rows].mT @ back[rows]
         if to_bias is not None:
@@ -62,9 +62,9 @@ def _backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return routed_mm(gradient.contiguous(), weight.mT, experts), to_weight, None, to_bias
 
 
-def _setup(context: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    context.save_for_backward(*inputs[:3])
-    context.biased = inputs[3] is not None
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.biased = inputs[3] is not None
 
 
 routed_mm.register_autograd(_backward, setup_context=_setup)
@@ -113,7 +113,7 @@ def grouped_experts(model: nn.Module) -> list[Any]:
     return [item for item in model.modules() if _dispatches(type(item)) is interface]
 
 
-def _dispatches(kind: type) -> Any:
+def _dispatches(kind: Any) -> Any:
     # The decorator of transformers leaves the table that its forward looks into in a closure.
     forward = kind.forward
     found = hasattr(forward, "__wrapped__") and "experts_interface" in forward.__code__.co_freevars

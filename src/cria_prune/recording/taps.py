@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+import cria_prune.base.experts  # noqa: F401  (it registers an operation that is read here)
 from cria_prune.base.dispatched import Place, first_names, is_dispatched, places
 from cria_prune.base.errors import StructureError
-import cria_prune.base.experts  # noqa: F401  (it registers an operation that is read here)
 from cria_prune.base.modules import named_tensors
 from cria_prune.structure.groups import Site
 

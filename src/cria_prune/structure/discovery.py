@@ -318,7 +318,7 @@ def _group(
 
 
 def _multiple(size: int) -> int:
-    """Return what divides the widths of a kernel with aligned rows: 16 bytes, of half or of single precision."""
+    """Return what divides the widths of a kernel whose rows are aligned to 16 bytes, in 2 or 4 bytes each."""
     return next((step for step in (8, 4) if size % step == 0), 1)
 
 
