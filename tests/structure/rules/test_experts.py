@@ -14,6 +14,7 @@ from cria_prune.base.experts import grouped_experts, plain_experts, routed_mm
 from cria_prune.config import PlanConfig
 from cria_prune.planning.plan import make_plan
 from cria_prune.planning.stairs import stairs
+from cria_prune.recording.collect import record
 from cria_prune.structure.discovery import discover
 from cria_prune.structure.groups import UnitGroups, without_residual
 from cria_prune.surgery.removal import apply
@@ -118,6 +119,21 @@ def test_a_width_that_the_grouped_product_takes():
     found = {stair.names[0]: stair.counts.tolist() for stair in stairs(groups, PlanConfig(floor=0.0))}
     assert found["model.layers.0.mlp.experts"] == [24, 16, 8]
     assert found["model.embed_tokens"] == [16, 8]
+
+
+def test_experts_that_no_token_reaches_are_named_and_padding_is_left_out():
+    model, tokens = mixtral(), torch.arange(2, 26).reshape(2, 12)
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate.weight[1:] = model.model.layers[0].mlp.gate.weight[:1]
+        model.model.layers[0].mlp.gate.weight[3] = 0
+    groups = without_residual(discover(model, {"input_ids": tokens}))
+    mask = torch.ones_like(tokens)
+    mask[0, 7:] = 0
+    batch = {"input_ids": tokens, "attention_mask": mask}
+    with pytest.warns(UserWarning, match=r"experts of 'model.layers.0.mlp.experts', and not"):
+        states = record(model, groups, [batch], gradients=False)
+    assert states.unreached["model.layers.0.mlp.experts"]
+    assert states["model.layers.0.mlp.experts"].output.samples == int(mask.sum())
 
 
 def test_the_routed_product_is_that_of_each_row_alone():
