@@ -64,14 +64,11 @@ def complex_pairs(node: Node, context: Context) -> Axes:
     return axes[:-1]
 
 
-@rule("topk", "kthvalue", "sort", "argsort", "msort")
+@rule("topk")
 def ranked(node: Node, context: Context) -> Any:
-    """The dimension that is ranked is fixed; the others pass."""
+    """The dimension that is ranked is fixed; the others pass, of the values and of their places."""
     axes = context.of(node.args[0])
-    if axes:
-        place = 1 if node.target is not None and "topk" not in str(node.target) else 2
-        dim = dim_argument(node, place, "dim", len(axes), -1)
-        context.units.freeze(axes[dim], f"is ranked by {context.where(node)}")
-        axes[dim] = None
-    value = node.meta["val"]
-    return [list(axes) for _ in value] if isinstance(value, (tuple, list)) else axes
+    dim = dim_argument(node, 2, "dim", len(axes), -1)
+    context.units.freeze(axes[dim], f"is ranked by {context.where(node)}")
+    axes[dim] = None
+    return [list(axes) for _ in node.meta["val"]]
