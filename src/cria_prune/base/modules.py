@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cria_prune.base.attention import plain_attention
 from cria_prune.base.errors import SignalError, StructureError, first_line
+from cria_prune.base.experts import plain_experts
 from cria_prune.base.rebound import computed_tensors, rebind
 
 
@@ -238,5 +239,6 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     and the global generators, see `random_kept`.
     """
     gradients = attributes_kept(model.parameters(), "requires_grad", "grad")
-    with modes_kept(model), cache_off(model), plain_attention(model), random_kept(), gradients:
+    plain = plain_attention(model), plain_experts(model)
+    with modes_kept(model), cache_off(model), plain[0], plain[1], random_kept(), gradients:
         yield

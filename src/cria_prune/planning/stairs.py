@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,8 +38,8 @@ def stairs(groups: UnitGroups, config: PlanConfig, allowed: Allowed | None = Non
     """Return the stairs of the prunable groups, in the order of the network.
 
     All units may stay, and every multiple of `config.multiple` (neurons, gated neurons and channels;
-    any number of heads and KV groups) down to max(1, ceil(floor * original units)). Where `allowed`
-    names a group, only the numbers in it remain, all units too only if it says so.
+    any number of heads and KV groups) and of the group's own `multiple`, down to `least_kept`. Where
+    `allowed` names a group, only the numbers in it remain, all units too only if it says so.
 
     Args:
         groups: the structure now.
@@ -83,8 +84,9 @@ def _stair(members: Sequence[UnitGroup], config: PlanConfig, allowed: Allowed) -
     least = max(least_kept(group, config.floor) for group in members)
     size = members[0].size
     counts = np.arange(size, least - 1, -1, dtype=np.int64)
-    if config.multiple > 1 and members[0].kind in ROUNDED:
-        counts = counts[(counts % config.multiple == 0) | (counts == size)]
+    asked = config.multiple if members[0].kind in ROUNDED else 1
+    multiple = math.lcm(asked, *(group.multiple for group in members))
+    counts = counts[(counts % multiple == 0) | (counts == size)]
     for group in members:
         if group.name in allowed:
             counts = counts[np.isin(counts, np.asarray(allowed[group.name]))]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Collection, Iterable
+import warnings
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -117,12 +118,15 @@ def record(
                 if fisher:
                     fisher.finish()
                 passed("batch", number=count, examples=examples)
+        # The same names in every process, whichever of them a process has seen.
+        routed = _no_rows(model, groups)
         if here.size > 1:
             # All is sums over samples, so adding them up is exact, and
             # one process or many give the same scores up to rounding.
             collector.pool(here.total, device)
             for sums in (taylor.sums if taylor else {}, fisher.sums if fisher else {}):
                 sums.update({name: here.total(value) for name, value in sums.items()})
+            routed = {name: here.total(with_taps.routed.get(name, rows)) for name, rows in routed.items()}
     if not count:
         raise DataError("Recording the model's signals", "the batches are empty", "Pass two examples or more")
     return States(
@@ -136,4 +140,31 @@ def record(
         gradients=gradients,
         per_example=per_example,
         reads=reads,
+        unreached=_unreached(routed if here.size > 1 else with_taps.routed),
     )
+
+
+def _no_rows(model: nn.Module, groups: UnitGroups) -> dict[str, torch.Tensor]:
+    """Return weight -> (experts,) zeros, of every weight that may be one of experts."""
+    tensors = named_tensors(model)
+    names = sorted({item.tensor for group in groups.prunable if group.multiple > 1 for item in group.slices})
+    found = {name: tensors[name] for name in names if tensors[name].ndim == 3}
+    return {name: torch.zeros(len(item), dtype=torch.float64) for name, item in found.items()}
+
+
+def _unreached(routed: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the experts of each module that got no row, and warn of them."""
+    found = dict[str, tuple[int, ...]]()
+    for name, rows in routed.items():
+        module, missed = name.rpartition(".")[0], torch.nonzero(rows == 0).ravel().tolist()
+        if module in found or not missed or len(missed) == len(rows):  # never called at all: no experts
+            continue
+        found[module] = tuple(missed)
+        numbers = ", ".join(map(str, missed[:8])) + (" ..." if len(missed) > 8 else "")
+        warnings.warn(
+            f"The calibration reaches {len(rows) - len(missed)} of the {len(rows)} experts of {module!r}, "
+            f"and not {numbers}: their neurons are judged by the signals of the others. Give more, or more "
+            "varied, calibration examples",
+            stacklevel=3,
+        )
+    return found

@@ -284,7 +284,7 @@ class Sampler:
             samples = activation.movedim(dim, -1).reshape(rows, -1, activation.shape[dim])
         samples = samples.reshape(rows // each, -1, samples.shape[2])
         # A mask that does not fit this activation is another one's: a decoder has tokens of its own.
-        mask = self._mask if self._mask is not None and self._mask.shape == samples.shape[:2] else None
+        mask = self._mask_of(rows, samples)
         folded = activation.ndim > 2 and rows % self._examples == 0  # else rows may be routed tokens, or time
         if not spatial and (folded or mask is not None):
             samples, mask = self._some_tokens(samples, mask)
@@ -301,6 +301,18 @@ class Sampler:
             if len(part):
                 origin = self._origin(samples, start, taken) if sketched else None
                 yield half, part.reshape(-1, part.shape[-1]), origin
+
+    def _mask_of(self, rows: int, samples: Tensor) -> Tensor | None:
+        """Return the mask (examples, places) of samples (examples, places, n) that came in so many rows."""
+        mask = self._mask
+        if mask is None or mask.shape == samples.shape[:2]:
+            return mask
+        # A row for each token, and several places in each: experts that it was sent to.
+        times = samples.shape[1] // mask.shape[1]
+        fits = (
+            rows == mask.numel() and len(samples) == len(mask) and times * mask.shape[1] == samples.shape[1]
+        )
+        return mask.repeat_interleave(times, dim=1) if fits else None
 
     def taken(self, shape: Sequence[int], dim: int, examples: int) -> int:
         """Return how many samples `halves` gives of an activation of so many examples, without a mask."""

@@ -181,6 +181,8 @@ class States:
         gradients: whether Taylor importances were taken.
         per_example: whether Fisher importances were taken.
         reads: what was recorded beyond the outputs' means and variances.
+        unreached: module of experts -> those of them that no example was sent to: what is said of
+            their neurons are the signals of the other experts.
     """
 
     groups: Mapping[str, GroupStates]
@@ -193,6 +195,7 @@ class States:
     gradients: bool
     per_example: bool = False
     reads: frozenset[Read] = EVERYTHING
+    unreached: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> GroupStates:
         return self.groups[name]

@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+import cria_prune.base.experts  # noqa: F401  (it registers an operation that is read here)
 from cria_prune.base.dispatched import Place, first_names, is_dispatched, places
 from cria_prune.base.errors import CriterionError, StructureError
 from cria_prune.base.modules import named_tensors
@@ -46,6 +47,7 @@ class Signature(NamedTuple):
 
 DATA, WEIGHT = Argument(0, "input"), Argument(1, "weight")
 WEIGHTED = [getattr(functional, f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3)]
+ROUTED = torch.ops.cria_prune.routed_mm.default
 SIGNATURES: dict[Any, Signature] = {
     **dict.fromkeys([functional.linear, torch.convolution, *WEIGHTED], Signature(DATA, (WEIGHT,))),
     **dict.fromkeys([torch.addmm, Tensor.addmm], Signature(Argument(1, "mat1"), (Argument(2, "mat2"),))),
@@ -53,6 +55,8 @@ SIGNATURES: dict[Any, Signature] = {
     **dict.fromkeys(
         [torch.matmul, Tensor.matmul, Tensor.__matmul__], Signature(DATA, (Argument(1, "other"),))
     ),
+    **dict.fromkeys([torch.bmm, Tensor.bmm], Signature(DATA, (Argument(1, "mat2"),))),
+    ROUTED: Signature(DATA, (WEIGHT,)),
     functional.embedding: Signature(DATA, (WEIGHT,), rows=True),
     functional.batch_norm: Signature(DATA, (Argument(3, "weight"), Argument(1, "running_mean"))),
     torch.batch_norm: Signature(DATA, (WEIGHT, Argument(3, "running_mean"))),
@@ -73,6 +77,9 @@ class Taps(TorchFunctionMode):
         watch: called, after `receive`, with what an operation made, still in the graph of gradients; the
             model goes on with what it returns.
 
+    Attributes:
+        routed: weight of experts -> rows that each of them got.
+
     Raises:
         StructureError: the model has no tensor of a wanted name.
     """
@@ -86,6 +93,7 @@ class Taps(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._watch = watch
+        self.routed: dict[str, Tensor] = {}
         tensors = named_tensors(model)
         self._receive = receive
         self._sites: dict[int, list[tuple[str, Site]]] = {}
@@ -129,6 +137,8 @@ class Taps(TorchFunctionMode):
             # Before the call, while the data is sure to be what the operation reads.
             if site == "input":
                 self._receive(name, site, signature.data.of(args, kwargs).detach())
+        if func is ROUTED:
+            self._count([name for name, _ in sites], *args[1:3])
         result = func(*args, **kwargs)
         for name, site in sites:
             if site != "input":
@@ -136,6 +146,12 @@ class Taps(TorchFunctionMode):
                 if self._watch is not None:
                     result = self._watch(name, site, result)
         return result
+
+    def _count(self, names: Sequence[str], weight: Tensor, experts: Tensor) -> None:
+        """Add to how many rows each expert of some weights got."""
+        rows = torch.bincount(experts.reshape(-1), minlength=len(weight)).double().cpu()
+        for name in dict.fromkeys(names):
+            self.routed[name] = self.routed[name] + rows if name in self.routed else rows
 
     def _wanted(
         self, signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 from cria_prune.base.batches import Batch, batch_size
@@ -27,7 +27,7 @@ WIDTHS = {"all_head_size", "inner_dim", "attn_dim", "split_size", "attention_dim
 CONFIG_WIDTHS = {
     "neuron": (
         *("intermediate_size", "n_inner", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim"),
-        "hidden_dim",
+        *("hidden_dim", "moe_intermediate_size"),
     ),
     "residual": ("hidden_size", "n_embd", "d_model", "dim", "embed_dim", "word_embed_proj_dim"),
 }
@@ -128,8 +128,11 @@ def _config_widths(modules: Mapping[str, nn.Module], group: UnitGroup) -> Iterab
     if kind not in CONFIG_WIDTHS or not group.producers:
         return
     width = group.slices[0].positions.shape[1]
+    module, _, tensor = group.producers[0].tensor.rpartition(".")
+    held: Any = getattr(modules.get(module), tensor, None)
+    if kind == "neuron" and isinstance(held, Tensor) and held.ndim > 2:  # gate and up of experts are one
+        width = min((item.positions.shape[1] for item in group.consumers), default=width)
     said = group.size * width
-    module = group.producers[0].tensor.rpartition(".")[0]
     for name in (f"config.{field}" for field in CONFIG_WIDTHS[kind]):
         for path in _holders(modules, module, name, said):
             yield Count(path, name, group.name, width, said, said, True)
@@ -347,8 +350,14 @@ def _group(
         frozen=reason,
         assumes=tuple(dict.fromkeys(text for unit in units for text in resolved.assumed.get(unit, ()))),
         normed=resolved.marked(units, "normed"),
+        multiple=_multiple(len(units)) if resolved.marked(units, "aligned") else 1,
     )
     return group, np.asarray(units)
+
+
+def _multiple(size: int) -> int:
+    """Return what divides the widths of a kernel whose rows are aligned to 16 bytes, in 2 or 4 bytes each."""
+    return next((step for step in (8, 4) if size % step == 0), 1)
 
 
 def _kind(kind: str, units: list[int], made: list[Touched], resolved: Resolved) -> str:

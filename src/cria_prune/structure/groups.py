@@ -101,6 +101,7 @@ class UnitGroup:
         normed: a normalisation takes its statistics over the units, so that the others change
             when some leave: verified by the twin of operations, see `surgery/verify.py`.
         restated: modules whose calls get their sizes restated when some units leave, see `base.sizes`.
+        multiple: of what a number of units that stay has to be, for a kernel to take it.
     """
 
     name: str
@@ -115,6 +116,7 @@ class UnitGroup:
     counts: tuple[Count, ...] = ()
     normed: bool = False
     restated: tuple[str, ...] = ()
+    multiple: int = 1
 
     def __repr__(self) -> str:
         before = f" of {self.original_size}" if self.size < self.original_size else ""
@@ -234,9 +236,13 @@ class UnitGroups:
 
 
 def least_kept(group: UnitGroup, floor: float) -> int:
-    """Return how many units always stay: max(1, ceil(floor * original size)), at most all of now."""
+    """Return how many units always stay: max(1, ceil(floor * original size)), at most all of now.
+
+    Where a kernel takes multiples only it is the next of them.
+    """
     # 0.07 · 100 is 7.000000000000001 in floating point, and 8 units would stay.
-    return min(group.size, max(1, math.ceil(floor * group.original_size - 1e-9)))
+    least = max(1, math.ceil(floor * group.original_size - 1e-9))
+    return min(group.size, -(-least // group.multiple) * group.multiple)
 
 
 def without_residual(groups: UnitGroups) -> UnitGroups:

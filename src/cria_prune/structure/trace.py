@@ -25,11 +25,13 @@ from cria_prune.base.attention import plain_attention
 from cria_prune.base.batches import SMALLER, Batch, check_memory, model_inputs
 from cria_prune.base.errors import CaptureError, DataError, said
 from cria_prune.base.events import passed
+from cria_prune.base.experts import plain_experts
 from cria_prune.base.modules import cache_off, named_tensors, shared_copy
 from cria_prune.structure.axes import Resolved, Units
 from cria_prune.structure.packed import PackedRows
 from cria_prune.structure.rules import (  # noqa: F401  (they register their rules)
     attention,
+    experts,
     layers,
     positions,
     recurrent,
@@ -110,6 +112,7 @@ def capture(model: nn.Module, example: Batch, dynamic: Any = None) -> ExportedPr
     with (
         cache_off(model),
         plain_attention(model),
+        plain_experts(model),
         PackedRows() if any(isinstance(item, nn.RNNBase) for item in model.modules()) else nullcontext(),
         torch.random.fork_rng(devices=[]),
         torch.no_grad(),

@@ -17,6 +17,7 @@ from torch import nn
 
 from cria_prune.base.batches import Batch, batch_size, map_tensors, named_shortage, outputs, rows_of
 from cria_prune.base.errors import CriaError, ResourceError, said
+from cria_prune.base.experts import plain_experts
 from cria_prune.base.modules import device_of, meta_copy, shared_copy
 from cria_prune.planning.plan import Plan, make_plan
 from cria_prune.structure.groups import UnitGroup, UnitGroups, alike
@@ -286,7 +287,7 @@ class _Shapes:
         # so wrong shapes are found there before values are.
         self.model = meta_copy(model)
         self.example = map_tensors(example, lambda item: item.to("meta"))
-        self.expected = self._outputs(shared_copy(self.model), self.example)
+        self.expected = self._outputs(self.model, self.example)
         self.more: tuple[Batch, list[tuple[int, ...]]] | None = None
 
     @classmethod
@@ -318,8 +319,10 @@ class _Shapes:
             self.more = self.example, self.expected
             with suppress(Exception):  # whatever the model's code raises: it may take this number only
                 batch = rows_of(self.example, [0, *range(batch_size(self.example))])
-                self.more = batch, self._outputs(shared_copy(self.model), batch)
+                self.more = batch, self._outputs(self.model, batch)
         return self.more
 
     def _outputs(self, model: nn.Module, example: Batch) -> list[tuple[int, ...]]:
-        return [tuple(item.shape) for item in outputs(model, example)]
+        model = shared_copy(model)
+        with plain_experts(model):
+            return [tuple(item.shape) for item in outputs(model, example)]

@@ -32,6 +32,7 @@ from cria_prune.base.batches import (
 )
 from cria_prune.base.errors import VerificationError, said
 from cria_prune.base.events import passed
+from cria_prune.base.experts import plain_experts
 from cria_prune.base.inputs import read_one
 from cria_prune.base.kinds import of_plain_models
 from cria_prune.base.modules import copy_of, device_of, named_tensors, shared_copy
@@ -348,11 +349,15 @@ class Reference:
         try:
             same = _is_of(smaller, self.dtype)
             mine = smaller if same else _in_type(copy_of(smaller), self.dtype)
-            found = outputs(mine, self._batch()) if spare else self._run(mine)
+            found = self._run(mine, spare)
         except Exception as error:
             # A lack of memory says nothing of the cut.
             if ran_out(error):
                 raise
+            # The twin of operations can run where the model itself does not: then both go to float32.
+            if self.dtype is torch.float64 and not self._runs():
+                self._to_single()
+                return self._compared(plan, smaller, spare)
             raise VerificationError("A forward pass of the pruned model", said(error), ADVICE) from error
         apart = difference(expected, found)
         result = Verification(
@@ -395,8 +400,7 @@ class Reference:
         except Exception as error:
             # Once for all further calls: the copy stays in float32.
             if self.dtype is torch.float64:  # the forward makes tensors of its own type, or memory is lacking
-                self.dtype, self._trace = torch.float32, None
-                self.model = _in_type(self.model, self.dtype)
+                self._to_single()
                 return self._expected(plan)
             if ran_out(error):
                 raise
@@ -405,6 +409,21 @@ class Reference:
                 said(error),
                 "Write its forward so that new tensors take the type of its input",
             ) from error
+
+    def _to_single(self) -> None:
+        """Compare in float32 from now on."""
+        self.dtype, self._trace = torch.float32, None
+        self.model = _in_type(self.model, self.dtype)
+
+    def _runs(self) -> bool:
+        """Say whether the dense model runs in the type of the comparison."""
+        try:
+            self._run(self.model)
+        except Exception as error:  # whatever the model's code raises
+            if ran_out(error):
+                raise
+            return False
+        return True
 
     def masked_outputs(self, plan: Plan) -> list[Tensor]:
         """Return the outputs of the masked twin."""
@@ -426,8 +445,10 @@ class Reference:
         batch: Batch = _cast(without_target(self._example), self.dtype)
         return batch
 
-    def _run(self, model: nn.Module) -> list[Tensor]:
-        return outputs(shared_copy(model), self._batch())  # some forwards keep caches on their module
+    def _run(self, model: nn.Module, spare: bool = False) -> list[Tensor]:
+        model = model if spare else shared_copy(model)  # some forwards keep caches on their module
+        with plain_experts(model):  # not every way of theirs runs in float64, or with any width
+            return outputs(model, self._batch())
 
 
 LESS = (

@@ -18,6 +18,7 @@ from cria_prune.structure.rules.core import (
     shape,
     tensor_arguments,
 )
+from cria_prune.structure.rules.experts import stacked
 from cria_prune.structure.rules.layers import follow_units
 
 
@@ -61,6 +62,8 @@ def product(node: Node, left: Node, right: Node, context: Context) -> Any:
         context.units.tie(first[-1], second[0], context.fixed_by(left))
         context.use(node, right, (0, 1), -1, first[-1], second[1], float(np.prod(shape(node)[:-1])))
         return [*first[:-1], second[1]]
+    if right in context.tensors and left in context.data and len(first) == len(second) == 3:
+        return stacked(node, left, right, context)
     # Two activations: their sum has no weight to cut. The dimension is fixed weakly,
     # for it is the size of a head, and the heads beside it in the grid are free.
     reason = f"is summed over by {context.where(node)}"

@@ -224,12 +224,15 @@ def tensor_arguments(node: Node) -> list[Node]:
     return [item for item in node.all_input_nodes if hasattr(item.meta.get("val"), "shape")]
 
 
+NAMESPACES = {"aten", "cria_prune"}
+
+
 def operation_name(node: Node) -> str:
     """Return the base name of a node's operation: `aten.relu_.default` is `relu`."""
     target = node.target
     name = target.__name__ if callable(target) and not hasattr(target, "_schema") else str(target)
     parts = name.split(".")
-    base = parts[1] if parts[0] in ("aten", "cria_prune") and len(parts) > 1 else parts[0]
+    base = parts[1] if parts[0] in NAMESPACES and len(parts) > 1 else parts[0]
     return base.rstrip("_") or base
 
 

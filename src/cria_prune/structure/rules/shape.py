@@ -26,7 +26,7 @@ from cria_prune.structure.rules.core import (
     shape,
     sizes_argument,
 )
-from cria_prune.structure.rules.positions import into_part, picked
+from cria_prune.structure.rules.positions import picked
 
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as", "ravel")
@@ -289,9 +289,13 @@ def slice_dimension(node: Node, context: Context) -> Axes:
     if operation_name(node) == "narrow":
         stop, step = start + int(cast(int, stop)), 1
     part = units[slice(start, stop, step)]
-    # Every second position of what stays would be other units. A part from the front may end
-    # at `C // 2`, which adapts, or at a number that is written down: a trial cut shows which.
-    if step != 1:
+    # Every second position of what stays would be other units, unless they leave in pairs: then every
+    # pair that stays still gives its first. A part from the front may end at `C // 2`, which adapts, or
+    # at a number that is written down: a trial cut shows which.
+    if step > 1 and start < step and len(part) * step == before[dim]:
+        pairs = units.reshape(-1, step)
+        context.units.tie(np.repeat(pairs[:, 0], step), units, "")
+    elif step != 1:
         context.units.freeze(units, f"is sliced at fixed positions by {context.where(node)}")
     elif len(part) < before[dim]:
         context.units.assume(units, f"{context.where(node)} takes its bounds from its input")
@@ -301,11 +305,16 @@ def slice_dimension(node: Node, context: Context) -> Axes:
 
 @rule("copy")
 def write_into(node: Node, context: Context) -> Any:
-    """Values written into a tensor meet its units; into a numbered part of the units: no rule."""
+    """Values written into a tensor meet its units; a dimension that is written in parts stays."""
     target, source = cast(tuple[Node, Node], node.args[:2])
     # The write goes through views into the whole tensor, so it is the whole one's units that it may meet.
-    if into_part(target, context):
-        return no_rule(node, context)
+    view = target
+    while operation_name(view) in {"slice", "select"}:
+        whole = cast(Node, view.args[0])
+        dim = dim_argument(view, 1, "dim", len(shape(whole)))
+        if shape(view) != shape(whole):
+            context.units.freeze(context.axes[whole][dim], f"is written in parts by {context.where(node)}")
+        view = whole
     items = [(context.of(item), shape(item)) for item in (target, source)]
     return broadcast(items, len(shape(node)), node, context)
 
