@@ -180,7 +180,7 @@ class Program:
             elif node.op == "call_function" and node in alive:
                 wrapped = wrapped_graph(node)
                 if wrapped is None:
-                    numbers[node] = self._call(node, numbers, autocast)
+                    numbers[node] = self._call(node, numbers, node.meta.get("autocast", autocast))
                     continue
                 inner, arguments = wrapped
                 places = [item for item in inner.nodes if item.op == "placeholder"]

@@ -7,7 +7,7 @@ on it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,12 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from cria_prune.base.attention import plain_attention
-from cria_prune.base.batches import SMALLER, Batch, check_memory, model_inputs
+from cria_prune.base.batches import SMALLER, Batch, check_memory, map_tensors, model_inputs
 from cria_prune.base.errors import CaptureError, DataError, said
 from cria_prune.base.events import passed
-from cria_prune.base.modules import cache_off, named_tensors, shared_copy
+from cria_prune.base.modules import cache_off, named_tensors, random_kept, shared_copy
 from cria_prune.structure.axes import Resolved, Units
+from cria_prune.structure.one_run import OneRun, one_run
 from cria_prune.structure.rules import attention, layers, shape  # noqa: F401  (they register their rules)
 from cria_prune.structure.rules.core import RULES, Context, freeze_all, no_rule, operation_name
 
@@ -47,7 +48,7 @@ class Trace:
         resolved: the units of all atoms.
     """
 
-    program: ExportedProgram
+    program: ExportedProgram | OneRun
     context: Context
     tensors: Mapping[str, Tensor]
     names: Mapping[str, str]
@@ -75,13 +76,19 @@ def trace(model: nn.Module, example: Batch) -> Trace:
     return Trace(program, context, tensors, names, context.units.resolve())
 
 
-def capture(model: nn.Module, example: Batch, dynamic: Any = None) -> ExportedProgram:
+def capture(
+    model: nn.Module, example: Batch, dynamic: Any = None, *, training: bool = False
+) -> ExportedProgram | OneRun:
     """Return the model's operations on the example batch, in evaluation mode.
+
+    Where torch.export stops, at a branch on the data or `float(tensor)`, they are those of one run.
 
     Args:
         model: it is left as it was.
         example: one batch.
         dynamic: which of its sizes are to stay open, as torch.export's `dynamic_shapes`; none by default.
+            A single run has no open sizes.
+        training: in training mode instead.
 
     Raises:
         DataError: the model's forward does not accept the example.
@@ -91,24 +98,32 @@ def capture(model: nn.Module, example: Batch, dynamic: Any = None) -> ExportedPr
     """
     passed("capture", model=model)
     args, kwargs = model_inputs(example)
-    model = shared_copy(model)  # some forwards keep caches on their module
-    with (
-        cache_off(model),
-        plain_attention(model),
-        torch.random.fork_rng(devices=[]),
-        torch.no_grad(),
-    ):
-        model.eval()
+    with cache_off(model), plain_attention(model), random_kept(), torch.no_grad():
+        # A copy for each try: some forwards keep caches on their module, and those of a failed export hold no
+        # values.
         try:
-            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
+            exported = shared_copy(model).train(training)
+            return torch.export.export(exported, args, kwargs, dynamic_shapes=dynamic, strict=False)
         except Exception as error:
             check_memory(error, f"Capturing the operations of {type(model).__name__}", SMALLER)
-            _raise_clear(model, args, kwargs, error)
-            raise AssertionError("unreachable") from error
+            stopped, at = error, _offender(exported, error)
+        _check_forward(shared_copy(model).train(training), example, stopped)
+        if dynamic is None:
+            args, kwargs = model_inputs(map_tensors(example, torch.clone))  # a forward may write into its input
+            try:
+                return one_run(shared_copy(model).train(training), args, kwargs, at)
+            except Exception as error:
+                check_memory(error, f"Following a run of {type(model).__name__}", SMALLER)
+    raise CaptureError(
+        f"The operations of {type(model).__name__}",
+        f"torch.export stops at {at} with {said(stopped)}",
+        "Write that line with tensor operations whose control flow does not depend on the data",
+    ) from stopped
 
 
-def _raise_clear(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> None:
+def _check_forward(model: nn.Module, example: Batch, stopped: Exception) -> None:
     # The plain forward is run first: if it fails as well, the example is at fault and not the capture.
+    args, kwargs = model_inputs(map_tensors(example, torch.clone))
     try:
         model(*args, **kwargs)
     except Exception as forward:
@@ -117,12 +132,7 @@ def _raise_clear(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             f"A forward pass of {type(model).__name__} on the example inputs of shape {shapes}",
             said(forward),
             "Pass one batch of inputs that the model accepts",
-        ) from error
-    raise CaptureError(
-        f"The operations of {type(model).__name__}",
-        f"torch.export stops at {_offender(model, error)} with {said(error)}",
-        "Write that line with tensor operations whose control flow does not depend on the data",
-    ) from error
+        ) from stopped
 
 
 def _offender(model: nn.Module, error: BaseException) -> str:
@@ -273,7 +283,7 @@ def _freeze_two_ways(context: Context) -> None:
             freeze_all(context.labels[weight], context, f"{weight!r} is used forwards and transposed")
 
 
-def parameter_names(program: ExportedProgram, model: nn.Module) -> dict[str, str]:
+def parameter_names(program: ExportedProgram | OneRun, model: nn.Module) -> dict[str, str]:
     """Return placeholder -> canonical name, of every parameter and buffer that a captured program reads."""
     first = {id(tensor): name for name, tensor in canonical_tensors(model).items()}
     everything, signature = named_tensors(model), program.graph_signature

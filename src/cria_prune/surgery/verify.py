@@ -142,6 +142,13 @@ class _Run:
             cast_on = operation_name(node) == "wrap_with_autocast" and bool(args[2])
             with torch.autocast(args[0], dtype=args[1]) if cast_on else nullcontext():
                 return self.run(graph, inner)
+        cast_to = node.meta.get("autocast")
+        if cast_to is None:
+            return self._apply(node, args, kwargs)
+        with torch.autocast(cast_to[0], dtype=cast_to[1], enabled=cast_to[2]):
+            return self._apply(node, args, kwargs)
+
+    def _apply(self, node: Node, args: Any, kwargs: Any) -> Any:
         source = node.args[0] if node.args else None
         gone = self.gone.get(source, []) if isinstance(source, Node) else []
         name, target = operation_name(node), cast(Any, node.target)
