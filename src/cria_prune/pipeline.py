@@ -62,6 +62,7 @@ def prune(
     data: str | None = None,
     scores: Scored | None = None,
     prepared: Prepared | None = None,
+    examples: Sequence[Batch] = (),
 ) -> PruneResult:
     """Make a trained model smaller: record, score, plan and cut, round by round; no weight is trained.
 
@@ -90,6 +91,8 @@ def prune(
             are compared in any case.
         scores: of this model, from `score_once` or `load_scores`: nothing is recorded, in one round.
         prepared: what `prepare` found of this model and these batches: nothing is captured again.
+        examples: further batches, for code that calibration does not run, see `discover`: cuts are tried and
+            compared on them too. Of a `prepared` they were given to `prepare`.
 
     Raises:
         CriaError: each stage's own; the model is then as it was.
@@ -105,7 +108,7 @@ def prune(
         >>> result.model[0].out_features < 16
         True
     """
-    ready = _ready(model, batches, config or PruneConfig(), scores, prepared)
+    ready = _ready(model, batches, config or PruneConfig(), scores, prepared, examples)
     ready = with_latency(ready, keep=_file(state, LATENCIES), progress=progress)
     config, rounds = ready.config, ready.config.plan.rounds
     result = PruneResult(
@@ -161,6 +164,7 @@ def _ready(
     config: PruneConfig,
     scores: Scored | None,
     prepared: Prepared | None,
+    examples: Sequence[Batch],
 ) -> Prepared:
     """Return the model prepared, once it is known that it can be pruned as is asked."""
     # A criterion that there is not and weights that are no numbers are refused before the capture.
@@ -175,7 +179,7 @@ def _ready(
             "Give what prepare(model, batches, config) returned",
         )  # fmt: skip
     if prepared is None:
-        prepared = prepare(model, batches, config)
+        prepared = prepare(model, batches, config, examples=examples)
     else:
         prepared = prepared.checked(model, batches, config)
     prepared.check_reach()

@@ -151,7 +151,7 @@ class PruneResult:
         lines += speed_said(last)
         if self.changed:
             lines.append(self.changed)
-        lines += self.remarks
+        lines += [*self.remarks, *self.dense.notes]
         lines += stages_said(self.rounds[-1].fidelity)
         return "\n".join(lines)
 

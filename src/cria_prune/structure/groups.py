@@ -139,6 +139,8 @@ class UnitGroups:
             so that MACs = sum over weights of positions * elements.
         embeddings: names of the parameters that rows are picked from (tokens, positions, types), and
             of an output layer as large as the token embedding.
+        notes: what to know of how the structure was found, a line each: operations of one run only,
+            parameters that no forward reads, a training mode that was not tried.
     """
 
     groups: tuple[UnitGroup, ...]
@@ -146,6 +148,7 @@ class UnitGroups:
     parameters: tuple[str, ...]
     positions: Mapping[str, float]
     embeddings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[UnitGroup]:
         return iter(self.groups)
@@ -175,7 +178,8 @@ class UnitGroups:
         macs = sum(times * sizes[name] for name, times in self.positions.items())
         counts = Counter(row.status for row in rows)
         head = ", ".join(f"{counts[status]} {status}" for status in ("prunable", "residual", "frozen"))
-        return f"groups: {head}; {parameters:,} parameters, {macs:,.0f} MACs per example\n{plain(rows)}"
+        lines = [f"groups: {head}; {parameters:,} parameters, {macs:,.0f} MACs per example", plain(rows)]
+        return "\n".join([*lines, *self.notes])
 
     def __repr__(self) -> str:
         return f"UnitGroups({len(self.prunable)} of {len(self)} groups prunable)"

@@ -1,8 +1,8 @@
 """The second way of capture: a model's operations by dispatch on one real run, where torch.export stops.
 
-torch.export follows a forward without values, so it stops where Python asks for one: `float(tensor)`, a branch on
-the data, NumPy. A run has values. What it reads of a tensor that is a constant is the same in every run; what it
-reads of the data or of a weight is not, and then the operations are those of this one run (`OneRun.reads`).
+torch.export follows a forward without values, so it stops where Python asks for one: `float(tensor)`, a
+branch on the data, NumPy. A run has values. What it reads of a constant is the same in every run; what it
+reads of the data or of a weight is not, and the operations are then those of this run alone (`OneRun.reads`).
 """
 
 from __future__ import annotations

@@ -6,9 +6,12 @@ on it.
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, field
+from io import StringIO
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from cria_prune.base.errors import CaptureError, DataError, said
 from cria_prune.base.events import passed
 from cria_prune.base.modules import cache_off, named_tensors, random_kept, shared_copy
 from cria_prune.structure.axes import Resolved, Units
+from cria_prune.structure.forwards import find_copies, freeze_around, tie_copies, unread_said, weights_read
 from cria_prune.structure.one_run import OneRun, one_run
 from cria_prune.structure.rules import attention, layers, shape  # noqa: F401  (they register their rules)
 from cria_prune.structure.rules.core import RULES, Context, freeze_all, no_rule, operation_name
@@ -37,15 +41,28 @@ VIEWS = {
 
 
 @dataclass(frozen=True)
+class Forward:
+    """One forward that was captured: its operations, and placeholder -> canonical name of its weights."""
+
+    program: ExportedProgram | OneRun
+    names: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Trace:
     """What a model does to its units.
 
     Attributes:
-        program: the captured operations.
-        context: axes of every node, uses of weights.
+        program: the captured operations of the first example, in evaluation mode.
+        context: axes of every node, uses of weights, of this forward and of the others.
         tensors: canonical name -> parameter or buffer.
         names: placeholder -> canonical name of its parameter or buffer.
         resolved: the units of all atoms.
+        uses: how many of the context's uses are those of `program`; they come first.
+        others: forwards of the further examples, None where one could not be captured.
+        copies: path of a module -> path of the module that it is a copy of, see `forwards.find_copies`.
+        same: tensor of a copy -> that of its original.
+        notes: what the user should know of how the operations were found, a line each.
     """
 
     program: ExportedProgram | OneRun
@@ -53,27 +70,99 @@ class Trace:
     tensors: Mapping[str, Tensor]
     names: Mapping[str, str]
     resolved: Resolved
+    uses: int
+    others: tuple[Forward | None, ...] = ()
+    copies: Mapping[str, str] = field(default_factory=dict)
+    same: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def reads(self) -> bool:
+        """Whether the operations depend on values of the first example: those of another one may differ."""
+        return bool(run_said(self.program))
 
 
-def trace(model: nn.Module, example: Batch) -> Trace:
+def trace(model: nn.Module, example: Batch, examples: Sequence[Batch] = ()) -> Trace:
     """Capture a model and follow its units through every operation.
+
+    Args:
+        model: it is left as it was.
+        example: one batch.
+        examples: further ones, which may take other ways through its code. Where the evaluation of all leaves
+            parameters unread, the training-mode forward is followed as well.
 
     Raises:
         CaptureError: the operations cannot be captured.
         DataError: the forward does not accept the example.
     """
-    program = capture(model, example)
     tensors = canonical_tensors(model)
     context = Context(Units())
     for name, tensor in tensors.items():
         context.labels[name] = [context.units.fresh(size) for size in tensor.shape]
+    first = _followed(model, capture(model, example), context, "is part of the model's output")
+    uses, others = len(context.uses), list[Forward | None]()
+    for number, batch in enumerate(examples, 1):
+        try:
+            further = capture(model, batch)
+            others.append(_followed(model, further, context, "is part of the model's output"))
+        except CaptureError:  # its cuts are tried and compared all the same
+            others.append(None)
+        except DataError as error:
+            raise DataError(
+                f"{error.asked}, further example {number} of {len(examples)}", error.found,
+                "Give further examples that the model's forward accepts, each as its batches are given",
+            ) from error  # fmt: skip
+    captured = [first, *(item for item in others if item is not None)]
+    read = set[str]().union(*(weights_read(item.program.graph, item.names) for item in captured))
+    parameters = [name for name, item in tensors.items() if isinstance(item, nn.Parameter)]
+    copies = find_copies(model, read)
+    same = tie_copies(model, copies, context)
+    if not read.issuperset(parameters):
+        trained = _trained(model, (example, *examples), context)
+        captured += trained
+        read.update(*(weights_read(item.program.graph, item.names) for item in trained))
+    unread = [name for name in parameters if name not in read and name not in same]
+    shapes = {name: tuple(item.shape) for name, item in tensors.items()}
+    freeze_around([item.program.graph for item in captured], context, shapes, unread)
+    _freeze_two_ways(context)
+    notes = [note for item in captured for note in run_said(item.program)]
+    if unread:
+        notes.append(unread_said(unread))
+    return Trace(
+        first.program, context, tensors, first.names, context.units.resolve(), uses, tuple(others), copies,
+        same, tuple(dict.fromkeys(notes)),
+    )  # fmt: skip
+
+
+def _followed(model: nn.Module, program: ExportedProgram | OneRun, context: Context, reason: str) -> Forward:
+    """Follow the units through one forward; `reason` says why what it gives stays."""
     names = parameter_names(program, model)
     _start(program.graph, context, names)
     for item in tree_leaves(follow(program.graph, context)):
         if isinstance(item, Node):
-            freeze_all(context.axes[item], context, "is part of the model's output")
-    _freeze_two_ways(context)
-    return Trace(program, context, tensors, names, context.units.resolve())
+            freeze_all(context.axes[item], context, reason)
+    return Forward(program, names)
+
+
+def _trained(model: nn.Module, batches: Sequence[Batch], context: Context) -> list[Forward]:
+    """Follow the training-mode forward of the first batch that it accepts; nothing where there is none."""
+    for batch in batches:
+        try:
+            program = capture(model, batch, training=True)
+        except (CaptureError, DataError):  # it may need targets; whoever tries cuts says so
+            continue
+        return [_followed(model, program, context, "is part of the model's output in training")]
+    return []
+
+
+def run_said(program: ExportedProgram | OneRun) -> list[str]:
+    """Return the line that says where the operations are those of one run only; none where they are not."""
+    if not (isinstance(program, OneRun) and program.reads):
+        return []
+    return [
+        f"the operations are those of one run, for the code reads values at {program.at}: what other data "
+        "would run is seen where a further example (examples=[...]) runs it"
+    ]
 
 
 def capture(
@@ -103,13 +192,16 @@ def capture(
         # values.
         try:
             exported = shared_copy(model).train(training)
-            return torch.export.export(exported, args, kwargs, dynamic_shapes=dynamic, strict=False)
+            with _hushed():
+                return torch.export.export(exported, args, kwargs, dynamic_shapes=dynamic, strict=False)
         except Exception as error:
             check_memory(error, f"Capturing the operations of {type(model).__name__}", SMALLER)
             stopped, at = error, _offender(exported, error)
         _check_forward(shared_copy(model).train(training), example, stopped)
         if dynamic is None:
-            args, kwargs = model_inputs(map_tensors(example, torch.clone))  # a forward may write into its input
+            args, kwargs = model_inputs(
+                map_tensors(example, torch.clone)
+            )  # a forward may write into its input
             try:
                 return one_run(shared_copy(model).train(training), args, kwargs, at)
             except Exception as error:
@@ -119,6 +211,19 @@ def capture(
         f"torch.export stops at {at} with {said(stopped)}",
         "Write that line with tensor operations whose control flow does not depend on the data",
     ) from stopped
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep away the graph that torch.export prints where it stops: a thousand lines of a large model."""
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = log.level
+    try:
+        log.setLevel(logging.ERROR)
+        with redirect_stderr(StringIO()):
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _check_forward(model: nn.Module, example: Batch, stopped: Exception) -> None:
