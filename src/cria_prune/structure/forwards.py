@@ -6,7 +6,11 @@ that no forward calls, is known by being a copy in shape. Around weights that no
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -86,34 +90,95 @@ def tie_copies(model: nn.Module, copies: Mapping[str, str], context: Context) ->
 
 
 def freeze_around(
-    graphs: Sequence[Graph], context: Context, shapes: Mapping[str, tuple[int, ...]], unread: Sequence[str]
+    model: nn.Module,
+    graphs: Sequence[Graph],
+    context: Context,
+    unread: Sequence[str],
+    untrained: str,
 ) -> None:
     """Freeze the units that code which never ran may count on: as many as its weights have, and in its sight.
 
     In sight of a weight is what the forward of the module around it handles: the results of its own
-    operations, and of the modules that it calls.
+    operations, and of the modules that it calls. A weight that no code names is only left over.
 
     Args:
+        model: it is only looked at.
         graphs: of all forwards that were captured.
         context: with their axes.
-        shapes: of the parameters.
         unread: the parameters that none of the graphs reads.
+        untrained: why the training mode is not among them; empty where it was not asked for, or is.
     """
     if not unread:
         return
+    way = "give an example that runs it (examples=[...])"
+    if untrained:
+        way += f"; training mode failed: {untrained}"
     ran = {path for graph in graphs for node in graph.nodes for path in _stack(node)} | {""}
     sizes: dict[str, dict[int, str]] = {}
     for name in unread:
         around = name.rpartition(".")[0]
         while around not in ran:
             around = around.rpartition(".")[0]
-        sizes.setdefault(around, {}).update({size: name for size in shapes[name] if size > 1})
+        if _is_named(model, around, name):
+            lengths = map(len, context.labels[name])
+            sizes.setdefault(around, {}).update({size: name for size in lengths if size > 1})
     for node in (node for graph in graphs for node in graph.nodes):
         for around in _in_sight(node, ran) & sizes.keys():
             for atoms in _flat(context.axes.get(node)):
                 weight = sizes[around].get(len(atoms))
-                reason = f"no forward that was tried reads {weight!r}, which may count on these units"
+                reason = f"no forward that was tried reads {weight!r}, which may count on these units: {way}"
                 context.units.freeze(None if weight is None else atoms, reason)
+
+
+def _is_named(model: nn.Module, around: str, name: str) -> bool:
+    """Say whether the code of a module, or of one around it, names what a weight below it is reached by.
+
+    Code that cannot be read may name anything.
+    """
+    attribute = name.removeprefix(f"{around}." if around else "").partition(".")[0]
+    while True:
+        for kind in type(model.get_submodule(around)).__mro__:
+            if kind is nn.Module:
+                break
+            if kind.__module__ == CONTAINERS:
+                continue
+            if kind.__module__.startswith("torch.nn.") or attribute in _names_in(kind):
+                return True
+        if not around:
+            return False
+        around = around.rpartition(".")[0]
+
+
+@lru_cache(maxsize=1024)
+def _names_in(kind: type) -> Collection[str]:
+    """Return the attributes and texts that the methods of a class name, but those that make it."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    except (OSError, TypeError, SyntaxError):
+        return _Everything()
+    found = set[str]()
+    for method in ast.walk(tree):
+        if not isinstance(method, ast.FunctionDef) or method.name in MAKING:
+            continue
+        for item in ast.walk(method):
+            if isinstance(item, ast.Attribute):
+                found.add(item.attr)
+            elif isinstance(item, ast.Constant) and isinstance(item.value, str):
+                found.add(item.value)
+    return found
+
+
+MAKING = {"__init__", "reset_parameters", "init_weights", "_init_weights", "extra_repr"}
+
+
+CONTAINERS = "torch.nn.modules.container"
+
+
+class _Everything(frozenset[str]):
+    """Holds every name."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
 
 
 def _stack(node: Node) -> list[str]:

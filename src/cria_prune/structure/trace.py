@@ -117,13 +117,13 @@ def trace(model: nn.Module, example: Batch, examples: Sequence[Batch] = ()) -> T
     parameters = [name for name, item in tensors.items() if isinstance(item, nn.Parameter)]
     copies = find_copies(model, read)
     same = tie_copies(model, copies, context)
+    untrained = ""
     if not read.issuperset(parameters):
-        trained = _trained(model, (example, *examples), context)
+        trained, untrained = _trained(model, (example, *examples), context)
         captured += trained
         read.update(*(weights_read(item.program.graph, item.names) for item in trained))
     unread = [name for name in parameters if name not in read and name not in same]
-    shapes = {name: tuple(item.shape) for name, item in tensors.items()}
-    freeze_around([item.program.graph for item in captured], context, shapes, unread)
+    freeze_around(model, [item.program.graph for item in captured], context, unread, untrained)
     _freeze_two_ways(context)
     notes = [note for item in captured for note in run_said(item.program)]
     if unread:
@@ -144,15 +144,17 @@ def _followed(model: nn.Module, program: ExportedProgram | OneRun, context: Cont
     return Forward(program, names)
 
 
-def _trained(model: nn.Module, batches: Sequence[Batch], context: Context) -> list[Forward]:
-    """Follow the training-mode forward of the first batch that it accepts; nothing where there is none."""
+def _trained(model: nn.Module, batches: Sequence[Batch], context: Context) -> tuple[list[Forward], str]:
+    """Follow the training-mode forward of the first batch that it accepts; without one, return why not."""
+    why = ""
     for batch in batches:
         try:
             program = capture(model, batch, training=True)
-        except (CaptureError, DataError):  # it may need targets; whoever tries cuts says so
+        except (CaptureError, DataError) as error:  # it may need targets
+            why = why or error.found
             continue
-        return [_followed(model, program, context, "is part of the model's output in training")]
-    return []
+        return [_followed(model, program, context, "is part of the model's output in training")], ""
+    return [], why
 
 
 def run_said(program: ExportedProgram | OneRun) -> list[str]:
@@ -216,14 +218,16 @@ def capture(
 @contextmanager
 def _hushed() -> Iterator[None]:
     """Keep away the graph that torch.export prints where it stops: a thousand lines of a large model."""
-    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level = log.level
+    names = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
+    logs = [(log, log.level) for log in map(logging.getLogger, names)]
     try:
-        log.setLevel(logging.ERROR)
+        for log, _ in logs:
+            log.setLevel(logging.CRITICAL + 1)
         with redirect_stderr(StringIO()):
             yield
     finally:
-        log.setLevel(level)
+        for log, level in logs:
+            log.setLevel(level)
 
 
 def _check_forward(model: nn.Module, example: Batch, stopped: Exception) -> None:
