@@ -236,7 +236,7 @@ def ablate(
             prepared, ranking, evaluate, shares, seeds=seeds, measure=measure, progress=progress
         )
     if reference is None and example is not None:
-        reference = Reference(model, read_one(model, example))
+        reference = Reference(model, read_one(model, example), training=False)
 
     def cut(step: Plan) -> tuple[nn.Module, Verification | None]:
         smaller = remove(model, step)

@@ -21,7 +21,7 @@ from cria_prune.base.errors import CaptureError, CriterionError
 from cria_prune.base.inputs import read_one
 from cria_prune.base.kinds import of_plain_models
 from cria_prune.base.metrics import Loss, cross_entropy
-from cria_prune.base.modules import device_of, named_tensors, unchanged
+from cria_prune.base.modules import buffers_kept, device_of, named_tensors, unchanged
 from cria_prune.config import PruneConfig
 from cria_prune.criteria.evidence import Sizes
 from cria_prune.criteria.score import find_criterion
@@ -181,7 +181,7 @@ def observe(
     wanted = Collector(groups, PruneConfig().record, reads=reads_of(needs), graphs=graphs).wanted
     calls: list[Call] = []
     alive: list[int] = []
-    with unchanged(model), torch.set_grad_enabled(gradients):
+    with unchanged(model), buffers_kept(model), torch.set_grad_enabled(gradients):
         model.eval()
         taylor = TaylorSums(model, groups, loss or cross_entropy) if gradients else None
         fisher = FisherSums(groups) if "examples" in needs else None

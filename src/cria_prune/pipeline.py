@@ -65,6 +65,7 @@ def prune(
     scores: Scored | None = None,
     prepared: Prepared | None = None,
     inputs: Inputs | None = None,
+    examples: Sequence[Batch] = (),
 ) -> PruneResult:
     """Make a trained model smaller: record, score, plan and cut, round by round; no weight is trained.
 
@@ -96,6 +97,8 @@ def prune(
         prepared: what `prepare` found of this model and these batches: nothing is captured again.
         inputs: what of a tuple the forward is given, where that cannot be told (an error says so): the first
             so many items, or the arguments that the first items are, by name. One more item is the target.
+        examples: further batches, for code that calibration does not run, see `discover`: cuts are tried and
+            compared on them too. Of a `prepared` they were given to `prepare`.
 
     Raises:
         CriaError: each stage's own; the model is then as it was.
@@ -112,7 +115,7 @@ def prune(
         True
     """
     model, wrap, taken = unwrap(model)
-    ready = _ready(model, batches, config or PruneConfig(), scores, prepared, inputs)
+    ready = _ready(model, batches, config or PruneConfig(), scores, prepared, inputs, examples)
     ready = with_latency(ready, keep=_file(state, LATENCIES), progress=progress)
     config, rounds = ready.config, ready.config.plan.rounds
     result = PruneResult(
@@ -174,6 +177,7 @@ def _ready(
     scores: Scored | None,
     prepared: Prepared | None,
     inputs: Inputs | None,
+    examples: Sequence[Batch],
 ) -> Prepared:
     """Return the model prepared, once it is known that it can be pruned as is asked."""
     # A criterion that there is not and weights that are no numbers are refused before the capture.
@@ -189,7 +193,7 @@ def _ready(
             "Give what prepare(model, batches, config) returned",
         )  # fmt: skip
     if prepared is None:
-        prepared = prepare(model, batches, config, inputs=inputs)
+        prepared = prepare(model, batches, config, inputs=inputs, examples=examples)
     else:
         prepared = prepared.checked(model, batches, config)
     prepared.check_reach()

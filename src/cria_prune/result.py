@@ -153,7 +153,7 @@ class PruneResult:
         lines += speed_said(last)
         if self.changed:
             lines.append(self.changed)
-        lines += self.remarks
+        lines += [*self.remarks, *self.dense.notes]
         lines += stages_said(self.rounds[-1].fidelity)
         lines += self.notes
         return "\n".join(lines)

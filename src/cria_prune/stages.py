@@ -7,7 +7,7 @@ by layer and the importance for Torch-Pruning call the same functions.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -20,8 +20,10 @@ from cria_prune.base.batches import (
     again,
     describe,
     first_examples,
+    further_examples,
     limited,
     named_shortage,
+    next_examples,
     shortened,
 )
 from cria_prune.base.dispatched import is_dispatched, structure_of
@@ -84,6 +86,7 @@ class Prepared:
         held: the examples that no fit sees, on which a cut is compared with `structure`; and the others.
         losses: group name -> units kept -> measured loss, for the ranking `measured`; None: not measured.
         latency: measured seconds, for the cost `latency`; None: not measured.
+        examples: further ones, that cuts are compared on as well.
     """
 
     model: nn.Module
@@ -101,6 +104,7 @@ class Prepared:
     held: HeldOut
     losses: Losses | None = field(default=None, repr=False)
     latency: LatencyTable | None = field(default=None, repr=False)
+    examples: tuple[Batch, ...] = field(default=(), repr=False)
 
     def __repr__(self) -> str:
         return f"<{self}>"
@@ -210,7 +214,7 @@ class Prepared:
         if not _compared(self.config):
             return self.without_reference()
         if self.reference is None:
-            return replace(self, reference=Reference(self.model, self.example))
+            return replace(self, reference=Reference(self.model, self.example, examples=self.examples))
         # The model may have been trained since it was prepared; its structure is the same.
         self.reference.take(self.model)
         return self
@@ -278,13 +282,17 @@ class Cut:
 
 
 @of_plain_models
-def discover(model: nn.Module, example: Batch, *, inputs: Inputs | None = None) -> UnitGroups:
+def discover(
+    model: nn.Module, example: Batch, *, inputs: Inputs | None = None, examples: Sequence[Batch] = ()
+) -> UnitGroups:
     """Find what can be removed from a model: its unit groups, and why the frozen ones are frozen.
 
     Args:
         model: any module that torch.export can follow; it is left as it was.
         example: one batch, as its forward takes it; two examples are enough.
         inputs: as in `prune`.
+        examples: further batches, for code that the first does not run: a branch on a length, images beside
+            text, targets that its training mode needs. Cuts are tried on them too.
 
     Raises:
         CaptureError: the operations cannot be captured.
@@ -293,22 +301,42 @@ def discover(model: nn.Module, example: Batch, *, inputs: Inputs | None = None) 
     check_kind(model)
     if is_dispatched(model):  # its shapes decide, for there is no room for a copy with values
         model = structure_of(model)
-    return _discover(model, read_one(model, example, inputs))[0]
+    device = device_of(model)
+    example, further = read_one(model, example, inputs), _further(model, examples, inputs)
+    found, _ = _discover(model, shortened(example, device), further, lambda: next_examples([example], device))
+    return found
 
 
-def _discover(model: nn.Module, example: Batch) -> tuple[UnitGroups, Reference]:
-    """Find the unit groups by one capture, of the model's copy that the cuts are compared with."""
-    example = shortened(example, device_of(model))
+def _further(model: nn.Module, examples: Sequence[Batch], inputs: Inputs | None) -> tuple[Batch, ...]:
+    """Return further examples, read as the first one is."""
+    found = further_examples(examples, device_of(model))
+    return tuple(read_one(model, item, inputs) for item in found)
+
+
+def _discover(
+    model: nn.Module, example: Batch, examples: tuple[Batch, ...], spare: Callable[[], Batch | None]
+) -> tuple[UnitGroups, Reference]:
+    """Find the unit groups by one capture, of the model's copy that the cuts are compared with.
+
+    Args:
+        model: the model; example, examples: two examples each, on its device.
+        spare: gives further ones, for operations that depend on values of the data.
+    """
     check_functions(model, example)
     # One capture of one float64 copy: the structure is read off it, the trial
     # cuts mask it, and the cuts of all rounds are compared with it. The trials
     # belong to the discovery, for only they show which of its assumptions hold.
-    reference = Reference(model, example)
+    reference = Reference(model, example, examples=examples)
     try:
         traced = reference.trace()
+        other = spare() if traced.reads else None
+        if other is not None:  # it may take another way
+            examples = (*examples, other)
+            reference = Reference(model, example, examples=examples)
+            traced = reference.trace()
     except CriaError:  # it may not run in float64; if it cannot be captured at all, the model itself says so
         traced = None
-    return settle(model, follow(model, example, traced), example, reference), reference
+    return settle(model, follow(model, example, traced, examples), example, reference), reference
 
 
 @of_plain_models
@@ -319,6 +347,7 @@ def prepare(
     *,
     example: Batch | None = None,
     inputs: Inputs | None = None,
+    examples: Sequence[Batch] = (),
 ) -> Prepared:
     """Find what a model's pruning needs once: its batches, its structure, and what may be cut of it.
 
@@ -335,6 +364,7 @@ def prepare(
         example: one batch to capture the model with; the first of `batches` by default. MACs are counted at
             its size.
         inputs: as in `prune`.
+        examples: further batches, for code that the first does not run; see `discover`.
 
     Raises:
         CaptureError: the operations cannot be captured.
@@ -351,15 +381,18 @@ def prepare(
     """
     check_kind(model)
     start, config = time.perf_counter(), config or PruneConfig()
+    given = example
     batches, example = _read(model, batches, example, inputs)
     structure = structure_of(model) if is_dispatched(model) else model
-    found, reference = _discover(structure, example)
+    further = _further(model, examples, inputs)
+    spare = batches if given is None else [read_one(model, given, inputs)]
+    found, reference = _discover(structure, example, further, lambda: next_examples(spare, device_of(model)))
     # What the plan leaves alone is frozen on top of what was found. So another plan needs no other discovery.
     within = scope(structure, found, config.plan)
     return Prepared(
         model, within.groups, identity_plan(within.groups), batches, example, config, structure, found,
         within.groups, within.allowed, reference if _compared(config) else None, time.perf_counter() - start,
-        HeldOut(batches, config.record.examples),
+        HeldOut(batches, config.record.examples), examples=tuple(reference.batches[1:]),
     )  # fmt: skip
 
 
@@ -538,7 +571,7 @@ class InMemory:
             prepared.config.repair == "none" or prepared.groups is prepared.dense
         )
         if not dense or prepared.reference is None:
-            return Reference(source, prepared.example).compare(step, smaller)
+            return Reference(source, prepared.example, examples=prepared.examples).compare(step, smaller)
         # Otherwise all that was ever removed is compared at once, with the dense network itself.
         return prepared.reference.compare(total, smaller)
 

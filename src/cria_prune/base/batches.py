@@ -165,7 +165,7 @@ def forward(model: Callable[..., Any], batch: Batch, step: Callable[[Batch], Any
 def outputs(model: nn.Module, example: Batch) -> list[Tensor]:
     """Return the tensors of a model's output for an example, in evaluation mode, without gradients."""
     args, kwargs = model_inputs(map_tensors(example, torch.clone))  # a forward may write into its input
-    with cache_off(model), torch.random.fork_rng(devices=[]), torch.no_grad():
+    with cache_off(model), random_kept(), torch.no_grad():
         return [item for item in tree_leaves(model.eval()(*args, **kwargs)) if isinstance(item, Tensor)]
 
 
@@ -465,6 +465,15 @@ def shortened(batch: Batch, device: torch.device) -> Batch:
     return move(cut(batch, batch_size(batch), EXAMPLES), device)
 
 
+def next_examples(batches: Iterable[Batch], device: torch.device) -> Batch | None:
+    """Return the two examples that follow `first_examples` in the first batch; None where there are none."""
+    with random_kept():
+        for batch in batches:
+            rows = range(EXAMPLES, min(2 * EXAMPLES, batch_size(batch)))
+            return move(rows_of(batch, rows), device) if rows else None
+    return None
+
+
 def again(batches: Iterable[Batch]) -> Iterable[Batch]:
     """Return batches that can be gone through once per round; an iterator is read into a list."""
     if isinstance(batches, (Tensor, str, Mapping)) or not isinstance(batches, Iterable):
@@ -474,13 +483,27 @@ def again(batches: Iterable[Batch]) -> Iterable[Batch]:
     return list(batches) if iter(batches) is batches else batches
 
 
+def further_examples(examples: Sequence[Batch], device: torch.device) -> tuple[Batch, ...]:
+    """Return the first two examples of each of some further batches, on the device.
+
+    Raises:
+        DataError: they are no list of batches.
+    """
+    if not isinstance(examples, (tuple, list)):
+        raise DataError(
+            "Further examples (examples=)", f"found {describe(examples)}",
+            "Pass a list of batches: examples=[batch]",
+        )  # fmt: skip
+    return tuple(shortened(batch, device) for batch in examples)
+
+
 def first_examples(batches: Iterable[Batch], device: torch.device) -> Batch:
     """Return the first examples of the first batch, on the device.
 
     Raises:
         DataError: there is no batch.
     """
-    with torch.random.fork_rng(devices=[]):  # a shuffling loader draws from the global generator
+    with random_kept():  # a shuffling loader draws from the global generators
         for batch in batches:
             return shortened(batch, device)
     raise DataError(

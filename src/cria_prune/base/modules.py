@@ -220,12 +220,21 @@ def random_kept() -> Iterator[None]:
 
 @contextmanager
 def buffers_kept(model: nn.Module, but: Collection[Tensor] = ()) -> Iterator[None]:
-    """Put the values of a model's buffers (counters, caches) back on leaving, but for some."""
+    """Put a model's buffers (counters, caches) back on leaving, but for some, and its modules' attributes."""
     left = {id(tensor) for tensor in but}
     before = [(item, item.clone()) for item in model.buffers() if id(item) not in left and not item.is_meta]
+    # A forward may also put another tensor in a buffer's place, or count in an attribute.
+    tables = [table for module in model.modules() for table in (vars(module), module._buffers)]
+    held = [(table, dict(table)) for table in tables]
     try:
         yield
     finally:
+        for table, entries in held:
+            for name in table.keys() - entries.keys():
+                del table[name]
+            for name, value in entries.items():
+                if table.get(name) is not value:
+                    table[name] = value
         with torch.no_grad():
             for item, value in before:
                 item.copy_(value)

@@ -51,6 +51,8 @@ def inspect(request: Inspect, out: Output) -> None:
     if stuck:
         out.table(FROZEN, [cells for _, cells in stuck], left=3)
     shares(out, found)
+    for note in groups.notes:
+        out.say(note)
     counts = {
         f"{status}_groups": sum(row.status == status for row in found.rows) for status in get_args(Status)
     }

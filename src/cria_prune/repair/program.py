@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from cria_prune.base.batches import Batch, map_tensors, model_inputs, move
 from cria_prune.base.errors import CaptureError
 from cria_prune.base.modules import device_of
+from cria_prune.structure.one_run import OneRun
 from cria_prune.structure.rules.core import operation_name
 from cria_prune.structure.trace import capture, live_nodes, parameter_names, wrapped_graph
 
@@ -90,6 +91,7 @@ class Program:
         outputs: the steps that give the tensors of the output.
         readers: step -> steps that take its result.
         written: weights and constants that a step may write into, such as a counter of the forwards.
+        reads: the operations depend on values of this very batch.
 
     Raises:
         CaptureError: the operations cannot be captured, or an open size was taken for a fixed one.
@@ -100,6 +102,7 @@ class Program:
         batch = move(batch, device_of(model))
         program = capture(model, batch, _dynamic(batch, open_sizes))
         names = parameter_names(program, model)
+        self.reads = isinstance(program, OneRun) and program.reads
         signature = program.graph_signature
         constants = {**signature.inputs_to_lifted_tensor_constants, **signature.inputs_to_buffers}
         numbers: dict[Node, Any] = {}
@@ -180,7 +183,7 @@ class Program:
             elif node.op == "call_function" and node in alive:
                 wrapped = wrapped_graph(node)
                 if wrapped is None:
-                    numbers[node] = self._call(node, numbers, autocast)
+                    numbers[node] = self._call(node, numbers, node.meta.get("autocast", autocast))
                     continue
                 inner, arguments = wrapped
                 places = [item for item in inner.nodes if item.op == "placeholder"]
@@ -274,7 +277,11 @@ def programs_for(model: nn.Module, batches: Sequence[Batch]) -> list[Program]:
         if shared is not None:
             return [shared] * len(batches)
     made = {form: Program(model, batch) for form, batch in distinct.items()}
-    return [made[form] for form in forms]
+    # What was read of a batch's values holds for this batch alone.
+    return [
+        Program(model, batch) if made[form].reads and batch is not distinct[form] else made[form]
+        for form, batch in zip(forms, batches, strict=True)
+    ]
 
 
 def _open_program(model: nn.Module, batches: Sequence[Batch]) -> Program | None:

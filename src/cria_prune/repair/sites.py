@@ -8,7 +8,7 @@ architecture is named here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -125,8 +125,18 @@ def find_sites(
     met = [_with_meeting(program, site, places) for site in kept]
     for name in wanted or ():
         if name not in left and not any(site.weight == name for site in met):
-            left[name] = "is read by an operation that cannot be refitted"
+            left[name] = why_no_site([program], name)
     return met, left
+
+
+def why_no_site(programs: Iterable[Program], name: str) -> str:
+    """Return why a weight has no site in some programs."""
+    read = any(
+        step.kind == "weight" and step.name == name and program.readers.get(step.number)
+        for program in programs
+        for step in program.steps
+    )
+    return "is read by an operation that cannot be refitted" if read else "is not read in evaluation"
 
 
 def _site(program: Program, step: Step) -> Site | None:

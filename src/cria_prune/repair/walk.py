@@ -41,7 +41,7 @@ from cria_prune.planning.plan import Plan
 from cria_prune.repair.consumers import Repair
 from cria_prune.repair.program import Look, Program, Run, programs_for
 from cria_prune.repair.regress import HELD, Regression, at_places, changes_of, regressors, wide
-from cria_prune.repair.sites import Site, find_sites, keeps_places, undo
+from cria_prune.repair.sites import Site, find_sites, keeps_places, undo, why_no_site
 from cria_prune.repair.spill import Storages, Waiting, noting, room_for
 from cria_prune.structure.trace import canonical_tensors
 
@@ -236,7 +236,7 @@ class Walker:
                 orders.append(list(kept[program]))
             self._found.append(kept)
         left |= {
-            name: "is read by an operation that cannot be refitted"
+            name: why_no_site(programs[1], name)
             for name in sorted(self._cut)
             if name not in left and not any(name in order for order in orders)
         }

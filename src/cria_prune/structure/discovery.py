@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
@@ -17,8 +17,8 @@ from cria_prune.structure.account import UNREAD
 from cria_prune.structure.axes import Resolved
 from cria_prune.structure.calls import sized_calls
 from cria_prune.structure.groups import Count, ParameterSlice, Role, Site, Tap, UnitGroup, UnitGroups
-from cria_prune.structure.rules.core import Context, Counted, operation_name
-from cria_prune.structure.trace import Trace, live_nodes, trace
+from cria_prune.structure.rules.core import Context, Counted, WeightUse, operation_name
+from cria_prune.structure.trace import Trace, trace
 
 # Names that say what they count. Any other number that happens to be equal is a
 # guess, and restated only where a trial cut fails without it (docs/decisions/0007).
@@ -148,31 +148,41 @@ class Place:
     atoms: np.ndarray
 
 
-def discover(model: nn.Module, example: Batch, traced: Trace | None = None) -> UnitGroups:
+def discover(
+    model: nn.Module, example: Batch, traced: Trace | None = None, examples: Sequence[Batch] = ()
+) -> UnitGroups:
     """Find the unit groups of a model.
 
     Args:
         model: any module that torch.export can follow; it is left as it was.
         example: one batch of inputs, as the model's forward takes it.
         traced: its trace, if there is one already.
+        examples: further batches, for other ways through its code.
 
     Raises:
         CaptureError: the operations cannot be captured.
         DataError: the forward does not accept the example.
     """
     passed("discover", model=model)
-    traced = traced or trace(model, example)
+    traced = traced or trace(model, example, examples)
     context, tensors = traced.context, traced.tensors
     roles: dict[tuple[str, int | None], set[Role]] = {}
     kinds: dict[str, str] = {}
     positions: dict[str, float] = {}
-    for use in context.uses:
+    for number, use in enumerate(context.uses):
         roles.setdefault((use.weight, use.out_dim), set()).add("produces")
         roles.setdefault((use.weight, use.in_dim), set()).add("consumes")
         kinds[use.weight] = "channel" if operation_name(use.node).startswith("conv") else "neuron"
-        positions[use.weight] = positions.get(use.weight, 0.0) + use.per_element / batch_size(example)
+        if number < traced.uses:  # what an example costs is what its evaluation does
+            positions[use.weight] = positions.get(use.weight, 0.0) + use.per_element / batch_size(example)
     for place in context.picks:
         roles.setdefault(place, set()).add("picks")
+    for name, source in traced.same.items():
+        if source in kinds:
+            kinds.setdefault(name, kinds[source])
+        for dim in range(tensors[name].ndim):
+            if (source, dim) in roles:
+                roles.setdefault((name, dim), roles[source, dim])
     slices = [
         Place(name, dim, kind, atoms)
         for name, dims in context.labels.items()
@@ -180,15 +190,18 @@ def discover(model: nn.Module, example: Batch, traced: Trace | None = None) -> U
         for kind in sorted(roles.get((name, dim), {"follows"}), reverse=True)
     ]
     resolved = traced.resolved
-    groups, atoms = _groups([*slices, *_taps(context).values()], resolved, kinds)
+    taps = _taps(context, context.uses[: traced.uses])
+    groups, atoms = _groups([*slices, *taps.values()], resolved, kinds)
+    groups = with_counts(model, groups, atoms, context.counted, resolved.classes)
     return UnitGroups(
-        groups=tuple(with_counts(model, groups, atoms, context.counted, resolved.classes)),
+        groups=tuple(_counted_in_copies(model, _evaluated(groups, positions), traced.copies)),
         shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
         parameters=tuple(name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)),
         positions=positions,
         embeddings=_embeddings(traced),
         loose=_loose(traced, atoms.values()),
         calls=sized_calls(context.sized, resolved.classes, _owners(groups, atoms)),
+        notes=traced.notes,
     )
 
 
@@ -198,12 +211,6 @@ def _loose(traced: Trace, grouped: Iterable[np.ndarray]) -> dict[str, dict[int, 
     owned = np.zeros(int(resolved.classes.max(initial=-1)) + 1, dtype=bool)
     for units in grouped:
         owned[units] = True
-    alive = live_nodes(traced.program.graph)
-    read = {
-        traced.names[node.name]
-        for node in traced.program.graph.nodes
-        if node.op == "placeholder" and node.name in traced.names and not alive.isdisjoint(node.users)
-    }
     found: dict[str, dict[int, str]] = {}
     for name, tensor in traced.tensors.items():
         if not isinstance(tensor, nn.Parameter):
@@ -215,8 +222,46 @@ def _loose(traced: Trace, grouped: Iterable[np.ndarray]) -> dict[str, dict[int, 
             for dim, units in free.items()
         }
         known = {dim: text for dim, text in said.items() if text}
-        found[name] = known if name in read else dict.fromkeys([-1, *free], UNREAD)
+        found[name] = known if name in traced.read else dict.fromkeys([-1, *free], UNREAD)
     return {name: reasons for name, reasons in found.items() if reasons}
+
+
+def _evaluated(groups: Iterable[UnitGroup], positions: Mapping[str, float]) -> list[UnitGroup]:
+    """Return the groups, those frozen whose units no evaluation of the first example makes and reads.
+
+    Args:
+        groups: of all forwards.
+        positions: its keys are the weights that this evaluation uses.
+    """
+    # What is never recorded cannot be ranked beside what is.
+    reason = "runs only in training, or only on a further example: its units cannot be ranked"
+
+    def stays(side: tuple[ParameterSlice, ...]) -> bool:
+        return all(item.tensor not in positions for item in side)
+
+    return [
+        replace(group, frozen=reason)
+        if group.frozen is None and (stays(group.producers) or stays(group.consumers))
+        else group
+        for group in groups
+    ]
+
+
+def _counted_in_copies(
+    model: nn.Module, groups: Iterable[UnitGroup], copies: Mapping[str, str]
+) -> list[UnitGroup]:
+    """Return the groups with the attributes of copies that count what those of their originals do."""
+    modules, result = dict(model.named_modules(remove_duplicate=False)), []
+    for group in groups:
+        counts = list(group.counts)
+        for path, source in copies.items():
+            for item in group.counts:
+                own = path + item.module.removeprefix(source)
+                inside = f"{item.module}.".startswith(f"{source}.") and own in modules
+                if inside and held_numbers(modules[own]).get(item.name) == item.said:
+                    counts.append(replace(item, module=own))
+        result.append(replace(group, counts=tuple(counts)))
+    return result
 
 
 def _embeddings(traced: Trace) -> tuple[str, ...]:
@@ -232,10 +277,10 @@ def _embeddings(traced: Trace) -> tuple[str, ...]:
     return tuple(name for name in tensors if name in picked and isinstance(tensors[name], nn.Parameter))
 
 
-def _taps(context: Context) -> dict[tuple[str, Site], Place]:
+def _taps(context: Context, uses: Iterable[WeightUse]) -> dict[tuple[str, Site], Place]:
     """Input-side signals leave a producer (or its batch norm); output-side ones enter a consumer."""
     taps: dict[tuple[str, Site], Place] = {}
-    for use in context.uses:
+    for use in uses:
         if use.out_dim is not None and use.leaving is not None:
             # The signal before the activation is what the batch norm gives, if the layer has one to itself.
             norm = _own_batch_norm(use.node)

@@ -148,6 +148,8 @@ class UnitGroups:
             of an output layer as large as the token embedding.
         loose: parameter -> dimension that no group touches -> why it has no units; -1 is the parameter.
         calls: calls of the model's code that ask for sizes which follow from units.
+        notes: what to know of how the structure was found, a line each: operations of one run only,
+            parameters that no forward reads, a training mode that was not tried.
     """
 
     groups: tuple[UnitGroup, ...]
@@ -157,6 +159,7 @@ class UnitGroups:
     embeddings: tuple[str, ...] = ()
     loose: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     calls: tuple[SizedCall, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[UnitGroup]:
         return iter(self.groups)
@@ -203,7 +206,8 @@ class UnitGroups:
         macs = sum(times * sizes[name] for name, times in self.positions.items())
         counts = Counter(row.status for row in rows)
         head = ", ".join(f"{counts[status]} {status}" for status in ("prunable", "residual", "frozen"))
-        return f"groups: {head}; {parameters:,} parameters, {macs:,.0f} MACs per example\n{plain(rows)}"
+        lines = [f"groups: {head}; {parameters:,} parameters, {macs:,.0f} MACs per example", plain(rows)]
+        return "\n".join([*lines, *self.notes])
 
     def __repr__(self) -> str:
         return f"UnitGroups({len(self.prunable)} of {len(self)} groups prunable)"

@@ -6,12 +6,14 @@ on it.
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
-from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass, field, replace
 from functools import reduce
+from io import StringIO
 from operator import or_
 from typing import Any
 
@@ -22,12 +24,14 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from cria_prune.base.attention import plain_attention
-from cria_prune.base.batches import SMALLER, Batch, check_memory, model_inputs
+from cria_prune.base.batches import SMALLER, Batch, check_memory, map_tensors, model_inputs
 from cria_prune.base.errors import CaptureError, DataError, said
 from cria_prune.base.events import passed
 from cria_prune.base.experts import plain_experts
-from cria_prune.base.modules import cache_off, named_tensors, shared_copy
+from cria_prune.base.modules import cache_off, named_tensors, random_kept, shared_copy
 from cria_prune.structure.axes import Resolved, Units
+from cria_prune.structure.forwards import find_copies, freeze_around, tie_copies, unread_said, weights_read
+from cria_prune.structure.one_run import OneRun, one_run
 from cria_prune.structure.packed import PackedRows
 from cria_prune.structure.rules import (  # noqa: F401  (they register their rules)
     attention,
@@ -50,55 +54,150 @@ VIEWS = {
 
 
 @dataclass(frozen=True)
+class Forward:
+    """One forward that was captured: its operations, and placeholder -> canonical name of its weights."""
+
+    program: ExportedProgram | OneRun
+    names: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Trace:
     """What a model does to its units.
 
     Attributes:
-        program: the captured operations.
-        context: axes of every node, uses of weights.
+        program: the captured operations of the first example, in evaluation mode.
+        context: axes of every node, uses of weights, of this forward and of the others.
         tensors: canonical name -> parameter or buffer.
         names: placeholder -> canonical name of its parameter or buffer.
         resolved: the units of all atoms.
+        uses: how many of the context's uses are those of `program`; they come first.
+        others: forwards of the further examples, None where one could not be captured.
+        copies: path of a module -> path of the module that it is a copy of, see `forwards.find_copies`.
+        same: tensor of a copy -> that of its original.
+        read: parameters and buffers that an operation of any forward takes.
+        notes: what the user should know of how the operations were found, a line each.
     """
 
-    program: ExportedProgram
+    program: ExportedProgram | OneRun
     context: Context
     tensors: Mapping[str, Tensor]
     names: Mapping[str, str]
     resolved: Resolved
+    uses: int
+    others: tuple[Forward | None, ...] = ()
+    copies: Mapping[str, str] = field(default_factory=dict)
+    same: Mapping[str, str] = field(default_factory=dict)
+    read: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def reads(self) -> bool:
+        """Whether the operations depend on values of the first example: those of another one may differ."""
+        return bool(run_said(self.program))
 
 
-def trace(model: nn.Module, example: Batch) -> Trace:
+def trace(model: nn.Module, example: Batch, examples: Sequence[Batch] = ()) -> Trace:
     """Capture a model and follow its units through every operation.
+
+    Args:
+        model: it is left as it was.
+        example: one batch.
+        examples: further ones, which may take other ways through its code. Where the evaluation of all leaves
+            parameters unread, the training-mode forward is followed as well.
 
     Raises:
         CaptureError: the operations cannot be captured.
         DataError: the forward does not accept the example.
     """
-    program = capture(model, example)
     tensors = canonical_tensors(model)
     context = Context(Units())
     for name, tensor in tensors.items():
         context.labels[name] = [context.units.fresh(size) for size in tensor.shape]
-    names = parameter_names(program, model)
-    _start(program.graph, context, names)
-    _note_values(program, context, tensors)
-    for item in tree_leaves(follow(program.graph, context)):
-        if isinstance(item, Node):
-            freeze_all(context.axes[item], context, "is part of the model's output")
+    first = _followed(model, capture(model, example), context, "is part of the model's output")
+    uses, others = len(context.uses), list[Forward | None]()
+    for number, batch in enumerate(examples, 1):
+        try:
+            further = capture(model, batch)
+            others.append(_followed(model, further, context, "is part of the model's output"))
+        except CaptureError:  # its cuts are tried and compared all the same
+            others.append(None)
+        except DataError as error:
+            raise DataError(
+                f"{error.asked}, further example {number} of {len(examples)}", error.found,
+                "Give further examples that the model's forward accepts, each as its batches are given",
+            ) from error  # fmt: skip
+    captured = [first, *(item for item in others if item is not None)]
+    read = set[str]().union(*(weights_read(item.program.graph, item.names) for item in captured))
+    parameters = [name for name, item in tensors.items() if isinstance(item, nn.Parameter)]
+    copies = find_copies(model, read)
+    same = tie_copies(model, copies, context)
+    untrained = ""
+    if not read.issuperset(parameters):
+        trained, untrained = _trained(model, (example, *examples), context)
+        captured += trained
+        read.update(*(weights_read(item.program.graph, item.names) for item in trained))
+    unread = [name for name in parameters if name not in read and name not in same]
+    freeze_around(model, [item.program.graph for item in captured], context, unread, untrained)
     _freeze_two_ways(context)
+    notes = [note for item in captured for note in run_said(item.program)]
+    if unread:
+        notes.append(unread_said(unread))
     resolved = context.units.resolve()
     marks = {**resolved.marks, "residual": skipped(context, resolved.classes)}
-    return Trace(program, context, tensors, names, replace(resolved, marks=marks))
+    return Trace(
+        first.program, context, tensors, first.names, replace(resolved, marks=marks), uses, tuple(others),
+        copies, same, frozenset(read), tuple(dict.fromkeys(notes)),
+    )  # fmt: skip
 
 
-def capture(model: nn.Module, example: Batch, dynamic: Any = None) -> ExportedProgram:
+def _followed(model: nn.Module, program: ExportedProgram | OneRun, context: Context, reason: str) -> Forward:
+    """Follow the units through one forward; `reason` says why what it gives stays."""
+    names = parameter_names(program, model)
+    _start(program.graph, context, names)
+    _note_values(program, context, canonical_tensors(model))
+    for item in tree_leaves(follow(program.graph, context)):
+        if isinstance(item, Node):
+            freeze_all(context.axes[item], context, reason)
+    return Forward(program, names)
+
+
+def _trained(model: nn.Module, batches: Sequence[Batch], context: Context) -> tuple[list[Forward], str]:
+    """Follow the training-mode forward of the first batch that it accepts; without one, return why not."""
+    why = ""
+    for batch in batches:
+        try:
+            program = capture(model, batch, training=True)
+        except (CaptureError, DataError) as error:  # it may need targets
+            why = why or error.found
+            continue
+        return [_followed(model, program, context, "is part of the model's output in training")], ""
+    return [], why
+
+
+def run_said(program: ExportedProgram | OneRun) -> list[str]:
+    """Return the line that says where the operations are those of one run only; none where they are not."""
+    if not (isinstance(program, OneRun) and program.reads):
+        return []
+    return [
+        f"the operations are those of one run, for the code reads values at {program.at}: what other data "
+        "would run is seen where a further example (examples=[...]) runs it"
+    ]
+
+
+def capture(
+    model: nn.Module, example: Batch, dynamic: Any = None, *, training: bool = False
+) -> ExportedProgram | OneRun:
     """Return the model's operations on the example batch, in evaluation mode.
+
+    Where torch.export stops, at a branch on the data or `float(tensor)`, they are those of one run.
 
     Args:
         model: it is left as it was.
         example: one batch.
         dynamic: which of its sizes are to stay open, as torch.export's `dynamic_shapes`; none by default.
+            A single run has no open sizes.
+        training: in training mode instead.
 
     Raises:
         DataError: the model's forward does not accept the example.
@@ -108,29 +207,60 @@ def capture(model: nn.Module, example: Batch, dynamic: Any = None) -> ExportedPr
     """
     passed("capture", model=model)
     args, kwargs = model_inputs(example)
-    model = shared_copy(model)  # some forwards keep caches on their module
     with (
         cache_off(model),
         plain_attention(model),
         plain_experts(model),
         PackedRows() if any(isinstance(item, nn.RNNBase) for item in model.modules()) else nullcontext(),
-        torch.random.fork_rng(devices=[]),
+        random_kept(),
         torch.no_grad(),
         warnings.catch_warnings(),
     ):
         # A recurrent layer lists its weights once more; the list of this copy is let go with it.
         warnings.filterwarnings("ignore", r"The tensor attributes? self\.[\w.]*_flat_weights")
-        model.eval()
+        # A copy for each try: some forwards keep caches on their module, and those of a failed export hold no
+        # values.
         try:
-            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
+            exported = shared_copy(model).train(training)
+            with _hushed():
+                return torch.export.export(exported, args, kwargs, dynamic_shapes=dynamic, strict=False)
         except Exception as error:
             check_memory(error, f"Capturing the operations of {type(model).__name__}", SMALLER)
-            _raise_clear(model, args, kwargs, error)
-            raise AssertionError("unreachable") from error
+            stopped, at = error, _offender(exported, error)
+        _check_forward(shared_copy(model).train(training), example, stopped)
+        if dynamic is None:
+            args, kwargs = model_inputs(
+                map_tensors(example, torch.clone)
+            )  # a forward may write into its input
+            try:
+                return one_run(shared_copy(model).train(training), args, kwargs, at)
+            except Exception as error:
+                check_memory(error, f"Following a run of {type(model).__name__}", SMALLER)
+    raise CaptureError(
+        f"The operations of {type(model).__name__}",
+        f"torch.export stops at {at} with {said(stopped)}",
+        "Write that line with tensor operations whose control flow does not depend on the data",
+    ) from stopped
 
 
-def _raise_clear(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> None:
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep away the graph that torch.export prints where it stops: a thousand lines of a large model."""
+    names = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
+    logs = [(log, log.level) for log in map(logging.getLogger, names)]
+    try:
+        for log, _ in logs:
+            log.setLevel(logging.CRITICAL + 1)
+        with redirect_stderr(StringIO()):
+            yield
+    finally:
+        for log, level in logs:
+            log.setLevel(level)
+
+
+def _check_forward(model: nn.Module, example: Batch, stopped: Exception) -> None:
     # The plain forward is run first: if it fails as well, the example is at fault and not the capture.
+    args, kwargs = model_inputs(map_tensors(example, torch.clone))
     try:
         model(*args, **kwargs)
     except Exception as forward:
@@ -139,12 +269,7 @@ def _raise_clear(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             f"A forward pass of {type(model).__name__} on the example inputs of shape {shapes}",
             said(forward),
             "Pass one batch of inputs that the model accepts",
-        ) from error
-    raise CaptureError(
-        f"The operations of {type(model).__name__}",
-        f"torch.export stops at {_offender(model, error)} with {said(error)}",
-        "Write that line with tensor operations whose control flow does not depend on the data",
-    ) from error
+        ) from stopped
 
 
 def _offender(model: nn.Module, error: BaseException) -> str:
@@ -181,7 +306,7 @@ def _start(graph: Graph, context: Context, names: Mapping[str, str]) -> None:
                 context.tensors[node] = name
 
 
-def _note_values(program: ExportedProgram, context: Context, tensors: Mapping[str, Tensor]) -> None:
+def _note_values(program: ExportedProgram | OneRun, context: Context, tensors: Mapping[str, Tensor]) -> None:
     """Note the constants and the whole numbers of buffers, which may be positions that are picked."""
     constants = program.graph_signature.inputs_to_lifted_tensor_constants
     for node in program.graph.nodes:
@@ -314,7 +439,7 @@ def _freeze_two_ways(context: Context) -> None:
             freeze_all(context.labels[weight], context, f"{weight!r} is used forwards and transposed")
 
 
-def parameter_names(program: ExportedProgram, model: nn.Module) -> dict[str, str]:
+def parameter_names(program: ExportedProgram | OneRun, model: nn.Module) -> dict[str, str]:
     """Return placeholder -> canonical name, of every parameter and buffer that a captured program reads."""
     first = {id(tensor): name for name, tensor in canonical_tensors(model).items()}
     everything, signature = named_tensors(model), program.graph_signature

@@ -22,6 +22,7 @@ from cria_prune.base.modules import device_of, meta_copy, shared_copy
 from cria_prune.planning.plan import Plan, make_plan
 from cria_prune.structure.groups import UnitGroup, UnitGroups, alike
 from cria_prune.surgery.removal import apply
+from cria_prune.surgery.training import training_outputs
 from cria_prune.surgery.verify import LESS, Reference
 
 
@@ -32,15 +33,36 @@ def settle(model: nn.Module, groups: UnitGroups, example: Batch, reference: Refe
     size without a trace (a division by a width). If that fails, the groups that fail are looked for:
     alike ones (the same layer of another block) together, then by halves. First by the shapes of the
     outputs on the meta device, where a forward computes nothing, then by their values. A model that is
-    on the meta device itself has no values: there the shapes decide alone.
+    on the meta device itself has no values: there the shapes decide alone. At last in training mode: code
+    that only this runs may count on a width that the evaluation does not show.
     """
-    trials = _Trials(model, groups)
-    shapes = _Shapes.of(model, example)
-    if shapes is not None:
-        trials.run(shapes.failure, apart=True)
-    if device_of(model).type != "meta":
-        trials.run(_Values(reference).failure, apart=shapes is None)
+    trials, values = _Trials(model, groups), device_of(model).type != "meta"
+    shapes = None
+    for batch in (example,) if values else reference.batches:
+        shapes = _Shapes.of(model, batch)
+        if shapes is not None:
+            trials.run(shapes.failure, apart=True)
+    if not values:
+        shapes = _Shapes.of(model, example, training=True)
+        if shapes is not None:
+            trials.run(shapes.failure)
+        return trials.settled()
+    trials.run(_Values(reference).failure, apart=shapes is None)
+    settled = trials.settled()
+    if not settled.prunable:
+        return settled
+    if reference.dense_training().batch is None:
+        return replace(settled, notes=(*settled.notes, untrained_said(reference.dense_training().reason)))
+    trials.run(_Values(reference, training=True).failure)
     return trials.settled()
+
+
+def untrained_said(reason: str) -> str:
+    """Return the line that says why no training-mode forward was tried, and how it would be."""
+    return (
+        f"training mode is not tried, for its forward fails ({reason}): give what it needs, such as targets, "
+        "in a further example that maps its arguments (examples=[{...}])"
+    )
 
 
 Test = Callable[[Plan], str | None]
@@ -266,8 +288,8 @@ def _mends(groups: Iterable[UnitGroup]) -> list[Any]:
 class _Values:
     """Masked against pruned."""
 
-    def __init__(self, reference: Reference) -> None:
-        self.reference = reference
+    def __init__(self, reference: Reference, training: bool = False) -> None:
+        self.reference, self.training = reference, training
 
     def failure(self, plan: Plan) -> str | None:
         """Cut a copy; an error says how it differs from the masked model."""
@@ -275,26 +297,30 @@ class _Values:
         # in float64 each time made the search take minutes.
         with named_shortage("A trial cut of the model", LESS):
             smaller = apply(self.reference.model, plan, share=True)
-        self.reference.compare(plan, smaller, spare=True)
+        if self.training:
+            self.reference.compare_training(plan, smaller)
+        else:
+            self.reference.compare(plan, smaller, training=False, spare=True)
         return None
 
 
 class _Shapes:
     """The model on the meta device, and the shapes of its outputs."""
 
-    def __init__(self, model: nn.Module, example: Batch) -> None:
+    def __init__(self, model: nn.Module, example: Batch, training: bool = False) -> None:
         # A forward on the meta device costs next to nothing,
         # so wrong shapes are found there before values are.
         self.model = meta_copy(model)
         self.example = map_tensors(example, lambda item: item.to("meta"))
+        self.training = training
         self.expected = self._outputs(self.model, self.example)
         self.more: tuple[Batch, list[tuple[int, ...]]] | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, example: Batch) -> _Shapes | None:
+    def of(cls, model: nn.Module, example: Batch, training: bool = False) -> _Shapes | None:
         """Return the model on the meta device; None where its forward needs values."""
         try:
-            return cls(model, example)
+            return cls(model, example, training)
         except Exception:  # whatever the model's code raises without values
             return None
 
@@ -323,6 +349,6 @@ class _Shapes:
         return self.more
 
     def _outputs(self, model: nn.Module, example: Batch) -> list[tuple[int, ...]]:
-        model = shared_copy(model)
+        model, found = shared_copy(model), training_outputs if self.training else outputs
         with plain_experts(model):
-            return [tuple(item.shape) for item in outputs(model, example)]
+            return [tuple(item.shape) for item in found(model, example)]

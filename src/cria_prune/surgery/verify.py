@@ -8,9 +8,9 @@ one without the removed positions (0006). Neither shares code with the slicing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -35,11 +35,12 @@ from cria_prune.base.events import passed
 from cria_prune.base.experts import plain_experts
 from cria_prune.base.inputs import read_one
 from cria_prune.base.kinds import of_plain_models
-from cria_prune.base.modules import copy_of, device_of, named_tensors, shared_copy
+from cria_prune.base.modules import copy_of, device_of, named_tensors, random_kept, shared_copy
 from cria_prune.planning.plan import Plan
 from cria_prune.structure.rules.core import argument, operation_name
 from cria_prune.structure.rules.layers import STATISTICS, reduced_dims
-from cria_prune.structure.trace import Trace, live_nodes, trace, wrapped_graph
+from cria_prune.structure.trace import Forward, Trace, live_nodes, trace, wrapped_graph
+from cria_prune.surgery.training import Training, training_outputs
 
 
 class Twin:
@@ -48,10 +49,12 @@ class Twin:
     Args:
         traced: its trace, of a model of the type that the comparison is made in.
         example: one batch of that type.
+        forward: what was captured with it; by default that is the trace's first forward.
     """
 
-    def __init__(self, traced: Trace, example: Batch) -> None:
+    def __init__(self, traced: Trace, example: Batch, forward: Forward | None = None) -> None:
         self._trace = traced
+        self._forward = forward or Forward(traced.program, traced.names)
         self._inputs = [item for item in tree_leaves(model_inputs(example)) if isinstance(item, Tensor)]
         self._device = next((item.device for item in traced.tensors.values()), torch.device("cpu"))
 
@@ -64,24 +67,24 @@ class Twin:
             gone = np.setdiff1d(np.arange(cut.size), cut.kept)
             removed[resolved.classes[context.labels[cut.tensor][cut.dim][gone]]] = True
         run = _Run(self, removed)
-        signature = self._trace.program.graph_signature
-        graph = self._trace.program.graph
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        signature, graph = self._forward.program.graph_signature, self._forward.program.graph
+        with torch.no_grad(), random_kept():
             run.run(graph, self._placeholders(graph))
         found = {node.name: run.values.get(node) for node in graph.nodes}
         names = [name for name in signature.user_outputs if isinstance(name, str)]
         return [item for item in (found[name] for name in names) if isinstance(item, Tensor)]
 
     def _placeholders(self, graph: Graph) -> list[Any]:
-        program, signature = self._trace.program, self._trace.program.graph_signature
+        program, names = self._forward.program, self._forward.names
+        signature = program.graph_signature
         constants = {**signature.inputs_to_lifted_tensor_constants, **signature.inputs_to_buffers}
         given = iter(self._inputs)
         values: list[Any] = []
         for node in graph.nodes:
             if node.op != "placeholder":
                 continue
-            if node.name in self._trace.names:
-                values.append(self._trace.tensors[self._trace.names[node.name]].detach())
+            if node.name in names:
+                values.append(self._trace.tensors[names[node.name]].detach())
             elif node.name in constants:
                 values.append(program.constants[constants[node.name]])
             else:
@@ -146,6 +149,13 @@ class _Run:
             cast_on = operation_name(node) == "wrap_with_autocast" and bool(args[2])
             with torch.autocast(args[0], dtype=args[1]) if cast_on else nullcontext():
                 return self.run(graph, inner)
+        cast_to = node.meta.get("autocast")
+        if cast_to is None:
+            return self._apply(node, args, kwargs)
+        with torch.autocast(cast_to[0], dtype=cast_to[1], enabled=cast_to[2]):
+            return self._apply(node, args, kwargs)
+
+    def _apply(self, node: Node, args: Any, kwargs: Any) -> Any:
         source = node.args[0] if node.args else None
         gone = self.gone.get(source, []) if isinstance(source, Node) else []
         name, target = operation_name(node), cast(Any, node.target)
@@ -206,6 +216,8 @@ def _complement(size: int, gone: Tensor) -> Tensor:
 # Both sides add the same numbers, in another order. Right cuts came out at about 1e-15 on every
 # network tried (docs/log.md), so the bounds leave room for depth and none for a wrong unit.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+TRAINED = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""Tolerance in training mode, where batch norms divide by the deviation of a few values."""
 ROUNDED = 1e-6
 """Tolerance in float64 where the forward rounds to float32 on its way, as the norms of transformers' Llama
 do: sums that differ in their last bit can round apart there."""
@@ -221,12 +233,15 @@ class Verification:
         dtype: the arithmetic of both passes.
         twin: the masked model: `weights` (weights that read a removed unit are zero) or `operations`
             (normalisations leave the removed units out).
+        training: how a training-mode forward was compared: `equal`; `runs`, where chance or a normalisation
+            leaves only the shapes to compare; or why it was not tried.
     """
 
     difference: float
     tolerance: float
     dtype: str
     twin: str = "weights"
+    training: str = ""
 
 
 def mask(model: nn.Module, plan: Plan) -> nn.Module:
@@ -251,9 +266,15 @@ def zero_consumers(tensors: Mapping[str, Tensor], plan: Plan) -> None:
 
 @of_plain_models
 def verify(
-    model: nn.Module, plan: Plan, smaller: nn.Module, example: Batch, *, dtype: torch.dtype = torch.float64
+    model: nn.Module,
+    plan: Plan,
+    smaller: nn.Module,
+    example: Batch,
+    *,
+    dtype: torch.dtype = torch.float64,
+    examples: Sequence[Batch] = (),
 ) -> Verification:
-    """Compare the masked and the pruned model on one batch, in evaluation mode, on copies.
+    """Compare the masked and the pruned model on one batch, in evaluation and training mode, on copies.
 
     A model whose weights changed otherwise (repair, batch norms measured again, recovery) differs from its
     dense one: `prune` compares each of its cuts.
@@ -263,11 +284,14 @@ def verify(
         dtype: arithmetic of the comparison: float64 (relative tolerance 1e-10, or 1e-6 where the forward
             itself rounds to float32 on its way) or float32 (1e-4); float32 is taken too where the dense
             model does not run in float64.
+        examples: further batches, on which they are compared too.
 
     Raises:
         VerificationError: they differ by more than the tolerance, or the smaller model does not run.
+        DataError: the model does not accept one of the examples.
     """
-    return Reference(model, read_one(model, example), dtype=dtype).compare(plan, smaller)
+    read = [read_one(model, item) for item in examples]
+    return Reference(model, read_one(model, example), dtype=dtype, examples=read).compare(plan, smaller)
 
 
 class _Rounding(TorchDispatchMode):
@@ -296,19 +320,32 @@ class Reference:
         model: the dense model; it is left as it was.
         example: one batch.
         dtype: see `verify`.
+        examples: further batches.
+        training: compare a training-mode forward as well.
 
     Attributes:
+        batches: the example and the further ones, on the model's device.
         model: the copy, dense between two calls.
         dtype: its type: `dtype`, or float32 once the model turned out not to run in float64.
     """
 
-    def __init__(self, model: nn.Module, example: Batch, *, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Batch,
+        *,
+        dtype: torch.dtype = torch.float64,
+        examples: Sequence[Batch] = (),
+        training: bool = True,
+    ) -> None:
         passed("reference", model=model)
-        self.dtype, self._example = dtype, move(example, device_of(model))
+        self.dtype, self._training = dtype, training
+        self.batches = [move(item, device_of(model)) for item in (example, *examples)]
         with named_shortage("A copy of the model, to compare its cut with", LESS):
             self.model = _in_type(copy_of(model), dtype)
         self._trace: Trace | None = None
         self._rounds: bool | None = None
+        self._dense: Training | None = None
 
     def trace(self) -> Trace:
         """Return the copy's operations with the axes of each, captured once.
@@ -317,7 +354,8 @@ class Reference:
             CaptureError, DataError: see `capture`.
         """
         if self._trace is None:
-            self._trace = trace(self.model, self._batch())
+            first, *others = map(self._batch, range(len(self.batches)))
+            self._trace = trace(self.model, first, others)
         return self._trace
 
     def take(self, model: nn.Module) -> None:
@@ -329,8 +367,10 @@ class Reference:
                 if not torch.equal(mine, value):  # a buffer may be a view that cannot be written into
                     mine.copy_(value)
 
-    def compare(self, plan: Plan, smaller: nn.Module, *, spare: bool = False) -> Verification:
-        """Compare a pruned model, of any type, with the masked twin.
+    def compare(
+        self, plan: Plan, smaller: nn.Module, *, training: bool = True, spare: bool = False
+    ) -> Verification:
+        """Compare a pruned model, of any type, with the masked twin; in training mode too unless it is off.
 
         Args:
             plan: what was removed; smaller: the pruned model.
@@ -342,14 +382,68 @@ class Reference:
         """
         passed("verify", plan=plan)
         with named_shortage("Comparing the pruned model with the masked one", LESS):
-            return self._compared(plan, smaller, spare)
+            numbers = range(len(self.batches))
+            first, *others = (self._compared(plan, smaller, number, spare) for number in numbers)
+            worst = max([first, *others], key=lambda item: item.difference)
+            if not (training and self._training):
+                return worst
+            return replace(worst, training=self.compare_training(plan, smaller))
 
-    def _compared(self, plan: Plan, smaller: nn.Module, spare: bool) -> Verification:
-        expected = self._expected(plan)
+    def compare_training(self, plan: Plan, smaller: nn.Module) -> str:
+        """Compare a training-mode forward of a pruned model with the masked one's; return how, or why not.
+
+        Raises:
+            VerificationError: they differ, or the pruned model does not run.
+        """
+        dense = self.dense_training()
+        if dense.batch is None:
+            return f"not tried: {dense.reason}"
+        with self._masked(plan), plain_experts(self.model):
+            expected = training_outputs(self.model, dense.batch)
         try:
-            same = _is_of(smaller, self.dtype)
-            mine = smaller if same else _in_type(copy_of(smaller), self.dtype)
-            found = self._run(mine, spare)
+            mine = self._of_type(smaller)
+            with plain_experts(mine):
+                found = training_outputs(mine, dense.batch)
+        except Exception as error:
+            if ran_out(error):
+                raise
+            raise VerificationError(
+                "A training-mode forward of the pruned model", said(error), ADVICE
+            ) from error
+        apart = difference(expected, found)
+        if apart <= TRAINED[self.dtype]:
+            return "equal"
+        alike, asked = _alike(expected, found), "Outputs in training mode of the pruned model"
+        if alike:
+            # Under a normalisation masked weights are no twin; a batch norm of few values magnifies rounding.
+            if plan.normed or dense.chance or any(bool(item.isnan().any()) for item in expected):
+                return "runs"
+            if dense.is_sensitive(self.model, apart, difference):
+                return "runs"
+            raise VerificationError(
+                f"{asked} equal to the masked model's", f"the relative difference is {apart:.3g}", ADVICE
+            )
+        shapes = [[tuple(item.shape) for item in side] for side in (found, expected)]
+        raise VerificationError(asked, f"they have shapes {shapes[0]}, the dense model's {shapes[1]}", ADVICE)
+
+    def dense_training(self) -> Training:
+        """Return whether and how the dense model runs in training mode; it is run once."""
+        if self._dense is None:
+            with plain_experts(self.model):
+                self._dense = Training(self.model, map(self._batch, range(len(self.batches))))
+        return self._dense
+
+    def _of_type(self, smaller: nn.Module) -> nn.Module:
+        return smaller if _is_of(smaller, self.dtype) else _in_type(copy_of(smaller), self.dtype)
+
+    def _compared(self, plan: Plan, smaller: nn.Module, number: int, spare: bool) -> Verification:
+        # Zeroed weights are no twin under a normalisation, and an example whose operations could not be
+        # captured has no other: its shapes are compared.
+        shapes_only = number > 0 and plan.normed and self.trace().others[number - 1] is None
+        expected = self._run(self.model, number) if shapes_only else self._expected(plan, number)
+        try:
+            last = spare and number == len(self.batches) - 1
+            found = self._run(self._of_type(smaller), number, last)
         except Exception as error:
             # A lack of memory says nothing of the cut.
             if ran_out(error):
@@ -357,12 +451,12 @@ class Reference:
             # The twin of operations can run where the model itself does not: then both go to float32.
             if self.dtype is torch.float64 and not self._runs():
                 self._to_single()
-                return self._compared(plan, smaller, spare)
+                return self._compared(plan, smaller, number, spare)
             raise VerificationError("A forward pass of the pruned model", said(error), ADVICE) from error
-        apart = difference(expected, found)
+        apart = difference(expected, expected if shapes_only and _alike(expected, found) else found)
         result = Verification(
             apart,
-            self._tolerance(apart),
+            self._tolerance(apart, number),
             str(self.dtype).removeprefix("torch."),
             "operations" if plan.normed else "weights",
         )
@@ -381,7 +475,7 @@ class Reference:
             )
         return result
 
-    def _tolerance(self, difference: float) -> float:
+    def _tolerance(self, difference: float, number: int) -> float:
         """Return what is allowed; whether the forward rounds on its way is seen only where it matters."""
         usual = TOLERANCE[self.dtype]
         if difference <= usual or self.dtype is not torch.float64:
@@ -389,19 +483,19 @@ class Reference:
         # Watching every operation is dear, and most cuts are within the usual bound.
         if self._rounds is None:
             with _Rounding() as seen:
-                self._run(self.model)
+                self._run(self.model, number)
             self._rounds = seen.found
         return ROUNDED if self._rounds else usual
 
-    def _expected(self, plan: Plan) -> list[Tensor]:
+    def _expected(self, plan: Plan, number: int) -> list[Tensor]:
         """Return the masked outputs; in float32 from now on if float64 does not run."""
         try:
-            return self.masked_outputs(plan)
+            return self.masked_outputs(plan, number)
         except Exception as error:
             # Once for all further calls: the copy stays in float32.
             if self.dtype is torch.float64:  # the forward makes tensors of its own type, or memory is lacking
                 self._to_single()
-                return self._expected(plan)
+                return self._expected(plan, number)
             if ran_out(error):
                 raise
             raise VerificationError(
@@ -412,43 +506,50 @@ class Reference:
 
     def _to_single(self) -> None:
         """Compare in float32 from now on."""
-        self.dtype, self._trace = torch.float32, None
+        self.dtype, self._trace, self._dense = torch.float32, None, None
         self.model = _in_type(self.model, self.dtype)
 
     def _runs(self) -> bool:
         """Say whether the dense model runs in the type of the comparison."""
         try:
-            self._run(self.model)
+            self._run(self.model, 0)
         except Exception as error:  # whatever the model's code raises
             if ran_out(error):
                 raise
             return False
         return True
 
-    def masked_outputs(self, plan: Plan) -> list[Tensor]:
-        """Return the outputs of the masked twin."""
+    def masked_outputs(self, plan: Plan, number: int = 0) -> list[Tensor]:
+        """Return the outputs of the masked twin for the example, or a further one by its number."""
         if plan.normed:
-            return Twin(self.trace(), self._batch()).outputs(plan)
+            traced = self.trace()
+            forward = traced.others[number - 1] if number else None
+            return Twin(traced, self._batch(number), forward).outputs(plan)
+        with self._masked(plan):
+            return self._run(self.model, number)
+
+    @contextmanager
+    def _masked(self, plan: Plan) -> Iterator[None]:
         # Masked in place and put back. A copy for each plan was what made trial cuts slow (docs/log.md).
         tensors = named_tensors(self.model)
         names = {cut.tensor for cut in plan.cuts if cut.role == "consumes"}
         before = {name: tensors[name].detach().clone() for name in names}
         zero_consumers(tensors, plan)
         try:
-            return self._run(self.model)
+            yield
         finally:
             with torch.no_grad():
                 for name, values in before.items():
                     tensors[name].copy_(values)
 
-    def _batch(self) -> Batch:
-        batch: Batch = _cast(without_target(self._example), self.dtype)
+    def _batch(self, number: int) -> Batch:
+        batch: Batch = _cast(without_target(self.batches[number]), self.dtype)
         return batch
 
-    def _run(self, model: nn.Module, spare: bool = False) -> list[Tensor]:
+    def _run(self, model: nn.Module, number: int, spare: bool = False) -> list[Tensor]:
         model = model if spare else shared_copy(model)  # some forwards keep caches on their module
         with plain_experts(model):  # not every way of theirs runs in float64, or with any width
-            return outputs(model, self._batch())
+            return outputs(model, self._batch(number))
 
 
 LESS = (
@@ -462,6 +563,10 @@ ADVICE = (
     "The model's forward depends on a size in a way that its operations do not show; "
     "freeze the groups concerned, and please report the network"
 )
+
+
+def _alike(expected: list[Tensor], found: list[Tensor]) -> bool:
+    return [item.shape for item in expected] == [item.shape for item in found]
 
 
 def _is_of(model: nn.Module, dtype: torch.dtype) -> bool:
@@ -491,7 +596,7 @@ def difference(expected: list[Tensor], found: list[Tensor]) -> float:
     The size is the largest value among those that are not exactly equal, and at least the median (up to
     one): a masked logit of -1e9 that is equal on both sides must not hide the others.
     """
-    if [item.shape for item in expected] != [item.shape for item in found]:
+    if not _alike(expected, found):
         return float("inf")
     pairs = [(one, other) for one, other in zip(expected, found, strict=True) if one.numel()]
     return max((_distance(one.reshape(-1), other.reshape(-1)) for one, other in pairs), default=0.0)
