@@ -214,8 +214,9 @@ def batch_target(batch: Batch) -> Tensor | None:
 def batch_size(batch: Batch) -> int:
     """Return the number of examples in a batch (the first dimension of its first tensor).
 
-    Inputs of several lengths are one example: the edges of a graph name its nodes by number, and the
-    places for pictures in a text are as many as the pictures, so that neither can be taken apart.
+    Numbers, or pictures, of another length than the first tensor make it one example: the edges of a graph
+    name its nodes by number, and the places for pictures in a text are as many as the pictures, so that
+    neither can be taken apart. A table or a scale of its own length belongs to all examples.
 
     Raises:
         DataError: its inputs hold no tensor with a leading dimension, or no example.
@@ -235,7 +236,8 @@ def batch_size(batch: Batch) -> int:
             f"found none in {describe(tensors[0])}",
             "Leave empty batches out",
         )
-    return size if all(not item.ndim or len(item) in (1, size) for item in tensors) else 1
+    others = [item for item in tensors[1:] if item.ndim and len(item) not in (1, size)]
+    return 1 if any(not item.is_floating_point() or item.ndim > 2 for item in others) else size
 
 
 def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
