@@ -335,7 +335,7 @@ def reparametrized(kind: str) -> Net:
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, str | None]]] = {
-    "sizes in a list": (Sums, {"c1": None, "c2": "a trial cut failed", "c3": None}),
+    "sizes in a list": (Sums, {"c1": None, "c2": None, "c3": None}),
     "a layer's own word": (Says, {"c1": None, "c2": "a trial cut failed", "c3": None}),
     "exposed features": (Exposes, {"c1": None, "c2": "is part of the model's output", "c3": None}),
     "exposed weight": (ExposesWeight, {"c2": "", "c3": None}),
@@ -446,12 +446,12 @@ class Listed(nn.Module):
 
 
 SEQUENCES: dict[str, tuple[Callable[[], nn.Module], dict[str, str | None]]] = {
-    "heads in a global": (Closure, {"middle.qkv": ""}),
-    "lstm": (lambda: Recurrent(nn.LSTM), {"first": ""}),
-    "gru": (lambda: Recurrent(nn.GRU), {"first": ""}),
+    "heads in a global": (Closure, {"middle.qkv": None}),
+    "lstm": (lambda: Recurrent(nn.LSTM), {"first": None}),
+    "gru": (lambda: Recurrent(nn.GRU), {"first": None}),
     "tied autoencoder": (AutoEncoder, {}),
     "one weight along two dimensions": (Square, {"first": None}),
-    "across a boundary": (Boundary, {"first": None, "middle.left": "", "middle.left#2": ""}),
+    "across a boundary": (Boundary, {"first": None, "middle.left": None, "middle.left#2": None}),
     "parameters in lists": (Listed, {"middle.up": None}),
 }
 

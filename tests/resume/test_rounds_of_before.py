@@ -88,8 +88,9 @@ def test_a_pruning_goes_on_after_the_round_that_was_kept(unchecked: None, tmp_pa
     assert lists(result.plan.kept) == expected["kept"]
     first, second = (plain(item) for item in result.rounds)
     known = {key: value for key, value in expected["rounds"][0].items() if key != "seconds"}
-    said = known.pop("repairs")  # of which more is known by now
+    said, proof = known.pop("repairs"), known.pop("verification")  # of which more is known by now
     assert [{key: item[key] for key in said[0]} for item in first["repairs"]] == said
+    assert {key: first["verification"][key] for key in proof} == proof
     assert {key: first[key] for key in known} == known
     assert second["kept"] == expected["rounds"][1]["kept"] and second["number"] == 2
     same_graphs(result.graphs, exact=True)
