@@ -23,16 +23,11 @@ from cria_prune.base.errors import CaptureError, DataError, said
 from cria_prune.base.events import passed
 from cria_prune.base.modules import cache_off, named_tensors, shared_copy
 from cria_prune.structure.axes import Resolved, Units
-from cria_prune.structure.rules import attention, layers, shape  # noqa: F401  (they register their rules)
+from cria_prune.structure.rules import attention, computed, layers, shape  # noqa: F401  (they register their rules)
 from cria_prune.structure.rules.core import RULES, Context, freeze_all, no_rule, operation_name
 
 LAYERS = {"linear", "conv1d", "conv2d", "conv3d"}
 """Their rules look at the shapes of weights and results only."""
-# The same elements under another shape or type: the weight that is read through one of these is still itself.
-VIEWS = {
-    *("t", "transpose", "permute", "numpy_T", "mT"),
-    *("to", "_to_copy", "detach", "alias", "contiguous", "clone"),
-}
 
 
 @dataclass(frozen=True)
@@ -71,7 +66,6 @@ def trace(model: nn.Module, example: Batch) -> Trace:
     for item in tree_leaves(follow(program.graph, context)):
         if isinstance(item, Node):
             freeze_all(context.axes[item], context, "is part of the model's output")
-    _freeze_two_ways(context)
     return Trace(program, context, tensors, names, context.units.resolve())
 
 
@@ -156,7 +150,7 @@ def _start(graph: Graph, context: Context, names: Mapping[str, str]) -> None:
                 context.data.add(node)
             else:
                 context.axes[node] = [*context.labels[name]]
-                context.tensors[node] = name
+                context.names[node] = name
 
 
 def follow(graph: Graph, context: Context) -> Any:
@@ -185,17 +179,16 @@ def follow(graph: Graph, context: Context) -> Any:
                 read = [] if operation_name(node) in LAYERS else node.all_input_nodes
                 known = all(map(_has_plain_shape, (node, *read)))
                 rule = RULES.get(operation_name(node), no_rule) if known else no_rule
+                ties = context.units.ties
                 context.axes[node] = rule(node, context)
-                # Behind a transpose or a conversion a layer still has to find the name of its weight.
-                source = node.args[0] if node.args else None
-                if operation_name(node) in VIEWS and source in context.tensors:
-                    context.tensors[node] = context.tensors[source]
+                if node not in context.data:
+                    context.weight_ties[node] = range(ties, context.units.ties)
             else:
                 # A block under no_grad or autocast comes as a graph of
                 # its own. Without a look inside all of it would freeze.
                 context.axes[node] = _wrapper(wrapped, context)
             # A rule that notes a use with outputs was a layer's: what comes out of it has this one source.
-            if any(use.out_dim is not None for use in context.uses[uses:]):
+            if any(use.produced for use in context.uses[uses:]):
                 context.sources[node] = frozenset([node])
         elif node.op == "output":
             return node.args[0]
@@ -246,8 +239,7 @@ def _wrapper(wrapped: tuple[Graph, list[Any]], context: Context) -> Any:
     for inner, outer in zip(places, arguments, strict=True):
         if isinstance(outer, Node):
             context.axes[inner] = context.axes[outer]
-            if outer in context.tensors:
-                context.tensors[inner] = context.tensors[outer]
+            context.outer[inner] = outer
             if outer in context.data:
                 context.data.add(inner)
             context.sources[inner] = context.sources.get(outer, frozenset())
@@ -257,20 +249,6 @@ def _wrapper(wrapped: tuple[Graph, list[Any]], context: Context) -> Any:
     if isinstance(result, Node):
         return context.axes[result]
     return [context.axes[item] if isinstance(item, Node) else [] for item in result]
-
-
-def _freeze_two_ways(context: Context) -> None:
-    """Freeze a weight that is multiplied from both sides: its signals could not be told apart."""
-    roles: dict[tuple[str, int | None], set[str]] = {}
-    # A tied embedding is used both ways too: its columns are the rows that are picked, and are summed
-    # over in the output layer. Its two signals have sites of their own, so they are told apart.
-    for use in context.uses:
-        if operation_name(use.node) != "embedding":
-            roles.setdefault((use.weight, use.in_dim), set()).add("consumes")
-            roles.setdefault((use.weight, use.out_dim), set()).add("produces")
-    for (weight, dim), found in roles.items():
-        if dim is not None and len(found) > 1:
-            freeze_all(context.labels[weight], context, f"{weight!r} is used forwards and transposed")
 
 
 def parameter_names(program: ExportedProgram, model: nn.Module) -> dict[str, str]:

@@ -6,7 +6,8 @@ where there are several). An operation without a rule freezes what touches it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -14,22 +15,46 @@ import numpy as np
 from torch.fx import Node
 
 from cria_prune.structure.axes import Axes, Dim, Units
+from cria_prune.structure.weights import VIEWS, ViewNumbers, main_tensor
 
 Rule = Callable[[Node, "Context"], Any]
 RULES: dict[str, Rule] = {}
 
 
-@dataclass
+@dataclass(frozen=True)
+class Signal:
+    """A dimension of an activation along which units lie.
+
+    Attributes:
+        dim: of the activation.
+        atoms: along it.
+    """
+
+    dim: int
+    atoms: np.ndarray
+
+
+@dataclass(frozen=True)
 class WeightUse:
-    """One call of an operation that sums over a weight: where its units come in and go out."""
+    """One call of an operation that sums over a weight: where its units come in and go out.
+
+    Attributes:
+        node: the call.
+        weight: the parameter that the weight is, is a view of, or is mainly computed from.
+        view: its number, of the views of this parameter that layers read; 0 for the parameter itself.
+        consumed, produced: (parameter, dimension) pairs that lie along what the call sums over, and along
+            what it makes.
+        entering, leaving: the signals.
+        per_element: multiplications per element of `weight`.
+    """
 
     node: Node
     weight: str
-    in_dim: int | None
-    out_dim: int | None
-    channel: int
-    entering: Dim
-    leaving: Dim
+    view: int
+    consumed: tuple[tuple[str, int], ...]
+    produced: tuple[tuple[str, int], ...]
+    entering: tuple[Signal, ...]
+    leaving: tuple[Signal, ...]
     per_element: float
 
 
@@ -52,9 +77,12 @@ class Context:
         units: the atoms.
         labels: parameter or buffer -> the atoms of its dimensions.
         axes: the axes of each node so far.
-        tensors: nodes that are a parameter or buffer, or a view of it with the same elements.
+        names: placeholder -> the parameter or buffer that it is.
+        outer: placeholder of a wrapper's graph -> the node that is given for it.
         data: nodes that depend on the model's inputs.
-        statistics: node -> (dimension counted from the back, atoms) that it is a statistic over.
+        weight_ties: node that no input reaches -> the numbers of the ties that it made.
+        views: of the parameters that layers read.
+        statistics: node -> (dimension counted from the back, atoms) pairs that it is a statistic over.
         sources: node -> the layers that produced it, with no other layer between.
         uses: the uses of weights.
         counted: numbers that count atoms.
@@ -63,9 +91,12 @@ class Context:
     units: Units
     labels: dict[str, list[np.ndarray]] = field(default_factory=dict)
     axes: dict[Node, Any] = field(default_factory=dict)
-    tensors: dict[Node, str] = field(default_factory=dict)
+    names: dict[Node, str] = field(default_factory=dict)
+    outer: dict[Node, Node] = field(default_factory=dict)
     data: set[Node] = field(default_factory=set)
-    statistics: dict[Node, tuple[int, np.ndarray]] = field(default_factory=dict)
+    weight_ties: dict[Node, range] = field(default_factory=dict)
+    views: ViewNumbers = field(default_factory=ViewNumbers)
+    statistics: dict[Node, list[tuple[int, np.ndarray]]] = field(default_factory=dict)
     sources: dict[Node, frozenset[Node]] = field(default_factory=dict)
     uses: list[WeightUse] = field(default_factory=list)
     counted: list[Counted] = field(default_factory=list)
@@ -83,46 +114,81 @@ class Context:
         if atoms is not None and value > 0:
             self.counted.append(Counted(node, module_path(node), int(value), atoms, names))
 
-    def parameter_dim(self, node: Node, axis: int) -> int | None:
-        """Return which dimension of its parameter an axis of this view is."""
-        atoms, labels = self.axes[node][axis], self.labels[self.tensors[node]]
-        return next((dim for dim, item in enumerate(labels) if item is atoms), None)
+    def is_weight(self, node: Node) -> bool:
+        """Say whether a node is a parameter or is computed from some, and from no input."""
+        return node not in self.data and any(item in self.names for item in self.upstream(node))
+
+    def upstream(self, node: Node) -> list[Node]:
+        """Return a node and all that it depends on; what depends on the input is left out."""
+        found, waiting = {node: None}, [node]
+        while waiting:
+            item = waiting.pop()
+            before = [self.outer[item]] if item in self.outer else item.all_input_nodes
+            fresh = [other for other in before if other not in found and other not in self.data]
+            found |= dict.fromkeys(fresh)
+            waiting += fresh
+        return [*found]
 
     def use(
         self, node: Node, weight: Node, dims: tuple[int | None, int | None],
         channel: int, entering: Dim, leaving: Dim, positions: float,
     ) -> None:  # fmt: skip
-        """Note a use of a weight whose axes `dims` (of this view of it) are summed over and produced.
+        """Note a use of a weight whose axes `dims` are summed over and produced, see `use_along`."""
+        summed, made = ((() if dim is None else (dim,)) for dim in dims)
+        into, out = (() if atoms is None else (Signal(channel, atoms),) for atoms in (entering, leaving))
+        self.use_along(node, weight, (summed, made), into, out, positions)
 
-        A weight that is computed, and no parameter, freezes its units.
+    def use_along(
+        self, node: Node, weight: Node, dims: tuple[Sequence[int], Sequence[int]],
+        entering: Sequence[Signal], leaving: Sequence[Signal], positions: float,
+    ) -> None:  # fmt: skip
+        """Note a use of a weight: a parameter, a view of one, or what is computed from some.
+
+        Args:
+            node: the call; weight: what it reads.
+            dims: the dimensions of the weight that are summed over, and those that are produced.
+            entering, leaving: the signals; those that are fixed are left out.
+            positions: multiplications per element of the weight.
         """
-        # A weight that is computed (a parametrization, a weight norm) cannot be
-        # cut as a parameter is. It is still noted where a parameter of its shape
-        # is behind it: its layer is listed and its multiplications are counted.
-        if weight in self.tensors:
-            in_dim, out_dim = (None if dim is None else self.parameter_dim(weight, dim) for dim in dims)
-            name = self.tensors[weight]
-        else:
-            reason = f"the weight of {self.where(node)} is computed, not a parameter"
-            freeze_all([entering, leaving], self, reason)
-            found = self.computed_from(weight)
-            if found is None:
-                return
-            name, (in_dim, out_dim) = found, dims
-            freeze_all(self.labels[name], self, reason)
-        self.uses.append(WeightUse(node, name, in_dim, out_dim, channel, entering, leaving, positions))
+        before = self.upstream(weight)
+        names = [self.names[item] for item in before if item in self.names]
+        if not names:
+            reason = f"the weight of {self.where(node)} is a constant"
+            for signal in (*entering, *leaving):
+                self.units.freeze(signal.atoms, reason)
+            return
+        order = {name: tuple(map(len, self.labels[name])) for name in self.labels if name in names}
+        main = main_tensor(order)
+        whole = next(item for item in before if self.names.get(item) == main)
+        ties = [number for item in before for number in self.weight_ties.get(item, ())]
+        consumed, produced = (
+            self._origins([self.axes[weight][dim] for dim in places], ties, order) for places in dims
+        )
+        # What is only moved can be zeroed, and refitted, in the parameter. Where more is done to it,
+        # only the operations themselves say what becomes of the others when some leave.
+        if any(item.op == "call_function" and operation_name(item) not in VIEWS for item in before):
+            for signal in (*entering, *leaving):
+                self.units.mark(signal.atoms, "normed")
+        share = math.prod(shape(weight)) / max(math.prod(order[main]), 1)
+        view = self.views.of(main, whole.meta["val"], weight.meta["val"])
+        self.uses.append(
+            WeightUse(
+                node, main, view, consumed, produced, tuple(entering), tuple(leaving), positions * share
+            )
+        )
 
-    def computed_from(self, weight: Node) -> str | None:
-        """Return the parameter of the same shape that a computed weight comes from, if there is one."""
-        waiting, seen = [weight], {weight}
-        while waiting:
-            node = waiting.pop()
-            if node in self.tensors and shape(node) == shape(weight):
-                return self.tensors[node]
-            # What is computed from the input is no weight at all, so the search stops there.
-            waiting += [item for item in node.all_input_nodes if item not in seen and item not in self.data]
-            seen.update(node.all_input_nodes)
-        return None
+    def _origins(
+        self, axes: Sequence[Dim], ties: Sequence[int], names: Iterable[str]
+    ) -> tuple[tuple[str, int], ...]:
+        """Return the dimensions of parameters that some dimensions of a weight come from."""
+        found = [self.units.origins(item, ties) for item in axes if item is not None]
+        blocks = frozenset().union(*found)
+        return tuple(
+            (name, dim)
+            for name in names
+            for dim, atoms in enumerate(self.labels[name])
+            if len(atoms) and int(atoms[0]) in blocks
+        )
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -218,12 +284,11 @@ def elementwise(node: Node, context: Context) -> Axes:
 def meet_statistics(node: Node, items: list[Node], result: Axes, context: Context) -> None:
     """A statistic over units is broadcast back over these units, or they are frozen."""
     for item in items:
-        if item in context.statistics:
-            back, atoms = context.statistics[item]
+        for back, atoms in context.statistics.get(item, ()):
             met = result[back]
             # Not met yet: a mean + eps, or its root, is still the statistic.
             if shape(node)[back] == 1:
-                context.statistics[node] = (back, atoms)
+                context.statistics.setdefault(node, []).append((back, atoms))
             # A norm's statistic comes back to the units that it was taken over, and the twin
             # of operations can leave units out of it. One that meets anything else (a gate,
             # a classifier) changes with every cut, so its units stay (docs/decisions/0006).

@@ -60,8 +60,10 @@ def convolution(node: Node, context: Context) -> Any:
     turned = operation_name(node).startswith("conv_transpose")
     axes, weights = context.of(data), context.of(weight)
     summed, leaving = weights[:2] if turned else (weights[1], weights[0])
-    # A weight without atoms is a constant, or computed by an operation without a rule.
-    if summed is None or leaving is None or (turned and groups > 1):
+    depthwise = groups > 1 and argument_shape(node, 1)[1] == 1
+    # A weight without atoms is a constant, or computed by an operation without a rule. The one input of a
+    # depthwise filter may be a dimension that was squeezed and put back.
+    if (summed is None and not depthwise) or leaving is None or (turned and groups > 1):
         return no_rule(node, context)
     dims: tuple[int | None, int | None] = (0, 1) if turned else (1, 0)
     spatial = len(weights) - 2
@@ -69,7 +71,7 @@ def convolution(node: Node, context: Context) -> Any:
     entering = axes[channel]
     freeze_all(axes[channel + 1 :], context, f"is a spatial dimension of {context.where(node)}")
     freeze_all(weights[2:], context, "is a window of a convolution")
-    if groups > 1 and argument_shape(node, 1)[1] == 1:
+    if depthwise:
         # Depthwise: each input channel makes its own outputs, so both leave together.
         # A depthwise filter follows its channel like a bias: it has no dimension that sums over channels.
         multiplier = len(leaving) // groups
@@ -77,7 +79,7 @@ def convolution(node: Node, context: Context) -> Any:
         context.units.tie(repeated, leaving, MODEL_INPUT)
         context.units.freeze(summed, "is the single input of a depthwise filter")
         dims = (None, None)
-    elif groups > 1:
+    elif groups > 1 and summed is not None:
         # The weight has one dimension for the inputs of all groups. A group that lost more than another would
         # need a weight of another shape; so position i leaves all of them, on the side of the outputs too.
         context.units.tie(entering, np.tile(summed, groups), MODEL_INPUT)
@@ -229,12 +231,15 @@ def reduction(node: Node, context: Context) -> Any:
     reduced = reduced_dims(node, len(axes))
     # x / sqrt(mean(x²)) is a norm that is written out: the
     # mean comes back to the very positions it was taken over.
-    normalises = len(reduced) == 1 and name in STATISTICS and _is_broadcast_back(node, *reduced)
+    normalises = name in STATISTICS and all(_is_broadcast_back(node, dim) for dim in reduced)
     for dim in reduced:
-        if normalises:
+        if node not in context.data:
+            # Of a weight: the others change with it, as the twin of operations shows.
+            context.units.mark(axes[dim], "normed")
+        elif normalises:
             context.units.mark(axes[dim], "normed")
             if axes[dim] is not None:
-                context.statistics[node] = (dim - len(axes), np.asarray(axes[dim]))
+                context.statistics.setdefault(node, []).append((dim - len(axes), np.asarray(axes[dim])))
         else:
             context.units.freeze(axes[dim], f"is reduced over by {context.where(node)}")
     value = node.meta["val"]
