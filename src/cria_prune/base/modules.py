@@ -59,16 +59,30 @@ def copy_of(model: nn.Module, replaced: dict[int, Any] | None = None) -> nn.Modu
         StructureError: the model holds something that cannot be copied, such as a computed tensor.
     """
     try:
-        return copy.deepcopy(model, dict(replaced or {}))
+        return copy.deepcopy(model, {**_computed(model), **(replaced or {})})
     except Exception as error:  # whatever the model's parts raise
         computed = "graph leaves" in str(error)
         raise StructureError(
             f"A copy of {type(model).__name__}",
             first_line(error),
-            "Undo the old weight_norm with torch.nn.utils.remove_weight_norm, or detach computed tensors"
+            "Detach the tensors that were computed with gradients, or keep them off the model"
             if computed
             else "Keep what cannot be copied (locks, files, handles) off the model, or give it __deepcopy__",
         ) from error
+
+
+def _computed(model: nn.Module) -> dict[int, Any]:
+    """Return, by their id, detached copies of the tensors that modules keep of their last forward.
+
+    The hooks of the old weight and spectral norms leave the weight that they computed on the module, with its
+    graph of gradients, which no deep copy takes. They compute it anew in every forward.
+    """
+    return {
+        id(item): item.detach().clone()
+        for module in model.modules()
+        for item in vars(module).values()
+        if isinstance(item, Tensor) and item.grad_fn is not None
+    }
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cria_prune.base.attention import MultiheadAttention
+from cria_prune.base.computed import computed_shapes, recomputed
 from cria_prune.base.errors import StructureError
 from cria_prune.base.events import passed
 from cria_prune.base.modules import copy_of, named_tensors, shared_copy
@@ -169,6 +170,7 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False, share: bool = 
     # A depthwise filter follows its channel; the outputs of a grouped convolution are produced.
     following = {id(tensors[cut.tensor]) for cut in plan.cuts if cut.role == "follows" and cut.dim == 0}
     owners = _owners(model, before)
+    computed = {path: whole for path in owners if (whole := computed_shapes(model, path))}
     target = model
     if not inplace:
         # The copy takes the cut tensors in place of the whole ones, so what is cut away is never copied.
@@ -180,6 +182,10 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False, share: bool = 
             setattr(module, local, replaced[key])
         depthwise = shapes.get("weight", (0, ()))[0] in following
         restate(module, {local: shape for local, (_, shape) in shapes.items()}, depthwise)
+    for path, whole in computed.items():
+        module = recomputed(target, path)
+        held = [key for key, size in owners[path][1].values() if len(size) > 1]
+        restate(module, whole, not following.isdisjoint(held))
     restate_attributes(target, plan)
     return target
 

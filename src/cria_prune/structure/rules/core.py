@@ -195,7 +195,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     """Register a rule for operations by their base name."""
 
     def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, function))
+        RULES.update({name.rstrip("_") or name: function for name in names})  # as `operation_name` has it
         return function
 
     return register
@@ -302,7 +302,7 @@ def meet_statistics(node: Node, items: list[Node], result: Axes, context: Contex
 def _mark_branches(node: Node, result: Axes, branches: list[Node], context: Context) -> None:
     """Mark what meets: a residual stream where outputs of different layers are added, gated units."""
     name = operation_name(node)
-    if name in ADDITIONS and len({context.sources.get(item) for item in branches}) > 1:
+    if name in ADDITIONS and not _one_holds_all(branches, context):
         mark = "residual"
     elif name == "mul":
         mark = "gated"
@@ -314,6 +314,15 @@ def _mark_branches(node: Node, result: Axes, branches: list[Node], context: Cont
         labelled = [item for item in held if item is not None]
         if any(not np.array_equal(labelled[0], other) for other in labelled[1:]):
             context.units.mark(result[-back], mark)
+
+
+def _one_holds_all(branches: list[Node], context: Context) -> bool:
+    """Say whether one branch comes from all layers that the others come from: no layer is added by them.
+
+    So it is where something meets itself, scaled by other layers: x + x · gate(x), or a state space's D · x.
+    """
+    held = [context.sources.get(item, frozenset()) for item in branches]
+    return not held or max(held, key=len) == frozenset().union(*held)
 
 
 def broadcast(items: list[tuple[Axes, list[int]]], rank: int, node: Node, context: Context) -> Axes:
