@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cria_prune.structure.rules import attention, layers, shape
+from cria_prune.structure.rules import attention, computed, layers, shape
 from cria_prune.structure.rules.core import RULES
 
 FOLDER = Path(shape.__file__).parent
@@ -14,7 +14,13 @@ FOLDER = Path(shape.__file__).parent
 
 def test_a_fresh_process_knows_every_rule() -> None:
     """Modules register their rules when they are imported; this suite imports all of them."""
-    here = {layers.__name__, attention.__name__, shape.__name__, f"{shape.__package__}.core"}
+    here = {
+        layers.__name__,
+        attention.__name__,
+        computed.__name__,
+        shape.__name__,
+        f"{shape.__package__}.core",
+    }
     assert here == {f"{shape.__package__}.{path.stem}" for path in FOLDER.glob("[!_]*.py")}
     code = "from cria_prune.structure import trace; print(*sorted(trace.RULES))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -33,12 +33,8 @@ class Place:
 
     def holds(self, tensor: Tensor) -> bool:
         """Say whether a tensor is what lies there now."""
-        return tensor is self.held()
-
-    def held(self) -> Tensor | None:
-        """Return what lies there now."""
-        found = self.module._parameters.get(self.local)
-        return self.module._buffers.get(self.local) if found is None else found
+        held = self.module._parameters.get(self.local)
+        return tensor is (self.module._buffers.get(self.local) if held is None else held)
 
 
 def is_dispatched(model: nn.Module) -> bool:

@@ -199,9 +199,7 @@ class Taps(TorchFunctionMode):
             name = self._name(key) if isinstance(key, Tensor) else None
             if name is None:
                 continue
-            view = 0
-            if func not in NORMS:
-                view = self._views.of(name, self._whole(name), key)
+            view = 0 if func in NORMS else self._views.of(name, key)
             # A tied embedding is called as a table and in a product: the site says which of the two is meant.
             ends = ("rows",) if signature.rows else ("input", "output")
             asked = {site_of(end, 0 if signature.rows else view) for end in ends}
@@ -220,11 +218,3 @@ class Taps(TorchFunctionMode):
             if place.holds(tensor) or (tensor._base is not None and place.holds(tensor._base)):
                 return name
         return None
-
-    def _whole(self, name: str) -> Tensor:
-        """Return a parameter as it lies now."""
-        for place, other in self._places:
-            held = place.held()
-            if other == name and held is not None:
-                return held
-        return self._weights.tensors[name]

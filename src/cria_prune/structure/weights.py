@@ -43,18 +43,18 @@ def layout(tensor: Any) -> Layout:
 class ViewNumbers:
     """Numbers the views of each parameter, in the order in which layers read them.
 
-    Offsets and sizes change with a cut, and the order does not. The parameter as it lies is number 0.
+    Offsets and sizes change with a cut, and the order does not. Most are read in one way, which is number 0.
     """
 
     def __init__(self) -> None:
         self._seen: dict[str, dict[Layout, int]] = {}
 
-    def of(self, name: str, whole: Any, read: Any) -> int:
-        """Return the number of what was read of a parameter.
+    def of(self, name: str, read: Any) -> int:
+        """Return the number of what a layer reads of a parameter.
 
         Args:
-            name: of the parameter; whole: its tensor.
-            read: the tensor that a layer reads.
+            name: of the parameter.
+            read: the tensor that the layer reads.
         """
-        seen = self._seen.setdefault(name, {layout(whole): 0})
+        seen = self._seen.setdefault(name, {})
         return seen.setdefault(layout(read), len(seen))

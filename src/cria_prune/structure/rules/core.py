@@ -41,7 +41,7 @@ class WeightUse:
     Attributes:
         node: the call.
         weight: the parameter that the weight is, is a view of, or is mainly computed from.
-        view: its number, of the views of this parameter that layers read; 0 for the parameter itself.
+        view: its number, of the views of this parameter that layers read.
         consumed, produced: (parameter, dimension) pairs that lie along what the call sums over, and along
             what it makes.
         entering, leaving: the signals.
@@ -159,7 +159,6 @@ class Context:
             return
         order = {name: tuple(map(len, self.labels[name])) for name in self.labels if name in names}
         main = main_tensor(order)
-        whole = next(item for item in before if self.names.get(item) == main)
         ties = [number for item in before for number in self.weight_ties.get(item, ())]
         consumed, produced = (
             self._origins([self.axes[weight][dim] for dim in places], ties, order) for places in dims
@@ -170,7 +169,7 @@ class Context:
             for signal in (*entering, *leaving):
                 self.units.mark(signal.atoms, "normed")
         share = math.prod(shape(weight)) / max(math.prod(order[main]), 1)
-        view = self.views.of(main, whole.meta["val"], weight.meta["val"])
+        view = self.views.of(main, weight.meta["val"])
         self.uses.append(
             WeightUse(
                 node, main, view, consumed, produced, tuple(entering), tuple(leaving), positions * share
