@@ -170,8 +170,13 @@ def batch_norm(node: Node, context: Context) -> Axes:
     follow_units(context, node, axes[1], *node.args[1:5])
     if axes[1] is not None:
         context.count(node, len(axes[1]), axes[1], "num_features")
+    reduced = [*axes[:1], *axes[2:]]
     if operation_name(node) == "instance_norm":
         freeze_all(axes[2:], context, f"is reduced over by {context.where(node)}")
+    elif node not in context.data:
+        # A standardised weight: its statistics are those of the inputs that stay, see the twin of operations.
+        for atoms in reduced:
+            context.units.mark(atoms, "normed")
     return axes
 
 
@@ -233,7 +238,7 @@ def reduction(node: Node, context: Context) -> Any:
     # mean comes back to the very positions it was taken over.
     normalises = name in STATISTICS and all(_is_broadcast_back(node, dim) for dim in reduced)
     for dim in reduced:
-        if node not in context.data:
+        if node not in context.data and name in STATISTICS:
             # Of a weight: the others change with it, as the twin of operations shows.
             context.units.mark(axes[dim], "normed")
         elif normalises:
@@ -261,7 +266,10 @@ def reduced_dims(node: Node, rank: int) -> set[int]:
     return reduced or set(range(rank))
 
 
-STATISTICS = {"mean", "var", "std", "sum", "amax", "amin", "linalg_vector_norm", "norm"}
+STATISTICS = {
+    *("mean", "var", "std", "var_mean", "std_mean"),
+    *("sum", "amax", "amin", "linalg_vector_norm", "norm"),
+}
 
 
 def _is_broadcast_back(node: Node, dim: int) -> bool:
@@ -269,6 +277,8 @@ def _is_broadcast_back(node: Node, dim: int) -> bool:
 
     So it is in a hand-written normalisation, x / sqrt(mean(x²)): nothing else reads the statistic.
     """
+    if isinstance(node.meta["val"], (tuple, list)):  # mean and variance at once are not followed
+        return False
     if any(item == 0 for item in shape(node)) or len(shape(node)) != len(shape(node.all_input_nodes[0])):
         return False
     back = dim - len(shape(node))
