@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -184,8 +185,8 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False, share: bool = 
         restate(module, {local: shape for local, (_, shape) in shapes.items()}, depthwise)
     for path, whole in computed.items():
         module = recomputed(target, path)
-        held = [key for key, size in owners[path][1].values() if len(size) > 1]
-        restate(module, whole, not following.isdisjoint(held))
+        largest = max(owners[path][1].values(), key=lambda item: math.prod(item[1]))[0]
+        restate(module, whole, largest in following)
     restate_attributes(target, plan)
     return target
 

@@ -159,9 +159,11 @@ class Context:
             return
         order = {name: tuple(map(len, self.labels[name])) for name in self.labels if name in names}
         main = main_tensor(order)
+        # What scales one side alone (the lengths of a weight norm) follows the units, as a bias does.
+        parts = [name for name, sizes in order.items() if name == main or sum(size > 1 for size in sizes) > 1]
         ties = [number for item in before for number in self.weight_ties.get(item, ())]
         consumed, produced = (
-            self._origins([self.axes[weight][dim] for dim in places], ties, order) for places in dims
+            self._origins([self.axes[weight][dim] for dim in places], ties, parts) for places in dims
         )
         # What is only moved can be zeroed, and refitted, in the parameter. Where more is done to it,
         # only the operations themselves say what becomes of the others when some leave.
