@@ -43,15 +43,20 @@ class Signature(NamedTuple):
     keys: tuple[Argument, ...]
     rows: bool = False  # an embedding: its result is the signal at the site `rows`
     product: bool = False  # either of data and key may be the weight
+    summed: int = 1  # the dimension of the weight that is summed over
 
 
 EINSUM = torch.functional.einsum
 DATA, WEIGHT = Argument(0, "input"), Argument(1, "weight")
-WEIGHTED = [getattr(functional, f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3)]
+WEIGHTED = [getattr(functional, f"conv{n}d") for n in (1, 2, 3)]
+TURNED = [getattr(functional, f"conv_transpose{n}d") for n in (1, 2, 3)]
 PRODUCTS = [torch.matmul, Tensor.matmul, Tensor.__matmul__]
 SIGNATURES: dict[Any, Signature] = {
     **dict.fromkeys([functional.linear, torch.convolution, *WEIGHTED], Signature(DATA, (WEIGHT,))),
-    **dict.fromkeys([torch.addmm, Tensor.addmm], Signature(Argument(1, "mat1"), (Argument(2, "mat2"),))),
+    **dict.fromkeys(TURNED, Signature(DATA, (WEIGHT,), summed=0)),
+    **dict.fromkeys(
+        [torch.addmm, Tensor.addmm], Signature(Argument(1, "mat1"), (Argument(2, "mat2"),), summed=0)
+    ),
     **dict.fromkeys([torch.mm, Tensor.mm], Signature(DATA, (Argument(1, "mat2"),), product=True)),
     **dict.fromkeys(PRODUCTS, Signature(DATA, (Argument(1, "other"),), product=True)),
     EINSUM: Signature(Argument(1, "operands"), (Argument(2, "operands"),), product=True),
@@ -104,6 +109,13 @@ class Weights:
     def main(self, names: frozenset[str]) -> str:
         """Name the parameter that a weight goes by."""
         return main_tensor({name: tuple(self.tensors[name].shape) for name in self.tensors if name in names})
+
+
+def _summed(equation: str, first: bool) -> list[int]:
+    """Return the dimensions of a weight that an einsum sums over; `first`: it is the first operand."""
+    terms, _, result = equation.replace(" ", "").partition("->")
+    weight, data = terms.split(",")[:: 1 if first else -1]
+    return [place for place, letter in enumerate(weight) if letter in data and letter not in result]
 
 
 def _flat(items: Iterable[Any]) -> Iterator[Tensor]:
@@ -190,16 +202,19 @@ class Taps(TorchFunctionMode):
         data, keys = signature.data.of(args, kwargs), [key.of(args, kwargs) for key in signature.keys]
         if not isinstance(data, Tensor) or (func is EINSUM and len(args) != 3):
             return None, ()
+        summed: Sequence[int] = (signature.summed,)
         if signature.product and isinstance(keys[0], Tensor):
-            if self._name(keys[0]) is None:
+            swapped = self._name(keys[0]) is None
+            if swapped:
                 data, keys = keys[0], [data]
+            summed = _summed(str(args[0]), swapped) if func is EINSUM else (int(swapped),)
             if self._name(data) is not None:  # a product of weights is a weight
                 return None, ()
         for key in keys:
             name = self._name(key) if isinstance(key, Tensor) else None
             if name is None:
                 continue
-            view = 0 if func in NORMS else self._views.of(name, key)
+            view = 0 if func in NORMS else self._views.of(name, key, summed)
             # A tied embedding is called as a table and in a product: the site says which of the two is meant.
             ends = ("rows",) if signature.rows else ("input", "output")
             asked = {site_of(end, 0 if signature.rows else view) for end in ends}

@@ -7,6 +7,7 @@ on it.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +95,10 @@ def capture(model: nn.Module, example: Batch, dynamic: Any = None) -> ExportedPr
     ):
         model.eval()
         try:
-            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
+            with warnings.catch_warnings():
+                # The old weight norm leaves its weight on the module, and computes it anew in every forward.
+                warnings.filterwarnings("ignore", message=r".*assigned during export")
+                return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
         except Exception as error:
             check_memory(error, f"Capturing the operations of {type(model).__name__}", SMALLER)
             _raise_clear(model, args, kwargs, error)

@@ -7,7 +7,7 @@ layers while the model runs: the rules here are those of both sides.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 VIEWS = frozenset({
@@ -47,14 +47,16 @@ class ViewNumbers:
     """
 
     def __init__(self) -> None:
-        self._seen: dict[str, dict[Layout, int]] = {}
+        self._seen: dict[str, dict[tuple[Layout, tuple[int, ...]], int]] = {}
 
-    def of(self, name: str, read: Any) -> int:
+    def of(self, name: str, read: Any, summed: Sequence[int]) -> int:
         """Return the number of what a layer reads of a parameter.
 
         Args:
             name: of the parameter.
             read: the tensor that the layer reads.
+            summed: its dimensions that the layer sums over; a linear layer sums over the last, a product over
+                the first. A layer that sums over none is taken for one that sums over the second.
         """
         seen = self._seen.setdefault(name, {})
-        return seen.setdefault(layout(read), len(seen))
+        return seen.setdefault((layout(read), tuple(summed) or (1,)), len(seen))

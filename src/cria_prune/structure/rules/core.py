@@ -171,7 +171,7 @@ class Context:
             for signal in (*entering, *leaving):
                 self.units.mark(signal.atoms, "normed")
         share = math.prod(shape(weight)) / max(math.prod(order[main]), 1)
-        view = self.views.of(main, weight.meta["val"])
+        view = self.views.of(main, weight.meta["val"], dims[0])
         self.uses.append(
             WeightUse(
                 node, main, view, consumed, produced, tuple(entering), tuple(leaving), positions * share
