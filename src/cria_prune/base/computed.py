@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,16 +13,10 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from cria_prune.base.modules import copy_of, modes_kept
+from cria_prune.base.errors import StructureError, said
+from cria_prune.base.modules import copy_of, modes_kept, norm_hooks
 
 LIST = "parametrizations"
-
-
-def _hooks(module: nn.Module) -> Iterator[WeightNorm | SpectralNorm]:
-    """Yield the hooks of `torch.nn.utils.weight_norm` and `spectral_norm` on a module."""
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, (WeightNorm, SpectralNorm)):
-            yield hook
 
 
 def _holder(path: str) -> tuple[str, str]:
@@ -46,14 +40,27 @@ def computed_shapes(model: nn.Module, path: str) -> dict[str, tuple[int, ...]]:
         module.eval()  # in training a spectral norm changes its buffers
         if name and is_parametrized(module, name):
             return {name: tuple(getattr(module, name).shape)}
-        return {hook.name: tuple(getattr(module, hook.name).shape) for hook in _hooks(module)}
+        return {hook.name: tuple(getattr(module, hook.name).shape) for hook in norm_hooks(module)}
 
 
 def recomputed(model: nn.Module, path: str) -> nn.Module:
-    """Return the module that computes a weight of some tensors, with the weight of those that it has now."""
-    module = model.get_submodule(_holder(path)[0])
+    """Return the module that computes a weight of some tensors, with the weight of those that it has now.
+
+    Raises:
+        StructureError: it cannot compute one of them.
+    """
+    holder, name = _holder(path)
+    module = model.get_submodule(holder)
     with torch.no_grad():
-        for hook in _hooks(module):
+        try:
+            computed_shapes(model, path)
+        except Exception as error:  # whatever the parametrization raises
+            raise StructureError(
+                f"Cutting the parametrized {name!r} of {holder!r}",
+                said(error),
+                "Fold it into a plain weight first: torch.nn.utils.parametrize.remove_parametrizations",
+            ) from error
+        for hook in norm_hooks(module):
             if isinstance(hook, SpectralNorm):
                 weight = hook.compute_weight(module, do_power_iteration=False)
             else:
@@ -90,7 +97,7 @@ def settable(model: nn.Module) -> list[Computed]:
         if None in local.values():  # all of a module's, or none
             continue
         names = {name: f"{LIST}.{name}.{source}" for name, source in local.items()}
-        hooks = [hook for hook in _hooks(module) if isinstance(hook, WeightNorm)]
+        hooks = [hook for hook in norm_hooks(module) if isinstance(hook, WeightNorm)]
         names |= {hook.name: f"{hook.name}_v" for hook in hooks}
         found += [Computed(path, name, f"{path}.{source}".strip(".")) for name, source in names.items()]
     return found
@@ -148,7 +155,7 @@ def set_weight(model: nn.Module, item: Computed, value: Tensor) -> None:
         if is_parametrized(module, item.name):
             setattr(module, item.name, value)
             return
-        for hook in _hooks(module):
+        for hook in norm_hooks(module):
             if isinstance(hook, WeightNorm) and hook.name == item.name:
                 cast(Tensor, getattr(module, f"{item.name}_v")).copy_(value)
                 lengths = torch.norm_except_dim(value, 2, hook.dim)

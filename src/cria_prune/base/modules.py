@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from cria_prune.base.attention import plain_attention
 from cria_prune.base.errors import SignalError, StructureError, first_line
@@ -59,30 +61,32 @@ def copy_of(model: nn.Module, replaced: dict[int, Any] | None = None) -> nn.Modu
         StructureError: the model holds something that cannot be copied, such as a computed tensor.
     """
     try:
-        return copy.deepcopy(model, {**_computed(model), **(replaced or {})})
+        return copy.deepcopy(model, {**_left_by_hooks(model), **(replaced or {})})
     except Exception as error:  # whatever the model's parts raise
         computed = "graph leaves" in str(error)
         raise StructureError(
             f"A copy of {type(model).__name__}",
             first_line(error),
-            "Detach the tensors that were computed with gradients, or keep them off the model"
+            "Keep the tensors that were computed with gradients off the model, or detach computed tensors"
             if computed
             else "Keep what cannot be copied (locks, files, handles) off the model, or give it __deepcopy__",
         ) from error
 
 
-def _computed(model: nn.Module) -> dict[int, Any]:
-    """Return, by their id, detached copies of the tensors that modules keep of their last forward.
+def norm_hooks(module: nn.Module) -> Iterator[WeightNorm | SpectralNorm]:
+    """Yield the hooks of `torch.nn.utils.weight_norm` and `spectral_norm` on a module."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, (WeightNorm, SpectralNorm)):
+            yield hook
 
-    The hooks of the old weight and spectral norms leave the weight that they computed on the module, with its
-    graph of gradients, which no deep copy takes. They compute it anew in every forward.
+
+def _left_by_hooks(model: nn.Module) -> dict[int, Any]:
+    """Return, by their id, detached copies of the weights that `norm_hooks` left on their modules.
+
+    They hang on a graph of gradients, which no deep copy takes, and are computed anew in every forward.
     """
-    return {
-        id(item): item.detach().clone()
-        for module in model.modules()
-        for item in vars(module).values()
-        if isinstance(item, Tensor) and item.grad_fn is not None
-    }
+    kept = (getattr(module, hook.name, None) for module in model.modules() for hook in norm_hooks(module))
+    return {id(item): item.detach().clone() for item in kept if isinstance(item, Tensor)}
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:

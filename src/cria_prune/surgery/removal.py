@@ -172,6 +172,8 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False, share: bool = 
     following = {id(tensors[cut.tensor]) for cut in plan.cuts if cut.role == "follows" and cut.dim == 0}
     owners = _owners(model, before)
     computed = {path: whole for path in owners if (whole := computed_shapes(model, path))}
+    if inplace and computed:
+        apply(model, plan, share=True)  # what is computed of the smaller tensors may fail
     target = model
     if not inplace:
         # The copy takes the cut tensors in place of the whole ones, so what is cut away is never copied.

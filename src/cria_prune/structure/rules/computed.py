@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch.fx import Node
 
 from cria_prune.structure.axes import Axes
-from cria_prune.structure.rules.core import Context, argument, no_rule, operation_name, rule, shape
+from cria_prune.structure.rules.core import Context, argument, broadcast, no_rule, operation_name, rule, shape
 
 FIXED = "meets a tensor of fixed size in"
 
@@ -50,10 +50,6 @@ def product_of_parameters(node: Node, left: Node, right: Node, context: Context)
     first, second = context.of(left), context.of(right)
     summed = context.units.tie(first[-1], second[-2], f"{FIXED} {context.where(node)}")
     context.units.fix(summed, f"is summed over inside a weight by {context.where(node)}")
-    batch: Axes = [None] * (len(shape(node)) - 2)
-    for axes, sizes in ((first[:-2], shape(left)[:-2]), (second[:-2], shape(right)[:-2])):
-        for back, (atoms, size) in enumerate(zip(reversed(axes), reversed(sizes), strict=True), 1):
-            if size != 1 and atoms is not None:
-                held = batch[-back]
-                batch[-back] = atoms if held is None else context.units.tie(held, atoms, FIXED)
+    items = [(axes[:-2], shape(item)[:-2]) for axes, item in ((first, left), (second, right))]
+    batch = broadcast(items, len(shape(node)) - 2, node, context)
     return [*batch, first[-2], second[-1]]
