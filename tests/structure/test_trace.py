@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cria_prune.structure.rules import attention, experts, layers, positions, recurrent, shape
+from cria_prune.structure.rules import attention, computed, experts, layers, positions, recurrent, shape
 from cria_prune.structure.rules.core import RULES
 
 FOLDER = Path(shape.__file__).parent
@@ -14,7 +14,7 @@ FOLDER = Path(shape.__file__).parent
 
 def test_a_fresh_process_knows_every_rule() -> None:
     """Modules register their rules when they are imported; this suite imports all of them."""
-    rules = (layers, attention, experts, positions, recurrent, shape)
+    rules = (layers, attention, computed, experts, positions, recurrent, shape)
     here = {*(module.__name__ for module in rules), f"{shape.__package__}.core"}
     assert here == {f"{shape.__package__}.{path.stem}" for path in FOLDER.glob("[!_]*.py")}
     code = "from cria_prune.structure import trace; print(*sorted(trace.RULES))"

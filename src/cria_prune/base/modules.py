@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from cria_prune.base.attention import plain_attention
 from cria_prune.base.errors import SignalError, StructureError, first_line
@@ -69,7 +71,7 @@ def copy_and_memo(
     model: nn.Module, replaced: dict[int, Any] | None = None
 ) -> tuple[nn.Module, dict[int, Any]]:
     """Return what `copy_of` does, and what `copy.deepcopy` has kept of the copying."""
-    memo = {**computed_tensors(model), **(replaced or {})}
+    memo = {**computed_tensors(model), **_left_by_hooks(model), **(replaced or {})}
     try:
         found = copy.deepcopy(model, memo)
     except Exception as error:  # whatever the model's parts raise
@@ -77,12 +79,28 @@ def copy_and_memo(
         raise StructureError(
             f"A copy of {type(model).__name__}",
             first_line(error),
-            "Undo the old weight_norm with torch.nn.utils.remove_weight_norm, or detach computed tensors"
+            "Keep the tensors that were computed with gradients off the model, or detach computed tensors"
             if computed
             else "Keep what cannot be copied (locks, files, handles) off the model, or give it __deepcopy__",
         ) from error
     rebind(found, memo)
     return found, memo
+
+
+def norm_hooks(module: nn.Module) -> Iterator[WeightNorm | SpectralNorm]:
+    """Yield the hooks of `torch.nn.utils.weight_norm` and `spectral_norm` on a module."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, (WeightNorm, SpectralNorm)):
+            yield hook
+
+
+def _left_by_hooks(model: nn.Module) -> dict[int, Any]:
+    """Return, by their id, detached copies of the weights that `norm_hooks` left on their modules.
+
+    They hang on a graph of gradients, which no deep copy takes, and are computed anew in every forward.
+    """
+    kept = (getattr(module, hook.name, None) for module in model.modules() for hook in norm_hooks(module))
+    return {id(item): item.detach().clone() for item in kept if isinstance(item, Tensor)}
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:

@@ -273,7 +273,10 @@ class Sampler:
                 f"the activation has the shape {tuple(activation.shape)}",
                 "Give the model batches with a leading batch dimension",
             )
-        rows, dim = len(activation), dim % activation.ndim
+        dim = dim % activation.ndim
+        if dim == 0:  # features first, as in W @ x.T: examples come next
+            activation, dim = activation.movedim(0, -1), activation.ndim - 1
+        rows = len(activation)
         # Windows and folded tokens are further rows of the same example. Rows
         # that do not divide may be routed tokens: each then counts as an example.
         each = rows // self._examples if rows % self._examples == 0 else 1
@@ -316,6 +319,8 @@ class Sampler:
 
     def taken(self, shape: Sequence[int], dim: int, examples: int) -> int:
         """Return how many samples `halves` gives of an activation of so many examples, without a mask."""
+        if dim % len(shape) == 0:
+            shape, dim = (*shape[1:], shape[0]), -1
         rows, dim = shape[0], dim % len(shape)
         each = math.prod(shape) // max(shape[dim] * rows, 1)
         if len(shape) > 2 and dim == 1:

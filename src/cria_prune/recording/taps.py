@@ -1,14 +1,15 @@
 """Reads the signals of unit groups while the model runs, without touching the model.
 
-Every call of a layer function (`linear`, `conv2d`, `batch_norm`, ...) is looked at, and told apart
-by the identity of its weight. So functional calls, shared modules and any class of module are read
-alike, and nothing is registered on the model that could stay behind. See docs/decisions/0002. The weights
-that accelerate loads for each forward have no identity that lasts: they are told by their place.
+Every call of a layer function (`linear`, `conv2d`, `batch_norm`, ...) is looked at, and told apart by its
+weight: a parameter, a view of one, or what is computed from some. So functional calls, shared modules and
+any class of module are read alike, and nothing is registered on the model that could stay behind. See
+docs/decisions/0002. The weights that accelerate loads for each forward have no identity that lasts: they are
+told by their place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -17,13 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 import cria_prune.base.experts  # noqa: F401  (it registers an operation that is read here)
 from cria_prune.base.dispatched import Place, first_names, is_dispatched, places
 from cria_prune.base.errors import CriterionError, StructureError
 from cria_prune.base.modules import named_tensors
 from cria_prune.recording.recurrent import is_recurrent, signals
-from cria_prune.structure.groups import Site
+from cria_prune.structure.groups import Site, end_of, site_of
+from cria_prune.structure.weights import ViewNumbers, main_tensor
 
 
 class Argument(NamedTuple):
@@ -43,25 +46,92 @@ class Signature(NamedTuple):
     data: Argument
     keys: tuple[Argument, ...]
     rows: bool = False  # an embedding: its result is the signal at the site `rows`
+    product: bool = False  # either of data and key may be the weight
+    summed: int = 1  # the dimension of the weight that is summed over
 
 
+EINSUM = torch.functional.einsum
 DATA, WEIGHT = Argument(0, "input"), Argument(1, "weight")
-WEIGHTED = [getattr(functional, f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3)]
+WEIGHTED = [getattr(functional, f"conv{n}d") for n in (1, 2, 3)]
+TURNED = [getattr(functional, f"conv_transpose{n}d") for n in (1, 2, 3)]
+PRODUCTS = [torch.matmul, Tensor.matmul, Tensor.__matmul__]
 ROUTED = torch.ops.cria_prune.routed_mm.default
 SIGNATURES: dict[Any, Signature] = {
     **dict.fromkeys([functional.linear, torch.convolution, *WEIGHTED], Signature(DATA, (WEIGHT,))),
-    **dict.fromkeys([torch.addmm, Tensor.addmm], Signature(Argument(1, "mat1"), (Argument(2, "mat2"),))),
-    **dict.fromkeys([torch.mm, Tensor.mm], Signature(DATA, (Argument(1, "mat2"),))),
+    **dict.fromkeys(TURNED, Signature(DATA, (WEIGHT,), summed=0)),
     **dict.fromkeys(
-        [torch.matmul, Tensor.matmul, Tensor.__matmul__], Signature(DATA, (Argument(1, "other"),))
+        [torch.addmm, Tensor.addmm], Signature(Argument(1, "mat1"), (Argument(2, "mat2"),), summed=0)
     ),
-    **dict.fromkeys([torch.bmm, Tensor.bmm], Signature(DATA, (Argument(1, "mat2"),))),
+    **dict.fromkeys([torch.bmm, Tensor.bmm], Signature(DATA, (Argument(1, "mat2"),), product=True)),
     ROUTED: Signature(DATA, (WEIGHT,)),
+    **dict.fromkeys([torch.mm, Tensor.mm], Signature(DATA, (Argument(1, "mat2"),), product=True)),
+    **dict.fromkeys(PRODUCTS, Signature(DATA, (Argument(1, "other"),), product=True)),
+    EINSUM: Signature(Argument(1, "operands"), (Argument(2, "operands"),), product=True),
     functional.embedding: Signature(DATA, (WEIGHT,), rows=True),
     functional.batch_norm: Signature(DATA, (Argument(3, "weight"), Argument(1, "running_mean"))),
     torch.batch_norm: Signature(DATA, (WEIGHT, Argument(3, "running_mean"))),
 }
 """The layer functions that are read, by the function objects that a mode sees."""
+NORMS = {functional.batch_norm, torch.batch_norm}
+
+
+class Weights:
+    """Knows, while a model runs, which tensors come from its parameters and buffers alone, and from which.
+
+    The same is found in the captured operations (`structure.weights`): what depends on an input is data.
+
+    Args:
+        model: the live model; it is only looked at.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        named = named_tensors(model)
+        self.first: dict[int, str] = {}
+        for name, tensor in named.items():
+            self.first.setdefault(id(tensor), name)
+        self.tensors = {name: named[name] for name in self.first.values()}
+        self._made: MutableMapping[Tensor, frozenset[str]] = WeakTensorKeyDictionary()
+
+    def origin(self, tensor: Tensor) -> frozenset[str] | None:
+        """Return the first names of the parameters that a tensor comes from; None where it is data."""
+        for item in (tensor, tensor._base):
+            if item is not None and id(item) in self.first:
+                return frozenset([self.first[id(item)]])
+        return self._made.get(tensor)
+
+    def follow(self, args: Iterable[Any], result: Any) -> None:
+        """Note what a function made of weights alone."""
+        made = [item for item in _flat([result]) if id(item) not in self.first]
+        if not made:
+            return
+        names = frozenset[str]()
+        for item in _flat(args):
+            found = self.origin(item)
+            if found is None:
+                return
+            names |= found
+        for item in made:
+            self._made[item] = names
+
+    def main(self, names: frozenset[str]) -> str:
+        """Name the parameter that a weight goes by."""
+        return main_tensor({name: tuple(self.tensors[name].shape) for name in self.tensors if name in names})
+
+
+def _summed(equation: str, first: bool) -> list[int]:
+    """Return the dimensions of a weight that an einsum sums over; `first`: it is the first operand."""
+    terms, _, result = equation.replace(" ", "").partition("->")
+    weight, data = terms.split(",")[:: 1 if first else -1]
+    return [place for place, letter in enumerate(weight) if letter in data and letter not in result]
+
+
+def _flat(items: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors of some arguments, lists opened."""
+    for item in items:
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, (list, tuple)):
+            yield from _flat(item)
 
 
 class Taps(TorchFunctionMode):
@@ -96,9 +166,10 @@ class Taps(TorchFunctionMode):
         self.routed: dict[str, Tensor] = {}
         tensors = named_tensors(model)
         self._receive = receive
-        self._sites: dict[int, list[tuple[str, Site]]] = {}
-        self._alive: list[Tensor] = []  # an id means something only as long as its tensor lives
-        self._places: list[tuple[Place, list[tuple[str, Site]]]] = []  # of weights without a lasting identity
+        self._weights, self._views = Weights(model), ViewNumbers()
+        self._sites: dict[str, list[tuple[str, Site]]] = {}
+        self._places: list[tuple[Place, str]] = []  # of weights without a lasting identity
+        first = first_names(model) if is_dispatched(model) else {}
         for name, site in dict.fromkeys(wanted):
             if name not in tensors:
                 raise StructureError(
@@ -106,13 +177,11 @@ class Taps(TorchFunctionMode):
                     f"{type(model).__name__} has no parameter or buffer of that name",
                     "Discover the unit groups of this model again",
                 )
-            self._alive.append(tensors[name])
-            self._sites.setdefault(id(tensors[name]), []).append((name, site))
-        if is_dispatched(model):
-            first = first_names(model)
-            held = {first[name]: sites for sites in self._sites.values() for name, _ in sites}
+            key = first.get(name) or self._weights.first[id(tensors[name])]
+            self._sites.setdefault(key, []).append((name, site))
+        if first:
             self._places = [
-                (place, held[first[name]]) for name, place in places(model).items() if first[name] in held
+                (place, first[name]) for name, place in places(model).items() if first[name] in self._sites
             ]
 
     def __torch_function__(
@@ -127,21 +196,17 @@ class Taps(TorchFunctionMode):
             self._read_recurrent(func, args, result)
             return result
         signature = SIGNATURES.get(func)
-        sites = self._wanted(signature, args, kwargs) if signature else ()
-        if signature:
-            # A tied embedding is called as a table and in a product: the site says which of the two is meant.
-            sites = [item for item in sites if (item[1] == "rows") == signature.rows]
-        if not signature or not sites:
-            return func(*args, **kwargs)
+        data, sites = self._reading(func, signature, args, kwargs) if signature else (None, ())
         for name, site in sites:
             # Before the call, while the data is sure to be what the operation reads.
-            if site == "input":
-                self._receive(name, site, signature.data.of(args, kwargs).detach())
+            if end_of(site) == "input" and data is not None:
+                self._receive(name, site, data.detach())
         if func is ROUTED:
             self._count([name for name, _ in sites], *args[1:3])
         result = func(*args, **kwargs)
+        self._weights.follow((*args, *kwargs.values()), result)
         for name, site in sites:
-            if site != "input":
+            if end_of(site) != "input":
                 self._receive(name, site, result.detach())
                 if self._watch is not None:
                     result = self._watch(name, site, result)
@@ -153,46 +218,21 @@ class Taps(TorchFunctionMode):
         for name in dict.fromkeys(names):
             self.routed[name] = self.routed[name] + rows if name in self.routed else rows
 
-    def _wanted(
-        self, signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Sequence[tuple[str, Site]]:
-        """Return the (name, site) pairs of the call's first key that is a wanted tensor, or its transpose."""
-        for key in signature.keys:
-            tensor = key.of(args, kwargs)
-            if isinstance(tensor, Tensor):
-                found = self._of(tensor)
-                if found:
-                    return found
-        return ()
-
-    def _of(self, tensor: Tensor) -> Sequence[tuple[str, Site]]:
-        """Return the (name, site) pairs of a tensor, or of what it is a view of; none if it is not wanted."""
-        # `x @ W.t()` names its weight through a view. A view of
-        # all elements is the weight, a view of a part is not.
-        base = tensor._base
-        whole = tensor if base is None or base.numel() != tensor.numel() else base
-        found = self._sites.get(id(tensor)) or self._sites.get(id(whole))
-        # Weights that accelerate loads are a new tensor in
-        # every forward, and are known by where they lie.
-        for place, sites in self._places:
-            if found:
-                break
-            found = sites if place.holds(tensor) or place.holds(whole) else None
-        return found or ()
-
     def _read_recurrent(self, func: Any, args: Sequence[Any], result: Any) -> None:
         """Hand over what is read and made inside a recurrent layer.
 
         Raises:
             CriterionError: the gradient of a signal is asked for, which the one operation does not give.
         """
-        if not any(self._of(item) for item in tree_leaves(args) if isinstance(item, Tensor)):
+        names = [self._name(item) or "" for item in tree_leaves(args) if isinstance(item, Tensor)]
+        if not any(self._sites.get(name) for name in names):
             return
         # Layers are run once more to look into them: that is no part of the model's own forward.
         with torch.no_grad():
             for item in signals(func, args, result):
-                for name, site in self._of(item.weight):
-                    if site != item.site:
+                key = self._name(item.weight)
+                for name, site in () if key is None else self._sites.get(key, ()):
+                    if site != site_of(item.site, self._views.of(key or "", item.weight, (1,))):
                         continue
                     if self._watch is not None and site == "output":
                         raise CriterionError(
@@ -201,3 +241,44 @@ class Taps(TorchFunctionMode):
                             "Use 'taylor', which takes the gradient of its weights",
                         )
                     self._receive(name, site, item.read().detach())
+
+    def _reading(
+        self, func: Any, signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Tensor | None, Sequence[tuple[str, Site]]]:
+        """Return the data that a call reads, and the wanted (name, site) pairs of what it reads it with."""
+        if func is EINSUM and len(args) == 2 and isinstance(args[1], (list, tuple)):
+            args = (args[0], *args[1])
+        data, keys = signature.data.of(args, kwargs), [key.of(args, kwargs) for key in signature.keys]
+        if not isinstance(data, Tensor) or (func is EINSUM and len(args) != 3):
+            return None, ()
+        summed: Sequence[int] = (signature.summed,)
+        if signature.product and isinstance(keys[0], Tensor):
+            swapped = self._name(keys[0]) is None
+            if swapped:
+                data, keys = keys[0], [data]
+            summed = _summed(str(args[0]), swapped) if func is EINSUM else (int(swapped),)
+            if self._name(data) is not None:  # a product of weights is a weight
+                return None, ()
+        for key in keys:
+            name = self._name(key) if isinstance(key, Tensor) else None
+            if name is None:
+                continue
+            view = 0 if func in NORMS else self._views.of(name, key, summed)
+            # A tied embedding is called as a table and in a product: the site says which of the two is meant.
+            ends = ("rows",) if signature.rows else ("input", "output")
+            asked = {site_of(end, 0 if signature.rows else view) for end in ends}
+            found = [item for item in self._sites.get(name, ()) if item[1] in asked]
+            if found:
+                return data, found
+        return data, ()
+
+    def _name(self, tensor: Tensor) -> str | None:
+        """Return the parameter that a weight goes by; None for data, and for a weight that is not wanted."""
+        names = self._weights.origin(tensor)
+        if names:
+            return self._weights.main(names)
+        # Weights that accelerate loads are a new tensor in every forward, and are known by where they lie.
+        for place, name in self._places:
+            if place.holds(tensor) or (tensor._base is not None and place.holds(tensor._base)):
+                return name
+        return None

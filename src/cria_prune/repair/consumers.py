@@ -219,7 +219,11 @@ def compensate(
         # Under a norm the features that stay are not what was recorded once others have left.
         if len(stays) == group.size or group.normed:
             continue
+        made = {(item.tensor, item.dim) for item in group.producers}
         for item in group.consumers:
+            # Of a weight that is read forwards and transposed, a repair of one layer would change the other.
+            if (item.tensor, item.dim) in made:
+                continue
             moments = consumed.get(group.name, {}).get(item.tensor)
             if moments is None or not _along_signal(group, item):
                 continue

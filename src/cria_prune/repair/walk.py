@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from math import ceil, prod
 from pathlib import Path
@@ -32,6 +32,7 @@ from cria_prune.base.batches import (
     model_inputs,
     named_shortage,
 )
+from cria_prune.base.computed import Computed, folded, set_weight, settable
 from cria_prune.base.errors import DataError, StructureError
 from cria_prune.base.events import passed
 from cria_prune.base.modules import copy_of, device_of, random_kept
@@ -155,6 +156,16 @@ def walk(
         RankError: another process failed, or is gone.
     """
     passed("repair", plan=plan)
+    # A layer under a weight norm is refitted as the plain layer that it is between two trainings.
+    computed = settable(dense)
+    if computed:
+        names = {item.source: item.weight for item in computed}
+        cuts = tuple(replace(cut, tensor=names.get(cut.tensor, cut.tensor)) for cut in plan.cuts)
+        walked = walk(
+            folded(dense, computed), folded(smaller, computed), replace(plan, cuts=cuts), batches,
+            examples=examples, seed=seed, parts=parts, progress=progress, memory=memory, kept=kept,
+        )  # fmt: skip
+        return _unfolded(walked, smaller, computed)
     model = copy_of(smaller)
     tensors = canonical_tensors(model)
 
@@ -169,6 +180,23 @@ def walk(
         )  # fmt: skip
         repairs, left = walker.run()
     return Walked(model, tuple(repairs), left)
+
+
+def _unfolded(walked: Walked, smaller: nn.Module, computed: Sequence[Computed]) -> Walked:
+    """Return what a walk did to a model some of whose weights are computed."""
+    model = copy_of(smaller)
+    plain, refitted = canonical_tensors(walked.model), {item.tensor for item in walked.repairs}
+    with torch.no_grad():
+        for name, tensor in canonical_tensors(model).items():
+            if name in plain and not torch.equal(tensor, plain[name]):
+                tensor.copy_(plain[name])
+        for item in computed:
+            if item.weight in refitted:
+                set_weight(model, item, plain[item.weight].detach())
+    names = {item.weight: item.source for item in computed}
+    repairs = tuple(replace(item, tensor=names.get(item.tensor, item.tensor)) for item in walked.repairs)
+    left = {names.get(name, name): why for name, why in walked.left.items()}
+    return Walked(model, repairs, left)
 
 
 class Walker:

@@ -8,7 +8,7 @@ a grid is a dimension that is a product of others. See docs/decisions/0001 and 0
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -171,6 +171,8 @@ class Units:
 
     def __init__(self) -> None:
         self.count = 0
+        self._starts: list[int] = []
+        self._parents: dict[int, tuple[np.ndarray, ...]] = {}
         self._ties: list[tuple[np.ndarray, np.ndarray]] = []
         self._grids: list[Grid] = []
         self._frozen: list[tuple[np.ndarray, str]] = []
@@ -181,9 +183,12 @@ class Units:
         self._mixed: dict[int, np.ndarray] = {}
         self.unread = False
 
-    def fresh(self, size: int) -> np.ndarray:
-        """Return `size` new atoms."""
+    def fresh(self, size: int, *parents: np.ndarray) -> np.ndarray:
+        """Return `size` new atoms; `parents` are the atoms of the dimensions that they are a view of."""
         atoms = np.arange(self.count, self.count + size, dtype=np.int64)
+        if size:
+            self._starts.append(self.count)
+            self._parents[self.count] = parents
         self.count += size
         return atoms
 
@@ -200,6 +205,39 @@ class Units:
         if atoms is None or not atoms.size:
             return False
         return any(start <= atoms.flat[0] < stop for start, stop in self._made[name])
+
+    @property
+    def ties(self) -> int:
+        """How many ties were noted so far: a place in the order in which they came."""
+        return len(self._ties)
+
+    def blocks(self, atoms: np.ndarray) -> frozenset[int]:
+        """Return the first atoms of the dimensions that some atoms were made for."""
+        places = np.searchsorted(self._starts, np.unique(atoms), side="right") - 1
+        return frozenset(self._starts[place] for place in np.unique(places).tolist())
+
+    def origins(self, atoms: np.ndarray, ties: Iterable[int]) -> frozenset[int]:
+        """Return the blocks that a dimension comes from: through views, and these ties.
+
+        Args:
+            atoms: of the dimension.
+            ties: of the operations on weights alone, see `ties`; other ties say nothing of where a weight
+                comes from.
+        """
+        neighbours: dict[int, set[int]] = {}
+        for number in ties:
+            first, second = map(self.blocks, self._ties[number])
+            for one, other in ((first, second), (second, first)):
+                for block in one:
+                    neighbours.setdefault(block, set()).update(other)
+        found, waiting = set[int](), [*self.blocks(atoms)]
+        while waiting:
+            block = waiting.pop()
+            if block not in found:
+                found.add(block)
+                waiting += neighbours.get(block, ())
+                waiting += [item for parent in self._parents[block] for item in self.blocks(parent)]
+        return frozenset(found)
 
     def tie(self, first: Dim, second: Dim, reason: str) -> Dim:
         """Tie two dimensions position by position; a fixed one freezes the other with `reason`."""
@@ -254,7 +292,7 @@ class Units:
         # A projection splits into heads × size, a fused one into 3 × heads ×
         # size, a shuffle into 2 × half. At the split these look alike; so
         # every factor gets atoms, and what the operations do to each decides.
-        factors = tuple(self._noted("factor", self.fresh(sizes[axis])) for axis in varies)
+        factors = tuple(self._noted("factor", self.fresh(sizes[axis], grid)) for axis in varies)
         self._grids.append(Grid(grid, factors))
         for axis, factor in zip(varies, factors, strict=True):
             result[axis] = factor
@@ -275,9 +313,8 @@ class Units:
         if len(held) == 1:
             grid = held[0]
         else:
-            grid = self.fresh(int(np.prod([len(item) for item in held]))).reshape(
-                [len(item) for item in held]
-            )
+            sizes_held = [len(item) for item in held]
+            grid = self.fresh(int(np.prod(sizes_held)), *held).reshape(sizes_held)
             self._grids.append(Grid(grid, tuple(held)))
         merged = np.broadcast_to(grid.reshape(inner), sizes).ravel()
         if any(axis not in labelled and size > 1 for axis, size in enumerate(sizes)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -16,7 +16,18 @@ from cria_prune.base.events import passed
 from cria_prune.structure.account import UNREAD
 from cria_prune.structure.axes import Resolved
 from cria_prune.structure.calls import sized_calls
-from cria_prune.structure.groups import Count, ParameterSlice, Role, Site, Tap, UnitGroup, UnitGroups
+from cria_prune.structure.groups import (
+    ENDS,
+    Count,
+    ParameterSlice,
+    Role,
+    Site,
+    Tap,
+    UnitGroup,
+    UnitGroups,
+    end_of,
+    site_of,
+)
 from cria_prune.structure.rules.core import Context, Counted, WeightUse, operation_name
 from cria_prune.structure.trace import Trace, trace
 
@@ -166,13 +177,18 @@ def discover(
     passed("discover", model=model)
     traced = traced or trace(model, example, examples)
     context, tensors = traced.context, traced.tensors
-    roles: dict[tuple[str, int | None], set[Role]] = {}
+    roles: dict[tuple[str, int], set[Role]] = {}
     kinds: dict[str, str] = {}
     positions: dict[str, float] = {}
     for number, use in enumerate(context.uses):
-        roles.setdefault((use.weight, use.out_dim), set()).add("produces")
-        roles.setdefault((use.weight, use.in_dim), set()).add("consumes")
-        kinds[use.weight] = "channel" if operation_name(use.node).startswith("conv") else "neuron"
+        kind = "channel" if operation_name(use.node).startswith("conv") else "neuron"
+        kinds[use.weight] = kind
+        sides: tuple[tuple[Role, tuple[tuple[str, int], ...]], ...]
+        sides = (("produces", use.produced), ("consumes", use.consumed))
+        for role, places in sides:
+            for name, dim in places:
+                roles.setdefault((name, dim), set()).add(role)
+                kinds.setdefault(name, kind)
         if number < traced.uses:  # what an example costs is what its evaluation does
             positions[use.weight] = positions.get(use.weight, 0.0) + use.per_element / batch_size(example)
     for place in context.picks:
@@ -269,27 +285,31 @@ def _embeddings(traced: Trace) -> tuple[str, ...]:
     context, tensors, frozen = traced.context, traced.tensors, traced.resolved.frozen
     picked = {use.weight for use in context.uses if operation_name(use.node) == "embedding"}
     tokens = max((tuple(tensors[name].shape) for name in picked), default=())
-    for use in context.uses:
-        if tuple(tensors[use.weight].shape) == tokens and use.out_dim is not None:
-            units = traced.resolved.classes[context.labels[use.weight][use.out_dim]]
+    made = [place for use in context.uses for place in use.produced]
+    for name, dim in made:
+        if tuple(tensors[name].shape) == tokens:
+            units = traced.resolved.classes[context.labels[name][dim]]
             if all(int(unit) in frozen for unit in units):
-                picked.add(use.weight)
+                picked.add(name)
     return tuple(name for name in tensors if name in picked and isinstance(tensors[name], nn.Parameter))
 
 
-def _taps(context: Context, uses: Iterable[WeightUse]) -> dict[tuple[str, Site], Place]:
+def _taps(context: Context, uses: Iterable[WeightUse]) -> dict[tuple[str, Site, int], Place]:
     """Input-side signals leave a producer (or its batch norm); output-side ones enter a consumer."""
-    taps: dict[tuple[str, Site], Place] = {}
+    taps: dict[tuple[str, Site, int], Place] = {}
     for use in uses:
-        if use.out_dim is not None and use.leaving is not None:
-            # The signal before the activation is what the batch norm gives, if the layer has one to itself.
-            norm = _own_batch_norm(use.node)
-            statistics = next((context.tensors[item] for item in norm if item in context.tensors), None)
-            name = statistics or use.weight
-            site: Site = "rows" if operation_name(use.node) == "embedding" else "output"
-            taps.setdefault((name, site), Place(name, use.channel, site, use.leaving))
-        if use.in_dim is not None and use.entering is not None:
-            taps.setdefault((use.weight, "input"), Place(use.weight, use.channel, "input", use.entering))
+        # The signal before the activation is what the batch norm gives, if the layer has one to itself.
+        norm = _own_batch_norm(use.node)
+        statistics = next((context.names[item] for item in norm if item in context.names), None)
+        name, made = statistics or use.weight, "rows" if operation_name(use.node) == "embedding" else "output"
+        left = site_of(made, 0 if statistics or made == "rows" else use.view)
+        read = site_of("input", use.view)
+        if use.produced:
+            for item in use.leaving:
+                taps.setdefault((name, left, item.dim), Place(name, item.dim, left, item.atoms))
+        if use.consumed:
+            for item in use.entering:
+                taps.setdefault((use.weight, read, item.dim), Place(use.weight, item.dim, read, item.atoms))
     return taps
 
 
@@ -373,12 +393,12 @@ def _group(
         for item in [*made, *(item for item in items if item.place.kind in ("consumes", "follows", "picks"))]
     ]
     taps = {
-        site: tuple(
-            Tap(item.place.tensor, cast(Site, site), item.place.dim, item.positions[order])
+        end: tuple(
+            Tap(item.place.tensor, item.place.kind, item.place.dim, item.positions[order])
             for item in items
-            if item.place.kind == site
+            if end_of(item.place.kind) == end
         )
-        for site in get_args(Site)
+        for end in ENDS
     }
     reason = resolved.frozen.get(units[0])
     if reason is None and not any(item.role == "consumes" for item in slices):

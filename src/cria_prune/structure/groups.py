@@ -16,7 +16,27 @@ from cria_prune.structure.calls import SizedCall
 from cria_prune.structure.table import Row, Status, plain
 
 Role = Literal["produces", "consumes", "follows", "picks"]
-Site = Literal["output", "input", "rows"]
+Site = str
+"""Where a signal is read: `output`, `input` or `rows`; with the number of a view of the weight, `input:1`."""
+ENDS = ("output", "input", "rows")
+
+
+def site_of(end: str, view: int) -> Site:
+    """Return the site at one end of the operation that reads a view of a weight.
+
+    >>> site_of("input", 0), site_of("input", 2)
+    ('input', 'input:2')
+    """
+    return f"{end}:{view}" if view else end
+
+
+def end_of(site: Site) -> str:
+    """Return which end of an operation a site is.
+
+    >>> end_of("output:1")
+    'output'
+    """
+    return site.partition(":")[0]
 
 
 @dataclass(frozen=True)
@@ -47,8 +67,9 @@ class Tap:
             (a weight, or for a batch norm its weight, else its running mean).
         site: read the operation's `output` (input-side signal, before the activation)
             or its data `input` (output-side signal), or the `rows` that an embedding picks
-            (input-side; the same weight may also be used in a product).
-        dim: the dimension of that activation along which the units lie (1 or -1).
+            (input-side; the same weight may also be used in a product). Where an operation
+            reads a view of the parameter (a slice, its transpose) the site says which one.
+        dim: the dimension of that activation along which the units lie.
         positions: (units, width) int64, positions of each unit along `dim`.
     """
 
@@ -306,11 +327,11 @@ def said_values(
 def shrink(groups: UnitGroups, kept: Mapping[str, Sequence[int]]) -> UnitGroups:
     """Return the groups of the model after only the `kept` units (indices now) of the named groups stay."""
     removed = removed_positions(groups.groups, kept)
-    read: dict[tuple[str, Site], list[np.ndarray]] = {}
+    read: dict[tuple[str, Site, int], list[np.ndarray]] = {}
     for group in groups:
         gone = _gone(group, kept)
         for tap in (*group.inputs, *group.outputs):
-            read.setdefault((tap.tensor, tap.site), []).append(tap.positions[gone].ravel())
+            read.setdefault((tap.tensor, tap.site, tap.dim), []).append(tap.positions[gone].ravel())
     left = {key: np.unique(np.concatenate(parts)) for key, parts in read.items()}
     values, said = counted_values(groups.groups, kept), said_values(groups.groups, kept)
 
@@ -325,7 +346,8 @@ def shrink(groups: UnitGroups, kept: Mapping[str, Sequence[int]]) -> UnitGroups:
 
         inputs, outputs = (
             tuple(
-                replace(tap, positions=renumbered(tap.positions, left[tap.tensor, tap.site])) for tap in side
+                replace(tap, positions=renumbered(tap.positions, left[tap.tensor, tap.site, tap.dim]))
+                for tap in side
             )
             for side in (group.inputs, group.outputs)
         )

@@ -54,9 +54,9 @@ def _skips(addition: Addition, units: set[int], context: Context, classes: np.nd
 def _reads(number: int, units: set[int], context: Context, classes: np.ndarray) -> bool:
     """Say whether a use sums over any of these units."""
     use = context.uses[number]
-    if use.in_dim is None or use.entering is None:
-        return False
-    return not units.isdisjoint(np.unique(classes[use.entering]).tolist())
+    return bool(use.consumed) and any(
+        not units.isdisjoint(np.unique(classes[signal.atoms]).tolist()) for signal in use.entering
+    )
 
 
 def numbers(bits: int) -> Iterator[int]:

@@ -35,6 +35,7 @@ from cria_prune.structure.one_run import OneRun, one_run
 from cria_prune.structure.packed import PackedRows
 from cria_prune.structure.rules import (  # noqa: F401  (they register their rules)
     attention,
+    computed,
     experts,
     layers,
     positions,
@@ -46,11 +47,6 @@ from cria_prune.structure.skips import skipped
 
 LAYERS = {"linear", "conv1d", "conv2d", "conv3d"}
 """Their rules look at the shapes of weights and results only."""
-# The same elements under another shape or type: the weight that is read through one of these is still itself.
-VIEWS = {
-    *("t", "transpose", "permute", "numpy_T", "mT"),
-    *("to", "_to_copy", "detach", "alias", "contiguous", "clone"),
-}
 
 
 @dataclass(frozen=True)
@@ -139,7 +135,6 @@ def trace(model: nn.Module, example: Batch, examples: Sequence[Batch] = ()) -> T
         read.update(*(weights_read(item.program.graph, item.names) for item in trained))
     unread = [name for name in parameters if name not in read and name not in same]
     freeze_around(model, [item.program.graph for item in captured], context, unread, untrained)
-    _freeze_two_ways(context)
     notes = [note for item in captured for note in run_said(item.program)]
     if unread:
         notes.append(unread_said(unread))
@@ -221,6 +216,8 @@ def capture(
         # A copy for each try: some forwards keep caches on their module, and those of a failed export hold no
         # values.
         try:
+            # The old weight norm leaves its weight on the module, and computes it anew in every forward.
+            warnings.filterwarnings("ignore", message=r".*assigned during export")
             exported = shared_copy(model).train(training)
             with _hushed():
                 return torch.export.export(exported, args, kwargs, dynamic_shapes=dynamic, strict=False)
@@ -303,14 +300,14 @@ def _start(graph: Graph, context: Context, names: Mapping[str, str]) -> None:
                 context.data.add(node)
             else:
                 context.axes[node] = [*context.labels[name]]
-                context.tensors[node] = name
+                context.names[node] = name
 
 
 def _note_values(program: ExportedProgram | OneRun, context: Context, tensors: Mapping[str, Tensor]) -> None:
     """Note the constants and the whole numbers of buffers, which may be positions that are picked."""
     constants = program.graph_signature.inputs_to_lifted_tensor_constants
     for node in program.graph.nodes:
-        held = tensors.get(context.tensors.get(node, ""))
+        held = tensors.get(context.names.get(node, ""))
         value = program.constants[constants[node.name]] if node.name in constants else held
         if isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32):
             context.values[node] = value
@@ -342,11 +339,10 @@ def follow(graph: Graph, context: Context) -> Any:
                 read = [] if operation_name(node) in LAYERS else node.all_input_nodes
                 known = all(map(_has_plain_shape, (node, *read)))
                 rule = RULES.get(operation_name(node), no_rule) if known else no_rule
+                ties = context.units.ties
                 context.axes[node] = rule(node, context)
-                # Behind a transpose or a conversion a layer still has to find the name of its weight.
-                source = node.args[0] if node.args else None
-                if operation_name(node) in VIEWS and source in context.tensors:
-                    context.tensors[node] = context.tensors[source]
+                if node not in context.data:
+                    context.weight_ties[node] = range(ties, context.units.ties)
             else:
                 # A block under no_grad or autocast comes as a graph of
                 # its own. Without a look inside all of it would freeze.
@@ -355,7 +351,7 @@ def follow(graph: Graph, context: Context) -> Any:
             noted = [number for number in range(uses, len(context.uses)) if context.uses[number].read]
             context.upstream[node] |= sum(1 << number for number in noted)
             # A rule that notes a use with outputs was a layer's: what comes out of it has this one source.
-            own = sum(1 << number for number in noted if context.uses[number].out_dim is not None)
+            own = sum(1 << number for number in noted if context.uses[number].produced)
             context.sources[node] = own or context.sources[node]
             if not noted and node not in context.lost:
                 for item in node.all_input_nodes:
@@ -411,8 +407,7 @@ def _wrapper(wrapped: tuple[Graph, list[Any]], context: Context) -> Any:
     for inner, outer in zip(places, arguments, strict=True):
         if isinstance(outer, Node):
             context.axes[inner] = context.axes[outer]
-            if outer in context.tensors:
-                context.tensors[inner] = context.tensors[outer]
+            context.outer[inner] = outer
             if outer in context.data:
                 context.data.add(inner)
             context.sources[inner] = context.sources.get(outer, 0)
@@ -423,20 +418,6 @@ def _wrapper(wrapped: tuple[Graph, list[Any]], context: Context) -> Any:
     if isinstance(result, Node):
         return context.axes[result]
     return [context.axes[item] if isinstance(item, Node) else [] for item in result]
-
-
-def _freeze_two_ways(context: Context) -> None:
-    """Freeze a weight that is multiplied from both sides: its signals could not be told apart."""
-    roles: dict[tuple[str, int | None], set[str]] = {}
-    # A tied embedding is used both ways too: its columns are the rows that are picked, and are summed
-    # over in the output layer. Its two signals have sites of their own, so they are told apart.
-    for use in context.uses:
-        if operation_name(use.node) != "embedding":
-            roles.setdefault((use.weight, use.in_dim), set()).add("consumes")
-            roles.setdefault((use.weight, use.out_dim), set()).add("produces")
-    for (weight, dim), found in roles.items():
-        if dim is not None and len(found) > 1:
-            freeze_all(context.labels[weight], context, f"{weight!r} is used forwards and transposed")
 
 
 def parameter_names(program: ExportedProgram | OneRun, model: nn.Module) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cria_prune.base.attention import MultiheadAttention
+from cria_prune.base.computed import computed_shapes, recomputed
 from cria_prune.base.errors import StructureError
 from cria_prune.base.events import passed
 from cria_prune.base.kinds import unwrap
@@ -214,6 +216,9 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False, share: bool = 
     # A depthwise filter follows its channel; the outputs of a grouped convolution are produced.
     following = {id(tensors[cut.tensor]) for cut in plan.cuts if cut.role == "follows" and cut.dim == 0}
     owners = _owners(model, before)
+    computed = {path: whole for path in owners if (whole := computed_shapes(model, path))}
+    if inplace and computed:
+        apply(model, plan, share=True)  # what is computed of the smaller tensors may fail
     target = model
     if not inplace:
         # The copy takes the cut tensors in place of the whole ones, so what is cut away is never copied.
@@ -225,6 +230,10 @@ def apply(model: nn.Module, plan: Plan, *, inplace: bool = False, share: bool = 
             setattr(module, local, replaced[key])
         depthwise = shapes.get("weight", (0, ()))[0] in following
         restate(module, {local: shape for local, (_, shape) in shapes.items()}, depthwise)
+    for path, whole in computed.items():
+        module = recomputed(target, path)
+        largest = max(owners[path][1].values(), key=lambda item: math.prod(item[1]))[0]
+        restate(module, whole, largest in following)
     restate_attributes(target, plan)
     for path in dict.fromkeys(edit.module for edit in plan.calls):
         restate_calls(target.get_submodule(path), [edit.sizing for edit in plan.calls if edit.module == path])

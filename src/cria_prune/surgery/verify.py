@@ -164,6 +164,9 @@ class _Run:
             return _over_kept(target, args, gone[-1], -1)
         if name == "group_norm" and gone[1] is not None and argument(node, 1, "num_groups") == 1:
             return _over_kept(target, args, gone[1], 1)
+        # The same of a weight that is standardised by a batch norm over its inputs.
+        if name == "batch_norm" and argument(node, 5, "training") and gone:
+            return _standardised(target, args, gone)
         # The same of a norm that is written out: the mean, variance or norm is taken without them.
         if name in STATISTICS and any(item is not None for item in gone):
             return target(_kept(args[0], gone, node), *args[1:], **kwargs)
@@ -205,6 +208,23 @@ def _over_kept(target: Any, args: tuple[Any, ...], gone: Tensor, dim: int) -> Te
     result = torch.zeros_like(data)
     result.index_copy_(dim, kept, target(data.index_select(dim, kept), shape, *rest))
     return result
+
+
+def _standardised(target: Any, args: tuple[Any, ...], gone: list[Any]) -> Tensor:
+    """Normalise each channel by the statistics of what stays; the other positions are zero in the result."""
+    data = args[0]
+    kept = {
+        dim: _complement(data.shape[dim], positions)
+        for dim, positions in enumerate(gone)
+        if dim != 1 and positions is not None
+    }
+    for dim, stays in kept.items():
+        data = data.index_select(dim, stays)
+    value = target(data, *args[1:])
+    for dim, stays in kept.items():
+        whole = value.new_zeros([*value.shape[:dim], args[0].shape[dim], *value.shape[dim + 1 :]])
+        value = whole.index_copy_(dim, stays, value)
+    return cast(Tensor, value)
 
 
 def _complement(size: int, gone: Tensor) -> Tensor:

@@ -8,11 +8,12 @@ import numpy as np
 from torch.fx import Node
 
 from cria_prune.structure.axes import Axes, Dim
+from cria_prune.structure.rules.computed import product_of_parameters
 from cria_prune.structure.rules.core import (
     Context,
+    Signal,
     argument,
     broadcast,
-    freeze_all,
     no_rule,
     rule,
     shape,
@@ -33,7 +34,7 @@ def matmul(node: Node, context: Context) -> Any:
 def addmm(node: Node, context: Context) -> Any:
     """y = b + x W, as in GPT-2's Conv1D."""
     bias, data, weight = cast(tuple[Node, Node, Node], node.args[:3])
-    if weight not in context.tensors:
+    if weight in context.data:
         return no_rule(node, context)
     result = product(node, data, weight, context)
     follow_units(context, node, result[-1], bias)
@@ -52,17 +53,28 @@ def baddbmm(node: Node, context: Context) -> Any:
 def product(node: Node, left: Node, right: Node, context: Context) -> Any:
     """Return the axes of left @ right."""
     first, second = context.of(left), context.of(right)
+    apart = left not in context.data and right not in context.data
+    if apart and len(first) == len(second) == 2:
+        return product_of_parameters(node, left, right, context)
     if len(shape(right)) == 1:
         add_up(node, first[-1], second[0], context)
         return first[:-1]
     if len(shape(left)) == 1:
         add_up(node, second[-2], first[0], context)
         return [*second[:-2], second[-1]]
-    if right in context.tensors and len(second) == 2:
+    if apart:
+        return product_of_parameters(node, left, right, context)
+    if right not in context.data and len(second) == 2 and context.is_weight(right):
         context.units.tie(first[-1], second[0], context.fixed_by(left))
         context.use(node, right, (0, 1), -1, first[-1], second[1], float(np.prod(shape(node)[:-1])))
         return [*first[:-1], second[1]]
-    if right in context.tensors and left in context.data and len(first) == len(second) == 3:
+    if left not in context.data and len(first) == 2 and context.is_weight(left):
+        context.units.tie(first[1], second[-2], context.fixed_by(right))
+        sizes = shape(node)
+        times = float(np.prod(sizes)) / sizes[-2]
+        context.use(node, left, (1, 0), len(sizes) - 2, second[-2], first[0], times)
+        return [*second[:-2], first[0], second[-1]]
+    if len(first) == len(second) == 3 and left in context.data and context.is_weight(right):
         return stacked(node, left, right, context)
     # Two activations: their sum has no weight to cut. The dimension is fixed weakly,
     # for it is the size of a head, and the heads beside it in the grid are free.
@@ -149,7 +161,7 @@ def einsum(node: Node, context: Context) -> Any:
         for other in held[1:]:
             reason = f"meets a tensor of fixed size in {context.where(node)}"
             met[letter] = context.units.tie(met[letter], other, reason)
-    if not _einsum_weight(node, items, terms, result, context):
+    if not _einsum_weight(node, items, terms, result, met, context):
         for letter, dim in met.items():
             vector = any(term == letter for term in terms)
             if letter not in result and vector and not context.units.made_by("factor", dim):
@@ -164,30 +176,28 @@ def einsum(node: Node, context: Context) -> Any:
     return [met[letter] for letter in result]
 
 
-def _einsum_weight(node: Node, items: list[Node], terms: list[str], result: str, context: Context) -> bool:
-    """Note the use of a weight: activation × two-dimensional parameter with one summed letter."""
+def _einsum_weight(
+    node: Node, items: list[Node], terms: list[str], result: str, met: dict[str, Dim], context: Context
+) -> bool:
+    """Note the use of a weight: an activation times parameters, some letters summed and some made."""
     # A letter twice in one term is a diagonal.
-    if len(items) != 2 or len(set(terms[0])) != len(terms[0]) or len(set(terms[1])) != len(terms[1]):
+    if len(items) != 2 or any(len(set(term)) != len(term) for term in terms):
         return False
-    place = next((index for index in (0, 1) if items[index] in context.tensors), None)
-    if place is None or items[1 - place] not in context.data:
+    place = next((index for index in (0, 1) if items[index] not in context.data), None)
+    if place is None or items[1 - place] not in context.data or not context.is_weight(items[place]):
         return False
     weight, data = terms[place], terms[1 - place]
     summed = [letter for letter in weight if letter in data and letter not in result]
     made = [letter for letter in weight if letter not in data and letter in result]
-    if len(weight) != 2 or len(summed) != 1 or len(made) != 1:
+    # A letter of one term alone is summed before the other is looked at, and is no weight's input.
+    if not summed or not made or any(item not in result + "".join(summed) for item in weight + data):
         return False
-    entering = context.axes[items[1 - place]][data.index(summed[0])]
-    leaving = context.axes[items[place]][weight.index(made[0])]
-    positions = float(
-        np.prod([size for size, letter in zip(shape(node), result, strict=True) if letter != made[0]])
+    sizes = dict(zip(data, shape(items[1 - place]), strict=True))
+    times = float(np.prod([size for letter, size in sizes.items() if letter not in weight]))
+    entering, leaving = (
+        [Signal(term.index(letter), atoms) for letter in letters if (atoms := met[letter]) is not None]
+        for letters, term in ((summed, data), (made, result))
     )
-    dims = (weight.index(summed[0]), weight.index(made[0]))
-    if data[-1] != summed[0] or result[-1] != made[0]:  # its signals do not lie along the last dimension
-        freeze_all(
-            [entering, leaving],
-            context,
-            f"lies along another than the last dimension in {context.where(node)}",
-        )
-    context.use(node, items[place], dims, -1, entering, leaving, positions)
+    dims = [weight.index(letter) for letter in summed], [weight.index(letter) for letter in made]
+    context.use_along(node, items[place], dims, entering, leaving, times)
     return True

@@ -6,8 +6,11 @@ where there are several). An operation without a rule freezes what touches it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
 from typing import Any, cast
 
 import numpy as np
@@ -17,26 +20,48 @@ from torch.fx import Node
 from cria_prune.base.sizes import Operation
 from cria_prune.structure.account import NO_RULE
 from cria_prune.structure.axes import Axes, Dim, Units
+from cria_prune.structure.weights import VIEWS, ViewNumbers, main_tensor
 
 MODEL_INPUT = "is part of the model's input"
 Rule = Callable[[Node, "Context"], Any]
 RULES: dict[str, Rule] = {}
 
 
-@dataclass
+@dataclass(frozen=True)
+class Signal:
+    """A dimension of an activation along which units lie.
+
+    Attributes:
+        dim: of the activation.
+        atoms: along it.
+    """
+
+    dim: int
+    atoms: np.ndarray
+
+
+@dataclass(frozen=True)
 class WeightUse:
     """One call of an operation that sums over a weight: where its units come in and go out.
 
-    `read` says whether the output of the model depends on it.
+    Attributes:
+        node: the call.
+        weight: the parameter that the weight is, is a view of, or is mainly computed from.
+        view: its number, of the views of this parameter that layers read.
+        consumed, produced: (parameter, dimension) pairs that lie along what the call sums over, and along
+            what it makes.
+        entering, leaving: the signals.
+        per_element: multiplications per element of `weight`.
+        read: whether the output of the model depends on it.
     """
 
     node: Node
     weight: str
-    in_dim: int | None
-    out_dim: int | None
-    channel: int
-    entering: Dim
-    leaving: Dim
+    view: int
+    consumed: tuple[tuple[str, int], ...]
+    produced: tuple[tuple[str, int], ...]
+    entering: tuple[Signal, ...]
+    leaving: tuple[Signal, ...]
     per_element: float
     read: bool = True
 
@@ -101,10 +126,13 @@ class Context:
         units: the atoms.
         labels: parameter or buffer -> the atoms of its dimensions.
         axes: the axes of each node so far.
-        tensors: nodes that are a parameter or buffer, or a view of it with the same elements.
+        names: placeholder -> the parameter or buffer that it is.
+        outer: placeholder of a wrapper's graph -> the node that is given for it.
         data: nodes that depend on the model's inputs.
-        statistics: node -> (dimension counted from the back, atoms) that it is a statistic over.
+        statistics: node -> (dimension counted from the back, atoms) pairs that it is a statistic over.
         dropped: the same of a statistic whose dimension is gone, and will be put back.
+        weight_ties: node that no input reaches -> the numbers of the ties that it made.
+        views: of the parameters that layers read.
         sources: node -> the layers that produced it, with no other layer between: one bit for each of
             their uses, see `structure/skips.py`.
         upstream: node -> all uses of weights that it depends on, likewise.
@@ -120,10 +148,13 @@ class Context:
     units: Units
     labels: dict[str, list[np.ndarray]] = field(default_factory=dict)
     axes: dict[Node, Any] = field(default_factory=dict)
-    tensors: dict[Node, str] = field(default_factory=dict)
+    names: dict[Node, str] = field(default_factory=dict)
+    outer: dict[Node, Node] = field(default_factory=dict)
     data: set[Node] = field(default_factory=set)
-    statistics: dict[Node, tuple[int, np.ndarray]] = field(default_factory=dict)
-    dropped: dict[Node, tuple[int, np.ndarray]] = field(default_factory=dict)
+    statistics: dict[Node, list[tuple[int, np.ndarray]]] = field(default_factory=dict)
+    dropped: dict[Node, list[tuple[int, np.ndarray]]] = field(default_factory=dict)
+    weight_ties: dict[Node, range] = field(default_factory=dict)
+    views: ViewNumbers = field(default_factory=ViewNumbers)
     sources: dict[Node, int] = field(default_factory=dict)
     upstream: dict[Node, int] = field(default_factory=dict)
     additions: list[Addition] = field(default_factory=list)
@@ -161,54 +192,97 @@ class Context:
             )
             self.sized.append(Sized(module_path(node), operation, tuple(takes), tuple(gives), mixed, dim))
 
-    def parameter_dim(self, node: Node, axis: int) -> int | None:
-        """Return which dimension of its parameter an axis of this view is."""
-        atoms, labels = self.axes[node][axis], self.labels[self.tensors[node]]
-        return next((dim for dim, item in enumerate(labels) if item is atoms), None)
+    def is_weight(self, node: Node) -> bool:
+        """Say whether a node is a parameter or is computed from some, and from no input."""
+        return node not in self.data and any(item in self.names for item in self.made_from(node))
+
+    def made_from(self, node: Node) -> list[Node]:
+        """Return a node and all that it depends on; what depends on the input is left out."""
+        found, waiting = {node: None}, [node]
+        while waiting:
+            item = waiting.pop()
+            before = [self.outer[item]] if item in self.outer else item.all_input_nodes
+            fresh = [other for other in before if other not in found and other not in self.data]
+            found |= dict.fromkeys(fresh)
+            waiting += fresh
+        return [*found]
 
     def use(
         self, node: Node, weight: Node, dims: tuple[int | None, int | None],
         channel: int, entering: Dim, leaving: Dim, positions: float,
     ) -> None:  # fmt: skip
-        """Note a use of a weight whose axes `dims` (of this view of it) are summed over and produced.
+        """Note a use of a weight whose axes `dims` are summed over and produced, see `use_along`."""
+        summed, made = ((() if dim is None else (dim,)) for dim in dims)
+        into, out = (() if atoms is None else (Signal(channel, atoms),) for atoms in (entering, leaving))
+        self.use_along(node, weight, (summed, made), into, out, positions)
 
-        A weight that is computed, and no parameter, freezes its units.
+    def use_along(
+        self, node: Node, weight: Node, dims: tuple[Sequence[int], Sequence[int]],
+        entering: Sequence[Signal], leaving: Sequence[Signal], positions: float,
+    ) -> None:  # fmt: skip
+        """Note a use of a weight: a parameter, a view of one, or what is computed from some.
+
+        Args:
+            node: the call; weight: what it reads.
+            dims: the dimensions of the weight that are summed over, and those that are produced.
+            entering, leaving: the signals; those that are fixed are left out.
+            positions: multiplications per element of the weight.
         """
-        # A weight that is computed (a parametrization, a weight norm) cannot be
-        # cut as a parameter is. It is still noted where a parameter of its shape
-        # is behind it: its layer is listed and its multiplications are counted.
-        if weight in self.tensors:
-            in_dim, out_dim = (None if dim is None else self.parameter_dim(weight, dim) for dim in dims)
-            name = self.tensors[weight]
-        else:
-            reason = f"the weight of {self.where(node)} is computed, not a parameter"
-            freeze_all([entering, leaving], self, reason)
-            found = self.computed_from(weight)
-            if found is None:
-                return
-            name, (in_dim, out_dim) = found, dims
-            freeze_all(self.labels[name], self, reason)
-        read = not self.units.unread
-        self.uses.append(WeightUse(node, name, in_dim, out_dim, channel, entering, leaving, positions, read))
+        before = self.made_from(weight)
+        names = [self.names[item] for item in before if item in self.names]
+        if not names:
+            reason = f"the weight of {self.where(node)} is a constant"
+            for signal in (*entering, *leaving):
+                self.units.freeze(signal.atoms, reason)
+            return
+        order = {name: tuple(map(len, self.labels[name])) for name in self.labels if name in names}
+        main = main_tensor(order)
+        # What scales one side alone (the lengths of a weight norm) follows the units, as a bias does.
+        parts = [name for name, sizes in order.items() if name == main or sum(size > 1 for size in sizes) > 1]
+        ties = [number for item in before for number in self.weight_ties.get(item, ())]
+        consumed, produced = (
+            self._origins([self.axes[weight][dim] for dim in places], ties, parts) for places in dims
+        )
+        # What is only moved can be zeroed, and refitted, in the parameter. Where more is done to it,
+        # only the operations themselves say what becomes of the others when some leave.
+        if any(item.op == "call_function" and operation_name(item) not in VIEWS for item in before):
+            for signal in (*entering, *leaving):
+                self.units.mark(signal.atoms, "normed")
+        share = math.prod(shape(weight)) / max(math.prod(order[main]), 1)
+        view = self.views.of(main, weight.meta["val"], dims[0])
+        self.uses.append(
+            WeightUse(
+                node,
+                main,
+                view,
+                consumed,
+                produced,
+                tuple(entering),
+                tuple(leaving),
+                positions * share,
+                not self.units.unread,
+            )
+        )
 
-    def computed_from(self, weight: Node) -> str | None:
-        """Return the parameter of the same shape that a computed weight comes from, if there is one."""
-        waiting, seen = [weight], {weight}
-        while waiting:
-            node = waiting.pop()
-            if node in self.tensors and shape(node) == shape(weight):
-                return self.tensors[node]
-            # What is computed from the input is no weight at all, so the search stops there.
-            waiting += [item for item in node.all_input_nodes if item not in seen and item not in self.data]
-            seen.update(node.all_input_nodes)
-        return None
+    def _origins(
+        self, axes: Sequence[Dim], ties: Sequence[int], names: Iterable[str]
+    ) -> tuple[tuple[str, int], ...]:
+        """Return the dimensions of parameters that some dimensions of a weight come from."""
+        found = [self.units.origins(item, ties) for item in axes if item is not None]
+        blocks = frozenset().union(*found)
+        return tuple(
+            (name, dim)
+            for name in names
+            for dim, atoms in enumerate(self.labels[name])
+            if len(atoms) and int(atoms[0]) in blocks
+        )
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
     """Register a rule for operations by their base name."""
 
     def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, function))
+        RULES.update({name.rstrip("_") or name: function for name in names})  # as `operation_name` has it
         return function
 
     return register
@@ -305,12 +379,11 @@ def meet_statistics(node: Node, items: list[Node], result: Axes, context: Contex
     for item in items:
         if item in context.dropped:
             context.dropped[node] = context.dropped[item]
-        if item in context.statistics:
-            back, atoms = context.statistics[item]
+        for back, atoms in context.statistics.get(item, ()):
             met = result[back]
             # Not met yet: a mean + eps, or its root, is still the statistic.
             if shape(node)[back] == 1:
-                context.statistics[node] = (back, atoms)
+                context.statistics.setdefault(node, []).append((back, atoms))
             # A norm's statistic comes back to the units that it was taken over, and the twin
             # of operations can leave units out of it. One that meets anything else (a gate,
             # a classifier) changes with every cut, so its units stay (docs/decisions/0006).
@@ -325,7 +398,9 @@ def _mark_branches(node: Node, result: Axes, branches: list[Node], context: Cont
     """Note what meets: sums of outputs of different layers, of which some may skip; and gated units."""
     name = operation_name(node)
     added = tuple(dict.fromkeys(_added(name, branches, context))) if name in ADDITIONS else ()
-    if len(added) < 2 and name != "mul":
+    # Where one term comes from all layers that the others come from, no layer is added by them: something
+    # meets itself, scaled by other layers, as in x + x · gate(x), or a state space's D · x.
+    if (len(added) < 2 or reduce(or_, added) in added) and name != "mul":
         return
     for back in range(1, len(result) + 1):
         held = [context.axes[item][-back] for item in branches if back <= len(shape(item))]

@@ -58,8 +58,10 @@ def convolution(node: Node, context: Context) -> Any:
     turned = operation_name(node).startswith("conv_transpose")
     axes, weights = context.of(data), context.of(weight)
     summed, leaving = weights[:2] if turned else (weights[1], weights[0])
-    # A weight without atoms is a constant, or computed by an operation without a rule.
-    if summed is None or leaving is None:
+    depthwise = not turned and groups > 1 and argument_shape(node, 1)[1] == 1
+    # A weight without atoms is a constant, or computed by an operation without a rule. The one input of a
+    # depthwise filter may be a dimension that was squeezed and put back.
+    if (summed is None and not depthwise) or leaving is None:
         return no_rule(node, context)
     dims: tuple[int | None, int | None] = (0, 1) if turned else (1, 0)
     spatial = len(weights) - 2
@@ -70,7 +72,7 @@ def convolution(node: Node, context: Context) -> Any:
     if turned and groups > 1:
         # The first dimension has the inputs of all groups, the second the outputs of one.
         leaving, dims = _turned_groups(node, entering, weights, groups, context)
-    elif groups > 1 and argument_shape(node, 1)[1] == 1:
+    elif depthwise:
         # Depthwise: each input channel makes its own outputs, so both leave together.
         # A depthwise filter follows its channel like a bias: it has no dimension that sums over channels.
         multiplier = len(leaving) // groups
@@ -78,7 +80,7 @@ def convolution(node: Node, context: Context) -> Any:
         context.units.tie(repeated, leaving, context.fixed_by(data))
         context.units.freeze(summed, "is the single input of a depthwise filter")
         dims = (None, None)
-    elif groups > 1:
+    elif groups > 1 and summed is not None:
         # The weight has one dimension for the inputs of all groups. A group that lost more than another would
         # need a weight of another shape; so position i leaves all of them, on the side of the outputs too.
         context.units.tie(entering, np.tile(summed, groups), context.fixed_by(data))
@@ -198,8 +200,13 @@ def batch_norm(node: Node, context: Context) -> Axes:
     follow_units(context, node, axes[1], *node.args[1:5])
     if axes[1] is not None:
         context.count(node, len(axes[1]), axes[1], "num_features")
+    reduced = [*axes[:1], *axes[2:]]
     if operation_name(node) == "instance_norm":
         freeze_all(axes[2:], context, f"is reduced over by {context.where(node)}")
+    elif node not in context.data:
+        # A standardised weight: its statistics are those of the inputs that stay, see the twin of operations.
+        for atoms in reduced:
+            context.units.mark(atoms, "normed")
     return axes
 
 
@@ -259,14 +266,18 @@ def reduction(node: Node, context: Context) -> Any:
     reduced = reduced_dims(node, len(axes))
     # x / sqrt(mean(x²)) is a norm that is written out: the
     # mean comes back to the very positions it was taken over.
-    normalises = len(reduced) == 1 and name in STATISTICS and _is_broadcast_back(node, *reduced)
+    kept = not isinstance(node.meta["val"], (tuple, list)) and len(shape(node)) == len(axes)
+    normalises = name in STATISTICS and all(_is_broadcast_back(node, dim) for dim in reduced)
+    normalises = normalises and (kept or len(reduced) == 1)
     for dim in reduced:
-        if normalises:
+        if node not in context.data and name in STATISTICS:
+            # Of a weight: the others change with it, as the twin of operations shows.
+            context.units.mark(axes[dim], "normed")
+        elif normalises:
             context.units.mark(axes[dim], "normed")
             if axes[dim] is not None:
-                kept = len(shape(node)) == len(axes)
                 table = context.statistics if kept else context.dropped
-                table[node] = (dim - len(axes), np.asarray(axes[dim]))
+                table.setdefault(node, []).append((dim - len(axes), np.asarray(axes[dim])))
         elif name == "sum" and not context.units.made_by("factor", axes[dim]):
             # A sum by hand (the scores of attention pooling) is a layer whose weights are one: it loses what
             # the units add. They are no zeros where a bias or exp stands between, so operations are the twin.
@@ -292,7 +303,10 @@ def reduced_dims(node: Node, rank: int) -> set[int]:
     return reduced or set(range(rank))
 
 
-STATISTICS = {"mean", "var", "std", "sum", "amax", "amin", "linalg_vector_norm", "norm"}
+STATISTICS = {
+    *("mean", "var", "std", "var_mean", "std_mean"),
+    *("sum", "amax", "amin", "linalg_vector_norm", "norm"),
+}
 
 
 def _is_broadcast_back(node: Node, dim: int) -> bool:
@@ -300,6 +314,8 @@ def _is_broadcast_back(node: Node, dim: int) -> bool:
 
     So it is in a hand-written normalisation, x / sqrt(mean(x²)): nothing else reads the statistic.
     """
+    if isinstance(node.meta["val"], (tuple, list)):  # mean and variance at once are not followed
+        return False
     rank = len(shape(node.all_input_nodes[0]))
     if any(item == 0 for item in shape(node)):
         return False

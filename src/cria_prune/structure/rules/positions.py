@@ -170,7 +170,7 @@ def picked(node: Node, index: Node, units: Any, context: Context) -> Any:
     """
     if units is None or len(shape(index)) != 1:
         return None
-    name, size = context.tensors.get(index), len(units)
+    name, size = context.names.get(index), len(units)
     if name is not None:
         value = context.values.get(index)
         if value is None or not _is_order(value, size) or not _only_picks(index):
@@ -211,7 +211,7 @@ def _only_picks(index: Node) -> bool:
 
 def _numbers(node: Node, context: Context) -> tuple[Tensor, bool] | None:
     """Return whole numbers that no input and no buffer has a part in, and whether they are written down."""
-    if node in context.values and node not in context.tensors:
+    if node in context.values and node not in context.names:
         return context.values[node].cpu(), True
     value = node.meta.get("val")
     if node.op != "call_function" or not isinstance(value, Tensor) or value.is_floating_point():
