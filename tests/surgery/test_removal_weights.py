@@ -39,8 +39,13 @@ class Joined(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c = nn.Linear(6, 12), nn.Linear(6, 10), nn.Linear(22, 9)
-        self.last = nn.Linear(9, 3)
+        sizes = (
+            (6, 12),
+            (6, 10),
+            (22, 9),
+            (9, 3),
+        )  # a bias that is not read keeps its units
+        self.a, self.b, self.c, self.last = (nn.Linear(*size, bias=False) for size in sizes)
 
     def forward(self, x: Tensor) -> Tensor:
         n = self.a.weight.shape[0]
