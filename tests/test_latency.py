@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -56,6 +57,30 @@ def test_what_groups_save_together_is_measured_too():
     assert 0.5 < found.together < 1 and apart[0] < apart[1] / 3
 
 
+def test_a_sum_of_noise_does_not_make_a_network_fast(monkeypatch):
+    torch.manual_seed(0)
+    layers = [layer for _ in range(12) for layer in (nn.Linear(16, 16), nn.ReLU())]
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), *layers, nn.Linear(16, 3))
+    groups = discover(model, BATCHES[0])
+    generator = torch.Generator().manual_seed(0)
+
+    def clock(model, batch):  # as if a fifth of the time went with the parameters, and the rest were noisy
+        share = elements(model, batch) / count_parameters(groups)
+        return 0.8 + 0.2 * share + 0.1 * float(torch.randn((), generator=generator))
+
+    def most():  # that one layer alone is said to save: a choice takes the best of many numbers
+        found = measure_latency(model, groups, PlanConfig(), BATCHES[0], timer=clock, seconds=0.0)
+        return max(max(each.values()) for each in found.saved.values()) / found.dense
+
+    true = max(
+        0.2 * (1 - count_parameters(groups, {group.name: 1}) / count_parameters(groups))
+        for group in groups.prunable
+    )
+    assert most() == pytest.approx(true, rel=0.5)
+    monkeypatch.setattr(latency, "drawn", lambda measured, expected, errors: np.asarray(measured))
+    assert most() > 3 * true
+
+
 def test_networks_take_turns_and_the_median_of_their_quotients_counts():
     times = {
         1: iter([9.0, 9.0, 1.0, 10.0, 1.0, 1.0, 2.0]),
@@ -69,6 +94,8 @@ def test_networks_take_turns_and_the_median_of_their_quotients_counts():
 
     found = compare_speed(nn.Linear(1, 1), nn.Linear(1, 2), BATCHES[0], seconds=0.0, timer=clock)
     assert (found.dense, found.pruned, found.ratio, found.turns) == (1.0, 0.6, 0.5, 5)
+    # Quotients 0.5, 0.5, 1, 0.6, 0.5: the median deviation is 0.
+    assert found.error == 0.0
     assert order == [1, 2, 1, 2, 1, 2, 2, 1, 1, 2, 2, 1, 1, 2]
     assert str(found) == "1e+03 -> 600 ms a batch, 2.00 times as fast"
 

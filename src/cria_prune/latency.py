@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
@@ -35,7 +34,8 @@ from cria_prune.base.events import passed
 from cria_prune.base.modules import buffers_kept, device_of, unchanged
 from cria_prune.base.progress import QUIET, Progress
 from cria_prune.config import PlanConfig
-from cria_prune.planning.latency import LatencyTable, Timed, structure_digest, together
+from cria_prune.planning.budget import Budget
+from cria_prune.planning.latency import LatencyTable, Timed, drawn, structure_digest, together
 from cria_prune.planning.plan import make_plan
 from cria_prune.planning.stairs import Allowed, Stair, levels, stairs
 from cria_prune.structure.groups import UnitGroups
@@ -49,6 +49,7 @@ LEAST, MOST = 5, 200  # turns for each width
 WARM = 2  # runs before the first turn
 FINAL = 5.0  # seconds of measuring the pruned network beside the dense one
 PARTS = (0.25, 0.5, 0.75)  # of all groups that are gone at once, to see what they save together
+NORMAL, MEDIAN = 1.4826, 1.2533  # deviation over the median one, error of a median over that of a mean
 TRIES, NEAR = 5, 0.03  # networks that are measured at most for a speed-up, and how near is near enough
 
 
@@ -76,12 +77,14 @@ class Speed:
         dense, pruned: median seconds of a batch.
         ratio: median of pruned / dense over neighbouring runs.
         turns: how many runs of each.
+        error: standard error of the ratio, by the median deviation of the turns.
     """
 
     dense: float
     pruned: float
     ratio: float
     turns: int
+    error: float = 0.0
 
     @property
     def reduction(self) -> float:
@@ -131,8 +134,10 @@ def compare_speed(
                 turns.append((timer(dense, batch), timer(pruned, batch)))
     before, after = (median(side) for side in zip(*turns, strict=True))
     # A clock may be too coarse for a tiny network: then it says nothing, and not infinity.
-    ratio = median(after / before if before else 1.0 for before, after in turns)
-    return Speed(before, after, ratio, len(turns))
+    ratios = [small / large if large else 1.0 for large, small in turns]
+    ratio = median(ratios)
+    deviation = NORMAL * median(abs(one - ratio) for one in ratios)
+    return Speed(before, after, ratio, len(turns), MEDIAN * deviation / len(turns) ** 0.5)
 
 
 def timing_batch(batches: Iterable[Batch], device: torch.device, examples: int | None = None) -> Batch:
@@ -186,7 +191,7 @@ def measure_latency(
     """Measure the seconds of a batch, and what every group saves of them at a few widths.
 
     Each group, or class of groups that go down together, is cut alone to every eighth and to the smallest
-    number that may stay; what a class saves is shared out evenly. Which units leave does not matter to time.
+    number that may stay; what a class saves is shared out evenly. Then parts of all groups are cut at once.
 
     Args:
         model: the dense network; it is left as it was.
@@ -203,55 +208,70 @@ def measure_latency(
     """
     made = stairs(groups, config, allowed)
     points = [(stair, count) for stair in made for count in levels(stair)]
-    saved: dict[str, dict[int, float]] = {name: {} for stair in made for name in stair.names}
-    dense = list[float]()
+    joint = [_part(made, part) for part in PARTS] if len(made) > 1 else []
+    cuts = [dict.fromkeys(stair.names, count) for stair, count in points] + joint
+    speeds = list[Speed]()
     passed("time", model=model, groups=groups)
-    with (progress or QUIET).bar("measure latency", len(points)) as bar:
-        for stair, count in points:
-            smaller = apply(model, make_plan(groups, _first_units(stair, count)))
-            speed = compare_speed(model, smaller, batch, seconds=seconds, timer=timer)
-            dense.append(speed.dense)
-            for name in stair.names:
-                saved[name][count] = speed.reduction / len(stair.groups)
-            bar.update(ms=1e3 * speed.pruned)
+    with (progress or QUIET).bar("measure latency", len(cuts)) as bar:
+        for kept in cuts:
+            smaller = apply(
+                model, make_plan(groups, {name: np.arange(count) for name, count in kept.items()})
+            )
+            speeds.append(compare_speed(model, smaller, batch, seconds=seconds, timer=timer))
+            bar.update(ms=1e3 * speeds[-1].pruned)
     # Shares of the dense seconds of the same turns were measured; the table has one dense network.
-    whole = median(dense) if dense else compare_speed(model, model, batch, seconds=seconds, timer=timer).dense
+    alone, all_cut = speeds[: len(points)], speeds[len(points) :]
+    times = [speed.dense for speed in alone] or [
+        compare_speed(model, model, batch, seconds=seconds, timer=timer).dense
+    ]
+    shares = _shares(groups, cuts, alone, [speed.reduction for speed in all_cut])
+    saved: dict[str, dict[int, float]] = {name: {} for stair in made for name in stair.names}
+    for (stair, count), share in zip(points, shares, strict=True):
+        for name in stair.names:
+            saved[name][count] = float(share) * median(times) / len(stair.groups)
     table = LatencyTable(
-        of=timed_here(groups, batch, device_of(model)), dense=whole,
-        sizes={group.name: group.size for group in groups.prunable},
-        saved={name: {count: share * whole for count, share in each.items()} for name, each in saved.items()},
+        of=timed_here(groups, batch, device_of(model)), dense=median(times),
+        sizes={group.name: group.size for group in groups.prunable}, saved=saved,
     )  # fmt: skip
-    beside = partial(compare_speed, model, batch=batch, seconds=seconds, timer=timer)
-    return table.model_copy(update={"together": _all_cut(model, groups, made, table, beside)})
+    ledger = table.ledger(groups)
+    factor = together(
+        [ledger.saved(kept) for kept in joint], [speed.reduction * table.dense for speed in all_cut]
+    )
+    return table.model_copy(update={"together": factor})
 
 
-def _all_cut(
-    model: nn.Module,
-    groups: UnitGroups,
-    made: Sequence[Stair],
-    table: LatencyTable,
-    beside: Callable[[nn.Module], Speed],
-) -> float:
-    """Return what groups save together over the sum of what each saves alone; see `together`."""
-    if len(made) < 2:
-        return 1.0
-    ledger, sums, found = table.ledger(groups), list[float](), list[float]()
-    for part in PARTS:
-        kept = {name: _nearest(stair, part) for stair in made for name in stair.names}
-        smaller = apply(model, make_plan(groups, {name: np.arange(count) for name, count in kept.items()}))
-        sums.append(ledger.saved(kept))
-        found.append(beside(smaller).reduction * table.dense)
-    return together(sums, found)
+def _shares(
+    groups: UnitGroups, cuts: Sequence[Mapping[str, int]], alone: Sequence[Speed], joint: Sequence[float]
+) -> np.ndarray:
+    """Return the shares of the dense seconds that single cuts save, drawn towards those of their MACs.
+
+    Args:
+        groups: the structure.
+        cuts: group name -> units kept of each network, those with all groups cut last.
+        alone: what was measured of the first.
+        joint: what was measured to be gone of the last: many cuts at once stand out of the noise.
+    """
+    found = [speed.reduction for speed in alone]
+    if not joint:
+        return np.array(found)
+    macs = Budget(groups, "macs")
+    if not macs.total:
+        return np.array(found)
+    gone = np.array([macs.reduction(groups, kept) for kept in cuts])
+    one, many = gone[: len(alone)], gone[len(alone) :]
+    rate = max(float(many @ np.array(joint)) / float(many @ many), 0.0) if many.any() else 0.0
+    return drawn(found, (rate * one).tolist(), [speed.error for speed in alone])
+
+
+def _part(made: Sequence[Stair], part: float) -> dict[str, int]:
+    """Return the units that stay of every group when about a part of each is gone."""
+    return {name: _nearest(stair, part) for stair in made for name in stair.names}
 
 
 def _nearest(stair: Stair, part: float) -> int:
     """Return the number of units nearest to a part gone, of those that may stay."""
     size = stair.groups[0].size
     return int(stair.counts[np.argmin(np.abs(stair.counts - (1 - part) * size))])
-
-
-def _first_units(stair: Stair, count: int) -> dict[str, np.ndarray]:
-    return {name: np.arange(count) for name in stair.names}
 
 
 def known_latency(

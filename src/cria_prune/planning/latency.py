@@ -6,6 +6,10 @@ What a group saves was measured with this group alone cut. Where a weight stands
 count what its rows and columns save, and a network that waits for its kernels saves less twice than once. So
 networks with all groups cut are measured too, and `together` is what they save over that sum. It is one
 factor for all cuts: the network that is cut in the end is measured again. Measuring is `cria_prune.latency`.
+
+What one narrow layer saves may be less than the clock can tell. A choice among hundreds of such numbers
+takes those that noise made large, and its sum may pass the whole network. So each is drawn towards what its
+multiply-accumulates let expect, the further the more of the spread is noise: see `drawn`.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cria_prune.base.errors import ArtifactError, StructureError
@@ -57,8 +62,8 @@ class LatencyTable(_Plain):
         of: what was measured.
         dense: seconds of a batch of the dense network.
         sizes: group name -> its units in the dense network.
-        saved: group name -> units kept -> seconds that are saved when only this group is cut, as measured:
-            noise may make them negative, or fall.
+        saved: group name -> units kept -> seconds that are saved when only this group is cut, as measured and
+            drawn towards the expected, see `drawn`: noise may make them negative, or fall.
         together: what all groups save when they are cut at once, over the sum of these; of files from before
             it was measured 1.
     """
@@ -190,6 +195,34 @@ def together(sums: Sequence[float], found: Sequence[float]) -> float:
     if not squares:
         return 1.0
     return max(sum(one * other for one, other in zip(sums, found, strict=True)) / squares, 0.1)
+
+
+def drawn(
+    measured: Sequence[float], expected: Sequence[float], errors: Sequence[float]
+) -> npt.NDArray[np.float64]:
+    """Return noisy values drawn towards what is expected of them, by empirical Bayes.
+
+    The true values are taken to lie about the expected ones with one variance, which is what the spread of
+    the measured ones has beyond the noise: Efron and Morris (1973), "Stein's estimation rule and its
+    competitors", JASA 68.
+
+    Args:
+        measured: (n,) values.
+        expected: (n,) of them.
+        errors: (n,) standard errors of the measured ones. A few turns may agree by chance: none counts as
+            less than the median one.
+
+    Returns:
+        (n,) the measured values where there is no noise, the expected ones where there is nothing else.
+
+    >>> drawn([0.0, 4.0], [2.0, 2.0], [1.0, 1.0]).tolist(), drawn([1.0, 3.0], [2.0, 2.0], [0.0, 0.0]).tolist()
+    ([0.5, 3.5], [1.0, 3.0])
+    """
+    away = np.asarray(measured, dtype=np.float64) - np.asarray(expected, dtype=np.float64)
+    noise = np.square(np.maximum(errors, np.median(errors)))
+    variance = max(float(np.mean(away**2 - noise)), 0.0)
+    weight = np.where(noise > 0, variance / np.maximum(variance + noise, np.finfo(float).tiny), 1.0)
+    return np.asarray(expected, dtype=np.float64) + weight * away
 
 
 def structure_digest(groups: UnitGroups) -> str:
