@@ -85,7 +85,8 @@ def measure(
         return
     timed = {"latency_batch": size}
     start = time.perf_counter()
-    ready = with_latency(prepare(model, batches, configured(values, examples, speedup=SPEEDUPS[0], **timed)))
+    # Hardly faster, for a table is measured whatever can be reached: what cannot be is said row by row.
+    ready = with_latency(prepare(model, batches, configured(values, examples, speedup=1.01, **timed)))
     seconds = {"latencies": time.perf_counter() - start}
     ranking = rank(ready)
     start = time.perf_counter()
