@@ -49,6 +49,7 @@ LEAST, MOST = 5, 200  # turns for each width
 WARM = 2  # runs before the first turn
 FINAL = 5.0  # seconds of measuring the pruned network beside the dense one
 PARTS = (0.25, 0.5, 0.75)  # of all groups that are gone at once, to see what they save together
+TOGETHER = 4.0  # times as long: all that is foretold leans on these few
 NORMAL, MEDIAN = 1.4826, 1.2533  # deviation over the median one, error of a median over that of a mean
 TRIES, NEAR = 5, 0.03  # networks that are measured at most for a speed-up, and how near is near enough
 
@@ -213,11 +214,12 @@ def measure_latency(
     speeds = list[Speed]()
     passed("time", model=model, groups=groups)
     with (progress or QUIET).bar("measure latency", len(cuts)) as bar:
-        for kept in cuts:
+        for number, kept in enumerate(cuts):
+            spent = seconds * (TOGETHER if number >= len(points) else 1.0)
             smaller = apply(
                 model, make_plan(groups, {name: np.arange(count) for name, count in kept.items()})
             )
-            speeds.append(compare_speed(model, smaller, batch, seconds=seconds, timer=timer))
+            speeds.append(compare_speed(model, smaller, batch, seconds=spent, timer=timer))
             bar.update(ms=1e3 * speeds[-1].pruned)
     # Shares of the dense seconds of the same turns were measured; the table has one dense network.
     alone, all_cut = speeds[: len(points)], speeds[len(points) :]
