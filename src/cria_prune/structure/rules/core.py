@@ -365,6 +365,8 @@ ONE_TENSOR = {"to", "type_as"}  # the other tensor gives its type only
 @rule(*ELEMENTWISE.split())
 def elementwise(node: Node, context: Context) -> Axes:
     """Broadcast the arguments and tie what meets."""
+    if isinstance(node.meta["val"], (tuple, list)):  # `where` of a condition alone gives places
+        return no_rule(node, context)
     items = tensor_arguments(node)
     if operation_name(node) in ONE_TENSOR:
         items = items[:1]
