@@ -41,7 +41,7 @@ def settle(model: nn.Module, groups: UnitGroups, example: Batch, reference: Refe
     for batch in (example,) if values else reference.batches:
         shapes = _Shapes.of(model, batch)
         if shapes is not None:
-            trials.run(shapes.failure, apart=True)
+            trials.run(shapes.failure, apart=True, alike=True)
     if not values:
         shapes = _Shapes.of(model, example, training=True)
         if shapes is not None:
@@ -76,16 +76,19 @@ class _Trials:
         self.all = groups
         self.frozen: dict[str, str] = {}
         self.test: Test = lambda plan: None
+        self.uniform = False
 
-    def run(self, test: Test, apart: bool = False) -> None:
+    def run(self, test: Test, apart: bool = False, alike: bool = False) -> None:
         """Freeze the groups that fail a test, among those that are not frozen yet.
 
         Args:
             test: says what failed when a plan is carried out.
             apart: heads and residual widths are tried without each other too. A width by a number of heads
                 can be the size of a head by chance when both are cut.
+            alike: where layers share a configuration, all are cut to one size as well: only then does it say
+                so, to whoever else reads it.
         """
-        self.test = test
+        self.test, self.uniform = test, alike
         chosen = [group.name for group in self.all.prunable if group.name not in self.frozen]
         # Where all groups pass together, one trial is all that it takes.
         tried = [chosen, *(self.parts(chosen) if apart else [])]
@@ -255,10 +258,13 @@ class _Trials:
         # A cut that happens to keep the numbered positions passes: a class of alike groups is tried
         # twelve times, all groups together four times. One cut is enough where there are no such numbers.
         draws = 1 if not self.has_bounds(names) else 12 if len(self.alike(names)) == 1 else 4
-        for seed in range(draws):
+        cuts = [self.cut(names, seed) for seed in range(draws)]
+        if self.uniform and self.share_config(names):
+            cuts.append(self.cut(names, 0, equal=True))
+        for kept in cuts:
             try:
                 groups = replace(self.all, groups=tuple(self.groups.values()))
-                text = self.test(make_plan(groups, self.cut(names, seed)))
+                text = self.test(make_plan(groups, kept))
             except ResourceError:  # of the machine, not of the cut
                 raise
             except CriaError as error:
@@ -267,14 +273,23 @@ class _Trials:
                 return text
         return None
 
-    def cut(self, names: Sequence[str], seed: int) -> dict[str, np.ndarray]:
-        """Draw what stays, about half at first; shares differ, so that equal sizes do not pass by chance."""
+    def share_config(self, names: Sequence[str]) -> bool:
+        """Say whether several of the groups are counted by a field of a configuration."""
+        said = [item.name for name in names for item in self.groups[name].counts if item.sure]
+        return any(name.startswith("config.") and said.count(name) > 1 for name in said)
+
+    def cut(self, names: Sequence[str], seed: int, equal: bool = False) -> dict[str, np.ndarray]:
+        """Draw what stays, about half at first; shares differ, so that equal sizes do not pass by chance.
+
+        With `equal` they differ between sizes of groups alone.
+        """
         # Groups lose different shares, so that a number of one that fits another by chance is found out.
         generator = np.random.default_rng(seed)
-        kept = {}
+        kept, shares = {}, dict[int, float]()
         for name in names:
             size = self.groups[name].size
             share = generator.uniform(0.35, 0.65) if seed == 0 else generator.uniform()
+            share = shares.setdefault(size, share) if equal else share
             stays = max(1, min(size - 1, round(size * share)))
             kept[name] = np.sort(generator.permutation(size)[:stays])
         return kept
