@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from cria_prune import PruneConfig, discover, prune, score_once, stages
 from cria_prune.base.errors import StructureError, TargetError
+from cria_prune.base.inputs import inputs_of
 from cria_prune.cli.main import app
 from cria_prune.result import PruneResult
 from cria_prune.scores import scored_of
@@ -228,6 +229,17 @@ def test_what_is_prepared_of_another_model_is_refused() -> None:
     model.fc1, model.fc2 = nn.Linear(24, 9), nn.Linear(9, 4)
     with pytest.raises(StructureError, match=other):
         prune(model, batches, config(), prepared=prepared)
+
+
+def test_what_was_prepared_keeps_its_reading_of_the_batches() -> None:
+    model, batches = randomize(Plain()), [(item, torch.zeros(len(item))) for item in images()]
+    prepared = prepare(model, batches, config(), inputs=1)
+    assert prune(model, batches, config(), prepared=prepared, inputs=1).plan.cuts
+    with pytest.raises(StructureError, match=r"read by inputs='x', .*Give inputs to prepare\(\)"):
+        prune(model, batches, config(), prepared=prepared, inputs="x")
+    with pytest.raises(StructureError, match=r"Give examples to prepare\(\)"):
+        prune(model, batches, config(), prepared=prepared, examples=[batches[0]])
+    assert inputs_of(prepared.with_model(model, images()).batches) == 1
 
 
 def test_another_plan_is_another_scope_of_the_same_structure(counts: Counter[str]) -> None:

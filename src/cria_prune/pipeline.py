@@ -94,15 +94,17 @@ def prune(
         data: fingerprint of the calibration data: a state of other data is refused. The first two examples
             are compared in any case.
         scores: of this model, from `score_once` or `load_scores`: nothing is recorded, in one round.
-        prepared: what `prepare` found of this model and these batches: nothing is captured again.
+        prepared: what `prepare` found of this model and these batches: nothing is captured again; it
+            was given the `inputs` and `examples`.
         inputs: what of a tuple the forward is given, where that cannot be told (an error says so): the first
             so many items, or the arguments that the first items are, by name. One more item is the target.
         examples: further batches, for code that calibration does not run, see `discover`: cuts are tried and
-            compared on them too. Of a `prepared` they were given to `prepare`.
+            compared on them too.
 
     Raises:
         CriaError: each stage's own; the model is then as it was.
-        StructureError: what was prepared is of another model, or of other batches.
+        StructureError: what was prepared is of another model, of other batches, or of the same that are
+            read otherwise.
         ArtifactError: the state cannot be kept, is damaged, or is of another pruning.
 
     Examples:
@@ -195,7 +197,7 @@ def _ready(
     if prepared is None:
         prepared = prepare(model, batches, config, inputs=inputs, examples=examples)
     else:
-        prepared = prepared.checked(model, batches, config)
+        prepared = prepared.checked(model, batches, config, inputs, examples)
     prepared.check_reach()
     prepared.check_data()
     if scores is not None:

@@ -126,7 +126,7 @@ class PruneResult:
 
     @property
     def remarks(self) -> list[str]:
-        """What to know of the repair in the last round: a line each, none where all went well."""
+        """What to know of scores and repair in the last round: a line each, none where all went well."""
         return remarks_said(self.rounds[-1])
 
     def __str__(self) -> str:
@@ -175,8 +175,20 @@ def changed_said(rounds: Sequence[Round]) -> str:
 
 
 def remarks_said(last: Round) -> list[str]:
-    """Return a line for everything that one should know of the repair in a round."""
-    return repairs_said(last.repairs) + left_said(last.unrepaired)
+    """Return a line for everything that one should know of the scores and the repair of a round."""
+    return unreached_said(last.diagnosis) + repairs_said(last.repairs) + left_said(last.unrepaired)
+
+
+def unreached_said(diagnosis: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return a line that names the experts which the calibration never reached; or none."""
+    found = [(name, item["unreached"]) for name, item in diagnosis.items() if item.get("unreached")]
+    if not found:
+        return []
+    names = [f"{name} ({', '.join(map(str, experts))})" for name, experts in found]
+    return [
+        f"the calibration never reaches these experts: {_some(names)}; their neurons are judged by the "
+        "signals of the others, so give more, or more varied, examples"
+    ]
 
 
 def column(rounds: Sequence[Round]) -> str:

@@ -29,7 +29,7 @@ from cria_prune.base.batches import (
 from cria_prune.base.dispatched import is_dispatched, structure_of
 from cria_prune.base.errors import CaptureError, CriaError, StructureError
 from cria_prune.base.hooked import check_functions
-from cria_prune.base.inputs import Inputs, notes_of, read, read_one, source_of
+from cria_prune.base.inputs import Inputs, inputs_of, named, notes_of, read, read_one, source_of
 from cria_prune.base.kinds import check_kind, of_plain_models
 from cria_prune.base.metrics import Loss
 from cria_prune.base.modules import device_of, digest, random_kept
@@ -179,18 +179,26 @@ class Prepared:
         reference = self.reference
         if reference is not None:
             reference.take(model)
-        batches = self.batches if batches is None else read(model, again(batches))
+        batches = self.batches if batches is None else read(model, again(batches), inputs_of(self.batches))
         return replace(
             self, model=model, structure=structure_of(model) if is_dispatched(model) else model,
             batches=batches, reference=reference, held=HeldOut(batches, self.config.record.examples),
             losses=None,
         )  # fmt: skip
 
-    def checked(self, model: nn.Module, batches: Iterable[Batch], config: PruneConfig) -> Prepared:
+    def checked(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        config: PruneConfig,
+        inputs: Inputs | None = None,
+        examples: Sequence[Batch] = (),
+    ) -> Prepared:
         """Return it for a call with this configuration, if it is of this model and these batches.
 
         Raises:
-            StructureError: it is of another model or other batches, or of a model that was cut already.
+            StructureError: it is of another model or other batches, of batches that are read otherwise, of
+                other examples, or of a model that was cut already.
         """
         asked, whole = f"Pruning {type(model).__name__}", self.groups is self.dense
         if self.model is not model or not whole or not _fits(model, self.found):
@@ -202,6 +210,16 @@ class Prepared:
             raise StructureError(
                 f"{asked} on {describe(batches)}", "what was prepared is of other batches",
                 "Give prepared.batches, or use with_model(model, batches)",
+            )  # fmt: skip
+        if inputs is not None and named(inputs) != inputs_of(self.batches):
+            raise StructureError(
+                asked, f"its batches are to be read by inputs={inputs!r}, those that were prepared are not",
+                "Give inputs to prepare(), and none here",
+            )  # fmt: skip
+        if len(examples):
+            raise StructureError(
+                asked, "further examples are captured when a model is prepared, and it is already",
+                "Give examples to prepare(), and none here",
             )  # fmt: skip
         return self if config == self.config else self.with_config(config)
 

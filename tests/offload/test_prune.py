@@ -35,6 +35,7 @@ from cria_prune.base.dispatched import (
 from cria_prune.base.errors import (
     ArtifactError,
     CriaError,
+    DataError,
     PackageError,
     SignalError,
     StructureError,
@@ -98,6 +99,15 @@ def known(made: Path) -> Prepared:
     """What may be cut of the Llama, found once."""
     model = load_pretrained(made / "llama", meta=True)
     return prepare(model, batches_of(1), config_of())
+
+
+def test_batches_are_read_as_is_said(made: Path, tmp_path: Path) -> None:
+    ids = torch.ones(4, 6, dtype=torch.long)
+    source, out, batches = made / "bert", tmp_path / "out", [(ids, ids)]
+    with pytest.raises(DataError, match="inputs=3"):
+        prune_offloaded(source, out, batches, config_of(), inputs=3)
+    with pytest.raises(DataError, match="Further examples"):
+        prune_offloaded(source, out, batches, config_of(), inputs=2, examples=ids)  # type: ignore[arg-type]
 
 
 def kind_of(name: str) -> Any:

@@ -23,6 +23,7 @@ from cria_prune.base.errors import CertificateError, DataError, said
 from cria_prune.base.events import passed
 from cria_prune.base.files import hashes
 from cria_prune.base.modules import device_of, devices_in_use, shared_copy
+from cria_prune.base.written import weights_kept
 
 
 def distance(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> tuple[float, float]:
@@ -279,7 +280,7 @@ def _here(
     asked, todo = f"Running the {type(model).__name__} to be saved", "Pass an `example` that it can run on"
     tokens = None
     try:
-        with torch.random.fork_rng(devices=devices_in_use()):
+        with torch.random.fork_rng(devices=devices_in_use()), weights_kept(copy):
             found = reload.outputs(copy, inputs)
             if job["tokens"]:
                 copy.generation_config = GenerationConfig.from_pretrained(job["folder"])

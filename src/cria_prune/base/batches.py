@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node, tree_flatten, tree_leaves, tree_unflatten
 
 from cria_prune.base.errors import CriaError, DataError, ResourceError, first_line
-from cria_prune.base.modules import cache_off, digest, random_kept
+from cria_prune.base.modules import cache_off, digest, random_kept, state_kept
 
 Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
@@ -163,10 +163,16 @@ def forward(model: Callable[..., Any], batch: Batch, step: Callable[[Batch], Any
 
 
 def outputs(model: nn.Module, example: Batch) -> list[Tensor]:
-    """Return the tensors of a model's output for an example, in evaluation mode, without gradients."""
+    """Return the tensors of a model's output for an example, in evaluation mode, without gradients.
+
+    What the forward leaves on the model is put back, but for its buffers: give a copy where they matter.
+    """
     args, kwargs = model_inputs(map_tensors(example, torch.clone))  # a forward may write into its input
-    with cache_off(model), random_kept(), torch.no_grad():
-        return [item for item in tree_leaves(model.eval()(*args, **kwargs)) if isinstance(item, Tensor)]
+    model.eval()
+    with cache_off(model), random_kept(), torch.no_grad(), state_kept(model) as written:
+        found = [item for item in tree_leaves(model(*args, **kwargs)) if isinstance(item, Tensor)]
+        # An output may be a weight, which is put back.
+        return [item.clone() for item in found] if written else found
 
 
 def ran_out(error: BaseException) -> bool:

@@ -53,6 +53,17 @@ HIDDEN = -1e4
 """A floating mask that is added has 0 for what is seen, and this or less for what is hidden."""
 
 
+def named(inputs: Inputs | None) -> Inputs | None:
+    """Return what decides the inputs in one form: a number, or a tuple of names."""
+    return (
+        (inputs,)
+        if isinstance(inputs, str)
+        else inputs
+        if inputs is None or isinstance(inputs, int)
+        else tuple(inputs)
+    )
+
+
 class Reader:
     """Reads batches by the signature of a model's forward; of a kind that it has seen it knows how.
 
@@ -61,12 +72,13 @@ class Reader:
         inputs: decides instead, see `Inputs`.
 
     Attributes:
+        inputs: as they were said.
         notes: what the items were taken for, a line for each kind of batch.
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs | None = None) -> None:
         self._model, self._name = model, type(model).__name__
-        self._inputs = (inputs,) if isinstance(inputs, str) else inputs
+        self.inputs = self._inputs = named(inputs)
         self._known: dict[Any, tuple[int, tuple[str, ...] | None] | tuple[str, ...] | None] = {}
         self.notes: list[str] = []
         parameters = _parameters(model)
@@ -346,6 +358,11 @@ def read_one(model: nn.Module, batch: Any, inputs: Inputs | None = None) -> Any:
 def source_of(batches: Any) -> Any:
     """Return batches as they were given."""
     return batches.source if isinstance(batches, Read) else batches
+
+
+def inputs_of(batches: Any) -> Inputs | None:
+    """Return what `inputs=` said of batches; None where they are read by the signature alone."""
+    return batches.reader.inputs if isinstance(batches, Read) else None
 
 
 def notes_of(batches: Any) -> tuple[str, ...]:

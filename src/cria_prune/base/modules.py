@@ -19,7 +19,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 from cria_prune.base.attention import plain_attention
 from cria_prune.base.errors import SignalError, StructureError, first_line
 from cria_prune.base.experts import plain_experts
-from cria_prune.base.rebound import computed_tensors, rebind
+from cria_prune.base.rebound import computed_tensors, held_outside, rebind
+from cria_prune.base.written import entries_kept, weights_kept
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -238,24 +239,29 @@ def random_kept() -> Iterator[None]:
 
 @contextmanager
 def buffers_kept(model: nn.Module, but: Collection[Tensor] = ()) -> Iterator[None]:
-    """Put a model's buffers (counters, caches) back on leaving, but for some, and its modules' attributes."""
+    """Put back on leaving whatever forwards leave: a model's buffers (counters, caches), but for some, and
+    all else that its modules hold, see `state_kept`.
+    """
     left = {id(tensor) for tensor in but}
     before = [(item, item.clone()) for item in model.buffers() if id(item) not in left and not item.is_meta]
-    # A forward may also put another tensor in a buffer's place, or count in an attribute.
-    tables = [table for module in model.modules() for table in (vars(module), module._buffers)]
-    held = [(table, dict(table)) for table in tables]
     try:
-        yield
+        with state_kept(model):
+            yield
     finally:
-        for table, entries in held:
-            for name in table.keys() - entries.keys():
-                del table[name]
-            for name, value in entries.items():
-                if table.get(name) is not value:
-                    table[name] = value
         with torch.no_grad():
             for item, value in before:
                 item.copy_(value)
+
+
+@contextmanager
+def state_kept(model: nn.Module) -> Iterator[Mapping[int, Any]]:
+    """Put back what the first forward inside writes into weights, and what any leaves in a model's modules
+    (attributes, lists, tensors in another's place) and in what its hooks fill; see `weights_kept`.
+    """
+    # A forward may also put another tensor in a buffer's place, or count in an attribute.
+    tables = [vars(module) for module in model.modules()]
+    with entries_kept([*tables, *held_outside(model)]), weights_kept(model) as written:
+        yield written
 
 
 @contextmanager

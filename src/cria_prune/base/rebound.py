@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cria_prune.base.written import Containers
+
 Memo = dict[int, Any]
 """id of an object of the original -> the copy's, as `copy.deepcopy` leaves it."""
 
@@ -154,6 +156,36 @@ def reaches(function: Any, moved: Collection[int]) -> bool:
         return True
     outside = [item for item in (*known, *held_by(function)) if id(item) not in moved]
     return any(id(part) in moved for item in outside for part in _parts(item))
+
+
+def held_outside(model: nn.Module) -> list[Any]:
+    """Return the lists, dictionaries and the like that hooks and other functions on a model may fill.
+
+    Those that they name or hold, and the attributes of the objects that they are; none of the model's own.
+    """
+    tables = [vars(module) for module in model.modules()]
+    functions = [item for module in model.modules() for _, _, item in functions_on(module)]
+    # A hook may be an object that is called; those of torch keep what their weight needs.
+    called = [
+        item
+        for table in tables
+        for key, hooks in table.items()
+        if key.endswith("_hooks") and hooks
+        for item in hooks.values()
+        if not _is_function(item) and not type(item).__module__.startswith("torch.")
+    ]
+    owners = [item.__self__ if isinstance(item, MethodType) else item for item in [*functions, *called]]
+    found = [vars(item) for item in owners if hasattr(item, "__dict__") and not isinstance(item, nn.Module)]
+    for function in functions:
+        plain = function.__func__ if isinstance(function, MethodType) else function
+        found += held_by(plain)
+        if isinstance(plain, FunctionType):
+            named = _names(plain.__code__) & plain.__globals__.keys()
+            found += [plain.__globals__[name] for name in named]
+    own = {
+        id(part) for table in tables for item in (table, *table.values()) for part in (item, *_parts(item))
+    }
+    return [item for item in found if isinstance(item, Containers) and id(item) not in own]
 
 
 def _parts(item: Any) -> list[Any]:

@@ -76,12 +76,23 @@ def score(
                 continue
             weights = UnitWeights(group, tensors)
             found = _states_of(group, states) if states and criterion.needs else None
-            importances[group.name] = _score_group(criterion, weights, found, config)
+            scored = _score_group(criterion, weights, found, config)
+            importances[group.name] = _with_unreached(scored, group, states)
     if here.size > 1:
         importances = _from_all(here, groups.prunable, importances)
     check_telling(criterion.name, importances, whole)
     passed("scored", scores=importances)
     return importances
+
+
+def _with_unreached(importance: Importance, group: UnitGroup, states: States | None) -> Importance:
+    """Return an importance that names the experts, of the layer that the group lies in, without a sample."""
+    modules = {item.tensor.rpartition(".")[0] for item in group.slices if item.role != "follows"}
+    missed = [states.unreached[name] for name in modules if states and name in states.unreached]
+    if not missed or group.kind == "residual":  # a residual width has signals of its own
+        return importance
+    numbers = tuple(sorted({number for item in missed for number in item}))
+    return replace(importance, diagnosis=replace(importance.diagnosis, unreached=numbers))
 
 
 def check_telling(criterion: str, importances: Mapping[str, Importance], whole: bool = True) -> None:

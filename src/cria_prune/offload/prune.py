@@ -15,6 +15,7 @@ from cria_prune.base.batches import Batch, again, first_examples
 from cria_prune.base.dispatched import Weights
 from cria_prune.base.errors import ArtifactError, ConfigError, CriterionError
 from cria_prune.base.files import CERTIFICATE, MANIFEST, hashes, whole_folder, write_json
+from cria_prune.base.inputs import Inputs
 from cria_prune.base.modules import check_finite
 from cria_prune.base.progress import QUIET, Progress, clock
 from cria_prune.config import PlanConfig, PruneConfig
@@ -78,6 +79,8 @@ def prune_offloaded(
     progress: Progress | None = None,
     state: str | Path | None = None,
     data: str | None = None,
+    inputs: Inputs | None = None,
+    examples: Sequence[Batch] = (),
 ) -> Offloaded:
     """Prune the model in a Hugging Face folder, layer by layer, and write the result shard by shard.
 
@@ -112,6 +115,8 @@ def prune_offloaded(
             file system of the result; removed once the result stands.
         data: fingerprint of the calibration data: a state of other data is refused. The first two examples
             are compared in any case.
+        inputs: as in `prune`.
+        examples: further batches, for code that the first does not run; cuts are tried on their shapes.
 
     Raises:
         ConfigError: less residual width was asked for.
@@ -131,7 +136,7 @@ def prune_offloaded(
     example = first_examples(batches, place)
     identity = None
     if state is not None:
-        identity = identity_of(source, config, memory, place, example, data)
+        identity = identity_of(source, config, memory, place, example, data, inputs)
     with whole_folder(target, overwrite) as folder, work_folder(folder, state) as root:
         places = Places(root, folder, config.plan.rounds)
         finished = None if identity is None else FinishedRounds(root, identity)
@@ -141,7 +146,8 @@ def prune_offloaded(
             model = load_dispatched(source, places.scratch(1) / "weights", place)
             check_finite(Weights(model))
         with clock(seconds, "structure"):
-            prepared = prepare(model, batches, config, example=example).without_reference()
+            found = prepare(model, batches, config, example=example, inputs=inputs, examples=examples)
+            prepared = found.without_reference()
             prepared.check_reach()
             _ = prepared.held.batches  # too few examples to hold any out are told before the work
         first = Standing(source, model, prepared.structure, prepared.dense, prepared.plan)

@@ -25,7 +25,7 @@ from cria_prune.planning.plan import Plan
 from cria_prune.recipes.registry import TASKS, task
 from cria_prune.report.bench_page import read_bench, render_bench
 from cria_prune.report.run_page import render
-from cria_prune.result import PruneResult, Round
+from cria_prune.result import PruneResult, Round, unreached_said
 from cria_prune.resume.rounds import (
     RoundFacts,
     facts_of,
@@ -264,6 +264,7 @@ def run_result(folder: Path, layer: str | None = None) -> dict[str, Any]:
         missing.append(f"No {ABLATION} lies in this folder, so there are no ablation curves.")
     if rounds:
         result["scores"] = {name: _units(rounds[-1], name) for name in rounds[-1].scores}
+        result["unreached"] = unreached_said(rounds[-1].diagnosis)
         result["spectra"] = _spectra([item.diagnosis for item in rounds], graphs)
         lacking = sum(not any(item.values()) for item in result["spectra"].values())
         if lacking:

@@ -191,9 +191,9 @@ def write_report(path: str | Path, result: Result) -> Path:
             `metric`, `seconds`, `fidelity` by stage, `repairs` and `unrepaired` as in `Round`), `widths`
             (group -> before, after), `scores` (group -> `scores`, `kept`), `spectra` (group -> name of a
             round -> z), `layer` (see `one_layer`), `ablation`, `frozen` (group -> reason), `seconds` (stage
-            -> seconds), `memory` (what -> bytes at most), `provenance`, `earlier` (provenances of the runs
-            before), `config` and `missing` (what is not on the page, and why). A part whose keys are missing
-            is left out.
+            -> seconds), `unreached` (lines on experts that the calibration never reaches), `memory` (what ->
+            bytes at most), `provenance`, `earlier` (provenances of the runs before), `config` and `missing`
+            (what is not on the page, and why). A part whose keys are missing is left out.
 
     Raises:
         ArtifactError: the system refuses to write.
@@ -236,6 +236,8 @@ def _lead(result: Result) -> str:
     lines = [f"Share of the {cost}: {', '.join(said)}."] if said else []
     if result.get("changed"):
         lines.append(f"Without training: {escape(str(result['changed']))}.")
+    for line in result.get("unreached") or ():
+        lines.append(f"{escape(line[:1].upper() + line[1:])}.")
     return f"<p class=lead>{' '.join(lines)}</p>" if lines else ""
 
 

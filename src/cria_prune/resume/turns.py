@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from cria_prune.base.batches import Batch
 from cria_prune.base.errors import ArtifactError
+from cria_prune.base.inputs import Inputs, named
 from cria_prune.config import PruneConfig
 from cria_prune.graph.moments import Moments
 from cria_prune.result import OffloadedRound
@@ -48,7 +49,13 @@ class OffloadedFacts(Facts):
 
 
 def identity_of(
-    source: Path, config: PruneConfig, memory: int, device: torch.device, example: Batch, data: str | None
+    source: Path,
+    config: PruneConfig,
+    memory: int,
+    device: torch.device,
+    example: Batch,
+    data: str | None,
+    inputs: Inputs | None = None,
 ) -> dict[str, Any]:
     """Return what makes a pruning this one; the files of the model are told by name, size and time."""
     # Not by hashes: to read a model that does not fit into memory takes minutes (docs/decisions/0016).
@@ -59,6 +66,7 @@ def identity_of(
         "device": device.type,
         "data": data,
         "files": {name: f"{found.st_size} {found.st_mtime_ns}" for name, found in files.items()},
+        **({} if inputs is None else {"inputs": str(named(inputs))}),  # as in the states of before
     }
 
 

@@ -23,6 +23,8 @@ class Diagnosis:
         solver: "dense", "lobpcg", "lanczos", "pcg", "cholesky" or "none".
         values: top eigenvalues z, at most 32; empty without eigensolver, as with all pairs above 64 units.
         status: "converged", "unconverged" or "nothing to solve".
+        unreached: experts of the layer that no example was sent to, by number: their share of a unit is
+            judged by the signals of the other experts.
     """
 
     pieces_in: int | None = None
@@ -34,10 +36,12 @@ class Diagnosis:
     solver: str = "none"
     values: tuple[float, ...] = ()
     status: str = "nothing to solve"
+    unreached: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON takes them."""
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+        """Return the fields as JSON takes them; `unreached` only where there are some."""
+        fields = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+        return {key: value for key, value in fields.items() if value or key != "unreached"}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -79,8 +79,8 @@ def one_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], at:
         found = torch.func.functional_call(model, state, now_args, now_kwargs, tie_weights=True)
         return tree_leaves(found)
 
-    # Some forwards write into weights in training, an average of others: those of the user stay as they are.
-    values = [item.detach().clone() if model.training else item.detach() for item in held.values()]
+    # Some forwards write into weights: those of the user stay as they are.
+    values = [item.detach().clone() for item in held.values()]
     with _module_paths(model), _Values() as past, torch.no_grad():
         made = make_fx(
             run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True,

@@ -28,7 +28,9 @@ from cria_prune.base.batches import SMALLER, Batch, check_memory, map_tensors, m
 from cria_prune.base.errors import CaptureError, DataError, said
 from cria_prune.base.events import passed
 from cria_prune.base.experts import plain_experts
-from cria_prune.base.modules import cache_off, named_tensors, random_kept, shared_copy
+from cria_prune.base.modules import cache_off, named_tensors, random_kept, shared_copy, state_kept
+from cria_prune.base.rebound import held_outside
+from cria_prune.base.written import entries_kept
 from cria_prune.structure.axes import Resolved, Units
 from cria_prune.structure.forwards import find_copies, freeze_around, tie_copies, unread_said, weights_read
 from cria_prune.structure.one_run import OneRun, one_run
@@ -210,6 +212,7 @@ def capture(
         random_kept(),
         torch.no_grad(),
         warnings.catch_warnings(),
+        entries_kept(held_outside(model)),
     ):
         # A recurrent layer lists its weights once more; the list of this copy is let go with it.
         warnings.filterwarnings("ignore", r"The tensor attributes? self\.[\w.]*_flat_weights")
@@ -259,7 +262,8 @@ def _check_forward(model: nn.Module, example: Batch, stopped: Exception) -> None
     # The plain forward is run first: if it fails as well, the example is at fault and not the capture.
     args, kwargs = model_inputs(map_tensors(example, torch.clone))
     try:
-        model(*args, **kwargs)
+        with state_kept(model):
+            model(*args, **kwargs)
     except Exception as forward:
         shapes = [tuple(item.shape) for item in (*args, *kwargs.values()) if isinstance(item, torch.Tensor)]
         raise DataError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
@@ -164,6 +165,7 @@ def restate_attributes(model: nn.Module, plan: Plan) -> None:
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     edits = [(modules[edit.module], edit) for edit in plan.attributes]
+    sizes = _head_sizes(modules.values())
     agreed: dict[tuple[int, str], set[int]] = {}
     for module, edit in edits:
         if edit.name.startswith("config."):
@@ -181,6 +183,29 @@ def restate_attributes(model: nn.Module, plan: Plan) -> None:
             module.config = config
         if edit.before != edit.after:
             setattr(config, edit.name.removeprefix("config."), edit.after)
+    for config, size in sizes:
+        if _head_size(config) != size:
+            with suppress(AttributeError):  # a property that works it out
+                config.head_dim = size
+
+
+def _head_sizes(modules: Iterable[Any]) -> list[tuple[Any, int]]:
+    """Return the configurations that rotary positions are worked out from, with the size of a head.
+
+    Some work it out anew in a forward (Phi-MoE in each, others once a text is long), as the width divided by
+    the number of heads unless the configuration says it. Neither is what it was after a cut.
+    """
+    found = {id(item.config): item.config for item in modules if hasattr(item, "rope_init_fn")}
+    sizes = ((config, _head_size(config)) for config in found.values())
+    return [(config, size) for config, size in sizes if size is not None]
+
+
+def _head_size(config: Any) -> int | None:
+    """Return what transformers takes for the size of a head."""
+    width, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    if getattr(config, "head_dim", None) is not None:
+        return int(config.head_dim)
+    return width // heads if isinstance(width, int) and isinstance(heads, int) and heads else None
 
 
 def apply(model: nn.Module, plan: Plan, *, inplace: bool = False, share: bool = False) -> nn.Module:

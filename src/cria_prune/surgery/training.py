@@ -7,19 +7,16 @@ sides is compared by its shapes alone.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cria_prune.base.batches import Batch, map_tensors, model_inputs, ran_out
 from cria_prune.base.errors import said
-from cria_prune.base.modules import cache_off, random_kept, shared_copy
+from cria_prune.base.modules import cache_off, random_kept, shared_copy, state_kept
 
 Difference = Callable[[list[Tensor], list[Tensor]], float]
 
@@ -32,7 +29,7 @@ def training_outputs(model: nn.Module, batch: Batch, seed: int = 0) -> list[Tens
     """
     args, kwargs = model_inputs(map_tensors(batch, torch.clone))  # a forward may write into its input
     running = shared_copy(model)  # buffers are its own
-    with cache_off(running), random_kept(), torch.no_grad(), _weights_kept(running):
+    with cache_off(running), random_kept(), torch.no_grad(), state_kept(running):
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)
@@ -82,36 +79,3 @@ class Training:
 
         dense, near = (training_outputs(model, item) for item in (self.batch, map_tensors(self.batch, moved)))
         return 1000 * difference(dense, near) > apart
-
-
-class _Written(TorchDispatchMode):
-    """Keeps the values of parameters that an operation is about to write into."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._owners: dict[int, list[Tensor]] = {}
-        for item in model.parameters():
-            if not item.is_meta:
-                self._owners.setdefault(item.untyped_storage().data_ptr(), []).append(item)
-        self.before: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(getattr(func, "_schema", None), "is_mutable", False):
-            for item in tree_leaves((args, kwargs)):
-                if isinstance(item, Tensor) and not item.is_meta:
-                    for owner in self._owners.get(item.untyped_storage().data_ptr(), ()):
-                        self.before.setdefault(id(owner), (owner, owner.detach().clone()))
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _weights_kept(model: nn.Module) -> Iterator[None]:
-    """Put the weights back that a forward writes into, an average of others; the copy shares them."""
-    written = _Written(model)
-    try:
-        with written:
-            yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in written.before.values():
-                tensor.copy_(value)

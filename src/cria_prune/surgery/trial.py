@@ -7,9 +7,10 @@ a copy, and masked must equal pruned; groups for which it does not are frozen wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ def settle(model: nn.Module, groups: UnitGroups, example: Batch, reference: Refe
     for batch in (example,) if values else reference.batches:
         shapes = _Shapes.of(model, batch)
         if shapes is not None:
-            trials.run(shapes.failure, apart=True)
+            trials.run(shapes.failure, apart=True, by_shapes=True)
     if not values:
         shapes = _Shapes.of(model, example, training=True)
         if shapes is not None:
@@ -66,6 +67,8 @@ def untrained_said(reason: str) -> str:
 
 
 Test = Callable[[Plan], str | None]
+CHOSEN = 6
+"""Names of attributes of which every choice is tried, where neither all nor one of them will do."""
 
 
 class _Trials:
@@ -76,16 +79,20 @@ class _Trials:
         self.all = groups
         self.frozen: dict[str, str] = {}
         self.test: Test = lambda plan: None
+        self.shapes = False
 
-    def run(self, test: Test, apart: bool = False) -> None:
+    def run(self, test: Test, apart: bool = False, by_shapes: bool = False) -> None:
         """Freeze the groups that fail a test, among those that are not frozen yet.
 
         Args:
             test: says what failed when a plan is carried out.
             apart: heads and residual widths are tried without each other too. A width by a number of heads
                 can be the size of a head by chance when both are cut.
+            by_shapes: a trial costs next to nothing. More of them are made: where layers share a
+                configuration all are cut to one size too, for only then does it say so to whoever else reads
+                it; and of attributes that hold a number every choice is tried.
         """
-        self.test = test
+        self.test, self.shapes = test, by_shapes
         chosen = [group.name for group in self.all.prunable if group.name not in self.frozen]
         # Where all groups pass together, one trial is all that it takes.
         tried = [chosen, *(self.parts(chosen) if apart else [])]
@@ -165,7 +172,7 @@ class _Trials:
 
     def mended(self, names: list[str]) -> bool:
         """Restate attributes or the sizes of calls, if the trial passes with them."""
-        return self.restated(names) or self.resized(names)
+        return self.restated(names) or self.resized(names) or self.chosen(names)
 
     def restated(self, names: list[str]) -> bool:
         """Take the attributes that hold the same numbers too, if the trial passes with them."""
@@ -177,10 +184,7 @@ class _Trials:
             return False
 
         def passes(taken: set[str]) -> bool:
-            for name, group in before.items():
-                counts = (replace(item, sure=item.sure or item.name in taken) for item in group.counts)
-                self.groups[name] = replace(group, counts=tuple(counts))
-            return self.failure(names) is None
+            return self.passes(before, taken, keep=True)
 
         single = [{name} for name in sorted(guesses)] if len(guesses) > 1 else []
         taken = next((item for item in (guesses, *single) if passes(item)), None)
@@ -193,6 +197,29 @@ class _Trials:
                 guesses.discard(name)
         # The last trial also leaves the groups with the guesses that were kept.
         return passes(guesses)
+
+    def passes(self, before: Mapping[str, UnitGroup], taken: Collection[str], keep: bool = False) -> bool:
+        """Take attributes, beside those that are sure or without them; say whether the trial passes then."""
+        for name, group in before.items():
+            counts = (replace(item, sure=(keep and item.sure) or item.name in taken) for item in group.counts)
+            self.groups[name] = replace(group, counts=tuple(counts))
+        return self.failure([*before]) is None
+
+    def chosen(self, names: list[str]) -> bool:
+        """Take the fewest of the attributes, those whose names say what they count too, that let it pass.
+
+        A layer may hold the same number for its heads, their size and its state, and need several of them.
+        """
+        before = {name: self.groups[name] for name in names}
+        held = sorted({item.name for group in before.values() for item in group.counts})
+        # By shapes alone, which cost next to nothing.
+        if not self.shapes or not 2 < len(held) <= CHOSEN:
+            return False
+        choices = (taken for count in range(2, len(held)) for taken in combinations(held, count))
+        if any(self.passes(before, taken) for taken in choices):
+            return True
+        self.groups.update(before)
+        return False
 
     def resized(self, names: list[str]) -> bool:
         """Restate the sizes that calls around the groups ask for, if the trial passes with them."""
@@ -255,10 +282,13 @@ class _Trials:
         # A cut that happens to keep the numbered positions passes: a class of alike groups is tried
         # twelve times, all groups together four times. One cut is enough where there are no such numbers.
         draws = 1 if not self.has_bounds(names) else 12 if len(self.alike(names)) == 1 else 4
-        for seed in range(draws):
+        cuts = [self.cut(names, seed) for seed in range(draws)]
+        if self.shapes and self.share_config(names):
+            cuts.append(self.cut(names, 0, equal=True))
+        for kept in cuts:
             try:
                 groups = replace(self.all, groups=tuple(self.groups.values()))
-                text = self.test(make_plan(groups, self.cut(names, seed)))
+                text = self.test(make_plan(groups, kept))
             except ResourceError:  # of the machine, not of the cut
                 raise
             except CriaError as error:
@@ -267,14 +297,23 @@ class _Trials:
                 return text
         return None
 
-    def cut(self, names: Sequence[str], seed: int) -> dict[str, np.ndarray]:
-        """Draw what stays, about half at first; shares differ, so that equal sizes do not pass by chance."""
+    def share_config(self, names: Sequence[str]) -> bool:
+        """Say whether several of the groups are counted by a field of a configuration."""
+        said = [item.name for name in names for item in self.groups[name].counts if item.sure]
+        return any(name.startswith("config.") and said.count(name) > 1 for name in said)
+
+    def cut(self, names: Sequence[str], seed: int, equal: bool = False) -> dict[str, np.ndarray]:
+        """Draw what stays, about half at first; shares differ, so that equal sizes do not pass by chance.
+
+        With `equal` they differ between sizes of groups alone.
+        """
         # Groups lose different shares, so that a number of one that fits another by chance is found out.
         generator = np.random.default_rng(seed)
-        kept = {}
+        kept, shares = {}, dict[int, float]()
         for name in names:
             size = self.groups[name].size
             share = generator.uniform(0.35, 0.65) if seed == 0 else generator.uniform()
+            share = shares.setdefault(size, share) if equal else share
             stays = max(1, min(size - 1, round(size * share)))
             kept[name] = np.sort(generator.permutation(size)[:stays])
         return kept

@@ -25,6 +25,7 @@ from torch import nn
 from cria_prune.base.errors import ArtifactError, ConfigError, DataError, needed, said
 from cria_prune.base.modules import copy_of, device_of, random_kept, shared_copy
 from cria_prune.base.progress import quiet
+from cria_prune.base.written import weights_kept
 from cria_prune.tasks.loading import find_library
 
 BOOTSTRAP = 1000
@@ -72,7 +73,7 @@ def harness(
     _check_model(model, asked)
     elsewhere = device is not None and torch.device(device) != device_of(model)
     runner = copy_of(model).to(device) if elsewhere else shared_copy(model)
-    with _left_alone():
+    with _left_alone(), weights_kept(runner):
         library = _find_harness(asked)
         manager = _manager(names, folder, asked)
         loaded = [item for name in names for item in _load(manager, name)]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cria_prune.base.experts import grouped_experts, plain_experts, routed_mm
-from cria_prune.config import PlanConfig
+from cria_prune.config import PlanConfig, PruneConfig
+from cria_prune.pipeline import prune
 from cria_prune.planning.plan import make_plan
 from cria_prune.planning.stairs import stairs
 from cria_prune.recording.collect import record
@@ -113,6 +114,26 @@ def test_neurons_of_experts_and_heads_leave(make):
         torch.testing.assert_close(*(logits(item, tokens[:1, :7]) for item in pair), rtol=1e-6, atol=1e-6)
 
 
+class ByHand(nn.Module):
+    """Three experts in a loop, of which the router never chooses the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(8, 3)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 8)) for _ in range(3)
+        )
+
+    def forward(self, x):
+        weights, chosen = (self.gate(x) + torch.tensor([0.0, 0.0, -99.0])).softmax(-1).topk(1)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows, slots = torch.where(chosen == number)
+            if len(rows):
+                out = out.index_add(0, rows, expert(x[rows]) * weights[rows, slots, None])
+        return out
+
+
 def test_a_width_that_the_grouped_product_takes():
     model = mixtral()
     groups = discover(model, {"input_ids": torch.arange(2, 26).reshape(2, 12)})
@@ -134,6 +155,22 @@ def test_experts_that_no_token_reaches_are_named_and_padding_is_left_out():
         states = record(model, groups, [batch], gradients=False)
     assert states.unreached["model.layers.0.mlp.experts"]
     assert states["model.layers.0.mlp.experts"].output.samples == int(mask.sum())
+    with pytest.warns(UserWarning, match="The calibration reaches"):
+        result = prune(model, [batch] * 2, PruneConfig(plan={"reduction": 0.2, "rounds": 1}, repair="none"))
+    (said,) = [line for line in result.remarks if line.startswith("the calibration never reaches")]
+    missed = result.rounds[0].diagnosis["model.layers.0.mlp.experts"]["unreached"]
+    assert missed and f"model.layers.0.mlp.experts ({', '.join(map(str, missed))})" in said
+    assert said in str(result) and not result.rounds[0].diagnosis["model.layers.0.mlp.experts"]["dead"]
+
+
+def test_an_expert_of_a_loop_by_hand_that_no_example_reaches_is_named():
+    torch.manual_seed(0)
+    net = ByHand().eval()
+    groups = discover(net, torch.randn(2, 8))
+    assert "experts.2.0" not in {group.name for group in groups.prunable}
+    assert any(
+        entry.fate == "not followed" and "experts.2.0.weight" in entry.where for entry in groups.account()
+    )
 
 
 def test_the_routed_product_is_that_of_each_row_alone():

@@ -348,15 +348,17 @@ def freeze_all(axes: Iterable[Any], context: Context, reason: str) -> None:
 
 # Each position of the result comes from the same position of the inputs. Values play no part here, places do.
 ELEMENTWISE = """
-    __and__ __invert__ __or__ __xor__ _to_copy abs add addcdiv addcmul alias alpha_dropout bernoulli
-    bitwise_and bitwise_not bitwise_or celu clamp clamp_max clamp_min clone contiguous cos cosh
-    detach div dropout elu empty_like eq erf exp expm1 feature_dropout floor floor_divide fmod
-    full_like ge gelu gt hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan isneginf le
-    leaky_relu lerp lift_fresh_copy log log10 log1p log2 log_sigmoid logical_and logical_not
-    logical_or logit lt masked_fill maximum minimum mish mul nan_to_num ne neg ones_like positive
-    pow rand_like randn_like reciprocal relu relu6 remainder round rsqrt rsub selu sigmoid sign silu
-    sin sinh softplus softshrink softsign sqrt square sub tan tanh tanhshrink threshold to trunc
-    type_as where xlogy zeros_like
+    __and__ __invert__ __or__ __xor__ _to_copy abs acos acosh add addcdiv addcmul alias alpha_dropout
+    asin asinh atan atan2 atanh bernoulli bitwise_and bitwise_not bitwise_or bitwise_xor celu clamp
+    clamp_max clamp_min clone contiguous copysign cos cosh deg2rad detach digamma div dropout elu
+    empty_like eq erf erfc erfinv exp exp2 expm1 feature_dropout float_power floor floor_divide fmax
+    fmin fmod frac full_like ge gelu gt hardshrink hardsigmoid hardswish hardtanh heaviside hypot
+    isfinite isinf isnan isneginf isposinf le leaky_relu lerp lgamma lift_fresh_copy log log10 log1p
+    log2 log_sigmoid logaddexp logical_and logical_not logical_or logical_xor logit lt masked_fill
+    maximum minimum mish mul nan_to_num ne neg ones_like positive pow rad2deg rand_like randn_like
+    reciprocal relu relu6 remainder round rsqrt rsub selu sgn sigmoid sign signbit silu sin sinc sinh
+    softplus softshrink softsign special_entr special_erfcx special_log_ndtr special_ndtr special_xlog1py
+    sqrt square sub tan tanh tanhshrink threshold to trunc type_as where xlogy zeros_like
 """
 ADDITIONS = {"add", "sub", "rsub", "addcmul", "addcdiv", "lerp"}
 ONE_TENSOR = {"to", "type_as"}  # the other tensor gives its type only
@@ -365,6 +367,8 @@ ONE_TENSOR = {"to", "type_as"}  # the other tensor gives its type only
 @rule(*ELEMENTWISE.split())
 def elementwise(node: Node, context: Context) -> Axes:
     """Broadcast the arguments and tie what meets."""
+    if isinstance(node.meta["val"], (tuple, list)):  # `where` of a condition alone gives places
+        return no_rule(node, context)
     items = tensor_arguments(node)
     if operation_name(node) in ONE_TENSOR:
         items = items[:1]
