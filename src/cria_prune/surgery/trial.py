@@ -275,7 +275,7 @@ class _Trials:
         for name in names:
             size = self.groups[name].size
             share = generator.uniform(0.35, 0.65) if seed == 0 else generator.uniform()
-            stays = max(1, min(size - 1, round(size * share)))
+            stays = max(self.groups[name].least, min(size - 1, round(size * share)))
             kept[name] = np.sort(generator.permutation(size)[:stays])
         return kept
 
