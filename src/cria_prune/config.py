@@ -255,6 +255,9 @@ class ScoreConfig(StageConfig):
         "all", "Eigenpairs: all, a number, or a share of the units"
     )
     sketch: int = option(256, "Sign vectors for the scores over all pairs at scale", ge=1, le=2**16)
+    drop_unreached: bool = option(
+        False, "Whole experts that no calibration token reaches count as dead, and leave first"
+    )
     split_half: bool = True
     seed: int = 0
 

@@ -336,6 +336,10 @@ class Units:
             name: set(np.unique(classes[np.concatenate(self._marked.get(name, [NONE]))]).tolist())
             for name in {unless for _, _, unless in self._frozen}
         }
+        for grid in self._grids:  # experts in groups of a router are experts along each factor
+            for units in spared.values():
+                if units and units.issuperset(classes[grid.flat].ravel().tolist()):
+                    units.update(int(unit) for factor in grid.factors for unit in classes[factor].tolist())
         for atoms, reason, unless in self._frozen:
             for item in np.unique(classes[atoms]).tolist():
                 if item not in spared[unless]:

@@ -156,14 +156,15 @@ def _expert_counts(modules: Mapping[str, nn.Module], group: UnitGroup) -> Iterab
     """Yield the attributes that count whole experts, of the modules that hold their weights and of all around."""
     if group.kind != EXPERTS:
         return
+    width = group.producers[0].positions.shape[1]
     paths = {""}
     for item in group.slices:
         parts = item.tensor.split(".")[:-1]
         paths |= {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
     for path in sorted(paths & modules.keys()):
         for name, value in held_numbers(modules[path]).items():
-            if name.removeprefix("config.") in EXPERT_COUNTS and value == group.size:
-                yield Count(path, name, group.name, 1, value, value, True)
+            if name.removeprefix("config.") in EXPERT_COUNTS and value == group.size * width:
+                yield Count(path, name, group.name, width, value, value, True)
 
 
 @dataclass(frozen=True)

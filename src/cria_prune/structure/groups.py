@@ -159,6 +159,10 @@ class UnitGroup:
         """Slices along output dimensions of weights."""
         return tuple(item for item in self.slices if item.role == "produces")
 
+    def shares(self, item: ParameterSlice) -> bool:
+        """Say whether others do the work of a unit's slice when it leaves: the weights of a whole expert."""
+        return self.kind == "experts" and item.role == "follows"
+
     @property
     def consumers(self) -> tuple[ParameterSlice, ...]:
         """Slices along dimensions that a weight sums over."""
@@ -208,6 +212,11 @@ class UnitGroups:
     def prunable(self) -> tuple[UnitGroup, ...]:
         """The groups that are not frozen and have more units than always stay."""
         return tuple(group for group in self.groups if group.whole is None)
+
+    @property
+    def recorded(self) -> tuple[UnitGroup, ...]:
+        """The prunable groups whose units have signals of their own: all but whole experts."""
+        return tuple(group for group in self.prunable if group.kind != "experts")
 
     def rows(self) -> tuple[Row, ...]:
         """Return what is printed of each group, in the order of the network."""
@@ -266,7 +275,8 @@ class UnitGroups:
         before = {tensor: self.shapes[tensor] for tensor, _ in removed}
         after = shrunk_shapes(before, removed)
         gone = {tensor: math.prod(before[tensor]) - math.prod(after[tensor]) for tensor in before}
-        macs = sum(gone[tensor] * self.positions.get(tensor, 0.0) for tensor in gone)
+        shared = {item.tensor for item in group.slices if group.shares(item)}
+        macs = sum(gone[tensor] * self.positions.get(tensor, 0.0) for tensor in gone if tensor not in shared)
         return sum(gone[tensor] for tensor in gone if tensor in self.parameters), float(macs)
 
 
@@ -381,8 +391,16 @@ def shrink(groups: UnitGroups, kept: Mapping[str, Sequence[int]]) -> UnitGroups:
         return replace(group, size=len(stays), slices=slices, inputs=inputs, outputs=outputs, counts=counts)
 
     shapes = shrunk_shapes(groups.shapes, removed)
+    positions = dict(groups.positions)
+    for group in groups:
+        for item in group.slices:
+            if group.shares(item) and item.tensor in positions:  # as many rows as before, for fewer experts
+                before, after = (table[item.tensor][item.dim] for table in (groups.shapes, shapes))
+                positions[item.tensor] *= before / after
     calls = tuple(call.without(units_gone(groups, kept)) for call in groups.calls)
-    return replace(groups, groups=tuple(smaller(group) for group in groups), shapes=shapes, calls=calls)
+    return replace(
+        groups, groups=tuple(map(smaller, groups)), shapes=shapes, calls=calls, positions=positions
+    )
 
 
 def units_gone(groups: UnitGroups, kept: Mapping[str, Sequence[int]]) -> dict[str, int]:
