@@ -43,8 +43,8 @@ def score(
 ) -> dict[str, Importance]:
     """Score the units of every prunable group: high is kept, low is a candidate for removal.
 
-    Whole experts are scored by what they give their tokens (`criteria.experts`) under any criterion that reads
-    signals; under one of weights alone by their rows of the router.
+    Whole experts are scored by what they give their tokens (`criteria.experts`) under any criterion that
+    reads signals; under one of weights alone by their rows of the router.
 
     With several processes (`base.ranks`) each scores its share of the groups, and all get all scores.
 

@@ -41,7 +41,7 @@ class Ledger:
     Args:
         groups: the structure now.
         weights: tensor name -> cost of one of its elements; tensors not named cost nothing.
-        shared: what an expert did the others do when it leaves, as far as MACs go: each token goes to as many.
+        shared: what an expert did the others do when it leaves: each token still goes to as many (MACs).
 
     Raises:
         StructureError: two slices of prunable groups share a position of one tensor dimension.

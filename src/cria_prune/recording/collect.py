@@ -76,7 +76,8 @@ def record(
 
     Returns:
         The states of every prunable group: per side its moments, and those of the even and the odd
-        examples apart; of whole experts `States.routed`. The draw of positions and tokens depends only on the seed and the example's index.
+        examples apart; of whole experts what they did, in `routed`. The draw of positions and tokens
+        depends only on the seed and the example's index.
 
     Raises:
         DataError: no batches, batches of a wrong kind, or the model fails on one.
@@ -158,9 +159,7 @@ def _no_rows(model: nn.Module, groups: UnitGroups) -> dict[str, torch.Tensor]:
     return {name: torch.zeros(len(item), dtype=torch.float64) for name, item in found.items()}
 
 
-def _unreached(
-    routed: Mapping[str, torch.Tensor], whole: Mapping[str, Routed]
-) -> dict[str, tuple[int, ...]]:
+def _unreached(routed: Mapping[str, torch.Tensor], whole: Mapping[str, Routed]) -> dict[str, tuple[int, ...]]:
     """Return the experts of each module that got no row, and warn of them."""
     found, removable = dict[str, tuple[int, ...]](), {item.module for item in whole.values()}
     counts = dict(routed)

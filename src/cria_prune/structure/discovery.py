@@ -153,7 +153,7 @@ def _config_widths(modules: Mapping[str, nn.Module], group: UnitGroup) -> Iterab
 
 
 def _expert_counts(modules: Mapping[str, nn.Module], group: UnitGroup) -> Iterable[Count]:
-    """Yield the attributes that count whole experts, of the modules that hold their weights and of all around."""
+    """Yield the attributes that count whole experts, of the modules with their weights and all around."""
     if group.kind != EXPERTS:
         return
     width = group.producers[0].positions.shape[1]
@@ -399,7 +399,10 @@ def _groups(
 
 
 def _group(
-    items: list[Touched], resolved: Resolved, rank: dict[str, int], kinds: dict[str, str],
+    items: list[Touched],
+    resolved: Resolved,
+    rank: dict[str, int],
+    kinds: dict[str, str],
     least: Mapping[int, int],
 ) -> tuple[UnitGroup, np.ndarray] | None:
     """Build a group; its units are ordered by their position in the first producer. None without one."""

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import numpy as np
 
@@ -245,7 +245,8 @@ class UnitGroups:
         parameters = sum(sizes[name] for name in self.parameters)
         macs = sum(times * sizes[name] for name, times in self.positions.items())
         counts = Counter(row.status for row in rows)
-        head = ", ".join(f"{counts[status]} {status}" for status in ("prunable", "residual", "frozen"))
+        said = [status for status in get_args(Status) if status != "experts" or counts[status]]
+        head = ", ".join(f"{counts[status]} {status}" for status in said)
         lines = [f"groups: {head}; {parameters:,} parameters, {macs:,.0f} MACs per example", plain(rows)]
         return "\n".join([*lines, *self.notes])
 
@@ -256,7 +257,7 @@ class UnitGroups:
         status: Status = "frozen"
         parameters, macs = self._unit_costs(group) if prunable else (None, None)
         if prunable:
-            status = "residual" if group.kind == "residual" else "prunable"
+            status = cast(Status, group.kind) if group.kind in ("residual", "experts") else "prunable"
         return Row(
             name=group.name,
             kind=group.kind,

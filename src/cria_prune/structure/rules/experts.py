@@ -104,7 +104,7 @@ def ranked(node: Node, context: Context) -> Any:
 def follow_points(node: Node, context: Context) -> None:
     """Note which numbers still point to units after an operation; other uses of such numbers freeze these.
 
-    What counts or compares numbers of experts, or looks them up elsewhere, would be wrong once some have left.
+    What counts or compares numbers of experts, or looks them up, would be wrong once some have left.
     """
     name = operation_name(node)
     for item in node.all_input_nodes:
