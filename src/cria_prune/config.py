@@ -66,6 +66,7 @@ UNITS = Choices(
         "all": "whatever can be removed",
         "neurons": "feed-forward neurons and channels alone",
         "heads": "heads and KV groups alone",
+        "experts": "whole experts alone",
     }
 )
 REPAIR = Choices(
@@ -254,6 +255,9 @@ class ScoreConfig(StageConfig):
         "all", "Eigenpairs: all, a number, or a share of the units"
     )
     sketch: int = option(256, "Sign vectors for the scores over all pairs at scale", ge=1, le=2**16)
+    drop_unreached: bool = option(
+        False, "Whole experts that no calibration token reaches count as dead, and leave first"
+    )
     split_half: bool = True
     seed: int = 0
 
@@ -298,6 +302,7 @@ class PlanConfig(StageConfig):
     rounds: int = option(1, "Rounds of scoring and cutting", ge=1)
     ranking: Annotated[str, RANKING] = option("auto", "How groups share out what is removed")
     residual: bool = option(False, "Prune the width of residual streams too")
+    experts: bool = option(False, "Prune whole experts of mixtures of experts too, with their router rows")
     floor: float = option(0.1, "Share of each group's units that always stays", ge=0, le=1)
     units: Annotated[str, UNITS] = option("all", "Kinds of units to remove")
     uniform: bool = option(False, "Alike groups keep the same number of units")
@@ -353,6 +358,15 @@ class PlanConfig(StageConfig):
                 "a single unit takes are noise"
             )
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _experts_alone_are_asked_for(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("units") == "experts":
+            values = {"experts": True, **values}
+            if not values["experts"]:
+                raise ValueError("units are whole experts alone, so experts cannot be off")
+        return values
 
     @model_validator(mode="before")
     @classmethod

@@ -376,11 +376,11 @@ def predict_memory(
     """
     config, batch = config or PruneConfig(), read_one(model, batch)
     needs, size = find_criterion(config.score).needs, batch_size(batch)
-    widths = {group.name: group.size for group in groups.prunable}
+    widths = {group.name: group.size for group in groups.recorded}
     drawn = worth_keeping(widths, config.score.neighbors) if graphs else frozenset[str]()
     passes = None
     if needs or config.repair == "once":
-        one, two = (observe(model, groups.prunable, batch, needs, loss, drawn, count) for count in (1, 2))
+        one, two = (observe(model, groups.recorded, batch, needs, loss, drawn, count) for count in (1, 2))
         passes = one, two
     own = storages(named_tensors(model).values())
     shared = config.plan.shared_by == "measured"
@@ -441,7 +441,7 @@ class _Work:
         if self.passes is None:
             return (self._score(config, []), *self._losses(config), *self._repair(config)), []
         collector = Collector(
-            self.groups.prunable, config.record, config.repair == "once", reads_of(self.needs), self.graphs
+            self.groups.recorded, config.record, config.repair == "once", reads_of(self.needs), self.graphs
         )
         run = carried_on(*self.passes, size)
         kept = collector.memory(run.calls, size)
@@ -464,7 +464,7 @@ class _Work:
         """Return measuring the losses; nothing where it is not done, or not in one pass."""
         if config.plan.shared_by != "measured" or not self.course.stops:
             return []
-        groups, device = self.groups.prunable, torch.device(self.device)
+        groups, device = self.groups.recorded, torch.device(self.device)
         parts, weight = largest_of_losses(
             self.course, groups, config.record.examples, self.size, device, config.repair != "none"
         )
@@ -486,7 +486,7 @@ class _Work:
         }
         memory, record = find_criterion(config.score).memory, config.record
         size, step, name = 0, "", ""
-        for group in self.groups.prunable:
+        for group in self.groups.recorded:
             columns = None if group.size <= record.exact_units else record.sketch_columns
             for key, found in memory(Sizes(group, self.groups.shapes, columns), config.score).items():
                 if found > size and (self.device in ("cpu", "meta") or key not in HOST):
@@ -495,7 +495,7 @@ class _Work:
 
     def savings(self, config: PruneConfig, peak: int) -> tuple[tuple[str, int], ...]:
         """Return (what to change, the peak then) of every single change that saves something."""
-        record, half, widths = config.record, self.size // 2, [group.size for group in self.groups.prunable]
+        record, half, widths = config.record, self.size // 2, [group.size for group in self.groups.recorded]
         exact = max((width for width in widths if width <= record.exact_units), default=0)
         changes: list[tuple[str, PruneConfig, int]] = []
         if half and self.passes is not None:

@@ -494,7 +494,7 @@ def _recorded(prepared: Prepared, loss: Loss | None, graphs: bool) -> States | N
     needs = find_criterion(config.score).needs
     if not (needs or _keeps_moments(config)):
         return None
-    widths = {group.name: group.size for group in groups.prunable}
+    widths = {group.name: group.size for group in groups.recorded}
     return record_for(
         needs, prepared.model, groups, prepared.batches, config, loss=loss, consumed=_keeps_moments(config),
         graphs=worth_keeping(widths, config.score.neighbors) if graphs else (),

@@ -231,10 +231,13 @@ UNITS = {
     "gated": "gated neurons",
     "channel": "channels",
     "residual": "units of its residual width",
+    "experts": "experts",
 }
 HEADS = ("head", "kv group")
 STEPS = 128
 """Widths of a residual stream that are tried at most."""
+TRIED = 16
+"""Numbers of experts that are."""
 
 
 @dataclass(frozen=True)
@@ -371,9 +374,9 @@ def _tried(group: UnitGroup) -> tuple[tuple[int, ...], bool]:
     """Return the numbers of units to try, descending, and whether they stand for all others."""
     if group.kind in HEADS:
         return tuple(range(group.size - 1, 0, -1)), False
-    if group.kind == "residual":
-        step = max(1, group.size // STEPS)
-        widths = range(group.size - step, 0, -step)
+    if group.kind in ("residual", "experts"):
+        step = max(1, group.size // (STEPS if group.kind == "residual" else TRIED))
+        widths = range(group.size - step, group.least - 1, -step)
         return tuple(dict.fromkeys([group.size - 1, *widths])), True
     return (group.size - 1,), True
 

@@ -505,7 +505,8 @@ def test_json_has_stable_keys() -> None:
     found = answer("digits")
     assert list(found) == [
         "target", "source", "model", "recipe", "groups", "parameters", "macs", "floor", "removable",
-        "removable_with_residual", "account", "prunable_groups", "residual_groups", "frozen_groups",
+        "removable_with_residual", "removable_with_experts", "account", "prunable_groups",
+        "residual_groups", "experts_groups", "frozen_groups",
     ]  # fmt: skip
     assert list(found["groups"][0]) == [
         "name", "kind", "units", "status", "frozen", "parameters_per_unit", "macs_per_unit", "producers",

@@ -39,6 +39,7 @@ PRUNING = {
     "--reduction", "--reduce", "--units", "--policy",
     "--speedup", "--latency-batch", "--latency-table",
     "--of", "--criterion", "--preset", "--rounds", "--ranking", "--residual", "--no-residual",
+    "--experts", "--no-experts", "--drop-unreached", "--no-drop-unreached",
     "--repair", "--batch-norm", "--no-batch-norm",
     "--floor", "--uniform", "--no-uniform", "--multiple", "--examples", "--positions", "--watch", "--config",
     "--neighbors", "--ridge", "--pairs", "--sketch", "--tokens",
@@ -49,6 +50,7 @@ SAVING = {"--output", "--overwrite"}
 DATA = {"--calibration", "--dataset", "--text"}
 SCORING = {
     "--criterion", "--preset", "--residual", "--no-residual", "--examples", "--positions", "--config",
+    "--experts", "--no-experts", "--drop-unreached", "--no-drop-unreached",
     "--neighbors", "--ridge", "--pairs", "--sketch", "--tokens",
 }  # fmt: skip
 SURFACE = {

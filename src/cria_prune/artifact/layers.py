@@ -28,6 +28,7 @@ from cria_prune.structure.groups import (
     UnitGroup,
     UnitGroups,
     said_values,
+    without_experts,
     without_residual,
 )
 from cria_prune.surgery.removal import apply
@@ -92,15 +93,16 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def structure_of(dense: nn.Module, example: Batch, plan: Plan) -> UnitGroups:
     """Return the unit groups of a dense architecture, found by shapes alone.
 
-    Residual widths are frozen unless the plan cuts one.
+    Residual widths and whole experts are frozen unless the plan cuts some.
 
     Raises:
         CaptureError: its operations cannot be captured.
     """
     groups = follow(meta_copy(dense), move(example, "meta"))
     cut = {name for name, size in plan.sizes.items() if len(plan.kept[name]) < size}
-    asked = any(group.kind == "residual" and group.name in cut for group in groups)
-    return groups if asked else without_residual(groups)
+    kinds = {group.kind for group in groups if group.name in cut}
+    groups = groups if "residual" in kinds else without_residual(groups)
+    return groups if "experts" in kinds else without_experts(groups)
 
 
 def fill(model: nn.Module, values: dict[str, Tensor]) -> None:

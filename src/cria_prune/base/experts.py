@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 NAME = "cria_prune_routed"
 MODULE = "transformers.integrations.moe"
+WATCH: ContextVar[Callable[[Any, Tensor, Tensor, Tensor], None] | None] = ContextVar("watch", default=None)
 ALIGNED = 16
 """Bytes that the strides of a grouped product have to be a multiple of."""
 
@@ -95,6 +97,9 @@ def experts_forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor)
     rows = _product(module, up, hidden[:, None].expand(-1, index.shape[1], -1), index)
     rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
     rows = _product(module, "down_proj", rows, index)
+    watch = WATCH.get()
+    if watch is not None:
+        watch(module, index, weights, rows)
     return (rows * weights[..., None]).sum(dim=1).to(hidden.dtype)
 
 
@@ -103,6 +108,16 @@ def _product(module: Any, name: str, rows: Tensor, index: Tensor) -> Tensor:
     turned = weight if module.is_transposed else weight.transpose(-2, -1)
     bias = getattr(module, f"{name}_bias") if module.has_bias else None
     return routed_mm(rows.to(weight.dtype), turned, index, bias)
+
+
+@contextmanager
+def watched_experts(watch: Callable[[Any, Tensor, Tensor, Tensor], None]) -> Iterator[None]:
+    """Hand over what `experts_forward` does: the module, index and weights (T, k), rows (T, k, width)."""
+    token = WATCH.set(watch)
+    try:
+        yield
+    finally:
+        WATCH.reset(token)
 
 
 def grouped_experts(model: nn.Module) -> list[Any]:

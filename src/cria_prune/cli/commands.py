@@ -242,6 +242,12 @@ def prune(request: Prune, out: Output) -> None:
             "zeros under a norm would change what it computes",
             "Leave out --export, or --residual",
         )
+    if padded and config.plan.experts:
+        raise ConfigError(
+            "A padded twin of a model with fewer experts",
+            "its router could choose an expert of zeros",
+            "Leave out --export, or --experts",
+        )
     prepared = found.prepared(config, request.torch_device)
     prepared.check_reach()
     found.policy = saved_as(config)

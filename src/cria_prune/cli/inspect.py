@@ -20,7 +20,7 @@ from cria_prune.config import OF
 from cria_prune.planning.budget import Budget, count_macs, count_parameters, largest_reachable
 from cria_prune.stages import discover
 from cria_prune.structure.account import Entry
-from cria_prune.structure.groups import UnitGroups, without_residual
+from cria_prune.structure.groups import UnitGroups, without_experts, without_residual
 from cria_prune.structure.table import FLOW, FROZEN, LOOSE, Fold, Row, Status, flow, fold, merged, sections
 
 if TYPE_CHECKING:
@@ -88,10 +88,10 @@ class Inventory:
         macs: multiply-accumulates of its weights per example.
         floor: share of each group's units that always stays.
         removable: cost (parameters, prunable, macs) -> largest share that can leave, without the
-            residual widths.
-        removable_with_residual: the same with them.
-        account: every parameter once under what becomes of it, without the residual widths; the shares
-            add up to one.
+            residual widths and whole experts.
+        removable_with_residual, removable_with_experts: the same with the one or the other.
+        account: every parameter once under what becomes of it, without the residual widths and whole
+            experts; the shares add up to one.
     """
 
     rows: tuple[Row, ...]
@@ -100,6 +100,7 @@ class Inventory:
     floor: float
     removable: Mapping[str, float]
     removable_with_residual: Mapping[str, float]
+    removable_with_experts: Mapping[str, float]
     account: tuple[Entry, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,17 +113,18 @@ def inventory(groups: UnitGroups, floor: float) -> Inventory:
     """Return what `inspect` prints of the groups of a model.
 
     Args:
-        groups: as `discover` found them, with their residual widths.
+        groups: as `discover` found them, with their residual widths and whole experts.
         floor: share of each group's units that always stays.
     """
-    inner = without_residual(groups)
+    inner = without_experts(without_residual(groups))
     return Inventory(
         rows=groups.rows(),
         parameters=count_parameters(groups),
         macs=count_macs(groups),
         floor=floor,
         removable=_shares(inner, floor),
-        removable_with_residual=_shares(groups, floor),
+        removable_with_residual=_shares(without_experts(groups), floor),
+        removable_with_experts=_shares(without_residual(groups), floor),
         account=inner.account(floor).entries,
     )
 
@@ -135,10 +137,12 @@ def _shares(groups: UnitGroups, floor: float) -> dict[str, float]:
 
 
 def shares(out: Output, found: Inventory) -> None:
-    """Print the largest share of each cost that can leave, without and with the residual widths."""
+    """Print the largest share of each cost that can leave: by default, and with what is asked for."""
     rows = [["without residual width", *map(percent, found.removable.values())]]
     if any(row.status == "residual" for row in found.rows):
         rows.append(["with it (--residual)", *map(percent, found.removable_with_residual.values())])
+    if any(row.status == "experts" for row in found.rows):
+        rows.append(["with whole experts (--experts)", *map(percent, found.removable_with_experts.values())])
     out.table(["can be removed at most", *(OF.texts[of] for of in found.removable)], rows)
     out.say(f"{found.floor * 100:g} % of the units of each group always stay (--floor)")
     accounted = [[percent(item.share), item.fate, item.reason, item.way_out] for item in found.account]
@@ -147,7 +151,7 @@ def shares(out: Output, found: Inventory) -> None:
 
 PLURALS = {"channel": "channels", "neuron": "neurons", "gated": "gated neurons", "head": "heads"}
 PLURALS |= {"kv group": "kv groups", "residual": "residual width"}
-STYLES = {"prunable": "green", "residual": "yellow", "frozen": "dim"}
+STYLES = {"prunable": "green", "residual": "yellow", "experts": "yellow", "frozen": "dim"}
 
 
 @dataclass(frozen=True)

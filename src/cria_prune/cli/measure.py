@@ -63,7 +63,7 @@ def ablate(request: Ablate, out: Output) -> None:
         }
         show_ablation(out, result, head)
         asked = config.model_dump(mode="json")
-        asked["plan"] = {key: asked["plan"][key] for key in ("residual", "units", "vanilla")}
+        asked["plan"] = {key: asked["plan"][key] for key in ("residual", "experts", "units", "vanilla")}
         used = {key: asked[key] for key in ("record", "score", "plan")}
         values = {**result.to_dict(), **head, "config": used, "provenance": origin}
         title = f"{request.target}, {config.score.criterion}, {REPAIRED[config.repair]}: {tested_on}"

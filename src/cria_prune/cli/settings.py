@@ -197,7 +197,7 @@ class Scoring(Running):
     group = START
 
     reductions: tuple[float, ...] = ()
-    plan: PlanConfig = options(PlanConfig, "residual")
+    plan: PlanConfig = options(PlanConfig, "residual", "experts")
     policy: str | None = None
     score: ScoreConfig = options(ScoreConfig)
     scores: Path | None = None

@@ -17,6 +17,7 @@ from cria_prune.base.kinds import of_plain_models
 from cria_prune.base.ranks import World, world
 from cria_prune.config import ScoreConfig
 from cria_prune.criteria.evidence import Evidence, UnitWeights
+from cria_prune.criteria.experts import routed_importance
 from cria_prune.criteria.table import CRITERIA, Criterion
 from cria_prune.recording.states import EVERYTHING, GroupStates, States
 from cria_prune.spectrum.importance import Diagnosis, Importance, rank_correlation
@@ -41,6 +42,9 @@ def score(
     whole: bool = True,
 ) -> dict[str, Importance]:
     """Score the units of every prunable group: high is kept, low is a candidate for removal.
+
+    Whole experts are scored by what they give their tokens (`criteria.experts`) under any criterion that
+    reads signals; under one of weights alone by their rows of the router.
 
     With several processes (`base.ranks`) each scores its share of the groups, and all get all scores.
 
@@ -75,6 +79,10 @@ def score(
             if not here.mine(index):
                 continue
             weights = UnitWeights(group, tensors)
+            if group.kind == "experts" and states is not None and criterion.needs:
+                # A removed expert gives its tokens to others: what it did for them is what is lost.
+                importances[group.name] = _score_experts(group, states, config)
+                continue
             found = _states_of(group, states) if states and criterion.needs else None
             scored = _score_group(criterion, weights, found, config)
             importances[group.name] = _with_unreached(scored, group, states)
@@ -211,6 +219,18 @@ def _states_of(group: UnitGroup, states: States) -> GroupStates:
             "Record the states of these groups again, after every structural change",
         )
     return found
+
+
+def _score_experts(group: UnitGroup, states: States, config: ScoreConfig) -> Importance:
+    """Score whole experts, whatever the criterion."""
+    found = states.routed.get(group.name)
+    if found is None or found.tokens.shape[1] != group.producers[0].positions.size:
+        raise StructureError(
+            f"Scoring group {group.name!r} of {group.size} units",
+            "the states do not hold what its experts did",
+            "Record the states of these groups again, after every structural change",
+        )
+    return routed_importance(group, found, drop=config.drop_unreached)
 
 
 def _score_group(

@@ -173,7 +173,7 @@ def checked(config: PruneConfig) -> PruneConfig:
     """Return a configuration with the policy that a folder of plain transformers needs.
 
     Raises:
-        ConfigError: less residual width, latency or measured losses were asked for.
+        ConfigError: less residual width, whole experts, latency or measured losses were asked for.
         CriterionError: the criterion takes gradients.
     """
     asked = "Pruning layer by layer"
@@ -181,6 +181,11 @@ def checked(config: PruneConfig) -> PruneConfig:
         raise ConfigError(
             f"{asked} with less residual width", "its masked twin runs in memory alone",
             "Leave out residual, or prune in memory",
+        )  # fmt: skip
+    if config.plan.experts:
+        raise ConfigError(
+            f"{asked} with fewer experts", "their masked twin runs in memory alone",
+            "Leave out experts, or prune in memory",
         )  # fmt: skip
     if config.plan.of == "latency" or config.plan.ranking == "measured":
         raise ConfigError(

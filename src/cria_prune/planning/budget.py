@@ -41,17 +41,18 @@ class Ledger:
     Args:
         groups: the structure now.
         weights: tensor name -> cost of one of its elements; tensors not named cost nothing.
+        shared: what an expert did the others do when it leaves: each token still goes to as many (MACs).
 
     Raises:
         StructureError: two slices of prunable groups share a position of one tensor dimension.
     """
 
-    def __init__(self, groups: UnitGroups, weights: Mapping[str, float]) -> None:
+    def __init__(self, groups: UnitGroups, weights: Mapping[str, float], shared: bool = False) -> None:
         self._sizes = {group.name: group.size for group in groups.prunable}
         spans: dict[tuple[str, int], list[tuple[str, ParameterSlice]]] = {}
         for group in groups.prunable:
             for item in _distinct(group.slices):
-                if item.tensor in weights:
+                if item.tensor in weights and not (shared and group.shares(item)):
                     spans.setdefault((item.tensor, item.dim), []).append((group.name, item))
         for (tensor, dim), items in spans.items():
             _check_disjoint(tensor, dim, items)
@@ -166,6 +167,8 @@ class Budget:
         if self.of == "latency":
             assert self.latency is not None
             return self.latency.ledger(groups)
+        if self.of == "macs":  # experts that are left have more rows each than in the dense network
+            return Ledger(groups, groups.positions, shared=True)
         return Ledger(groups, self.weights)
 
     def amount(self, groups: UnitGroups, kept: Mapping[str, int] | None = None) -> float:

@@ -507,6 +507,11 @@ def _checked_indices(groups: UnitGroups, name: str, stays: Sequence[int] | np.nd
             f"found {len(indices)} indices from {unique[0]} to {unique[-1]} for {group.size} units",
             todo,
         )
+    if len(unique) < min(group.least, group.size):
+        raise StructureError(
+            asked, f"found {len(unique)} indices, and {group.least} always stay",
+            f"Keep {group.least} units or more: a router picks so many for each token",
+        )  # fmt: skip
     if group.frozen is not None and len(unique) < group.size:
         raise StructureError(asked, f"it is frozen: {group.frozen}", "Keep all its units")
     return tuple(unique.tolist())

@@ -16,8 +16,7 @@ from cria_prune.planning.allocation import Losses, allocate
 from cria_prune.planning.budget import SLACK, Budget, Cost
 from cria_prune.planning.latency import LatencyTable
 from cria_prune.planning.stairs import Allowed, Stair, fewest, stairs
-from cria_prune.structure.account import LAST
-from cria_prune.structure.groups import UnitGroup, UnitGroups, freeze, without_residual
+from cria_prune.structure.groups import UnitGroup, UnitGroups, freeze, without_experts, without_residual
 from cria_prune.vanilla import holdable
 
 
@@ -178,7 +177,7 @@ def check_prunable(groups: UnitGroups) -> None:
     """Raise a StructureError, with the reasons that keep the most in place, if no group can be pruned."""
     if groups.prunable:
         return
-    reasons = [f"{group.name}: {group.frozen or LAST}" for group in groups]
+    reasons = [f"{group.name}: {group.whole}" for group in groups]
     found = f" ({some(reasons, between='; ')})" if reasons else ", the model has no groups"
     stays = " | ".join(map(str, groups.account().largest()))
     raise StructureError(
@@ -340,7 +339,11 @@ class Walk:
 
 HEADS = ("head", "kv group")
 NEURONS = ("neuron", "gated", "channel")
-KINDS = {"neurons": (*NEURONS, "residual"), "heads": (*HEADS, "residual")}
+KINDS = {
+    "neurons": (*NEURONS, "residual"),
+    "heads": (*HEADS, "residual"),
+    "experts": ("experts", "residual"),
+}
 
 
 @dataclass(frozen=True)
@@ -357,18 +360,21 @@ class Scope:
 
 
 def scope(model: nn.Module, groups: UnitGroups, config: PlanConfig) -> Scope:
-    """Freeze what a plan is not to cut: residual widths, kinds of units, what a vanilla configuration lacks.
+    """Freeze what a plan is not to cut: residual widths and experts, kinds of units, what no vanilla
+    configuration holds.
 
     Args:
         model: the dense model, also on the meta device; only looked at.
         groups: its structure.
-        config: `residual`, `units` and `vanilla` are used.
+        config: `residual`, `experts`, `units` and `vanilla` are used.
 
     Raises:
         StructureError: `vanilla` is asked for a model that no configuration of transformers describes.
     """
     if not config.residual:
         groups = without_residual(groups)
+    if not config.experts:
+        groups = without_experts(groups)
     if config.units != "all":
         wanted = KINDS[config.units]
         reason = f"the plan cuts {config.units} alone (units)"
@@ -418,6 +424,7 @@ def _lifts(model: nn.Module, groups: UnitGroups, config: PlanConfig) -> list[str
         ("cut what a vanilla configuration cannot hold (per-layer)", {"vanilla": False, "uniform": False}),
         ("both of these", {"units": "all", "vanilla": False, "uniform": False}),
         ("cut the residual width too (residual)", {"residual": True}),
+        ("cut whole experts too (experts)", {"experts": True}),
     ]
     lifts: list[str] = []
     for text, values in changes:

@@ -16,6 +16,7 @@ from torch import nn
 from cria_prune.base.batches import Batch, batch_size, by_name, forward, limited, map_tensors, told_apart
 from cria_prune.base.errors import DataError
 from cria_prune.base.events import passed
+from cria_prune.base.experts import watched_experts
 from cria_prune.base.inputs import Inputs, read
 from cria_prune.base.kinds import of_plain_models
 from cria_prune.base.metrics import Loss, cross_entropy
@@ -23,6 +24,7 @@ from cria_prune.base.modules import buffers_kept, digest, named_tensors, unchang
 from cria_prune.base.ranks import world
 from cria_prune.config import RecordConfig
 from cria_prune.recording.gradients import FisherSums, TaylorSums
+from cria_prune.recording.routed import Routed, RoutedSums
 from cria_prune.recording.signals import Collector
 from cria_prune.recording.states import EVERYTHING, Read, States, reads_of
 from cria_prune.recording.taps import Taps
@@ -74,7 +76,8 @@ def record(
 
     Returns:
         The states of every prunable group: per side its moments, and those of the even and the odd
-        examples apart. The draw of positions and tokens depends only on the seed and the example's index.
+        examples apart; of whole experts what they did, in `routed`. The draw of positions and tokens
+        depends only on the seed and the example's index.
 
     Raises:
         DataError: no batches, batches of a wrong kind, or the model fails on one.
@@ -96,9 +99,10 @@ def record(
         with here.together("Recording", seen.hexdigest):
             if here.size > 1:
                 seen.update(digest("", named_tensors(model)).encode())
-            collector = Collector(groups.prunable, config, consumed, reads, graphs)
-            taylor = TaylorSums(model, groups.prunable, loss or cross_entropy) if gradients else None
-            fisher = FisherSums(groups.prunable) if per_example else None
+            collector = Collector(groups.recorded, config, consumed, reads, graphs)
+            whole = RoutedSums(model, groups.prunable)
+            taylor = TaylorSums(model, groups.recorded, loss or cross_entropy) if gradients else None
+            fisher = FisherSums(groups.recorded) if per_example else None
             with_taps = Taps(model, collector.wanted, collector.receive, fisher.watch if fisher else None)
             for batch in limited(batches, config.examples):
                 size, first = batch_size(batch), examples
@@ -109,11 +113,12 @@ def record(
                     continue
                 mask = by_name(batch).get("attention_mask")
                 collector.begin(first, size, mask)
+                whole.begin(first, size, mask)
                 if fisher:
                     fisher.begin(size)
                 # A copy: a forward may write into its input, and the next round needs it as it was.
                 batch = map_tensors(batch, lambda item: item.to(device, copy=True))
-                with with_taps:
+                with with_taps, watched_experts(whole.receive):
                     forward(model, batch, taylor.add if taylor else None)
                 if fisher:
                     fisher.finish()
@@ -124,6 +129,7 @@ def record(
             # All is sums over samples, so adding them up is exact, and
             # one process or many give the same scores up to rounding.
             collector.pool(here.total, device)
+            whole.pool(here.total)
             for sums in (taylor.sums if taylor else {}, fisher.sums if fisher else {}):
                 sums.update({name: here.total(value) for name, value in sums.items()})
             routed = {name: here.total(with_taps.routed.get(name, rows)) for name, rows in routed.items()}
@@ -140,22 +146,26 @@ def record(
         gradients=gradients,
         per_example=per_example,
         reads=reads,
-        unreached=_unreached(routed if here.size > 1 else with_taps.routed),
+        unreached=_unreached(routed if here.size > 1 else with_taps.routed, whole.found()),
+        routed=whole.found(),
     )
 
 
 def _no_rows(model: nn.Module, groups: UnitGroups) -> dict[str, torch.Tensor]:
     """Return weight -> (experts,) zeros, of every weight that may be one of experts."""
     tensors = named_tensors(model)
-    names = sorted({item.tensor for group in groups.prunable if group.multiple > 1 for item in group.slices})
+    names = sorted({item.tensor for group in groups.recorded if group.multiple > 1 for item in group.slices})
     found = {name: tensors[name] for name in names if tensors[name].ndim == 3}
     return {name: torch.zeros(len(item), dtype=torch.float64) for name, item in found.items()}
 
 
-def _unreached(routed: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+def _unreached(routed: Mapping[str, torch.Tensor], whole: Mapping[str, Routed]) -> dict[str, tuple[int, ...]]:
     """Return the experts of each module that got no row, and warn of them."""
-    found = dict[str, tuple[int, ...]]()
-    for name, rows in routed.items():
+    found, removable = dict[str, tuple[int, ...]](), {item.module for item in whole.values()}
+    counts = dict(routed)
+    for item in whole.values():  # where their neurons stay, nothing else counts
+        counts.setdefault(f"{item.module}.", item.tokens.sum(dim=0))
+    for name, rows in counts.items():
         module, missed = name.rpartition(".")[0], torch.nonzero(rows == 0).ravel().tolist()
         if module in found or not missed or len(missed) == len(rows):  # never called at all: no experts
             continue
@@ -163,8 +173,9 @@ def _unreached(routed: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]
         numbers = ", ".join(map(str, missed[:8])) + (" ..." if len(missed) > 8 else "")
         warnings.warn(
             f"The calibration reaches {len(rows) - len(missed)} of the {len(rows)} experts of {module!r}, "
-            f"and not {numbers}: their neurons are judged by the signals of the others. Give more, or more "
-            "varied, calibration examples",
+            f"and not {numbers}: their neurons are judged by the signals of the others"
+            + (", and as whole experts they count as usual ones" if module in removable else "")
+            + ". Give more, or more varied, calibration examples",
             stacklevel=3,
         )
     return found

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cria_prune.base.progress import screenful
 from cria_prune.graph.moments import DOUBLE, Moments, Total
+from cria_prune.recording.routed import Routed
 
 PIECE = 2**20  # numbers that are looked at as float64 at a time
 
@@ -183,6 +184,7 @@ class States:
         reads: what was recorded beyond the outputs' means and variances.
         unreached: module of experts -> those of them that no example was sent to: what is said of
             their neurons are the signals of the other experts.
+        routed: name of a group of whole experts -> what they did.
     """
 
     groups: Mapping[str, GroupStates]
@@ -196,6 +198,7 @@ class States:
     per_example: bool = False
     reads: frozenset[Read] = EVERYTHING
     unreached: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    routed: Mapping[str, Routed] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> GroupStates:
         return self.groups[name]

@@ -160,6 +160,7 @@ def _choose(grids: Sequence[Grid], state: State, chosen: np.ndarray) -> None:
 
 Dim = np.ndarray | None
 Axes = list[Dim]
+NONE = np.zeros(0, dtype=np.int64)
 
 
 class Units:
@@ -175,7 +176,7 @@ class Units:
         self._parents: dict[int, tuple[np.ndarray, ...]] = {}
         self._ties: list[tuple[np.ndarray, np.ndarray]] = []
         self._grids: list[Grid] = []
-        self._frozen: list[tuple[np.ndarray, str]] = []
+        self._frozen: list[tuple[np.ndarray, str, str]] = []
         self._fixed: list[tuple[np.ndarray, str]] = []
         self._assumed: list[tuple[np.ndarray, str]] = []
         self._marked: dict[str, list[np.ndarray]] = {}
@@ -254,10 +255,10 @@ class Units:
             self._ties.append((first, second))
         return first
 
-    def freeze(self, atoms: Dim, reason: str) -> None:
-        """Keep these atoms, and all that are tied to them, in place."""
+    def freeze(self, atoms: Dim, reason: str, unless: str = "") -> None:
+        """Keep these atoms, and all that are tied to them, in place; not those that are marked `unless`."""
         if atoms is not None and atoms.size and not self.unread:
-            self._frozen.append((atoms.ravel(), reason))
+            self._frozen.append((atoms.ravel(), reason, unless))
 
     def fix(self, atoms: Dim, reason: str) -> None:
         """Keep these atoms in place, with a reason that yields to any other: one dimension of a grid."""
@@ -331,14 +332,25 @@ class Units:
         # on all that is tied to it anywhere in the network.
         classes = components(self.count, self._ties)
         frozen, weak = dict[int, str](), dict[int, str]()
-        for noted, table in ((self._frozen, frozen), (self._fixed, weak)):
-            for atoms, reason in noted:
-                for item in np.unique(classes[atoms]).tolist():
-                    table.setdefault(item, reason)
+        spared = {
+            name: set(np.unique(classes[np.concatenate(self._marked.get(name, [NONE]))]).tolist())
+            for name in {unless for _, _, unless in self._frozen}
+        }
+        for grid in self._grids:  # experts in groups of a router are experts along each factor
+            for units in spared.values():
+                if units and units.issuperset(classes[grid.flat].ravel().tolist()):
+                    units.update(int(unit) for factor in grid.factors for unit in classes[factor].tolist())
+        for atoms, reason, unless in self._frozen:
+            for item in np.unique(classes[atoms]).tolist():
+                if item not in spared[unless]:
+                    frozen.setdefault(item, reason)
+        for atoms, reason in self._fixed:
+            for item in np.unique(classes[atoms]).tolist():
+                weak.setdefault(item, reason)
         grids = [
             Grid(classes[grid.flat], tuple(classes[item] for item in grid.factors)) for grid in self._grids
         ]
-        heads = classes[np.concatenate([np.zeros(0, dtype=np.int64), *self._marked.get("head", [])])]
+        heads = classes[np.concatenate([NONE, *self._marked.get("head", [])])]
         labels, frozen = resolve_grids(grids, int(classes.max(initial=-1)) + 1, frozen, weak, heads)
         classes = labels[classes]
         assumed: dict[int, tuple[str, ...]] = {}

@@ -28,7 +28,7 @@ from cria_prune.structure.groups import (
     end_of,
     site_of,
 )
-from cria_prune.structure.rules.core import Context, Counted, WeightUse, operation_name
+from cria_prune.structure.rules.core import EXPERTS, Context, Counted, WeightUse, operation_name
 from cria_prune.structure.trace import Trace, trace
 
 # Names that say what they count. Any other number that happens to be equal is a
@@ -41,6 +41,9 @@ CONFIG_WIDTHS = {
         *("hidden_dim", "moe_intermediate_size"),
     ),
     "residual": ("hidden_size", "n_embd", "d_model", "dim", "embed_dim", "word_embed_proj_dim"),
+}
+EXPERT_COUNTS = {
+    *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "n_experts", "num_expert"),
 }
 
 
@@ -94,7 +97,7 @@ def with_counts(
                         entry = Count(path, name, str(place), min(width), item.value, item.value, sure)
                         found[owned][path, name, entry.place] = entry
     for group in groups:
-        for entry in _config_widths(modules, group):
+        for entry in (*_config_widths(modules, group), *_expert_counts(modules, group)):
             found[group.name][entry.module, entry.name, entry.place] = entry
     return [replace(group, counts=tuple(found[group.name].values())) for group in groups]
 
@@ -147,6 +150,21 @@ def _config_widths(modules: Mapping[str, nn.Module], group: UnitGroup) -> Iterab
     for name in (f"config.{field}" for field in CONFIG_WIDTHS[kind]):
         for path in _holders(modules, module, name, said):
             yield Count(path, name, group.name, width, said, said, True)
+
+
+def _expert_counts(modules: Mapping[str, nn.Module], group: UnitGroup) -> Iterable[Count]:
+    """Yield the attributes that count whole experts, of the modules with their weights and all around."""
+    if group.kind != EXPERTS:
+        return
+    width = group.producers[0].positions.shape[1]
+    paths = {""}
+    for item in group.slices:
+        parts = item.tensor.split(".")[:-1]
+        paths |= {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+    for path in sorted(paths & modules.keys()):
+        for name, value in held_numbers(modules[path]).items():
+            if name.removeprefix("config.") in EXPERT_COUNTS and value == group.size * width:
+                yield Count(path, name, group.name, width, value, value, True)
 
 
 @dataclass(frozen=True)
@@ -207,7 +225,11 @@ def discover(
     ]
     resolved = traced.resolved
     taps = _taps(context, context.uses[: traced.uses])
-    groups, atoms = _groups([*slices, *taps.values()], resolved, kinds)
+    least = dict[int, int]()
+    for units, count in context.ranked:
+        for unit in np.unique(resolved.classes[units]).tolist():
+            least[unit] = max(least.get(unit, 1), count)
+    groups, atoms = _groups([*slices, *taps.values()], resolved, kinds, least)
     groups = with_counts(model, groups, atoms, context.counted, resolved.classes)
     return UnitGroups(
         groups=tuple(_counted_in_copies(model, _evaluated(groups, positions), traced.copies)),
@@ -253,7 +275,7 @@ def _evaluated(groups: Iterable[UnitGroup], positions: Mapping[str, float]) -> l
     reason = "runs only in training, or only on a further example: its units cannot be ranked"
 
     def stays(side: tuple[ParameterSlice, ...]) -> bool:
-        return all(item.tensor not in positions for item in side)
+        return bool(side) and all(item.tensor not in positions for item in side)
 
     return [
         replace(group, frozen=reason)
@@ -346,7 +368,7 @@ class Touched:
 
 
 def _groups(
-    places: list[Place], resolved: Resolved, kinds: dict[str, str]
+    places: list[Place], resolved: Resolved, kinds: dict[str, str], least: Mapping[int, int]
 ) -> tuple[list[UnitGroup], dict[str, np.ndarray]]:
     """Collect units of equal signature into groups, in the order of the network; and their classes."""
     classes = resolved.classes
@@ -369,7 +391,7 @@ def _groups(
             rows = positions[order].reshape(len(members), -1).astype(np.int64)
             touched.setdefault(key, []).append(Touched(place, members, rows))
     rank = {weight: index for index, weight in enumerate(kinds)}
-    found = [_group(items, resolved, rank, kinds) for items in touched.values()]
+    found = [_group(items, resolved, rank, kinds, least) for items in touched.values()]
     ranked = [item for item in found if item is not None]
     ranked.sort(key=lambda item: (rank[item[0].producers[0].tensor], item[0].frozen is not None))
     groups = _unique_names([group for group, _ in ranked])
@@ -377,7 +399,11 @@ def _groups(
 
 
 def _group(
-    items: list[Touched], resolved: Resolved, rank: dict[str, int], kinds: dict[str, str]
+    items: list[Touched],
+    resolved: Resolved,
+    rank: dict[str, int],
+    kinds: dict[str, str],
+    least: Mapping[int, int],
 ) -> tuple[UnitGroup, np.ndarray] | None:
     """Build a group; its units are ordered by their position in the first producer. None without one."""
     made = [item for item in items if item.place.kind == "produces"]
@@ -400,13 +426,14 @@ def _group(
         )
         for end in ENDS
     }
-    reason = resolved.frozen.get(units[0])
-    if reason is None and not any(item.role == "consumes" for item in slices):
-        reason = "no layer with weights reads it"
     first = made[0].place.tensor
+    kind = _kind(kinds[first], units, made, resolved)
+    reason = resolved.frozen.get(units[0])
+    if reason is None and kind != EXPERTS and not any(item.role == "consumes" for item in slices):
+        reason = "no layer with weights reads it"
     group = UnitGroup(
         name=first.rsplit(".", 1)[0] if "." in first else first,
-        kind=_kind(kinds[first], units, made, resolved),
+        kind=kind,
         size=len(units),
         original_size=len(units),
         slices=tuple(slices),
@@ -416,6 +443,7 @@ def _group(
         assumes=tuple(dict.fromkeys(text for unit in units for text in resolved.assumed.get(unit, ()))),
         normed=resolved.marked(units, "normed"),
         multiple=_multiple(len(units)) if resolved.marked(units, "aligned") else 1,
+        least=max(least.get(unit, 1) for unit in units) if kind == EXPERTS else 1,
     )
     return group, np.asarray(units)
 
@@ -427,6 +455,8 @@ def _multiple(size: int) -> int:
 
 def _kind(kind: str, units: list[int], made: list[Touched], resolved: Resolved) -> str:
     """Say what a group's units are, from the kind of its first producer and the marks of the rules."""
+    if resolved.marked(units, EXPERTS):
+        return EXPERTS
     if resolved.marked(units, "head"):
         return "kv group" if resolved.marked(units, "grouped") else "head"
     if resolved.marked(units, "residual"):

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import numpy as np
 
@@ -111,6 +111,7 @@ class UnitGroup:
         name: the module that produces the first slice; stable over rounds.
         kind: `channel` (convolution), `neuron` (fully connected), `gated` (a neuron that is the
             product of two), `head` (attention), `kv group` (a key-value head with its query heads),
+            `experts` (whole experts of a layer with their rows of the router),
             or `residual` (the width of a stream that skips: of a sum of branches one of which goes
             around a layer of another, see `structure/skips.py`).
         size: units now; `original_size`: units in the dense model.
@@ -123,6 +124,7 @@ class UnitGroup:
             when some leave: verified by the twin of operations, see `surgery/verify.py`.
         restated: modules whose calls get their sizes restated when some units leave, see `base.sizes`.
         multiple: of what a number of units that stay has to be, for a kernel to take it.
+        least: units that have to stay: as many experts as a router picks for each token, else one.
     """
 
     name: str
@@ -138,6 +140,7 @@ class UnitGroup:
     normed: bool = False
     restated: tuple[str, ...] = ()
     multiple: int = 1
+    least: int = 1
 
     def __repr__(self) -> str:
         before = f" of {self.original_size}" if self.size < self.original_size else ""
@@ -145,9 +148,20 @@ class UnitGroup:
         return f"UnitGroup({self.name!r}, {self.kind}, {self.size}{before} units{frozen})"
 
     @property
+    def whole(self) -> str | None:
+        """Why no unit can leave, or None."""
+        if self.frozen is None and self.size <= self.least:
+            return LAST if self.least == 1 else f"has {self.size} units, and {self.least} always stay"
+        return self.frozen
+
+    @property
     def producers(self) -> tuple[ParameterSlice, ...]:
         """Slices along output dimensions of weights."""
         return tuple(item for item in self.slices if item.role == "produces")
+
+    def shares(self, item: ParameterSlice) -> bool:
+        """Say whether others do the work of a unit's slice when it leaves: the weights of a whole expert."""
+        return self.kind == "experts" and item.role == "follows"
 
     @property
     def consumers(self) -> tuple[ParameterSlice, ...]:
@@ -196,8 +210,13 @@ class UnitGroups:
 
     @property
     def prunable(self) -> tuple[UnitGroup, ...]:
-        """The groups that are not frozen and have more than one unit."""
-        return tuple(group for group in self.groups if group.frozen is None and group.size > 1)
+        """The groups that are not frozen and have more units than always stay."""
+        return tuple(group for group in self.groups if group.whole is None)
+
+    @property
+    def recorded(self) -> tuple[UnitGroup, ...]:
+        """The prunable groups whose units have signals of their own: all but whole experts."""
+        return tuple(group for group in self.prunable if group.kind != "experts")
 
     def rows(self) -> tuple[Row, ...]:
         """Return what is printed of each group, in the order of the network."""
@@ -213,9 +232,9 @@ class UnitGroups:
             floor: share of each group's units that always stays; one unit does anyway.
             least: group name -> units that always stay, in place of what the floor says.
         """
-        least, held, prunable = least or {}, [], {group.name for group in self.prunable}
+        least, held = least or {}, []
         for group in self.groups:
-            reason = None if group.name in prunable else group.frozen or LAST
+            reason = group.whole
             places = tuple((item.tensor, item.dim, item.positions) for item in group.slices)
             stays = least.get(group.name, least_kept(group, floor))
             held.append(Held(group.name, group.size, reason, stays, places))
@@ -226,7 +245,8 @@ class UnitGroups:
         parameters = sum(sizes[name] for name in self.parameters)
         macs = sum(times * sizes[name] for name, times in self.positions.items())
         counts = Counter(row.status for row in rows)
-        head = ", ".join(f"{counts[status]} {status}" for status in ("prunable", "residual", "frozen"))
+        said = [status for status in get_args(Status) if status != "experts" or counts[status]]
+        head = ", ".join(f"{counts[status]} {status}" for status in said)
         lines = [f"groups: {head}; {parameters:,} parameters, {macs:,.0f} MACs per example", plain(rows)]
         return "\n".join([*lines, *self.notes])
 
@@ -237,13 +257,13 @@ class UnitGroups:
         status: Status = "frozen"
         parameters, macs = self._unit_costs(group) if prunable else (None, None)
         if prunable:
-            status = "residual" if group.kind == "residual" else "prunable"
+            status = cast(Status, group.kind) if group.kind in ("residual", "experts") else "prunable"
         return Row(
             name=group.name,
             kind=group.kind,
             units=group.size,
             status=status,
-            frozen=None if prunable else group.frozen or LAST,
+            frozen=group.whole,
             parameters_per_unit=parameters,
             macs_per_unit=macs,
             producers=tuple(sorted({item.tensor for item in group.producers})),
@@ -256,17 +276,18 @@ class UnitGroups:
         before = {tensor: self.shapes[tensor] for tensor, _ in removed}
         after = shrunk_shapes(before, removed)
         gone = {tensor: math.prod(before[tensor]) - math.prod(after[tensor]) for tensor in before}
-        macs = sum(gone[tensor] * self.positions.get(tensor, 0.0) for tensor in gone)
+        shared = {item.tensor for item in group.slices if group.shares(item)}
+        macs = sum(gone[tensor] * self.positions.get(tensor, 0.0) for tensor in gone if tensor not in shared)
         return sum(gone[tensor] for tensor in gone if tensor in self.parameters), float(macs)
 
 
 def least_kept(group: UnitGroup, floor: float) -> int:
-    """Return how many units always stay: max(1, ceil(floor * original size)), at most all of now.
+    """Return how many units always stay: max(least, ceil(floor * original size)), at most all of now.
 
     Where a kernel takes multiples only it is the next of them.
     """
     # 0.07 · 100 is 7.000000000000001 in floating point, and 8 units would stay.
-    least = max(1, math.ceil(floor * group.original_size - 1e-9))
+    least = max(group.least, math.ceil(floor * group.original_size - 1e-9))
     return min(group.size, -(-least // group.multiple) * group.multiple)
 
 
@@ -274,6 +295,12 @@ def without_residual(groups: UnitGroups) -> UnitGroups:
     """Return the groups with every residual width frozen: it is pruned only when asked for."""
     reason = "residual width is pruned only when asked for (residual=True)"
     return freeze(groups, lambda group: reason if group.kind == "residual" else None)
+
+
+def without_experts(groups: UnitGroups) -> UnitGroups:
+    """Return the groups with whole experts frozen: they are pruned only when asked for."""
+    reason = "whole experts are removed only when asked for (experts=True)"
+    return freeze(groups, lambda group: reason if group.kind == "experts" else None)
 
 
 def freeze(groups: UnitGroups, reason: Callable[[UnitGroup], str | None]) -> UnitGroups:
@@ -365,8 +392,16 @@ def shrink(groups: UnitGroups, kept: Mapping[str, Sequence[int]]) -> UnitGroups:
         return replace(group, size=len(stays), slices=slices, inputs=inputs, outputs=outputs, counts=counts)
 
     shapes = shrunk_shapes(groups.shapes, removed)
+    positions = dict(groups.positions)
+    for group in groups:
+        for item in group.slices:
+            if group.shares(item) and item.tensor in positions:  # as many rows as before, for fewer experts
+                before, after = (table[item.tensor][item.dim] for table in (groups.shapes, shapes))
+                positions[item.tensor] *= before / after
     calls = tuple(call.without(units_gone(groups, kept)) for call in groups.calls)
-    return replace(groups, groups=tuple(smaller(group) for group in groups), shapes=shapes, calls=calls)
+    return replace(
+        groups, groups=tuple(map(smaller, groups)), shapes=shapes, calls=calls, positions=positions
+    )
 
 
 def units_gone(groups: UnitGroups, kept: Mapping[str, Sequence[int]]) -> dict[str, int]:

@@ -13,7 +13,7 @@ NUMBER = re.compile(r"(?:(?<=[._])|^)\d+(?=\.|$)")
 """The number of a layer in its name: `layers.0.mlp`, `encoder_layer_0.mlp`; not that of `conv1`."""
 MEASURED = re.compile(r"\d+(?:\.\d+)?(?:e[+-]\d+)|\d+\.\d+")
 HOLE = "\0"
-Status = Literal["prunable", "residual", "frozen"]
+Status = Literal["prunable", "residual", "experts", "frozen"]
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,10 @@ class Row:
 
     Attributes:
         name: of the group: the module that makes its first slice.
-        kind: channel, neuron, gated, head, kv group or residual.
+        kind: channel, neuron, gated, head, kv group, experts or residual.
         units: how many there are.
-        status: `prunable`; `residual`, which is pruned only with --residual; or `frozen`.
+        status: `prunable`; `residual` and `experts`, which are pruned only with --residual and --experts; or
+            `frozen`.
         frozen: why it cannot be pruned, or None.
         parameters_per_unit: parameters that leave when one unit leaves and nothing else; None if frozen.
         macs_per_unit: multiply-accumulates per example that leave with it; None if frozen.

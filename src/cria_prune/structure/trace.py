@@ -155,7 +155,7 @@ def _followed(model: nn.Module, program: ExportedProgram | OneRun, context: Cont
     _note_values(program, context, canonical_tensors(model))
     for item in tree_leaves(follow(program.graph, context)):
         if isinstance(item, Node):
-            freeze_all(context.axes[item], context, reason)
+            freeze_all([*context.axes[item], context.points.get(item)], context, reason)
     return Forward(program, names)
 
 
@@ -345,6 +345,7 @@ def follow(graph: Graph, context: Context) -> Any:
                 rule = RULES.get(operation_name(node), no_rule) if known else no_rule
                 ties = context.units.ties
                 context.axes[node] = rule(node, context)
+                experts.follow_points(node, context)
                 if node not in context.data:
                     context.weight_ties[node] = range(ties, context.units.ties)
             else:
@@ -414,6 +415,8 @@ def _wrapper(wrapped: tuple[Graph, list[Any]], context: Context) -> Any:
             context.outer[inner] = outer
             if outer in context.data:
                 context.data.add(inner)
+            if outer in context.points:
+                context.points[inner] = context.points[outer]
             context.sources[inner] = context.sources.get(outer, 0)
             context.upstream[inner] = context.upstream.get(outer, 0)
         else:

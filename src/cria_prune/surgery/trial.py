@@ -314,7 +314,7 @@ class _Trials:
             size = self.groups[name].size
             share = generator.uniform(0.35, 0.65) if seed == 0 else generator.uniform()
             share = shares.setdefault(size, share) if equal else share
-            stays = max(1, min(size - 1, round(size * share)))
+            stays = max(self.groups[name].least, min(size - 1, round(size * share)))
             kept[name] = np.sort(generator.permutation(size)[:stays])
         return kept
 

@@ -37,7 +37,7 @@ from cria_prune.base.inputs import read_one
 from cria_prune.base.kinds import of_plain_models
 from cria_prune.base.modules import copy_of, device_of, named_tensors, random_kept, shared_copy
 from cria_prune.planning.plan import Plan
-from cria_prune.structure.rules.core import argument, operation_name
+from cria_prune.structure.rules.core import SOFTMAX, argument, dim_argument, operation_name
 from cria_prune.structure.rules.layers import STATISTICS, reduced_dims
 from cria_prune.structure.trace import Forward, Trace, live_nodes, trace, wrapped_graph
 from cria_prune.surgery.training import Training, training_outputs
@@ -167,6 +167,15 @@ class _Run:
         # The same of a weight that is standardised by a batch norm over its inputs.
         if name == "batch_norm" and argument(node, 5, "training") and gone:
             return _standardised(target, args, gone)
+        # Experts that left are never chosen: the others are ranked, and share out the weights.
+        if name in SOFTMAX and gone:
+            dim = dim_argument(node, 1, "dim", len(gone))
+            if gone[dim] is not None:
+                return _softmax_over_kept(target, args, kwargs, gone[dim], dim)
+        if name == "topk" and gone:
+            dim = dim_argument(node, 2, "dim", len(gone), -1)
+            if gone[dim] is not None:
+                return target(args[0].index_fill(dim, gone[dim], float("-inf")), *args[1:], **kwargs)
         # The same of a norm that is written out: the mean, variance or norm is taken without them.
         if name in STATISTICS and any(item is not None for item in gone):
             return target(_kept(args[0], gone, node), *args[1:], **kwargs)
@@ -225,6 +234,13 @@ def _standardised(target: Any, args: tuple[Any, ...], gone: list[Any]) -> Tensor
         whole = value.new_zeros([*value.shape[:dim], args[0].shape[dim], *value.shape[dim + 1 :]])
         value = whole.index_copy_(dim, stays, value)
     return cast(Tensor, value)
+
+
+def _softmax_over_kept(target: Any, args: Any, kwargs: Any, gone: Tensor, dim: int) -> Tensor:
+    """Share out among the positions that stay; the others are zero in the result."""
+    kept = _complement(args[0].shape[dim], gone)
+    value = target(args[0].index_select(dim, kept), *args[1:], **kwargs)
+    return value.new_zeros(args[0].shape).index_copy_(dim, kept, value)
 
 
 def _complement(size: int, gone: Tensor) -> Tensor:

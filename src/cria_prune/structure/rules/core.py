@@ -140,6 +140,9 @@ class Context:
         lost: node -> the operation without a rule that its values come from, with no layer between.
         values: nodes that are a constant of the code, with its value; integer buffers too.
         picks: (buffer, dimension) whose values are the positions of the units that they stand beside.
+        points: node whose values are positions of units, such as the experts that a router picks -> these
+            units (n,) in their order.
+        ranked: units, and how many of them are picked for each row: so many have to stay.
         uses: the uses of weights.
         counted: numbers that count atoms.
         sized: operations that ask for sizes.
@@ -161,6 +164,8 @@ class Context:
     lost: dict[Node, str] = field(default_factory=dict)
     values: dict[Node, Tensor] = field(default_factory=dict)
     picks: set[tuple[str, int]] = field(default_factory=set)
+    points: dict[Node, np.ndarray] = field(default_factory=dict)
+    ranked: list[tuple[np.ndarray, int]] = field(default_factory=list)
     uses: list[WeightUse] = field(default_factory=list)
     counted: list[Counted] = field(default_factory=list)
     sized: list[Sized] = field(default_factory=list)
@@ -299,6 +304,9 @@ def tensor_arguments(node: Node) -> list[Node]:
 
 
 NAMESPACES = {"aten", "cria_prune"}
+SOFTMAX = ("softmax", "log_softmax", "_softmax")
+EXPERTS = "experts"
+"""The mark of units that are the experts of a layer, which a router picks some of for each row."""
 
 
 def operation_name(node: Node) -> str:

@@ -9,7 +9,9 @@ from torch.fx import Node
 
 from cria_prune.structure.axes import Axes, Dim
 from cria_prune.structure.rules.core import (
+    EXPERTS,
     RULES,
+    SOFTMAX,
     Context,
     argument,
     argument_shape,
@@ -343,12 +345,14 @@ def _is_broadcast_back(node: Node, dim: int) -> bool:
     return True
 
 
-@rule("softmax", "log_softmax", "_softmax", "cumsum", "cumprod", "logcumsumexp")
+@rule(*SOFTMAX, "cumsum", "cumprod", "logcumsumexp")
 def along(node: Node, context: Context) -> Axes:
     """One dimension is reduced over or accumulated, and frozen; the others pass."""
     axes = context.of(node.args[0])
     dim = dim_argument(node, 1, "dim", len(axes))
-    context.units.freeze(axes[dim], f"is reduced over by {context.where(node)}")
+    # Over the experts of a router the others share out what one of them had.
+    spared = EXPERTS if operation_name(node) in SOFTMAX else ""
+    context.units.freeze(axes[dim], f"is reduced over by {context.where(node)}", spared)
     return axes
 
 

@@ -77,7 +77,12 @@ def scatter(node: Node, context: Context) -> Any:
     others = [place for place in range(len(shape(node))) if place != dim]
     if len({tuple(shape(item)[place] for place in others) for item in parts}) > 1 or into_part(data, context):
         return no_rule(node, context)
-    return _meet(node, parts, dim, others, context)
+    axes = _meet(node, parts, dim, others, context)
+    # Of numbers that a ranking gave a mask is made, which has the places of what was ranked and no units of
+    # its own: a router's groups of experts, each of which it then repeats for the experts in it.
+    if isinstance(picks, Node) and picks in context.points and not isinstance(source, Node):
+        axes[dim] = None
+    return axes
 
 
 @rule("index_add", "index_copy", "index_reduce", "index_fill")

@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from cria_prune.structure.axes import Axes, common_factors, reshape_segments
 from cria_prune.structure.rules.core import (
+    EXPERTS,
     Context,
     Factor,
     Given,
@@ -370,7 +371,14 @@ def gather(node: Node, context: Context) -> Any:
     others = [place for place in range(len(axes)) if place != dim]
     if any(shape(data)[place] != shape(picks)[place] for place in others) or indices[dim] is not None:
         return no_rule(node, context)
-    context.units.freeze(axes[dim], f"is picked from by index in {context.where(node)}")
+    points = context.points.get(picks)
+    reason = f"is picked from by index in {context.where(node)}"
+    if points is not None and axes[dim] is not None and len(points) == len(np.asarray(axes[dim])):
+        context.units.tie(axes[dim], points, reason)  # the numbers are counted anew with what they point to
+        context.units.freeze(points, reason, EXPERTS)
+    else:
+        context.units.freeze(axes[dim], reason)
+        context.units.freeze(points, reason)
     axes[dim] = None
     for place in others:
         if indices[place] is None:  # most often expanded to the size of the data
