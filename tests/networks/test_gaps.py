@@ -1,13 +1,15 @@
-"""Networks of kinds that came up late: adapters, size assertions, one expert, training that needs targets."""
+"""Networks of kinds that came up late: adapters, size assertions, training that needs targets."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cria_prune import PruneConfig, discover, prune
+from cria_prune import PruneConfig, apply, discover, prune
 from cria_prune.base.errors import DataError, TargetError
 
 
@@ -66,13 +68,69 @@ def test_a_forward_that_needs_targets_says_how_to_give_them_and_bad_examples_are
         discover(net, x, examples=[{"w": torch.zeros(4)}])
 
 
-def test_one_expert_alone_is_pruned() -> None:
-    transformers = pytest.importorskip("transformers")
+class Checking(nn.Module):
+    """Compares sizes with what it stores, in the ways that people write."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.width, self.inner, self.shape = width, inner, (inner,)
+        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[-1] == self.width, "another width"
+        x = torch.relu(self.up(x))
+        if x.size(-1) != self.inner:
+            raise ValueError(f"expected {self.inner}")
+        torch._check(tuple(x.shape[1:]) == self.shape)
+        return torch.relu(self.down(x))
+
+
+class Checked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.blocks = nn.Linear(6, 12), nn.ModuleList([Checking(12, 16)])
+        self.sizes = [12, 10]
+        self.gain, self.gated, self.last = nn.Parameter(torch.randn(10)), nn.Linear(12, 10), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        for block in self.blocks:
+            x = block(x)
+        assert [x.shape[-1], self.gated.out_features] == self.sizes
+        return self.last(torch.relu(torch.mul(*torch.broadcast_tensors(self.gated(x), self.gain))))
+
+
+class Literal(Checked):
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        assert x.shape[1] == 12
+        return self.last(torch.relu(self.gated(self.blocks[0](x)) * self.gain))
+
+
+def test_sizes_that_code_checks_are_followed_and_a_literal_one_freezes_with_its_check() -> None:
     torch.manual_seed(0)
-    config = transformers.MixtralConfig(
-        vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=1, num_experts_per_tok=1,
-    )  # fmt: skip
-    groups = discover(transformers.MixtralForCausalLM(config).eval(), {"input_ids": torch.ones(2, 4).long()})
-    (experts,) = [group for group in groups.prunable if group.name.endswith("mlp.experts")]
-    assert experts.size == 24
+    net = Checked().eval()
+    groups = discover(net, torch.randn(2, 6))
+    assert len(groups.prunable) == 6
+    result = prune(
+        net, [torch.randn(16, 6) for _ in range(3)], PruneConfig(plan={"reduction": 0.4, "rounds": 2})
+    )
+    small = result.model
+    assert len(result.dense.prunable) == 4
+    assert small.sizes == [small.blocks[0].down.out_features, small.gated.out_features] != net.sizes
+    assert net.sizes == [12, 10]
+    # By hand: the weights whose value is gone are zero in the dense network. Another batch, and training.
+    cut, x = apply(net, result.plan).double(), torch.randn(5, 6).double()
+    left = dict(cut.named_parameters())
+    twin = copy.deepcopy(net).double()
+    with torch.no_grad():
+        for name, item in twin.named_parameters():
+            item.mul_(torch.isin(item, left[name]))
+    for training in (False, True):
+        torch.testing.assert_close(
+            twin.train(training)(x), apply(net, result.plan).double().train(training)(x)
+        )
+    again = prune(small, [torch.randn(16, 6) for _ in range(3)], PruneConfig(plan={"reduction": 0.2}))
+    assert again.model(torch.randn(3, 6)).shape == (3, 3)
+    kept = {group.name: group.frozen or "" for group in discover(Literal().eval(), torch.randn(2, 6))}
+    assert "AssertionError" in kept["first"] and not kept["blocks.0.up"]

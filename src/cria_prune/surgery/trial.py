@@ -7,10 +7,10 @@ a copy, and masked must equal pruned; groups for which it does not are frozen wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any
 
 import numpy as np
@@ -191,10 +191,18 @@ class _Trials:
     def noticed(self, names: list[str]) -> bool:
         """Take numbers of the modules around that no operation names, if the trial passes with them."""
         before = {name: self.groups[name] for name in names}
-        return self.guessed(before, _keys(before.values(), lambda item: not item.sure and bool(item.sight)))
+        keys = _keys(before.values(), lambda item: not item.sure and bool(item.sight))
+        return self.guessed(before, keys, _choices(keys) if self.shapes else ())
 
-    def guessed(self, before: Mapping[str, UnitGroup], guesses: set[Key]) -> bool:
-        """Take as few of the attributes as it takes for the trial to pass, if it does."""
+    def guessed(
+        self, before: Mapping[str, UnitGroup], guesses: set[Key], further: Iterable[tuple[Key, ...]] = ()
+    ) -> bool:
+        """Take as few of the attributes as it takes for the trial to pass, if it does.
+
+        Args:
+            before: the groups; guesses: what may be taken, all or one of it.
+            further: other choices, tried after these.
+        """
         if not guesses:
             return False
 
@@ -202,7 +210,8 @@ class _Trials:
             return self.passes(before, taken, keep=True)
 
         single = [{key} for key in sorted(guesses)] if len(guesses) > 1 else []
-        taken = next((item for item in (guesses, *single) if passes(item)), None)
+        choices = chain((guesses, *single), map(set, further))
+        taken = next((item for item in choices if passes(item)), None)
         if taken is None:
             self.groups.update(before)
             return False
@@ -229,12 +238,8 @@ class _Trials:
         A layer may hold the same number for its heads, their size and its state, and need several of them.
         """
         before = {name: self.groups[name] for name in names}
-        held = sorted(_keys(before.values(), lambda item: not item.sight))
-        # By shapes alone, which cost next to nothing.
-        if not self.shapes or not 2 < len(held) <= CHOSEN:
-            return False
-        choices = (taken for count in range(2, len(held)) for taken in combinations(held, count))
-        if any(self.passes(before, taken) for taken in choices):
+        held = _keys(before.values(), lambda item: not item.sight)
+        if self.shapes and any(self.passes(before, taken) for taken in _choices(held)):
             return True
         self.groups.update(before)
         return False
@@ -300,6 +305,8 @@ class _Trials:
         # A cut that happens to keep the numbered positions passes: a class of alike groups is tried
         # twelve times, all groups together four times. One cut is enough where there are no such numbers.
         draws = 1 if not self.has_bounds(names) else 12 if len(self.alike(names)) == 1 else 4
+        if any(item.sure and item.sight for name in names for item in self.groups[name].counts):
+            draws = max(draws, 4)  # a stored number can fit the width of another layer by chance
         cuts = [self.cut(names, seed) for seed in range(draws)]
         if self.shapes and self.share_config(names):
             cuts.append(self.cut(names, 0, equal=True))
@@ -339,6 +346,13 @@ class _Trials:
 
 def _keys(groups: Iterable[UnitGroup], of: Callable[[Count], bool]) -> set[Key]:
     return {(item.name, item.sight) for group in groups for item in group.counts if of(item)}
+
+
+def _choices(keys: Collection[Key]) -> Iterator[tuple[Key, ...]]:
+    """Yield every choice of more than one of some attributes, the smallest first; of many none."""
+    # Each is tried by shapes alone, which cost next to nothing.
+    for count in range(2, len(keys)) if len(keys) <= CHOSEN else ():
+        yield from combinations(sorted(keys), count)
 
 
 def _mends(groups: Iterable[UnitGroup]) -> list[Any]:
