@@ -27,7 +27,7 @@ from cria_prune.base.batches import (
     shortened,
 )
 from cria_prune.base.dispatched import is_dispatched, structure_of
-from cria_prune.base.errors import CaptureError, CriaError, StructureError
+from cria_prune.base.errors import CaptureError, CriaError, DataError, StructureError
 from cria_prune.base.hooked import check_functions
 from cria_prune.base.inputs import Inputs, inputs_of, named, notes_of, read, read_one, source_of
 from cria_prune.base.kinds import check_kind, of_plain_models
@@ -326,9 +326,15 @@ def discover(
 
 
 def _further(model: nn.Module, examples: Sequence[Batch], inputs: Inputs | None) -> tuple[Batch, ...]:
-    """Return further examples, read as the first one is."""
-    found = further_examples(examples, device_of(model))
-    return tuple(read_one(model, item, inputs) for item in found)
+    """Return further examples, read as the first one is; an error says which of them it is about."""
+    found = list[Batch]()
+    for number, item in enumerate(further_examples(examples), 1):
+        try:
+            found.append(read_one(model, shortened(item, device_of(model)), inputs))
+        except DataError as error:
+            asked = f"{error.asked}, further example {number} of {len(examples)}"
+            raise DataError(asked, error.found, error.todo) from error
+    return tuple(found)
 
 
 def _discover(

@@ -491,8 +491,8 @@ def again(batches: Iterable[Batch]) -> Iterable[Batch]:
     return list(batches) if iter(batches) is batches else batches
 
 
-def further_examples(examples: Sequence[Batch], device: torch.device) -> tuple[Batch, ...]:
-    """Return the first two examples of each of some further batches, on the device.
+def further_examples(examples: Sequence[Batch]) -> Sequence[Batch]:
+    """Return further batches.
 
     Raises:
         DataError: they are no list of batches.
@@ -502,7 +502,7 @@ def further_examples(examples: Sequence[Batch], device: torch.device) -> tuple[B
             "Further examples (examples=)", f"found {describe(examples)}",
             "Pass a list of batches: examples=[batch]",
         )  # fmt: skip
-    return tuple(shortened(batch, device) for batch in examples)
+    return examples
 
 
 def first_examples(batches: Iterable[Batch], device: torch.device) -> Batch:

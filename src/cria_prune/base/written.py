@@ -77,6 +77,9 @@ def weights_kept(model: nn.Module) -> Iterator[Mapping[int, Any]]:
     def leave(*_: Any) -> None:
         inside.close()
 
+    if not held:  # on the meta device nothing is written
+        yield written.before
+        return
     try:
         hooks.append(model.register_forward_pre_hook(enter, prepend=True))
         hooks.append(model.register_forward_hook(leave, always_call=True))

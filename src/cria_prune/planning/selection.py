@@ -154,7 +154,7 @@ def check_reachable(
             f"Removing {target:.2%} of the {config.of}{_as_speedup(config, target)}",
             f"at most {most:.2%} can be removed{_as_speedup(config, most)} with {', '.join(limits)}. "
             f"What stays of the parameters: {' | '.join(map(str, stays.largest()))}",
-            f"Ask for {np.floor(most * 1e4) / 1e4:g} or less, or lower the floor",
+            f"Ask for {np.floor(most * 1e4) / 1e4:g} or less, or lower the floor" + merging(groups),
         )
     return most
 
@@ -183,8 +183,15 @@ def check_prunable(groups: UnitGroups) -> None:
     raise StructureError(
         "Choosing units to remove",
         f"no group can be pruned{found}" + (f". What stays of the parameters: {stays}" if stays else ""),
-        "Use a model with at least one prunable layer, or mend what the reasons name",
+        "Use a model with at least one prunable layer, or mend what the reasons name" + merging(groups),
     )
+
+
+def merging(groups: UnitGroups) -> str:
+    """Return how the adapters of a model are merged into its weights; empty where it has none."""
+    if not any(".lora_" in name for name in groups.parameters):
+        return ""
+    return "; adapters (LoRA) can be merged into the weights first: model = model.merge_and_unload() in peft"
 
 
 def checked_scores(group: UnitGroup, scores: Mapping[str, np.ndarray], ranking: str) -> np.ndarray:

@@ -16,6 +16,7 @@ from cria_prune.base.events import passed
 from cria_prune.structure.account import UNREAD
 from cria_prune.structure.axes import Resolved
 from cria_prune.structure.calls import sized_calls
+from cria_prune.structure.checked import checked_sizes, stored_sizes
 from cria_prune.structure.groups import (
     ENDS,
     Count,
@@ -231,6 +232,8 @@ def discover(
             least[unit] = max(least.get(unit, 1), count)
     groups, atoms = _groups([*slices, *taps.values()], resolved, kinds, least)
     groups = with_counts(model, groups, atoms, context.counted, resolved.classes)
+    checked = checked_sizes(model, context, resolved.classes, _owners(groups, atoms))
+    groups = [replace(item, counts=(*item.counts, *checked.get(item.name, ()))) for item in groups]
     return UnitGroups(
         groups=tuple(_counted_in_copies(model, _evaluated(groups, positions), traced.copies)),
         shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
@@ -296,7 +299,8 @@ def _counted_in_copies(
             for item in group.counts:
                 own = path + item.module.removeprefix(source)
                 inside = f"{item.module}.".startswith(f"{source}.") and own in modules
-                if inside and held_numbers(modules[own]).get(item.name) == item.said:
+                held = {**stored_sizes(modules[own]), **held_numbers(modules[own])} if inside else {}
+                if held.get(item.name) == item.said:
                     counts.append(replace(item, module=own))
         result.append(replace(group, counts=tuple(counts)))
     return result

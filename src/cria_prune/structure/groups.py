@@ -79,6 +79,9 @@ class Tap:
     positions: np.ndarray
 
 
+Sight = Literal["", "made", "enters"]
+
+
 @dataclass(frozen=True)
 class Count:
     """An attribute of a module that counts units, to be restated when some of them leave.
@@ -92,6 +95,8 @@ class Count:
         said: what the attribute says now; several places may disagree, and it is then left.
         sure: its name says what it counts; otherwise it is restated only where a trial cut fails
             without that.
+        sight: a tensor of this size is made in the module's sight, or enters it, and no operation counts its
+            units; see `structure.checked`.
     """
 
     module: str
@@ -101,6 +106,7 @@ class Count:
     value: int
     said: int
     sure: bool
+    sight: Sight = ""
 
 
 @dataclass(frozen=True, repr=False)

@@ -18,7 +18,7 @@ from cria_prune.base.events import passed
 from cria_prune.base.kinds import unwrap
 from cria_prune.base.modules import copy_of, named_tensors, shared_copy
 from cria_prune.base.sizes import restate_calls
-from cria_prune.planning.plan import Plan
+from cria_prune.planning.plan import AttributeEdit, Plan
 
 
 def slice_tensor(tensor: Tensor, cuts: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
@@ -141,7 +141,10 @@ def check_attributes(model: nn.Module, plan: Plan) -> None:
     for edit in plan.attributes:
         found: Any = modules.get(edit.module)
         for name in edit.name.split("."):
-            found = vars(found).get(name) if hasattr(found, "__dict__") else None
+            if isinstance(found, (list, tuple)):
+                found = dict(enumerate(found)).get(int(name)) if name.isdigit() else None
+            else:
+                found = vars(found).get(name) if hasattr(found, "__dict__") else None
         found = found[0] if isinstance(found, tuple) and len(found) == 1 else found
         if found != edit.before or not isinstance(found, int):
             raise StructureError(
@@ -173,8 +176,7 @@ def restate_attributes(model: nn.Module, plan: Plan) -> None:
     own: dict[int, Any] = {}
     for module, edit in edits:
         if not edit.name.startswith("config."):
-            as_tuple = isinstance(getattr(module, edit.name), tuple)  # the shape of a norm
-            setattr(module, edit.name, (edit.after,) if as_tuple else edit.after)
+            _restate_attribute(module, edit)
             continue
         config: Any = own.get(id(module), module.config)
         if len(agreed.get((id(config), edit.name), ())) > 1 and edit.before != edit.after:
@@ -187,6 +189,17 @@ def restate_attributes(model: nn.Module, plan: Plan) -> None:
         if _head_size(config) != size:
             with suppress(AttributeError):  # a property that works it out
                 config.head_dim = size
+
+
+def _restate_attribute(module: nn.Module, edit: AttributeEdit) -> None:
+    """Set an attribute, or one place of a list or tuple (`name.place`)."""
+    name, _, place = edit.name.partition(".")
+    held = getattr(module, name)
+    if place:
+        held = [edit.after if number == int(place) else item for number, item in enumerate(held)]
+        setattr(module, name, type(getattr(module, name))(held))
+    else:
+        setattr(module, name, (edit.after,) if isinstance(held, tuple) else edit.after)  # the shape of a norm
 
 
 def _head_sizes(modules: Iterable[Any]) -> list[tuple[Any, int]]:

@@ -7,10 +7,10 @@ a copy, and masked must equal pruned; groups for which it does not are frozen wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from cria_prune.base.errors import CriaError, ResourceError, said
 from cria_prune.base.experts import plain_experts
 from cria_prune.base.modules import device_of, meta_copy, shared_copy
 from cria_prune.planning.plan import Plan, make_plan
-from cria_prune.structure.groups import UnitGroup, UnitGroups, alike
+from cria_prune.structure.groups import Count, UnitGroup, UnitGroups, alike
 from cria_prune.surgery.removal import apply
 from cria_prune.surgery.training import training_outputs
 from cria_prune.surgery.verify import LESS, Reference
@@ -67,6 +67,8 @@ def untrained_said(reason: str) -> str:
 
 
 Test = Callable[[Plan], str | None]
+Key = tuple[str, str]
+"""Name of an attribute, and how its module sees the units (see `groups.Count`)."""
 CHOSEN = 6
 """Names of attributes of which every choice is tried, where neither all nor one of them will do."""
 
@@ -127,7 +129,12 @@ class _Trials:
         return replace(
             self.all,
             groups=tuple(
-                replace(group, frozen=group.frozen or self.frozen.get(group.name), assumes=())
+                replace(
+                    group,
+                    frozen=group.frozen or self.frozen.get(group.name),
+                    assumes=(),
+                    counts=tuple(item for item in group.counts if item.sure or not item.sight),
+                )
                 for group in self.groups.values()
             ),
         )
@@ -172,36 +179,56 @@ class _Trials:
 
     def mended(self, names: list[str]) -> bool:
         """Restate attributes or the sizes of calls, if the trial passes with them."""
-        return self.restated(names) or self.resized(names) or self.chosen(names)
+        return self.restated(names) or self.resized(names) or self.chosen(names) or self.noticed(names)
 
     def restated(self, names: list[str]) -> bool:
         """Take the attributes that hold the same numbers too, if the trial passes with them."""
         # All guesses are tried together, then each alone. Of those that help each is left out once:
         # an attribute that need not be changed may count something else, and be equal by chance.
         before = {name: self.groups[name] for name in names}
-        guesses = {item.name for group in before.values() for item in group.counts if not item.sure}
+        return self.guessed(before, _keys(before.values(), lambda item: not item.sure and not item.sight))
+
+    def noticed(self, names: list[str]) -> bool:
+        """Take numbers of the modules around that no operation names, if the trial passes with them."""
+        before = {name: self.groups[name] for name in names}
+        keys = _keys(before.values(), lambda item: not item.sure and bool(item.sight))
+        return self.guessed(before, keys, _choices(keys) if self.shapes else ())
+
+    def guessed(
+        self, before: Mapping[str, UnitGroup], guesses: set[Key], further: Iterable[tuple[Key, ...]] = ()
+    ) -> bool:
+        """Take as few of the attributes as it takes for the trial to pass, if it does.
+
+        Args:
+            before: the groups; guesses: what may be taken, all or one of it.
+            further: other choices, tried after these.
+        """
         if not guesses:
             return False
 
-        def passes(taken: set[str]) -> bool:
+        def passes(taken: set[Key]) -> bool:
             return self.passes(before, taken, keep=True)
 
-        single = [{name} for name in sorted(guesses)] if len(guesses) > 1 else []
-        taken = next((item for item in (guesses, *single) if passes(item)), None)
+        single = [{key} for key in sorted(guesses)] if len(guesses) > 1 else []
+        choices = chain((guesses, *single), map(set, further))
+        taken = next((item for item in choices if passes(item)), None)
         if taken is None:
             self.groups.update(before)
             return False
         guesses = set(taken)
-        for name in sorted(guesses):  # no more of them than it takes
-            if passes(guesses - {name}):
-                guesses.discard(name)
+        for key in sorted(guesses):  # no more of them than it takes
+            if passes(guesses - {key}):
+                guesses.discard(key)
         # The last trial also leaves the groups with the guesses that were kept.
         return passes(guesses)
 
-    def passes(self, before: Mapping[str, UnitGroup], taken: Collection[str], keep: bool = False) -> bool:
+    def passes(self, before: Mapping[str, UnitGroup], taken: Collection[Key], keep: bool = False) -> bool:
         """Take attributes, beside those that are sure or without them; say whether the trial passes then."""
         for name, group in before.items():
-            counts = (replace(item, sure=(keep and item.sure) or item.name in taken) for item in group.counts)
+            counts = (
+                replace(item, sure=(keep and item.sure) or (item.name, item.sight) in taken)
+                for item in group.counts
+            )
             self.groups[name] = replace(group, counts=tuple(counts))
         return self.failure([*before]) is None
 
@@ -211,12 +238,8 @@ class _Trials:
         A layer may hold the same number for its heads, their size and its state, and need several of them.
         """
         before = {name: self.groups[name] for name in names}
-        held = sorted({item.name for group in before.values() for item in group.counts})
-        # By shapes alone, which cost next to nothing.
-        if not self.shapes or not 2 < len(held) <= CHOSEN:
-            return False
-        choices = (taken for count in range(2, len(held)) for taken in combinations(held, count))
-        if any(self.passes(before, taken) for taken in choices):
+        held = _keys(before.values(), lambda item: not item.sight)
+        if self.shapes and any(self.passes(before, taken) for taken in _choices(held)):
             return True
         self.groups.update(before)
         return False
@@ -282,6 +305,8 @@ class _Trials:
         # A cut that happens to keep the numbered positions passes: a class of alike groups is tried
         # twelve times, all groups together four times. One cut is enough where there are no such numbers.
         draws = 1 if not self.has_bounds(names) else 12 if len(self.alike(names)) == 1 else 4
+        if any(item.sure and item.sight for name in names for item in self.groups[name].counts):
+            draws = max(draws, 4)  # a stored number can fit the width of another layer by chance
         cuts = [self.cut(names, seed) for seed in range(draws)]
         if self.shapes and self.share_config(names):
             cuts.append(self.cut(names, 0, equal=True))
@@ -317,6 +342,17 @@ class _Trials:
             stays = max(self.groups[name].least, min(size - 1, round(size * share)))
             kept[name] = np.sort(generator.permutation(size)[:stays])
         return kept
+
+
+def _keys(groups: Iterable[UnitGroup], of: Callable[[Count], bool]) -> set[Key]:
+    return {(item.name, item.sight) for group in groups for item in group.counts if of(item)}
+
+
+def _choices(keys: Collection[Key]) -> Iterator[tuple[Key, ...]]:
+    """Yield every choice of more than one of some attributes, the smallest first; of many none."""
+    # Each is tried by shapes alone, which cost next to nothing.
+    for count in range(2, len(keys)) if len(keys) <= CHOSEN else ():
+        yield from combinations(sorted(keys), count)
 
 
 def _mends(groups: Iterable[UnitGroup]) -> list[Any]:

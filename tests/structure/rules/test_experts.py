@@ -170,6 +170,11 @@ def test_experts_that_no_token_reaches_are_named_and_padding_is_left_out():
     assert said in str(result) and not result.rounds[0].diagnosis["model.layers.0.mlp.experts"]["dead"]
 
 
+def test_one_expert_alone_is_pruned():
+    groups = discover(mixtral(experts=1), {"input_ids": torch.arange(2, 14).reshape(1, 12)})
+    assert [item.size for item in groups.prunable if item.name.endswith("mlp.experts")] == [24]
+
+
 def test_an_expert_of_a_loop_by_hand_that_no_example_reaches_is_named():
     torch.manual_seed(0)
     net = ByHand().eval()

@@ -163,6 +163,18 @@ def expand_as(node: Node, context: Context) -> Axes:
     return result
 
 
+@rule("broadcast_tensors")
+def broadcast_tensors(node: Node, context: Context) -> Any:
+    """Every tensor comes out in the shape of all of them."""
+    nodes = [item for item in cast(list[Any], node.args[0]) if isinstance(item, Node)]
+    if any(item in context.statistics for item in nodes):
+        return no_rule(node, context)
+    results = node.meta["val"]
+    rank = len(results[0].shape)
+    common = broadcast([(context.of(item), shape(item)) for item in nodes], rank, node, context)
+    return [list(common) for _ in results]
+
+
 @rule("repeat", "tile")
 def repeat(node: Node, context: Context) -> Axes:
     """Units along a repeated dimension appear several times."""
