@@ -20,7 +20,7 @@ from cria_prune import UnitGroups, apply, discover, verify
 from cria_prune.config import PlanConfig
 from cria_prune.planning.budget import count_parameters, largest_reachable
 from cria_prune.planning.plan import make_plan
-from cria_prune.structure.groups import without_residual
+from cria_prune.structure.groups import without_experts, without_residual
 from cria_prune.structure.trace import capture
 from staged import Stage, Values, merged, stages
 
@@ -69,7 +69,7 @@ class Cell:
 
     def cut(self, scope: str) -> Values:
         """Remove a random half of the units of every prunable group, verify, and go forward and back."""
-        groups = self.groups if scope == "all" else without_residual(self.groups)
+        groups = self.groups if scope == "all" else without_experts(without_residual(self.groups))
         found = {
             "groups": len(groups.prunable),
             "reachable": largest_reachable(groups, PlanConfig().floor, "parameters"),
@@ -96,7 +96,7 @@ def random_share(groups: UnitGroups, share: float, seed: int) -> dict[str, np.nd
     """Return group name -> random units that stay: `share` of them, rounded up, of every prunable group."""
     generator = np.random.default_rng(seed)
     return {
-        group.name: generator.permutation(group.size)[: int(np.ceil(share * group.size))]
+        group.name: generator.permutation(group.size)[: max(group.least, int(np.ceil(share * group.size)))]
         for group in groups.prunable
     }
 

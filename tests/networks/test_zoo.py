@@ -35,7 +35,7 @@ def uneven(groups: UnitGroups) -> dict[str, np.ndarray]:
     """Keep of every group a number of units of its own, from one to all."""
     generator = np.random.default_rng(1)
     return {
-        group.name: generator.permutation(group.size)[: generator.integers(1, group.size + 1)]
+        group.name: generator.permutation(group.size)[: generator.integers(group.least, group.size + 1)]
         for group in groups.prunable
     }
 

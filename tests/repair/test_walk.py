@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cria_prune import PruneConfig, discover, prune
 from cria_prune.base.batches import Batch, hold_out_every
 from cria_prune.base.errors import CaptureError, DataError
+from cria_prune.base.experts import routed_mm
 from cria_prune.planning.plan import Plan, make_plan
 from cria_prune.repair import regress
 from cria_prune.repair.consumers import Repair
@@ -640,3 +641,36 @@ def test_the_result_says_which_layers_stayed_and_why(monkeypatch: pytest.MonkeyP
     refusal = CaptureError("Asked", "found", "todo")
     monkeypatch.setattr("cria_prune.stages.walk", Mock(side_effect=refusal))
     assert "nothing repaired in the last round: Asked: found" in str(prune(model, batches))
+
+
+class Sent(nn.Module):
+    """Each row goes to two of four experts, with two weights of three dimensions, both ways round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(6, 4)
+        self.up = nn.Parameter(drawn(4, 6, 8, seed=1))
+        self.down = nn.Parameter(drawn(4, 5, 8, seed=2))
+        with torch.no_grad():
+            self.up[..., 7] = self.up[..., 6]  # the last two neurons of each expert are one
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, index = self.router(x).softmax(-1).topk(2, -1)
+        inner = F.gelu(routed_mm(x[:, None].expand(-1, 2, -1), self.up, index))
+        return (routed_mm(inner, self.down.transpose(-2, -1), index) * weights[..., None]).sum(1)
+
+
+def test_each_expert_takes_over_what_its_own_rows_lack_also_where_others_have_left() -> None:
+    torch.manual_seed(0)
+    model, batches = Sent(), [drawn(64, 6, seed=number) for number in range(8)]
+    groups = discover(model, batches[0])
+    plan = make_plan(groups, {"router": [0, 2, 3], "up": range(7)})
+    walked = walk(model, apply(model, plan), plan, batches, examples=512, parts=EVERYTHING)
+    (found,) = walked.repairs
+    assert found.tensor == "down" and found.recovered > 0.999 and not walked.left
+    # By hand: what the lost neuron gave is what its twin gives, and the others change next to nothing.
+    expected = model.down.detach()[[0, 2, 3]]
+    expected[..., 6] += expected[..., 7]
+    torch.testing.assert_close(walked.model.down.detach(), expected[..., :7], rtol=0, atol=0.02)
+    # A row says nothing of a target where the dense router sends it elsewhere.
+    assert found.samples is not None and found.samples * 3 < 512 * 2 * 7 / 8

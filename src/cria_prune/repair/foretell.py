@@ -47,6 +47,7 @@ class Stop:
         weight: its name.
         streams: bytes that one network holds there for an example.
         size: (G, n, o); positions: outputs of an example; number: bytes of one of them.
+        experts: G counts experts, and a row goes to one of them.
     """
 
     weight: str
@@ -54,6 +55,7 @@ class Stop:
     size: tuple[int, int, int]
     positions: int
     number: int
+    experts: bool = False
 
     def parts(self, examples: int, batch: int, memory: int | None) -> dict[str, int]:
         """Return what is held there, by part, in bytes.
@@ -67,9 +69,10 @@ class Stop:
         if memory is not None:
             streams = min(streams, memory + ceil(2 * self.streams * batch))
         rows, drawn = min(n, WIDEST), self.drawn(examples)
+        each = 1 if self.experts else G
         square = 3 * G * n * n if n <= WIDEST else 2 * (G * rows * n + rows * rows)
         held = min(HELD, ceil(examples * drawn / hold_out_every(max(examples, 2))))
-        taken = batch * drawn * G * (n + 2 * o) * self.number
+        taken = batch * drawn * each * (n + 2 * o) * self.number
         return {
             "streams": streams,
             "sums": 8 * (G * rows * n + 2 * G * o * rows),
@@ -80,7 +83,8 @@ class Stop:
 
     def drawn(self, examples: int) -> int:
         """Return how many positions are drawn of each example."""
-        return min(self.positions, places_each(self.size[1], SAMPLES, max(examples, 1)))
+        wanted = places_each(self.size[1], SAMPLES, max(examples, 1))
+        return min(self.positions, wanted * self.size[0] if self.experts else wanted)
 
 
 def course(model: nn.Module, batch: Batch) -> Course:
@@ -104,7 +108,7 @@ def course(model: nn.Module, batch: Batch) -> Course:
     for value in tensors.values():
         fixed.add(value)
     with torch.no_grad():
-        for site in find_sites(program)[0]:
+        for site in find_sites(program, experts=tensors.keys())[0]:
             run.release()
             run.advance(min([site.step, *site.path]), tensors.__getitem__)
             until = site.step + 1 if site.meeting is None else site.meeting.at
@@ -117,7 +121,8 @@ def course(model: nn.Module, batch: Batch) -> Course:
 def _stop(site: Site, run: Run, weight: torch.Tensor, streams: float, examples: int) -> Stop:
     output = run.values[site.step]
     places = prod(output.shape[2:]) if site.spatial else prod(output.shape[:-1]) // examples
-    return Stop(site.weight, streams, layer_size(site, weight), places, output.element_size())
+    size, number = layer_size(site, weight), output.element_size()
+    return Stop(site.weight, streams, size, places, number, site.experts is not None)
 
 
 def largest(
@@ -172,7 +177,7 @@ def _held(
     read = {item.tensor for group in groups for item in group.consumers}
     kept = dict[str, int]()
     for number, stop in enumerate(way.stops):
-        if stop.weight not in read:
+        if stop.weight not in read or stop.experts:  # of experts no losses are measured
             continue
         G, n, o = stop.size
         solving = 8 * G * o * n

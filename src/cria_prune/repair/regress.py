@@ -102,6 +102,8 @@ def add_update(site: Site, weight: Tensor, update: Tensor) -> Tensor:
         kernel, each = weight.shape[2:], weight.shape[0] // site.groups
         update = update.reshape(site.groups, -1, each, *kernel).flip(tuple(range(3, 3 + site.spatial)))
         update = update.transpose(1, 2).reshape(weight.shape)
+    elif site.experts is not None:
+        update = update if site.outputs_first else update.mT
     elif site.outputs_first:
         update = update.reshape(weight.shape)
     else:
@@ -298,6 +300,56 @@ class Regression:
             total[1] += len(P)
         total = world.total(total) if world.size > 1 else total
         return float(total[0] / total[1]) if total[1] else 0.0
+
+
+class ExpertRegressions:
+    """A regression for each expert of a layer, on the rows that go to it.
+
+    Args:
+        size: (experts, n, o).
+        device, held, seed: see `Regression`.
+    """
+
+    def __init__(self, size: tuple[int, int, int], device: torch.device, held: int, seed: int) -> None:
+        experts, n, o = size
+        self._each = [Regression((1, n, o), False, device, held, seed + at) for at in range(experts)]
+
+    def add(self, P: Tensor, own: Tensor, held: Tensor, experts: Tensor) -> None:
+        """Add rows P (M, 1, n), own (M, 1, o), held (M,), each to the expert (M,) that it goes to."""
+        for number in experts.unique().tolist():
+            rows = (experts == number).nonzero()[:, 0]
+            self._each[number].add(P[rows], own[rows], None, held[rows])
+
+    def pool(self, world: World) -> None:
+        """See `Regression.pool`."""
+        for item in self._each:
+            item.pool(world)
+
+    @property
+    def samples(self) -> int:
+        """Samples that are fitted to, of an expert in the mean."""
+        return sum(item.samples for item in self._each) // len(self._each)
+
+    def solve(self, gain: Tensor, both: bool, world: World) -> Solution | None:
+        """Return the updates of all experts, see `Regression.solve`; one with few rows may have none."""
+        found = [
+            item.solve(gain[number : number + 1], False, world) for number, item in enumerate(self._each)
+        ]
+        solved = [item for item in found if item is not None]
+        if len(solved) < len(found):
+            return None
+        # Each expert counts as often as it is asked.
+        shares = [item.samples for item in self._each]
+        lost, left = (
+            sum(share * getattr(item, name) for share, item in zip(shares, solved, strict=True))
+            / max(sum(shares), 1)
+            for name in ("lost", "left")
+        )
+        ridges = sorted(item.ridge for item in solved if item.ridge is not None)
+        return Solution(
+            torch.cat([item.update for item in solved]), torch.cat([item.intercept for item in solved]),
+            lost, left, ridges[len(ridges) // 2] if ridges else None, False,
+        )  # fmt: skip
 
 
 def wide(item: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Where a program can be refitted, and where what it writes is added to a stream.
 
-A *site* is one call of a linear layer or a convolution whose weight is a parameter. A *meeting* is the
-addition that its output goes into, with nothing in between that cannot be undone: views, a batch norm with
-kept statistics, a scale or a bias that is a parameter. Both are read off the captured operations, so no
+A *site* is one call of a linear layer, of the experts of a layer or of a convolution whose weight is a
+parameter. A *meeting* is the addition that its output goes into, with nothing in between that cannot be
+undone: views, a batch norm with kept statistics, a scale or a bias that is a parameter. Both are read off
+the captured operations, so no
 architecture is named here.
 """
 
@@ -59,6 +60,7 @@ class Site:
         groups: of a convolution.
         norm: running mean of the batch norm that alone reads the output; None where there is none.
         meeting: None where the output meets no stream, or what stands between cannot be undone.
+        experts: the step that says which expert each row goes to, where the weight is (experts, ...) of them.
         why: why there is no meeting.
     """
 
@@ -77,7 +79,13 @@ class Site:
     groups: int = 1
     norm: str | None = None
     meeting: Meeting | None = None
+    experts: int | None = None
     why: str = ""
+
+    @property
+    def output_dim(self) -> int:
+        """The dimension of the weight that its outputs lie along."""
+        return (0 if self.outputs_first else 1) + (self.experts is not None)
 
     @property
     def channel(self) -> int:
@@ -86,7 +94,10 @@ class Site:
 
 
 def find_sites(
-    program: Program, wanted: Collection[str] | None = None, fixed: Collection[str] = ()
+    program: Program,
+    wanted: Collection[str] | None = None,
+    fixed: Collection[str] = (),
+    experts: Collection[str] = (),
 ) -> tuple[list[Site], dict[str, str]]:
     """Return the sites of a program in its order, and why other weights cannot be refitted.
 
@@ -94,6 +105,7 @@ def find_sites(
         program: the captured operations.
         wanted: canonical names of weights that are to be refitted if they can be; all by default.
         fixed: names of the buffers: what a network was not trained in, such as a filter bank, stays.
+        experts: canonical names of weights of experts that are to be refitted.
     """
     uses: dict[str, int] = {}
     for step in program.steps:
@@ -102,7 +114,8 @@ def find_sites(
     found: list[Site] = []
     for step in program.steps:
         site = _site(program, step) if step.data and step.kind == "call" else None
-        if site is not None and (wanted is None or site.weight in wanted):
+        asked = wanted if site is None or site.experts is None else experts
+        if site is not None and (asked is None or site.weight in asked):
             found.append(site)
     left = {site.weight: "is read more than once" for site in found if uses[site.weight] > 1}
     left |= {site.weight: "is a buffer, and no parameter" for site in found if site.weight in fixed}
@@ -122,7 +135,8 @@ def find_sites(
         for site in found
     ]  # fmt: skip
     places = [site.step for site in kept]
-    met = [_with_meeting(program, site, places) for site in kept]
+    # The rows of experts are added up with weights of the data, which cannot be undone.
+    met = [site if site.experts is not None else _with_meeting(program, site, places) for site in kept]
     for name in wanted or ():
         if name not in left and not any(site.weight == name for site in met):
             left[name] = why_no_site([program], name)
@@ -154,6 +168,8 @@ def _site(program: Program, step: Step) -> Site | None:
             return None
     elif name in ("mm", "matmul"):
         data, weight, bias, first = argument(0, "self"), argument(1, "other"), None, False
+    elif name == "routed_mm":
+        return _routed(program, step)
     elif name in CONVOLUTIONS or name in TRANSPOSED:
         return _convolution(program, step, argument, name)
     else:
@@ -172,6 +188,17 @@ def _plain(program: Program, step: Step, data: Any, weight: Any, bias: Any, firs
     if bias is not None and added is None:
         return None
     return Site(step.number, data.number, source.name, added, path, first != turned)
+
+
+def _routed(program: Program, step: Step) -> Site | None:
+    """Return the site of a product of rows with the weights of their experts; its bias stays."""
+    data, weight, experts = step.args[:3]
+    found = _weight(program, weight)
+    refs = isinstance(data, Ref) and isinstance(experts, Ref)
+    if found is None or not refs or not program.steps[data.number].data:
+        return None
+    source, path, turned = found
+    return Site(step.number, data.number, source.name, None, path, turned, experts=experts.number)
 
 
 def _convolution(program: Program, step: Step, argument: Callable[..., Any], name: str) -> Site | None:
@@ -211,7 +238,7 @@ def _weight(program: Program, item: Any) -> tuple[Step, tuple[int, ...], bool] |
         name = step.name
         if step.kind != "call" or step.data or len(program.readers.get(step.number, ())) != 1:
             return None
-        if name in TURNED and len(step.shape or ()) == 2:
+        if name in TURNED and (len(step.shape or ()) == 2 or _turns_each(step)):
             turned = turned != _swaps(step)
         elif name not in SAME:
             return None
@@ -220,7 +247,18 @@ def _weight(program: Program, item: Any) -> tuple[Step, tuple[int, ...], bool] |
     return None
 
 
+def _turns_each(step: Step) -> bool:
+    """Say whether a step transposes each matrix of a stack of them."""
+    return (
+        step.name == "transpose"
+        and len(step.shape or ()) == 3
+        and {int(dim) % 3 for dim in step.args[1:3]} == {1, 2}
+    )
+
+
 def _swaps(step: Step) -> bool:
+    if len(step.shape or ()) == 3:
+        return True
     if step.name == "permute":
         return [int(dim) % 2 for dim in step.args[1]] == [1, 0]
     if step.name == "transpose":

@@ -41,7 +41,15 @@ from cria_prune.base.ranks import World, world
 from cria_prune.planning.plan import Plan
 from cria_prune.repair.consumers import Repair
 from cria_prune.repair.program import Look, Program, Run, programs_for
-from cria_prune.repair.regress import HELD, Regression, at_places, changes_of, regressors, wide
+from cria_prune.repair.regress import (
+    HELD,
+    ExpertRegressions,
+    Regression,
+    at_places,
+    changes_of,
+    regressors,
+    wide,
+)
 from cria_prune.repair.sites import Site, find_sites, keeps_places, undo, why_no_site
 from cria_prune.repair.spill import Storages, Waiting, noting, room_for
 from cria_prune.structure.trace import canonical_tensors
@@ -258,7 +266,7 @@ class Walker:
         for side in programs:
             kept = dict[Program, dict[str, Site]]()
             for program in dict.fromkeys(side):
-                sites, missing = find_sites(program, wanted, self._buffers)
+                sites, missing = find_sites(program, wanted, self._buffers, self._cut)
                 left |= {name: why for name, why in missing.items() if name in self._cut}
                 kept[program] = {site.weight: site for site in sites}
                 orders.append(list(kept[program]))
@@ -348,7 +356,7 @@ class Walker:
             run.forget(step)
             run.call(step, self._smaller.look)
 
-    def _gather(self, number: int, name: str) -> tuple[Regression, bool, Tensor] | None:
+    def _gather(self, number: int, name: str) -> tuple[Regression | ExpertRegressions, bool, Tensor] | None:
         """Bring all batches to a layer and add their samples up; None where nothing is missing.
 
         Returns:
@@ -357,9 +365,12 @@ class Walker:
         site = self._found[1][next(iter(self._found[1]))][name]
         size = layer_size(site, self._smaller.look(name), self._parts.patches)
         meets = self._parts.shortcut and self._all_meet(name)
-        regression = Regression(
-            size, site.bias is not None or site.norm is not None, self._device, self._room,
-            self._seed + number,
+        regression = (
+            Regression(
+                size, site.bias is not None or site.norm is not None, self._device, self._room,
+                self._seed + number,
+            ) if site.experts is None
+            else ExpertRegressions(size, self._device, self._room, self._seed + number)
         )  # fmt: skip
         gain: Tensor | None = None
         some, alike, added = False, True, 0
@@ -399,7 +410,7 @@ class Walker:
         return (regression, meets, gains) if some else None
 
     def _solve(
-        self, name: str, regression: Regression, meets: bool, gains: Tensor
+        self, name: str, regression: Regression | ExpertRegressions, meets: bool, gains: Tensor
     ) -> tuple[Repair, Changes] | None:
         """Return what became of a layer, and the tensors to change; None where its sums are no numbers."""
         site, look = self._found[1][next(iter(self._found[1]))][name], self._smaller.look
@@ -477,7 +488,10 @@ class Walker:
             dense, now = (wide(item.flatten(1)) for item in sides)
             return (dense if rows is None else dense.index_select(1, rows)) - now
 
-        own = missing([at_places(s, run.values[s.step], places) for run, s in zip(runs, sites, strict=True)])
+        where = (places if sites[1].experts is None else self._same_rows(index, name)[places], places)
+        own = missing(
+            [at_places(s, run.values[s.step], at) for run, s, at in zip(runs, sites, where, strict=True)]
+        )
         groups = sites[1].groups
         if not meets:
             return own.unflatten(1, (groups, -1)), None, None
@@ -520,7 +534,7 @@ class Walker:
 
     def _kept_rows(self, name: str, site: Site) -> Tensor | None:
         """Return which of the dense layer's outputs stay; None where all do."""
-        dim = 0 if site.outputs_first else 1
+        dim = site.output_dim
         if site.transposed and site.groups > 1:  # its second dimension counts the outputs of a group
             return None
         kept = self._rows.get((name, dim))
@@ -534,10 +548,36 @@ class Walker:
         seed = (self._seed * 1_000_003 + number) * 1_009 + self._numbers[index]
         wanted = self._wanted(site, self._smaller.look(name))
         found = drawn(site, tuple(output.shape), self._batches[index], examples, wanted, seed)
-        return found.on(self._device)
+        found = found.on(self._device)
+        if site.experts is None:
+            return found
+        there = (self._same_rows(index, name)[found.places] >= 0).nonzero()[:, 0]
+        return Draw(found.places[there], found.owner[there.cpu()], None)
+
+    def _same_rows(self, index: int, name: str) -> Tensor:
+        """Return, for each row of a layer's experts now, the row of the same token and expert in the dense
+        network: (tokens · k,), -1 where its router sends the token elsewhere."""
+        chosen = []
+        for run, found in zip((self._dense.runs[index], self._smaller.runs[index]), self._found, strict=True):
+            at = found[run.program][name].experts
+            assert at is not None
+            chosen.append(run.values[at])
+        dense, now = chosen
+        kept = self._rows.get((name, 0))
+        if kept is not None:
+            now = torch.as_tensor(kept, device=now.device)[now]
+        same = now[:, :, None] == dense[:, None, :]
+        rows = torch.arange(len(now), device=now.device)[:, None] * now.shape[1] + same.int().argmax(dim=2)
+        return rows.masked_fill(~same.any(dim=2), -1).reshape(-1)
 
     def _add(
-        self, regression: Regression, index: int, name: str, draw: Draw, own: Tensor, both: Tensor | None
+        self,
+        regression: Regression | ExpertRegressions,
+        index: int,
+        name: str,
+        draw: Draw,
+        own: Tensor,
+        both: Tensor | None,
     ) -> None:
         """Add the samples of one batch."""
         run = self._smaller.runs[index]
@@ -552,14 +592,18 @@ class Walker:
             rows = valid.nonzero()[:, 0].to(self._device)
             P, own, held = P[rows], own[rows], held[rows]
             both = None if both is None else both[rows]
-        regression.add(P, own, both, held)
+        if isinstance(regression, Regression):
+            regression.add(P, own, both, held)
+        elif site.experts is not None:
+            regression.add(P, own, held, run.values[site.experts].reshape(-1)[places])
 
     def _wanted(self, site: Site, weight: Tensor) -> int:
         """Return how many places are drawn of each example."""
         if not self._parts.samples:
             return 2**31
-        regressors = layer_size(site, weight, self._parts.patches)[1]
-        return places_each(regressors, self._parts.samples, self._examples)
+        groups, regressors, _ = layer_size(site, weight, self._parts.patches)
+        wanted = places_each(regressors, self._parts.samples, self._examples)
+        return wanted if site.experts is None else groups * wanted  # a row goes to one of the experts
 
 
 class Share(NamedTuple):
@@ -641,6 +685,8 @@ def drawn(site: Site, shape: tuple[int, ...], batch: Batch, examples: int, wante
 def layer_size(site: Site, weight: Tensor, patches: bool = True) -> tuple[int, int, int]:
     """Return (G, n, o) of a layer, see `regress`; of the middle of its kernel alone without `patches`."""
     shape = tuple(weight.shape)
+    if site.experts is not None:
+        return (shape[0], shape[2], shape[1]) if site.outputs_first else (shape[0], shape[1], shape[2])
     if not site.spatial:
         n, o = (shape[1], shape[0]) if site.outputs_first else shape
         return 1, n, o
@@ -692,6 +738,8 @@ def _valid(batch: Batch, places: tuple[int, ...]) -> Tensor | None:
             valid = valid.T
         if len(places) > 1 and places[:2] == valid.shape:
             valid = valid.reshape(-1).repeat_interleave(prod(places[2:]))
+        elif len(places) == 2 and places[0] == valid.numel():  # the rows of each token's experts
+            valid = valid.reshape(-1).repeat_interleave(places[1])
         elif prod(places) != valid.numel():
             continue
         # Of an encoder's and a decoder's mask of one shape it cannot be told which is meant.

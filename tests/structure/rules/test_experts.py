@@ -448,7 +448,7 @@ class Routed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         scores = self.router(x).softmax(-1)
-        weights, index = (scores + self.scale).topk(2, -1)
+        weights, index = (scores + self.scale - 2).topk(2, -1)  # below the zero of what left
         if self.extra == "gather":  # the weights are those of the scores, without what they were ranked by
             weights = scores.gather(-1, index)
         rows = x[:, None].expand(-1, 2, -1)
