@@ -47,26 +47,35 @@ TUNING = {"--epochs", "--lr", "--distill", "--lora", "--compile", "--no-compile"
 COMMON = {"--seed", "--device", "--quiet", "-q"}
 SAVING = {"--output", "--overwrite"}
 DATA = {"--calibration", "--dataset", "--text"}
+OWN = {"--factory", "--loader", "--inputs"}
+TRAINED = OWN | {"--weights", "--loss"}
+MEASURED = TRAINED | {"--evaluate", "--test-loader", "--better"}
 SCORING = {
     "--criterion", "--preset", "--residual", "--no-residual", "--examples", "--positions", "--config",
     "--neighbors", "--ridge", "--pairs", "--sketch", "--tokens",
 }  # fmt: skip
 SURFACE = {
     "run": PRUNING | TUNING | COMMON | SAVING | {"--quick", "--base", "--resume"},
-    "inspect": {"--example", "--meta", "--floor", "--tree", "--all", "--json", "--quiet", "-q"},
-    "score": SCORING | COMMON | SAVING | DATA | {"--repair"},
-    "ablate": SCORING | COMMON | SAVING | DATA | {"--shares", "--random-seeds", "--limit", "--repair"},
-    "bench": COMMON | {"--criterion", "--reduction", "--reduce", "--repair", "--output"},
-    "plan": (PRUNING - {"--watch"}) | COMMON | SAVING | DATA | {"--dry-run"},
-    "prune": PRUNING | COMMON | SAVING | DATA | {"--export", "--resume", "--scores", "--offload"},
+    "inspect": OWN | {"--example", "--meta", "--floor", "--tree", "--all", "--json", "--quiet", "-q"},
+    "score": SCORING | COMMON | SAVING | DATA | TRAINED | {"--repair"},
+    "ablate": SCORING
+    | COMMON
+    | SAVING
+    | DATA
+    | MEASURED
+    | {"--shares", "--random-seeds", "--limit", "--repair"},
+    "bench": COMMON | MEASURED | {"--criterion", "--reduction", "--reduce", "--repair", "--output"},
+    "plan": (PRUNING - {"--watch"}) | COMMON | SAVING | DATA | TRAINED | {"--dry-run"},
+    "prune": PRUNING | COMMON | SAVING | DATA | MEASURED | {"--export", "--resume", "--scores", "--offload"},
     "sweep": (PRUNING - {"--rounds", "--watch", "--speedup"})
     | COMMON
     | SAVING
     | DATA
+    | MEASURED
     | {"--scores", "--resume"},
-    "recover": TUNING | COMMON | SAVING | DATA | {"--teacher", "--resume"},
+    "recover": TUNING | COMMON | SAVING | DATA | MEASURED | {"--teacher", "--resume", "--examples"},
     "report": {"--layer", "--output", "--overwrite", "--quiet", "-q"},
-    "eval": COMMON | DATA | {"--tasks", "--task-folder", "--limit", "--against"},
+    "eval": COMMON | DATA | MEASURED | {"--examples", "--tasks", "--task-folder", "--limit", "--against"},
 }
 
 
@@ -200,7 +209,8 @@ def test_help_is_in_groups_and_fits(command: str, width: int) -> None:
     assert headings[-1] in ("Running", "Output") and "Options" not in headings
     if command == "prune":
         assert headings == [
-            "Arguments", "What to remove", "How to score", "Calibration data", "Repair without training",
+            "Arguments", "What to remove", "How to score", "Calibration data", "A network of your own",
+            "Repair without training",
             "Settings to start from", "Running", "Output",
         ]  # fmt: skip
 

@@ -43,7 +43,7 @@ from cria_prune.cli.settings import (
     prune_config,
     recover_config,
 )
-from cria_prune.cli.target import Target
+from cria_prune.cli.target import Target, own_of
 from cria_prune.config import PruneConfig, RecoverConfig
 from cria_prune.report.curves import plot_tradeoff
 from cria_prune.report.folder import History, folder_page, history_of, read_run, write_run
@@ -228,7 +228,7 @@ def prune(request: Prune, out: Output) -> None:
         offload.prune(request, out)
         return
     padded = request.export is not None
-    found = target.find(request.target, request.texts)
+    found = target.find(request.target, request.texts, own_of(request))
     if padded and not found.pretrained:
         raise ConfigError(
             f"A padded twin of {request.target}", "it is no model of transformers", "Leave out --export"
@@ -253,7 +253,7 @@ def prune(request: Prune, out: Output) -> None:
 
 def recover(request: Recover, out: Output) -> None:
     """One fine-tune of a checkpoint; a Hugging Face model of the user on texts of the user."""
-    found = target.find(request.checkpoint, request.texts)
+    found = target.find(request.checkpoint, request.texts, own_of(request))
     if found.plan is None:
         raise ConfigError(
             f"Recovering {request.checkpoint}",
@@ -264,12 +264,8 @@ def recover(request: Recover, out: Output) -> None:
     tuning = recover_config(request, found.task.recover_defaults)
     if request.teacher is not None and not tuning.distill:
         raise ConfigError("A teacher", "nothing is distilled from it", "Give its weight with --distill")
-    if not found.task.measured:
-        raise ConfigError(
-            f"Recovering {request.checkpoint}",
-            "the texts have no labels",
-            "Give --dataset with a column label",
-        )
+    if not found.task.trainable:
+        raise ConfigError(f"Recovering {request.checkpoint}", *found.task.lacking)
     inherited = (
         *COUNTS,
         "reduction",
@@ -366,7 +362,7 @@ RESULT, PICTURE, KEPT_SCORES = "sweep.json", "sweep.png", "scores"
 
 def sweep(request: Sweep, out: Output) -> None:
     """Score once, prune to every share in one round each, save and measure; then table and picture."""
-    found = target.find(request.target, request.texts)
+    found = target.find(request.target, request.texts, own_of(request))
     found.check_changeable()
     scored, shares = given_scores(request), request.reductions or SHARES
     defaults = found.prune_defaults()
@@ -419,7 +415,7 @@ def own_scores(job: Job, prepared: Prepared) -> Scored:
         asked = [item.model_dump(include=same) for item in (found.config, config)]
         if found.weights == hash_of(prepared.model) and asked[0] == asked[1]:
             return found
-    scored = scored_of(prepared, seconds=job.seconds)
+    scored = scored_of(prepared, loss=job.target.task.loss, seconds=job.seconds)
     with clock(job.seconds, "save"):
         keep_scores(folder, scored, {**job.target.named(), "provenance": job.origin})
     job.out.kept = f"the scores are kept (go on with: the same command, --output {job.output} --resume)"
