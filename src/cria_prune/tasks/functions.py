@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -12,9 +13,23 @@ from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from cria_prune.base.errors import ConfigError, CriaError, DataError, said, some
+from cria_prune.base.modules import random_kept
 
 WRAP = "Wrap it in one that takes none: def {name}(): return {function}({arguments})"
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators of torch, NumPy and Python for a while: code of the user's may draw."""
+    with random_kept():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        yield
 
 
 def is_function(text: str) -> bool:
@@ -42,7 +57,8 @@ def imported(text: str, asked: str, wanted: str) -> Any:
     module, colon, path = text.partition(":")
     if not (module and colon and path):
         raise ConfigError(asked, f"found {text!r}", f"Name {wanted}, as package.module:function")
-    with importable(), redirect_stdout(sys.stderr):  # what the user's code prints is no part of the answer
+    # What the user's code prints is no part of the answer, and what a module draws is the same every time.
+    with importable(), redirect_stdout(sys.stderr), seeded(0):
         found = _module(module, asked)
         for name in path.split("."):
             if not hasattr(found, name):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from inspect import Parameter
@@ -33,6 +32,7 @@ from cria_prune.tasks.functions import (
     imported,
     needed,
     said_arguments,
+    seeded,
     users_code,
 )
 
@@ -76,16 +76,6 @@ class Own:
 
     def __bool__(self) -> bool:
         return any((self.factory, self.weights, self.loader, self.test_loader, self.evaluate, self.loss))
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators of torch, NumPy and Python meanwhile: code of the user's draws from them."""
-    with random_kept():
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        yield
 
 
 def made(text: str, meta: bool = False, seed: int = 0) -> tuple[nn.Module, Batch | None]:
@@ -153,7 +143,7 @@ def read_weights(model: nn.Module, path: Path) -> None:
     first = first_names(own)
     missing = [name for name, one in first.items() if not {name, one} & state.keys()]
     wrong = [f"{len(missing)} are missing ({some(missing)})"] if missing else []
-    unknown = [name for name in state if name not in own]
+    unknown = sorted(name for name in state if name not in own)
     wrong += [f"{len(unknown)} are not its own ({some(unknown)})"] if unknown else []
     shapes = [
         f"{name} is {tuple(value.shape)} and not {tuple(own[name].shape)}"
@@ -173,13 +163,16 @@ class Loader:
     Args:
         text: `package.module:name`.
         examples: of one that never ends so many are used.
+        reader: tells what of a batch is an input, and so how many examples it has.
 
     Raises:
         ConfigError: it cannot be imported, or is nothing that gives batches.
     """
 
-    def __init__(self, text: str, examples: int) -> None:
-        self.text, self.asked, self.examples = text, f"The loader {text}", examples
+    def __init__(
+        self, text: str, examples: int, reader: Callable[[Batch], Batch] = lambda batch: batch
+    ) -> None:
+        self.text, self.asked, self.examples, self._reader = text, f"The loader {text}", examples, reader
         self._given = imported(text, self.asked, GIVES)
         self._read: list[Batch] | None = None
         if callable(self._given) and not isinstance(self._given, Iterable):
@@ -235,7 +228,7 @@ class Loader:
                 batch: Any = next(left, end)
             if batch is end:
                 return
-            yield batch
+            yield self._reader(batch)
 
     def _checked(self, given: Any) -> Any:
         if isinstance(given, Dataset) and not isinstance(given, IterableDataset):
@@ -260,12 +253,12 @@ def _length(given: Any) -> int | None:
 class Bounded:
     """A loader's batches, as often as they are gone through, until so many examples have come."""
 
-    def __init__(self, loader: Loader, examples: int | None, reader: Callable[[Batch], Batch]) -> None:
-        self._loader, self._examples, self._reader = loader, examples, reader
+    def __init__(self, loader: Loader, examples: int | None) -> None:
+        self._loader, self._examples = loader, examples
         self._count: int | None = None
 
     def __iter__(self) -> Iterator[Batch]:
-        return map(self._reader, self._loader.batches(self._examples))
+        return self._loader.batches(self._examples)
 
     def __len__(self) -> int:
         if self._count is None:
@@ -514,8 +507,10 @@ class OwnTask(Task):
         self.model, self._example = made(self.factory, seed=own.seed)
         if own.weights is not None:
             read_weights(self.model, own.weights)
-        self._loader = None if own.loader is None else Loader(own.loader, limit)
-        self._test = self._loader if own.test_loader is None else Loader(own.test_loader, limit)
+        self._loader = None if own.loader is None else Loader(own.loader, limit, self._reader)
+        self._test = self._loader
+        if own.test_loader is not None:
+            self._test = Loader(own.test_loader, limit, self._reader)
         self._evaluation = None
         if own.evaluate is not None:
             self._evaluation = Evaluation(own.evaluate, self._test, own.test_loader is not None)
@@ -579,7 +574,7 @@ class OwnTask(Task):
         if self._example is not None:
             return self._reader(self._example)
         with seeded(self.own.seed):
-            return self._reader(next(self.loader.batches()))
+            return next(self.loader.batches())
 
     def dense(self, seed: int = 0, progress: Progress | None = None) -> nn.Module:
         """Return the dense network, with its weights."""
@@ -598,7 +593,7 @@ class OwnTask(Task):
         passed("calibration", task=self.name, examples=examples)
         if (examples, seed) not in self._splits:
             with seeded(seed):
-                found = list(map(self._reader, self.loader.batches(examples)))
+                found = list(self.loader.batches(examples))
             self._splits.clear()  # one draw at a time
             self._splits[examples, seed] = found  # type: ignore[index]
         return list(self._splits[examples, seed])  # type: ignore[index]
@@ -612,7 +607,7 @@ class OwnTask(Task):
     ) -> EpochBatches:
         """Return a function from the epoch to the loader's batches, in the loader's own order and size."""
         most = self.own.examples or (None if self.loader.sized else EXAMPLES)
-        batches = Bounded(self.loader, most, self._reader)
+        batches = Bounded(self.loader, most)
         return lambda epoch: batches
 
     def validation_batches(self, limit: int | None = None) -> Iterable[Batch]:
@@ -632,7 +627,7 @@ class OwnTask(Task):
             )  # fmt: skip
         if self._test is None:
             return [self.example]
-        return Bounded(self._test, self._test.examples, self._reader)
+        return Bounded(self._test, self._test.examples)
 
     def fingerprint(self, *splits: str) -> str:
         """Return the SHA-256, in hex, of the calibration examples; of "test" that of the function's text."""
