@@ -37,7 +37,8 @@ from cria_prune.tasks.models import build
 SMALL = ["--examples", "64", "--rounds", "2", "--criterion", "l1", "--device", "cpu"]
 PRUNING = {
     "--reduction", "--reduce", "--units", "--policy",
-    "--speedup", "--latency-batch", "--latency-table",
+    "--speedup", "--latency-batch", "--latency-table", "--to-parameters", "--to-macs",
+    "--ignore", "--protect", "--share", "--keep", "--round-to",
     "--of", "--criterion", "--preset", "--rounds", "--ranking", "--residual", "--no-residual",
     "--repair", "--batch-norm", "--no-batch-norm",
     "--floor", "--uniform", "--no-uniform", "--multiple", "--examples", "--positions", "--watch", "--config",
@@ -67,7 +68,7 @@ SURFACE = {
     "bench": COMMON | MEASURED | {"--criterion", "--reduction", "--reduce", "--repair", "--output"},
     "plan": (PRUNING - {"--watch"}) | COMMON | SAVING | DATA | TRAINED | {"--dry-run"},
     "prune": PRUNING | COMMON | SAVING | DATA | MEASURED | {"--export", "--resume", "--scores", "--offload"},
-    "sweep": (PRUNING - {"--rounds", "--watch", "--speedup"})
+    "sweep": (PRUNING - {"--rounds", "--watch", "--speedup", "--to-parameters", "--to-macs"})
     | COMMON
     | SAVING
     | DATA

@@ -44,7 +44,7 @@ from cria_prune.cli.settings import (
     recover_config,
 )
 from cria_prune.cli.target import Target, own_of
-from cria_prune.config import PruneConfig, RecoverConfig
+from cria_prune.config import ABSOLUTE, PruneConfig, RecoverConfig
 from cria_prune.report.curves import plot_tradeoff
 from cria_prune.report.folder import History, folder_page, history_of, read_run, write_run
 from cria_prune.scores import Scored, hash_of, scored_of
@@ -162,7 +162,8 @@ def run(request: Run, out: Output) -> None:
     """Dense model, pruning, one recovery, checkpoint and report; several reductions make a family."""
     options = {name: value for name, value in (("quick", request.quick), ("base", request.base)) if value}
     found = target.recipe(request.recipe, **options)
-    usual = () if request.config or request.plan.given().get("speedup") else found.task.reductions
+    said = request.plan.given().keys() & {"speedup", "share", "keep", *ABSOLUTE}
+    usual = () if request.config or said else found.task.reductions
     asked = [{"reduction": share} for share in request.reductions or usual] or [{}]
     configs = [prune_config(request, found.task.prune_defaults, **plan) for plan in asked]
     tuning = recover_config(request, found.task.recover_defaults)

@@ -62,7 +62,7 @@ def prune(request: Prune, out: Output) -> None:
     out.answer({
         **head,
         "criterion": config.score.criterion,
-        "asked": config.plan.reduction,
+        "asked": report["asked"],
         "of": config.plan.of,
         "reduction": done.rounds[-1].report["reached"],
         **{name: report[name] for name in COUNTS if name in report},

@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from cria_prune.base.errors import ConfigError
 from cria_prune.config import (
+    ABSOLUTE,
     PRESETS,
     Choices,
     PlanConfig,
@@ -404,7 +405,7 @@ class Sweep(OfTarget, Data, Measured, FromScores, Resuming):
     reductions: tuple[float, ...] = several(
         PlanConfig, "reduction", "Share to remove, between 0 and 1; one size for each", "0.1 to 0.7 by 0.1"
     )
-    plan: PlanConfig = options(PlanConfig, but=("reduction", "rounds", "speedup"))
+    plan: PlanConfig = options(PlanConfig, but=("reduction", "rounds", "speedup", *ABSOLUTE))
 
 
 class Recover(Data, Measured, Tuning, Resuming):
@@ -493,19 +494,45 @@ def prune_config(request: Scoring, defaults: Mapping[str, Any] | None = None, **
     for key, value in (item for layer in layers for item in layer.items()):
         values[key] = {**values.get(key, {}), **value} if key in SECTIONS else value
     given = {**request.plan.given(), **plan}
-    if "speedup" in given and "reduction" in given:
-        raise ConfigError("What to remove", "a speed-up and a share were given", "Give one of the two")
-    if "speedup" in given:  # it stands in place of what a file or the recipe says
-        values["plan"] = {
-            k: v for k, v in values["plan"].items() if k in given or k not in ("of", "reduction")
-        }
+    values["plan"] = _with_one_target(values["plan"], given, layers[2].get("plan", {}))
     costly = "speedup" in given or values["plan"].get("of") in ("macs", "latency")
     if request.policy == "per-layer" and costly and "ranking" not in given:
         values["plan"] |= {"ranking": "auto"}  # where layers may differ in these, they do by measured losses
     config = PruneConfig(**{**values, **{name: kind(**values[name]) for name, kind in SECTIONS.items()}})
     find_criterion(config.score)
-    check_share(config.plan.reduction)
+    if not (config.plan.share or config.plan.keep):
+        check_share(config.plan.reduction)
     return config
+
+
+def _with_one_target(
+    plan: Mapping[str, Any], given: Mapping[str, Any], file: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the settings of a plan with the target of the options in place of those of recipe and file.
+
+    Args:
+        plan: all of them.
+        given: those of the options.
+        file: those of a file.
+
+    Raises:
+        ConfigError: the options give several.
+    """
+    targets = [name for name in ("speedup", *ABSOLUTE, "reduction") if name in given]
+    if len(targets) > 1:
+        said = {
+            "speedup": "a speed-up",
+            "to_parameters": "a number of parameters",
+            "to_macs": "a number of MACs",
+        }
+        found = " and ".join(said.get(name, "a share") for name in targets[:2])
+        raise ConfigError("What to remove", f"{found} were given", "Give one of the two")
+    if targets:
+        others = {"speedup", "reduction", *ABSOLUTE} | (set() if targets[0] == "reduction" else {"of"})
+        return {key: value for key, value in plan.items() if key in given or key not in others}
+    if ("share" in given or "keep" in given) and not file.keys() & {"speedup", "reduction", *ABSOLUTE}:
+        return {key: value for key, value in plan.items() if key != "reduction"}
+    return dict(plan)
 
 
 def recover_config(request: Recover | Run, defaults: RecoverConfig) -> RecoverConfig:

@@ -32,6 +32,7 @@ WAYS = (
     (r"^residual width is pruned only", "cut it too: residual=True (--residual)"),
     (r"^the plan cuts .* alone", "cut all kinds of units: units='all'"),
     (r"^a vanilla .* cannot hold", "leave out vanilla: the layers may then differ (per-layer)"),
+    (r"^the plan (leaves|protects|keeps)", "leave out what the brackets name"),
     (r"^has one unit", "nothing, the last unit of a group always stays"),
     (rf"^{NO_RULE}", "write this operation with ones that are followed (docs/method), or report it"),
     (r"is computed, not a parameter", "fold the weight before pruning, such as by remove_parametrizations"),
