@@ -428,7 +428,8 @@ class PlanConfig(StageConfig):
                         f"{name} is given, and {other} {values[other]} too: leave out one of them"
                     )
             values = {**values, "of": of}
-        if not told and (values.get("share") or values.get("keep")):
+        whole = told or values.get("speedup") is not None
+        if not whole and (values.get("share") or values.get("keep")):
             values = {"reduction": 0.0, **values}  # nothing beyond what these take
         return values
 

@@ -27,7 +27,14 @@ from cria_prune.cli.folder import interrupts_wait, keep
 from cria_prune.cli.output import Output
 from cria_prune.cli.settings import Resuming
 from cria_prune.cli.target import Target
-from cria_prune.config import PruneConfig, RecoverConfig, ScoreConfig, repair_of_before, score_of_before
+from cria_prune.config import (
+    PlanConfig,
+    PruneConfig,
+    RecoverConfig,
+    ScoreConfig,
+    repair_of_before,
+    score_of_before,
+)
 from cria_prune.pipeline import prune
 from cria_prune.planning.plan import Plan, compose
 from cria_prune.recovery.loop import RecoverResult
@@ -266,7 +273,7 @@ class Job:
 
 def _as_now(config: Any) -> Any:
     """Return a kept configuration as it would be said now: before, a ridge stood there that was
-    not read, and of the repair whether there was one.
+    not read, of the repair whether there was one, and a plan said nothing of single groups.
     """
     if not isinstance(config, dict) or not isinstance(config.get("prune"), dict):
         return config
@@ -274,9 +281,11 @@ def _as_now(config: Any) -> Any:
     try:
         prune = repair_of_before(prune)
         score = ScoreConfig(**score_of_before(prune.get("score", {})))
+        plan = PlanConfig(**prune.get("plan", {}))
     except (ConfigError, TypeError):  # of another version: not the same
         return config
-    return {**config, "prune": {**prune, "score": score.model_dump(mode="json")}}
+    sections = {"score": score.model_dump(mode="json"), "plan": plan.model_dump(mode="json")}
+    return {**config, "prune": {**prune, **sections}}
 
 
 def padded_folder(output: Path) -> Path:

@@ -522,8 +522,8 @@ def _with_one_target(
     if len(targets) > 1:
         said = {
             "speedup": "a speed-up",
-            "to_parameters": "a number of parameters",
-            "to_macs": "a number of MACs",
+            "to_parameters": "parameters to be left",
+            "to_macs": "MACs to be left",
         }
         found = " and ".join(said.get(name, "a share") for name in targets[:2])
         raise ConfigError("What to remove", f"{found} were given", "Give one of the two")

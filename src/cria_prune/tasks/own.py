@@ -514,7 +514,7 @@ class OwnTask(Task):
         self._evaluation = None
         if own.evaluate is not None:
             self._evaluation = Evaluation(own.evaluate, self._test, own.test_loader is not None)
-        self.metric = metric_of("" if self._evaluation is None else self._evaluation.name, own.better)
+        self.metric = metric_of("metric" if self._evaluation is None else self._evaluation.name, own.better)
         self.loss: Loss | None = None if own.loss is None else Objective(own.loss, own.inputs)
         said = {"factory": self.factory, "loader": own.loader, "test_loader": own.test_loader}
         said |= {"evaluate": own.evaluate, "better": own.better, "loss": own.loss}
