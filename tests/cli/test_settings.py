@@ -42,23 +42,35 @@ def test_one_target_takes_the_place_of_another(tmp_path: Path) -> None:
         settled(speedup=2.0, to_parameters=5e6)
 
 
+NET = """
+import torch
+from torch import nn
+
+def make():
+    return nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 128), nn.ReLU(),
+                         nn.Linear(128, 3))
+def loader():
+    return [torch.randn(64, 6)]
+"""
+
+
 def plan(*words: str) -> Result:
-    return CliRunner().invoke(app, ["plan", "digits", "--dry-run", *words])
+    return CliRunner().invoke(
+        app, ["plan", "my_layers:make", "--loader", "my_layers:loader", "--dry-run", *words]
+    )
 
 
-def test_options_are_read_as_they_are_typed() -> None:
-    words = ["--keep", "conv1=16", "--share", "hidden=0.5", "--share", "conv3=0.25", "--round-to", "8"]
-    result = plan(*words)
+def test_options_are_read_as_they_are_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_layers.py").write_text(NET)
+    result = plan("--keep", "0=16", "--share", "4=0.5", "--share", "2=0.3", "--round-to", "8")
     assert result.exit_code == 0, result.output
     said = json.loads(result.stdout.splitlines()[-1])
     assert said["asked"] == said["reachable"] and said["groups"] == 3
-    # By hand: 16 of 32 channels, 48 of 64, 64 of 128 neurons.
-    assert said["parameters_least"] == (
-        16 * 9 + 2 * 16 + 64 * 16 * 9 + 2 * 64 + 48 * 64 * 9 + 2 * 48 + 64 * 48 * 9 + 2 * 64
-        + 64 * 257 + 10 * 65
-    )  # fmt: skip
-    said = json.loads(plan("--to-parameters", "100k", "--protect", "ends").stdout.splitlines()[-1])
-    assert said["asked"] == 1 - 100_000 / 127_082 and said["groups"] == 1
+    # By hand: 16 of 32 units, 48 of 64 (the multiple nearest to 44.8), 64 of 128.
+    assert said["parameters_least"] == 16 * 7 + 48 * 17 + 64 * 49 + 3 * 65
+    said = json.loads(plan("--to-parameters", "8k", "--protect", "ends").stdout.splitlines()[-1])
+    assert said["asked"] == 1 - 8000 / said["parameters_dense"] and said["groups"] == 1
     for words, text in (
         (["--keep", "conv1"], "must be PATTERN=NUMBER, like 'layers.*.mlp=0.3', and not 'conv1'"),
         (["--to-macs", "few"], "to_macs: must be a number, like 5M, 1.2G or 300k"),
@@ -67,7 +79,7 @@ def test_options_are_read_as_they_are_typed() -> None:
             "MACs to be left and a share were given. Give one of the",
         ),
         (["--protect", "edges"], "protect: Input should be 'none', 'ends', 'first' or 'last'"),
-        (["--ignore", "conv9"], "there is none; the nearest names are conv"),
+        (["--ignore", "9"], "there is none; there are 0, 2, 4, 6"),
     ):
         result = plan(*words)
         assert result.exit_code == 2 and text in result.stderr, result.output
