@@ -47,8 +47,9 @@ import torch
 from torch import nn
 
 def make():
-    return nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 128), nn.ReLU(),
-                         nn.Linear(128, 3))
+    sizes = [6, 32, 64, 128]
+    layers = [item for one, two in zip(sizes, sizes[1:]) for item in (nn.Linear(one, two), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(128, 3))
 def loader():
     return [torch.randn(64, 6)]
 """

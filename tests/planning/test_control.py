@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cria_prune import PlanConfig, PruneConfig, UnitGroups, discover, plan, prune
 from cria_prune.base.errors import ConfigError, CriaError, StructureError, TargetError
 from cria_prune.planning.budget import count_macs, count_parameters
-from cria_prune.planning.control import matched, on_the_way
+from cria_prune.planning.control import check_alike, left_alone, matched, on_the_way
 from cria_prune.structure.groups import without_residual
 
 
@@ -125,6 +125,12 @@ def test_rounds_repair_and_proof_work_with_it(net: nn.Module, repair: str, round
     sizes = [len(item.kept[units[1]]) for item in result.rounds]
     assert sizes == {1: [12], 2: [22, 12], 3: [26, 19, 12]}[rounds], "as many steps as there are rounds"
     assert result.report["reached"] >= 0.35 and result.rounds[-1].fidelity
+
+
+def test_a_plain_configuration_leaves_all_alike_layers_alone_or_none(groups: UnitGroups) -> None:
+    check_alike(groups, left_alone(groups, PlanConfig(ignore=["layers.*"])))
+    with pytest.raises(ConfigError, match=r"protects its first.*describes it and 'layers.1.*per-layer"):
+        check_alike(groups, left_alone(groups, PlanConfig(protect="first")))
 
 
 def test_a_part_of_the_way_is_never_below_its_end(groups: UnitGroups) -> None:

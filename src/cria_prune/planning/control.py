@@ -110,6 +110,26 @@ def left_alone(groups: UnitGroups, config: PlanConfig) -> UnitGroups:
     return freeze(groups, lambda group: reasons.get(group.name))
 
 
+def check_alike(before: UnitGroups, after: UnitGroups) -> None:
+    """Check that of groups which one configuration counts together all are left alone, or none.
+
+    Args:
+        before, after: the groups without and with those frozen that the plan leaves alone.
+
+    Raises:
+        ConfigError: some of them are, so that none could be cut.
+    """
+    cut = {group.name for group in after.prunable}
+    for names in counted_together(before.prunable):
+        alone, others = [name for name in names if name not in cut], [name for name in names if name in cut]
+        if alone and others:
+            raise ConfigError(
+                f"Group {alone[0]!r}: {after[alone[0]].frozen}",
+                f"one plain configuration describes it and {others[0]!r}, so that neither could be cut",
+                "Let layers differ (vanilla=False; --policy per-layer), or name all of them",
+            )  # fmt: skip
+
+
 def fixed_sizes(groups: UnitGroups, config: PlanConfig, allowed: Allowed | None = None) -> dict[str, int]:
     """Return group name -> how many units stay of it, where the plan says that.
 

@@ -14,7 +14,7 @@ from cria_prune.base.errors import CriaError, SignalError, StructureError, Targe
 from cria_prune.config import PlanConfig
 from cria_prune.planning.allocation import Losses, allocate
 from cria_prune.planning.budget import SLACK, Budget, Cost
-from cria_prune.planning.control import fixed_sizes, kept_whole, left_alone, settled
+from cria_prune.planning.control import check_alike, fixed_sizes, kept_whole, left_alone, settled
 from cria_prune.planning.latency import LatencyTable
 from cria_prune.planning.stairs import Allowed, Stair, fewest, stairs
 from cria_prune.structure.account import LAST
@@ -384,8 +384,9 @@ def scope(model: nn.Module, groups: UnitGroups, config: PlanConfig) -> Scope:
         wanted = KINDS[config.units]
         reason = f"the plan cuts {config.units} alone (units)"
         groups = freeze(groups, lambda group: None if group.kind in wanted else reason)
-    groups = left_alone(groups, config)
+    before, groups = groups, left_alone(groups, config)
     if config.vanilla:
+        check_alike(before, groups)
         held = holdable(model, groups)
         return sized(held.groups, config, held.allowed)
     return sized(groups, config, {})
