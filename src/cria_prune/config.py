@@ -69,6 +69,14 @@ UNITS = Choices(
         "experts": "whole experts alone",
     }
 )
+PROTECT = Choices(
+    {
+        "none": "none",
+        "ends": "the first and the last, with their blocks",
+        "first": "the first with its block",
+        "last": "the last with its block",
+    }
+)
 REPAIR = Choices(
     {
         "walk": "consumers refitted one after another in the order of the data, towards the dense network",
@@ -214,6 +222,39 @@ def _number_or_share(value: Any) -> Any:
     return value
 
 
+def _several(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+def _pairs(value: Any) -> Any:
+    """Read PATTERN=NUMBER, once or several times."""
+    if isinstance(value, Mapping):
+        return value
+    found: dict[str, str] = {}
+    for text in _several(value):
+        pattern, equal, number = str(text).rpartition("=")
+        if not (pattern and equal):
+            raise ValueError(f"must be PATTERN=NUMBER, like 'layers.*.mlp=0.3', and not {text!r}")
+        if found.setdefault(pattern, number) != number:
+            raise ValueError(f"{pattern!r} is given {found[pattern]} and {number}")
+    return found
+
+
+THOUSANDS = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
+
+
+def _count(value: Any) -> Any:
+    """Read a number as people write it: 5M, 1.2G, 300k, 5_000_000."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip().lower()
+    factor = THOUSANDS.get(text[-1:], 1.0)
+    try:
+        return float(text[:-1] if factor > 1 else text) * factor
+    except ValueError:
+        raise ValueError("must be a number, like 5M, 1.2G or 300k") from None
+
+
 class RecordConfig(StageConfig):
     """How the neurons' signals are recorded."""
 
@@ -292,12 +333,18 @@ def score_of_before(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in SETTINGS or key in read}
 
 
+USUAL = 0.5
+"""Share that is removed where nothing else is said."""
+ABSOLUTE = {"to_parameters": "parameters", "to_macs": "macs"}
+"""Target that is no share -> the cost that it is of."""
+
+
 class PlanConfig(StageConfig):
     """What to remove."""
 
     group = "What to remove"
 
-    reduction: float = option(0.5, "Share to remove, between 0 and 1", "--reduction", "--reduce")
+    reduction: float = option(USUAL, "Share to remove, between 0 and 1", "--reduction", "--reduce")
     of: Annotated[str, OF] = option("parameters", "What it is a share of")
     rounds: int = option(1, "Rounds of scoring and cutting", ge=1)
     ranking: Annotated[str, RANKING] = option("auto", "How groups share out what is removed")
@@ -310,8 +357,29 @@ class PlanConfig(StageConfig):
         False, description="only what a plain configuration of transformers can hold; uniform comes with it"
     )
     multiple: int = option(
-        1, "Neurons and channels that stay are a multiple of it, or all of them", ge=1, le=256
+        1, "Neurons and channels that stay are a multiple of it, or all of them", "--multiple", "--round-to",
+        ge=1, le=256,
+    )  # fmt: skip
+    ignore: Annotated[tuple[str, ...], BeforeValidator(_several)] = option(
+        (), "PATTERN of groups to leave alone, by their names as cria inspect prints them; once or more",
+        shown="none",
+    )  # fmt: skip
+    protect: Annotated[str, PROTECT] = option("none", "Layers to leave alone")
+    share: Annotated[dict[str, Annotated[float, Field(ge=0, lt=1)]], BeforeValidator(_pairs)] = option(
+        {}, "PATTERN=SHARE of the units of these groups that leaves; once or more. The others stay, unless a "
+        "share of the whole is asked for too", shown="none",
+    )  # fmt: skip
+    keep: Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(_pairs)] = option(
+        {}, "PATTERN=UNITS that stay in each of these groups; as --share", shown="none"
     )
+    to_parameters: Annotated[float | None, BeforeValidator(_count)] = option(
+        None, "How many parameters are left at most, like 5M, in place of a share",
+        shown="what the share gives", gt=0,
+    )  # fmt: skip
+    to_macs: Annotated[float | None, BeforeValidator(_count)] = option(
+        None, "How many MACs per example are left at most, like 1.2G, in place of a share",
+        shown="what the share gives", gt=0,
+    )  # fmt: skip
     speedup: float | None = option(
         None,
         "How many times as fast, in place of a share: it sets the cost to latency",
@@ -348,6 +416,26 @@ class PlanConfig(StageConfig):
                         f"given: leave out {name}, or the speed-up"
                     )
             values = {**values, **told, "speedup": None}
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_target(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        told = {name: of for name, of in ABSOLUTE.items() if values.get(name) is not None}
+        if len(told) + (values.get("speedup") is not None) > 1:
+            raise ValueError(f"{', '.join([*told, 'speedup'][:2])} are both given: give one target")
+        for name, of in told.items():
+            for other, usual in (("of", of), ("reduction", USUAL)):
+                if values.get(other, usual) != usual:
+                    raise ValueError(
+                        f"{name} is given, and {other} {values[other]} too: leave out one of them"
+                    )
+            values = {**values, "of": of}
+        whole = told or values.get("speedup") is not None
+        if not whole and (values.get("share") or values.get("keep")):
+            values = {"reduction": 0.0, **values}  # nothing beyond what these take
         return values
 
     @model_validator(mode="after")

@@ -106,7 +106,8 @@ def measure_losses(
         ResourceError: the memory does not suffice.
         CriaError: those of the repair and the surgery.
     """
-    made = stairs(prepared.groups, prepared.config.plan, prepared.allowed)
+    whole = stairs(prepared.groups, prepared.config.plan, prepared.allowed)
+    made = [stair for stair in whole if len(stair.counts) > 1]  # of the others the number is given
     of = _identity(prepared, ranking, every)
     # Of several processes one may not see the file, and would measure what the others skip.
     losses = _numbered(world().lead("The losses that are kept", lambda: _kept(keep, of)))

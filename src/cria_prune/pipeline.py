@@ -130,7 +130,10 @@ def prune(
 
     def planned(before: PruneResult, item: Round) -> Plan:
         values = {name: np.array(found) for name, found in item.scores.items()}
-        now = replace(ready, groups=before.groups, losses=_losses(ready, (*before.rounds, item)))
+        now = replace(
+            ready, groups=before.groups, losses=_losses(ready, (*before.rounds, item)),
+            progress=item.number / rounds,
+        )  # fmt: skip
         # The choice may have been corrected after the first one was measured.
         aimed = float(item.report.get("aimed", target_of(config, item.number)))
         return replace(plan_cut(now, values, aimed), report=dict(item.report))
@@ -153,7 +156,7 @@ def prune(
             if number > done:
                 now = replace(
                     ready, model=result.model, groups=result.groups, plan=result.plan,
-                    losses=_losses(ready, result.rounds),
+                    losses=_losses(ready, result.rounds), progress=number / rounds,
                 )  # fmt: skip
                 measure = partial(measure_losses, keep=_file(state, LOSSES), progress=progress)
                 result = _round(now, result, number, loss, evaluate, scores, measure, hands)

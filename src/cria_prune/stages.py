@@ -41,6 +41,7 @@ from cria_prune.graph.graph import NeuronGraphs, keep_graphs, worth_keeping
 from cria_prune.graph.moments import Moments
 from cria_prune.planning.allocation import Losses
 from cria_prune.planning.budget import count_parameters
+from cria_prune.planning.control import on_the_way, without_control
 from cria_prune.planning.latency import LatencyTable
 from cria_prune.planning.plan import Plan, compose, identity_plan
 from cria_prune.planning.plan import plan as make_plan
@@ -87,6 +88,8 @@ class Prepared:
         losses: group name -> units kept -> measured loss, for the ranking `measured`; None: not measured.
         latency: measured seconds, for the cost `latency`; None: not measured.
         examples: further ones, that cuts are compared on as well.
+        sizes: group name -> units that stay after the last round, where the plan says that of single groups.
+        progress: share of the rounds that are done after the next cut.
     """
 
     model: nn.Module
@@ -105,6 +108,8 @@ class Prepared:
     losses: Losses | None = field(default=None, repr=False)
     latency: LatencyTable | None = field(default=None, repr=False)
     examples: tuple[Batch, ...] = field(default=(), repr=False)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    progress: float = 1.0
 
     def __repr__(self) -> str:
         return f"<{self}>"
@@ -150,9 +155,11 @@ class Prepared:
             StructureError: see `selection.scope`.
         """
         within = scope(self.structure, self.found, config.plan)
+        config = config.model_copy(update={"plan": within.plan})
         return replace(
             self, config=config, groups=within.groups, dense=within.groups, allowed=within.allowed,
-            plan=identity_plan(within.groups), reference=self.reference if _compared(config) else None,
+            sizes=within.sizes, plan=identity_plan(within.groups),
+            reference=self.reference if _compared(config) else None,
             held=HeldOut(self.batches, config.record.examples), losses=None,
         )  # fmt: skip
 
@@ -413,10 +420,11 @@ def prepare(
     found, reference = _discover(structure, example, further, lambda: next_examples(spare, device_of(model)))
     # What the plan leaves alone is frozen on top of what was found. So another plan needs no other discovery.
     within = scope(structure, found, config.plan)
+    config = config.model_copy(update={"plan": within.plan})
     return Prepared(
         model, within.groups, identity_plan(within.groups), batches, example, config, structure, found,
         within.groups, within.allowed, reference if _compared(config) else None, time.perf_counter() - start,
-        HeldOut(batches, config.record.examples), examples=tuple(reference.batches[1:]),
+        HeldOut(batches, config.record.examples), examples=tuple(reference.batches[1:]), sizes=within.sizes,
     )  # fmt: skip
 
 
@@ -537,9 +545,12 @@ def plan_cut(prepared: Prepared, scores: Mapping[str, np.ndarray], target: float
     Raises:
         TargetError, StructureError, SignalError: see `plan`.
     """
+    plan, given = prepared.config.plan, {}
+    if prepared.sizes:  # they are reached in as many steps as there are rounds
+        given = on_the_way(prepared.groups, prepared.sizes, plan, prepared.progress)
     return make_plan(
-        prepared.groups, scores, prepared.config.plan, dense=prepared.dense, target=target,
-        allowed=prepared.allowed, losses=prepared.losses, latency=prepared.latency,
+        prepared.groups, scores, without_control(plan), dense=prepared.dense, target=target,
+        allowed={**prepared.allowed, **given}, losses=prepared.losses, latency=prepared.latency,
     )  # fmt: skip
 
 

@@ -31,6 +31,13 @@ def test_a_result_of_before_is_known_by_the_ridge_that_nobody_read(criterion: st
         assert _as_now(before) == now != kept(criterion)
 
 
+def test_a_result_of_before_says_nothing_of_single_groups() -> None:
+    before = kept("l2")
+    for name in ("ignore", "protect", "share", "keep", "to_parameters", "to_macs"):
+        del before["prune"]["plan"][name]
+    assert before != kept("l2") == _as_now(before)
+
+
 @pytest.mark.parametrize(
     "config", [None, {}, {"recover": {}}, {"prune": {"score": {"ridge": "x", "own": 1}}}]
 )

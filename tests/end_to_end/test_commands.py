@@ -37,7 +37,8 @@ from cria_prune.tasks.models import build
 SMALL = ["--examples", "64", "--rounds", "2", "--criterion", "l1", "--device", "cpu"]
 PRUNING = {
     "--reduction", "--reduce", "--units", "--policy",
-    "--speedup", "--latency-batch", "--latency-table",
+    "--speedup", "--latency-batch", "--latency-table", "--to-parameters", "--to-macs",
+    "--ignore", "--protect", "--share", "--keep", "--round-to",
     "--of", "--criterion", "--preset", "--rounds", "--ranking", "--residual", "--no-residual",
     "--experts", "--no-experts", "--drop-unreached", "--no-drop-unreached",
     "--repair", "--batch-norm", "--no-batch-norm",
@@ -48,6 +49,9 @@ TUNING = {"--epochs", "--lr", "--distill", "--lora", "--compile", "--no-compile"
 COMMON = {"--seed", "--device", "--quiet", "-q"}
 SAVING = {"--output", "--overwrite"}
 DATA = {"--calibration", "--dataset", "--text"}
+OWN = {"--factory", "--loader", "--inputs"}
+TRAINED = OWN | {"--weights", "--loss"}
+MEASURED = TRAINED | {"--evaluate", "--test-loader", "--better"}
 SCORING = {
     "--criterion", "--preset", "--residual", "--no-residual", "--examples", "--positions", "--config",
     "--experts", "--no-experts", "--drop-unreached", "--no-drop-unreached",
@@ -55,20 +59,26 @@ SCORING = {
 }  # fmt: skip
 SURFACE = {
     "run": PRUNING | TUNING | COMMON | SAVING | {"--quick", "--base", "--resume"},
-    "inspect": {"--example", "--meta", "--floor", "--tree", "--all", "--json", "--quiet", "-q"},
-    "score": SCORING | COMMON | SAVING | DATA | {"--repair"},
-    "ablate": SCORING | COMMON | SAVING | DATA | {"--shares", "--random-seeds", "--limit", "--repair"},
-    "bench": COMMON | {"--criterion", "--reduction", "--reduce", "--repair", "--output"},
-    "plan": (PRUNING - {"--watch"}) | COMMON | SAVING | DATA | {"--dry-run"},
-    "prune": PRUNING | COMMON | SAVING | DATA | {"--export", "--resume", "--scores", "--offload"},
-    "sweep": (PRUNING - {"--rounds", "--watch", "--speedup"})
+    "inspect": OWN | {"--example", "--meta", "--floor", "--tree", "--all", "--json", "--quiet", "-q"},
+    "score": SCORING | COMMON | SAVING | DATA | TRAINED | {"--repair"},
+    "ablate": SCORING
     | COMMON
     | SAVING
     | DATA
+    | MEASURED
+    | {"--shares", "--random-seeds", "--limit", "--repair"},
+    "bench": COMMON | MEASURED | {"--criterion", "--reduction", "--reduce", "--repair", "--output"},
+    "plan": (PRUNING - {"--watch"}) | COMMON | SAVING | DATA | TRAINED | {"--dry-run"},
+    "prune": PRUNING | COMMON | SAVING | DATA | MEASURED | {"--export", "--resume", "--scores", "--offload"},
+    "sweep": (PRUNING - {"--rounds", "--watch", "--speedup", "--to-parameters", "--to-macs"})
+    | COMMON
+    | SAVING
+    | DATA
+    | MEASURED
     | {"--scores", "--resume"},
-    "recover": TUNING | COMMON | SAVING | DATA | {"--teacher", "--resume"},
+    "recover": TUNING | COMMON | SAVING | DATA | MEASURED | {"--teacher", "--resume", "--examples"},
     "report": {"--layer", "--output", "--overwrite", "--quiet", "-q"},
-    "eval": COMMON | DATA | {"--tasks", "--task-folder", "--limit", "--against"},
+    "eval": COMMON | DATA | MEASURED | {"--examples", "--tasks", "--task-folder", "--limit", "--against"},
 }
 
 
@@ -202,7 +212,8 @@ def test_help_is_in_groups_and_fits(command: str, width: int) -> None:
     assert headings[-1] in ("Running", "Output") and "Options" not in headings
     if command == "prune":
         assert headings == [
-            "Arguments", "What to remove", "How to score", "Calibration data", "Repair without training",
+            "Arguments", "What to remove", "How to score", "Calibration data", "A network of your own",
+            "Repair without training",
             "Settings to start from", "Running", "Output",
         ]  # fmt: skip
 

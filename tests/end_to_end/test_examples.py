@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from pathlib import Path
 
+import own_commands
 import own_network
 import pytest
+from typer.testing import CliRunner
 
 import zoo
+from cria_prune.cli.main import app
 
 
 @pytest.fixture
@@ -43,6 +48,22 @@ def test_own_network_takes_a_network_from_elsewhere(
     own_network.main("checkpoint", "mine:small", 0.3)
     said = capsys.readouterr().out
     assert "asked 30.0%" in said and "reloaded: equal" in said
+
+
+def test_own_commands(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The commands of its docstring, as they stand there."""
+    own_commands.main()
+    assert "accuracy" in capsys.readouterr().out
+    text = str(own_commands.__doc__).replace("\\\n", " ")
+    commands = [
+        shlex.split(line)[1:] for line in map(str.strip, text.splitlines()) if line.startswith("cria ")
+    ]
+    assert [words[0] for words in commands] == ["inspect", "prune", "recover", "eval"]
+    said = [CliRunner().invoke(app, words) for words in commands]
+    assert [item.exit_code for item in said] == [0] * 4, said[-1].output
+    assert "prune it with: cria prune own_commands:make" in said[0].stdout
+    found = json.loads(said[3].stdout.splitlines()[-1])
+    assert found["accuracy"] > 0.7 and found["parameters"] < 0.5 * 14_340, "chance is 25 %"
 
 
 def test_timm_vit(here: Path, capsys: pytest.CaptureFixture[str], no_vision_on_the_path: None) -> None:

@@ -19,6 +19,8 @@ SLOW: dict[str, tuple[str, ...]] = {
     "test_a_table_fits_the_terminal": ("160",),
     "test_seven_billion_parameters_in_no_memory_are_shown_as_in_the_guide": ("",),
     "test_the_command_in_two_processes_prunes_as_in_one": ("",),
+    "test_the_other_commands_take_it": ("",),
+    "test_a_pruned_network_is_cut_to_sizes_again": ("",),
     "test_under_one_threshold_for_all_layers_the_share_is_met_and_the_layers_differ": ("",),
     "test_a_family_is_made_and_resumed_bit_for_bit": ("",),
     "test_a_fresh_process_loads_with_cria_what_differs_by_layer": ("",),

@@ -55,12 +55,17 @@ class Metric:
         return f"{after / before:.3f} times" if factor else f"{after - before:+.4g}"
 
 
+LOWER = " (lower is better)"
+"""What the name of a metric of the user's ends with, where that is so."""
+
+
 def metric(name: str) -> Metric:
     """Return what is known of a metric; of an unknown one, higher is better.
 
-    `accuracy` is a share; a name that starts with `perplexity` or `loss` is better when lower.
+    `accuracy` is a share; a name that starts with `perplexity` or `loss`, or ends with `LOWER`, is better
+    when lower.
     """
-    lower = name.startswith(("perplexity", "loss"))
+    lower = name.startswith(("perplexity", "loss")) or name.endswith(LOWER)
     return Metric(name, higher_is_better=not lower, share=name == "accuracy")
 
 

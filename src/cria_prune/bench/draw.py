@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from cria_prune.base.batches import Batch
+from cria_prune.base.metrics import Loss
 from cria_prune.base.progress import Progress, clock
 from cria_prune.config import PruneConfig
 from cria_prune.measured import measure_losses
@@ -34,10 +35,11 @@ class Draw:
     Args:
         model: the dense model; it is left as it was.
         batches: the calibration examples.
+        loss: for criteria with gradients; cross-entropy if None.
     """
 
-    def __init__(self, model: nn.Module, batches: list[Batch]) -> None:
-        self.model, self._batches = model, batches
+    def __init__(self, model: nn.Module, batches: list[Batch], loss: Loss | None = None) -> None:
+        self.model, self._batches, self._loss = model, batches, loss
         self._prepared: Prepared | None = None
         self._scores: dict[str, tuple[Scored, Seconds]] = {}
         self._losses: dict[str, tuple[Losses, Seconds]] = {}
@@ -63,7 +65,8 @@ class Draw:
                 seconds |= spent
                 ready = replace(ready, losses=losses)
         result = prune(
-            self.model, ready.batches, config, scores=scored, prepared=ready, progress=progress
+            self.model, ready.batches, config, loss=self._loss, scores=scored, prepared=ready,
+            progress=progress,
         )  # fmt: skip
         return result, {**result.seconds_by_stage, **seconds}
 
@@ -80,7 +83,7 @@ class Draw:
         key = _key(ready.config, moments)
         if key not in self._scores:
             seconds = Seconds()
-            scored = scored_of(ready, seconds=seconds)
+            scored = scored_of(ready, loss=self._loss, seconds=seconds)
             del seconds["structure"]  # the result has it
             self._scores[key] = scored, seconds
         return self._scores[key]

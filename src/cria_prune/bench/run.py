@@ -144,6 +144,7 @@ def run_grids(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     on_cell: Callable[[int, int, Cell, dict[str, Any]], None] | None = None,
+    chosen: Task | None = None,
 ) -> tuple[int, dict[str, CriaError]]:
     """Measure the missing cells of grids, one result file each.
 
@@ -159,6 +160,7 @@ def run_grids(
         device: where the models run.
         progress: where to show long steps.
         on_cell: called after every cell with its number, how many there are, the cell and its values.
+        chosen: the task of a network of the user's own; that of the recipe if None.
 
     Returns:
         How many cells were measured; file name -> why it could not be.
@@ -166,7 +168,7 @@ def run_grids(
     Raises:
         ArtifactError: a file of the folder is of another network, configuration or data, or cannot be read.
     """
-    chosen, progress = task_of(grids[0]), progress or QUIET
+    chosen, progress = chosen or task_of(grids[0]), progress or QUIET
     data = chosen.fingerprint()
     missing, measured = divide(grids, chosen, folder, data)
     for cell in measured:  # a kill between a cell's file and the removal of its state
@@ -186,7 +188,8 @@ def run_grids(
         state = state_of(folder, cell)
         try:
             if drawn not in draws:
-                draws = {drawn: Draw(model, chosen.calibration(config.record.examples, cell["seed"]))}
+                batches = chosen.calibration(config.record.examples, cell["seed"])
+                draws = {drawn: Draw(model, batches, chosen.loss)}
             values = _measure(chosen, draws[drawn], cell, config, progress, state, data)
         except CriaError as error:
             failed[file_name(cell)] = error
@@ -280,8 +283,8 @@ def _measure(
         training = source.train_batches(cell["seed"], device=device_of(smaller))
         teacher = draw.model if settings.distill else None
         recover(
-            smaller, training, settings, teacher=teacher, device=device_of(smaller), progress=progress,
-            state=state, data=data,
+            smaller, training, settings, teacher=teacher, loss=chosen.loss, device=device_of(smaller),
+            progress=progress, state=state, data=data,
         )  # fmt: skip
         seconds["recover"] = round(time.perf_counter() - start, 1)
         figures["recovered"] = chosen.evaluate(smaller, chosen.test_batches(), progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -23,6 +24,7 @@ from cria_prune.config import (
 from cria_prune.criteria.table import CRITERIA
 from cria_prune.recipes.registry import TASKS, task
 from cria_prune.tasks.base import Task
+from cria_prune.tasks.functions import is_function
 
 ENDINGS = (".yaml", ".yml", ".json")
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -35,7 +37,7 @@ def _listed(value: Any) -> Any:
 class Grid(StageConfig):
     """All combinations of its lists are measured."""
 
-    network: str = Field(description="a recipe")
+    network: str = Field(description="a recipe, or package.module:function that makes a network of your own")
     criteria: tuple[str, ...] = Field(
         min_length=1, description="names of criteria, or of Torch-Pruning's importances"
     )
@@ -73,7 +75,7 @@ class Grid(StageConfig):
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
-        if self.network not in TASKS:
+        if self.network not in TASKS and not is_function(self.network):
             raise ValueError(f"no recipe {self.network!r}; known: {', '.join(sorted(TASKS))}")
         try:
             RecoverConfig(**self.tune)
@@ -126,6 +128,24 @@ def read_suite(source: str) -> list[Grid]:
     if len(networks) > 1:
         raise ConfigError(asked, f"its grids are of {', '.join(networks)}", "Give one suite per network")
     return grids
+
+
+CRITERIA_OF_OWN, REDUCTIONS_OF_OWN = ("innovation", "l2", "random"), (0.3, 0.5)
+
+
+def grid_of(
+    network: str,
+    criteria: Sequence[str],
+    reductions: Sequence[float],
+    seeds: Sequence[int],
+    repair: Sequence[str],
+) -> Grid:
+    """Return the grid of a network of the user's own: these lists, or the usual ones where one is empty."""
+    return Grid(
+        network=network, criteria=tuple(criteria) or CRITERIA_OF_OWN,
+        reductions=tuple(reductions) or REDUCTIONS_OF_OWN, seeds=tuple(seeds) or (0,), rounds=(1,),
+        repair=tuple(repair) or ("none", "walk"),
+    )  # fmt: skip
 
 
 def task_of(grid: Grid) -> Task:

@@ -43,8 +43,8 @@ from cria_prune.cli.settings import (
     prune_config,
     recover_config,
 )
-from cria_prune.cli.target import Target
-from cria_prune.config import PruneConfig, RecoverConfig
+from cria_prune.cli.target import Target, own_of
+from cria_prune.config import ABSOLUTE, PruneConfig, RecoverConfig
 from cria_prune.report.curves import plot_tradeoff
 from cria_prune.report.folder import History, folder_page, history_of, read_run, write_run
 from cria_prune.scores import Scored, hash_of, scored_of
@@ -162,7 +162,8 @@ def run(request: Run, out: Output) -> None:
     """Dense model, pruning, one recovery, checkpoint and report; several reductions make a family."""
     options = {name: value for name, value in (("quick", request.quick), ("base", request.base)) if value}
     found = target.recipe(request.recipe, **options)
-    usual = () if request.config or request.plan.given().get("speedup") else found.task.reductions
+    said = request.plan.given().keys() & {"speedup", "share", "keep", *ABSOLUTE}
+    usual = () if request.config or said else found.task.reductions
     asked = [{"reduction": share} for share in request.reductions or usual] or [{}]
     configs = [prune_config(request, found.task.prune_defaults, **plan) for plan in asked]
     tuning = recover_config(request, found.task.recover_defaults)
@@ -228,7 +229,7 @@ def prune(request: Prune, out: Output) -> None:
         offload.prune(request, out)
         return
     padded = request.export is not None
-    found = target.find(request.target, request.texts)
+    found = target.find(request.target, request.texts, own_of(request))
     if padded and not found.pretrained:
         raise ConfigError(
             f"A padded twin of {request.target}", "it is no model of transformers", "Leave out --export"
@@ -259,7 +260,7 @@ def prune(request: Prune, out: Output) -> None:
 
 def recover(request: Recover, out: Output) -> None:
     """One fine-tune of a checkpoint; a Hugging Face model of the user on texts of the user."""
-    found = target.find(request.checkpoint, request.texts)
+    found = target.find(request.checkpoint, request.texts, own_of(request))
     if found.plan is None:
         raise ConfigError(
             f"Recovering {request.checkpoint}",
@@ -270,12 +271,8 @@ def recover(request: Recover, out: Output) -> None:
     tuning = recover_config(request, found.task.recover_defaults)
     if request.teacher is not None and not tuning.distill:
         raise ConfigError("A teacher", "nothing is distilled from it", "Give its weight with --distill")
-    if not found.task.measured:
-        raise ConfigError(
-            f"Recovering {request.checkpoint}",
-            "the texts have no labels",
-            "Give --dataset with a column label",
-        )
+    if not found.task.trainable:
+        raise ConfigError(f"Recovering {request.checkpoint}", *found.task.lacking)
     inherited = (
         *COUNTS,
         "reduction",
@@ -372,7 +369,7 @@ RESULT, PICTURE, KEPT_SCORES = "sweep.json", "sweep.png", "scores"
 
 def sweep(request: Sweep, out: Output) -> None:
     """Score once, prune to every share in one round each, save and measure; then table and picture."""
-    found = target.find(request.target, request.texts)
+    found = target.find(request.target, request.texts, own_of(request))
     found.check_changeable()
     scored, shares = given_scores(request), request.reductions or SHARES
     defaults = found.prune_defaults()
@@ -425,7 +422,7 @@ def own_scores(job: Job, prepared: Prepared) -> Scored:
         asked = [item.model_dump(include=same) for item in (found.config, config)]
         if found.weights == hash_of(prepared.model) and asked[0] == asked[1]:
             return found
-    scored = scored_of(prepared, seconds=job.seconds)
+    scored = scored_of(prepared, loss=job.target.task.loss, seconds=job.seconds)
     with clock(job.seconds, "save"):
         keep_scores(folder, scored, {**job.target.named(), "provenance": job.origin})
     job.out.kept = f"the scores are kept (go on with: the same command, --output {job.output} --resume)"

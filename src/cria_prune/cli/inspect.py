@@ -22,6 +22,7 @@ from cria_prune.stages import discover
 from cria_prune.structure.account import Entry
 from cria_prune.structure.groups import UnitGroups, without_experts, without_residual
 from cria_prune.structure.table import FLOW, FROZEN, LOOSE, Fold, Row, Status, flow, fold, merged, sections
+from cria_prune.tasks.own import Own
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -33,7 +34,8 @@ def inspect(request: Inspect, out: Output) -> None:
     """The unit groups of a model from anywhere, what they cost and why some are frozen."""
     out.quiet |= request.as_json
     with redirect_stdout(sys.stderr):  # what the user's code prints is no part of the answer
-        source = load_source(request.model, parse_shape(request.example), request.meta)
+        own = request.own()
+        source = load_source(request.model, parse_shape(request.example), request.meta, own)
         groups = discover(source.model, source.example)
     found, kind = inventory(groups, request.plan.floor), type(source.model).__name__
     out.say(f"{kind}: {found.parameters:,} parameters, {found.macs:,.0f} MACs per example")
@@ -53,6 +55,8 @@ def inspect(request: Inspect, out: Output) -> None:
     shares(out, found)
     for note in groups.notes:
         out.say(note)
+    if source.kind == "factory" or own.factory is not None:
+        out.say(next_command(source.name, own))
     counts = {
         f"{status}_groups": sum(row.status == status for row in found.rows) for status in get_args(Status)
     }
@@ -60,7 +64,7 @@ def inspect(request: Inspect, out: Output) -> None:
         "target": source.name,
         "source": source.kind,
         "model": kind,
-        "recipe": None if source.target is None else source.target.task.name,
+        "recipe": None if source.target is None else source.target.recipe,
         **found.to_dict(),
         **counts,
     }
@@ -68,6 +72,14 @@ def inspect(request: Inspect, out: Output) -> None:
     for item in found.account:
         fates[item.fate] += item.share
     out.answer(answer if request.as_json else {**answer, "groups": len(found.rows), "account": fates})
+
+
+def next_command(name: str, own: Own) -> str:
+    """Return how a network of the user's own is pruned, as it would be typed."""
+    package = (own.factory or name).partition(":")[0].partition(".")[0]
+    made = "--weights FILE.safetensors" if own.factory is None else f"--factory {own.factory}"
+    data = f"--loader {own.loader or f'{package}:LOADER'} --evaluate {package}:METRIC"
+    return f"prune it with: cria prune {name} {made} {data}"
 
 
 def inputs(example: Batch) -> str:

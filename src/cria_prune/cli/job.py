@@ -18,9 +18,8 @@ from cria_prune.artifact.card import Card
 from cria_prune.artifact.checkpoint import load
 from cria_prune.artifact.pretrained import save_padded, save_pretrained
 from cria_prune.artifact.rebuild import provenance
-from cria_prune.base.batches import Batch, batch_size, model_inputs, move
+from cria_prune.base.batches import Batch, batch_size, model_inputs, move, outputs
 from cria_prune.base.errors import ArtifactError, ConfigError
-from cria_prune.base.metrics import logits_of
 from cria_prune.base.progress import clock
 from cria_prune.base.ranks import alone, world
 from cria_prune.cli import show
@@ -28,7 +27,14 @@ from cria_prune.cli.folder import interrupts_wait, keep
 from cria_prune.cli.output import Output
 from cria_prune.cli.settings import Resuming
 from cria_prune.cli.target import Target
-from cria_prune.config import PruneConfig, RecoverConfig, ScoreConfig, repair_of_before, score_of_before
+from cria_prune.config import (
+    PlanConfig,
+    PruneConfig,
+    RecoverConfig,
+    ScoreConfig,
+    repair_of_before,
+    score_of_before,
+)
 from cria_prune.pipeline import prune
 from cria_prune.planning.plan import Plan, compose
 from cria_prune.recovery.loop import RecoverResult
@@ -80,6 +86,10 @@ class Job:
             self.results["checkpoint"] = str(self.target.checkpoint)
         if self.target.task.measured:
             self.results["test_data"] = self.target.task.fingerprint("test")
+        if not self.target.task.architecture and not self.target.pretrained:  # nothing else says its name
+            self.results["metric"] = self.target.task.metric
+        for line in self.target.task.notes:
+            self.out.note(line)
 
     def inherit_dense(self) -> None:
         """Note the checkpoint's figure of the dense model, if it was measured on the same test split."""
@@ -143,7 +153,7 @@ class Job:
     def there(self) -> Mapping[str, Any]:
         """Return the manifest of what lies in the output folder; empty if nothing whole does."""
         try:
-            return load(self.output).manifest
+            return load(self.output, self.target.task.blank()).manifest
         except ArtifactError:
             return {}
 
@@ -166,7 +176,7 @@ class Job:
         """Evaluate a model on the test split, print and note the metric and what else there is to say."""
         task = self.target.task
         if not task.measured:
-            self.out.note(f"the {name} model is not measured: the texts have no labels")
+            self.out.note(f"the {name} model is not measured: {task.lacking[0]}")
             return
         with clock(self.seconds, "evaluate"):
             progress = self.out.progress
@@ -188,7 +198,7 @@ class Job:
         """
         if self.target.pretrained:
             return
-        architecture, results = self.target.task.architecture, self._said(stage)
+        architecture, results = self.target.task.architecture or None, self._said(stage)
         described = {"config": config, "provenance": self.origin, "results": results}
         world().lead("Saving", lambda: keep(self.output, model, plan, architecture=architecture, **described))
         self._kept(stage)
@@ -207,18 +217,19 @@ class Job:
     def _save_checkpoint(self, model: nn.Module, plan: Plan, config: Mapping[str, Any], stage: str) -> None:
         self.results["output"], self.results["reloaded"] = str(self.output), "bit-equal"
         self.keep(model, plan, config, stage)
-        args, kwargs = model_inputs(next(iter(self.target.task.validation_batches())))
-        again = load(self.output).model
-        with torch.no_grad():
-            expected, found = (logits_of(network(*args, **kwargs)) for network in (model, again))
-        if not torch.equal(expected, found):
-            distance = float((expected - found).abs().max())
+        example = next(iter(self.target.task.validation_batches()))
+        again = load(self.output, self.target.task.blank()).model
+        pairs = list(zip(outputs(model, example), outputs(again, example), strict=True))
+        if not all(torch.equal(expected, found) for expected, found in pairs):
+            distance = max(float((expected - found).abs().max()) for expected, found in pairs)
             raise ArtifactError(
                 f"Reloading the checkpoint in {self.output}",
                 f"its logits differ by {distance:.3g} from those of the model that was saved",
                 "Please report this; the checkpoint should not be used",
             )
         self.out.say(f"checkpoint {self.output}: reloaded, the logits are equal bit for bit")
+        if self.target.task.named:
+            self.out.say(f"go on with: cria recover {self.output}{self.target.task.named}")
 
     def _save_pretrained(self, model: nn.Module, plan: Plan, config: Mapping[str, Any], stage: str) -> None:
         self.results["output"] = str(self.output)
@@ -256,12 +267,13 @@ class Job:
         return self.results | {"stage": stage, "seconds": rounded(self.seconds)}
 
     def _kept(self, stage: str) -> None:
-        self.out.kept = f"{stage} is kept in {self.output} (go on with: cria recover {self.output})"
+        command = f"cria recover {self.output}{self.target.task.named}"
+        self.out.kept = f"{stage} is kept in {self.output} (go on with: {command})"
 
 
 def _as_now(config: Any) -> Any:
     """Return a kept configuration as it would be said now: before, a ridge stood there that was
-    not read, and of the repair whether there was one.
+    not read, of the repair whether there was one, and a plan said nothing of single groups.
     """
     if not isinstance(config, dict) or not isinstance(config.get("prune"), dict):
         return config
@@ -269,9 +281,11 @@ def _as_now(config: Any) -> Any:
     try:
         prune = repair_of_before(prune)
         score = ScoreConfig(**score_of_before(prune.get("score", {})))
+        plan = PlanConfig(**prune.get("plan", {}))
     except (ConfigError, TypeError):  # of another version: not the same
         return config
-    return {**config, "prune": {**prune, "score": score.model_dump(mode="json")}}
+    sections = {"score": score.model_dump(mode="json"), "plan": plan.model_dump(mode="json")}
+    return {**config, "prune": {**prune, **sections}}
 
 
 def padded_folder(output: Path) -> Path:
@@ -308,6 +322,7 @@ def prune_stage(
         model,
         prepared.batches,
         config,
+        loss=task.loss,
         prepared=prepared,
         evaluate=(lambda smaller: task.evaluate(smaller, held)) if watch else None,
         on_round=on_round,
@@ -394,7 +409,8 @@ def recover_stage(
                 model,
                 task.train_batches(config.seed, device=job.device),
                 config,
-                evaluate=lambda network: task.evaluate(network, held),
+                evaluate=(lambda network: task.evaluate(network, held)) if task.measured else None,
+                loss=task.loss,
                 teacher=dense if config.distill else None,
                 lower_is_better=not job.target.metric.higher_is_better,
                 device=job.device,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,18 +20,19 @@ from cria_prune.cli.folder import claimed, interrupts_wait, picture
 from cria_prune.cli.job import rounded
 from cria_prune.cli.output import Output
 from cria_prune.cli.settings import Ablate, Eval, prune_config
-from cria_prune.cli.target import Target
+from cria_prune.cli.target import Target, own_of
 from cria_prune.config import REPAIRED
 from cria_prune.repair.fidelity import fidelity
 from cria_prune.report.curves import plot_ablation
 from cria_prune.stages import prepare, rank
+from cria_prune.tasks.own import OwnTask
 
 RESULT, PICTURE = "ablation.json", "ablation.png"
 
 
 def ablate(request: Ablate, out: Output) -> None:
     """Score the units once, then measure what is left without the lowest, the highest and random ones."""
-    found = target.find(request.target, request.texts)
+    found = target.find(request.target, request.texts, own_of(request))
     config = prune_config(request, found.prune_defaults())
     shares, seed, limit = given_shares(request.shares), request.base_seed, request.limit
     seeds = check_seeds(range(seed, seed + request.random_seeds))
@@ -47,7 +49,7 @@ def ablate(request: Ablate, out: Output) -> None:
             model = found.model(device, seed, out.progress)
         proven = config.model_copy(update={"verify": True})
         prepared = prepare(model, calibration, proven, example=found.task.example)
-        ranking = rank(prepared)
+        ranking = rank(prepared, loss=found.task.loss)
         seconds |= {"structure": prepared.seconds, **ranking.seconds}
         with clock(seconds, "ablate"):
             result = ablation_of(
@@ -124,7 +126,7 @@ def evaluate(request: Eval, out: Output) -> None:
 
     Against another model texts without labels will do: then no metric is measured.
     """
-    found = target.find(request.target, request.texts)
+    found = target.find(request.target, request.texts, own_of(request))
     seconds: dict[str, float] = {}
     device, seed = request.torch_device, request.base_seed
     with clock(seconds, "model"):
@@ -132,7 +134,7 @@ def evaluate(request: Eval, out: Output) -> None:
     metrics, distance = dict[str, Any](), None
     if request.against is not None:
         with clock(seconds, "model"):
-            dense = target.find(request.against).model(device, seed, out.progress)
+            dense = against_of(request, found).model(device, seed, out.progress)
         with clock(seconds, "fidelity"):
             distance = fidelity(dense, model, found.task.test_batches())
     with clock(seconds, "evaluate"):
@@ -161,13 +163,20 @@ def evaluate(request: Eval, out: Output) -> None:
     )
 
 
+def against_of(request: Eval, found: Target) -> Target:
+    """Return the model that another one is compared with; one of the user's own by the same functions."""
+    name = str(request.against)
+    if not isinstance(found.task, OwnTask):
+        return target.find(name)
+    if name == found.task.factory:
+        return Target(found.task, base=name)
+    return target.find(name, own=replace(found.task.own, factory=found.task.factory))
+
+
 def check_measured(found: Target, name: str) -> None:
     """Raise a ConfigError if the test split lacks what the metric needs."""
     if not found.task.measured:
-        raise ConfigError(
-            f"An {found.task.metric} of {name}", "the texts have no labels",
-            "Give --dataset with a column label",
-        )  # fmt: skip
+        raise ConfigError(f"A measure of {name}", *found.task.lacking)
 
 
 def harness_of(request: Eval, found: Target, model: nn.Module) -> dict[str, float]:

@@ -23,7 +23,7 @@ from cria_prune.tasks.loading import CONFIG, find_folder, load_pretrained
 
 UNUSED = {
     "export": "padding", "scores": "kept scores", "watch": "a metric for every round",
-    "text": "measuring the perplexity",
+    "text": "measuring the perplexity", "loader": "a network of your own",
 }  # fmt: skip
 """Options of `cria prune` that need the whole model, or keep what this does not."""
 
@@ -62,7 +62,7 @@ def prune(request: Prune, out: Output) -> None:
     out.answer({
         **head,
         "criterion": config.score.criterion,
-        "asked": config.plan.reduction,
+        "asked": report["asked"],
         "of": config.plan.of,
         "reduction": done.rounds[-1].report["reached"],
         **{name: report[name] for name in COUNTS if name in report},

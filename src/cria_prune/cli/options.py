@@ -19,6 +19,7 @@ from cria_prune.config import Choices, StageConfig
 EPILOG = "The defaults are Cria's own; those of a recipe, of --preset and of --config come before them."
 FIRST_COLUMN = 30  # characters of --help for the option itself
 WIDEST = 110
+METAVAR = {"ignore": "PATTERN", "share": "PATTERN=SHARE", "keep": "PATTERN=UNITS"}
 Kind = TypeVar("Kind", bound=Request)
 
 
@@ -55,7 +56,7 @@ class Item(NamedTuple):
         listed = get_args(self._type)
         what = typer.Option(
             *flags, help=self._help(), show_default=False, rich_help_panel=self.group,
-            metavar=f"<{listed[0].__name__}>" if listed else None,
+            metavar=(METAVAR.get(self.name) or f"<{listed[0].__name__}>") if listed else None,
         )  # fmt: skip
         default = None if self.config is not None or self.field.default == () else self.field.default
         kind = self._type if default is not None else self._type | None
@@ -80,6 +81,8 @@ class Item(NamedTuple):
         kinds = [kind for kind in get_args(self.field.annotation) if kind is not type(None)]
         if get_origin(self.field.annotation) is tuple:
             return list[kinds[0]]  # type: ignore[valid-type]
+        if get_origin(self.field.annotation) is dict:  # PATTERN=NUMBER
+            return list[str]
         if self.config is not None and kinds:
             return str
         return kinds[0] if kinds else self.field.annotation
@@ -126,7 +129,7 @@ def request_of(kind: type[Kind], context: typer.Context) -> Kind:
     configs: dict[str, type[StageConfig]] = {}
     for item in items(kind):
         found = context.params[item.name]
-        if found is None:
+        if found is None or (item.config is not None and found in ((), [])):
             continue
         into = given.setdefault(item.holder, {}) if item.config else values
         into[item.name] = item.value(found)

@@ -14,7 +14,7 @@ from cria_prune.artifact.rebuild import peak_memory
 from cria_prune.base.batches import batch_size
 from cria_prune.base.errors import ConfigError
 from cria_prune.base.files import write_json
-from cria_prune.base.metrics import percent
+from cria_prune.base.metrics import Loss, percent
 from cria_prune.base.progress import Progress, clock
 from cria_prune.cli import target
 from cria_prune.cli.folder import check_file
@@ -22,7 +22,7 @@ from cria_prune.cli.job import rounded
 from cria_prune.cli.output import Output
 from cria_prune.cli.settings import Plan as Request
 from cria_prune.cli.settings import prune_config
-from cria_prune.cli.target import Target
+from cria_prune.cli.target import Target, own_of
 from cria_prune.config import OF, PruneConfig
 from cria_prune.measured import measure_losses, with_latency
 from cria_prune.memory import (
@@ -43,7 +43,7 @@ CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 def plan(request: Request, out: Output) -> None:
     """Show what is reachable and what it takes, or with scores which units would stay."""
-    found = target.find(request.target, request.texts)
+    found = target.find(request.target, request.texts, own_of(request))
     config = prune_config(request, found.prune_defaults())
     check_file(request.output, request.overwrite)
     work = _dry if request.dry_run else _scored
@@ -183,7 +183,7 @@ def _scored(request: Request, found: Target, config: PruneConfig, out: Output) -
         model = found.model(device, seed, out.progress)
     batches = found.task.calibration(config.record.examples, config.record.seed)
     ready = with_latency(prepared.with_model(model, batches), progress=out.progress)
-    made = one_round(ready, seconds, out.progress)
+    made = one_round(ready, seconds, out.progress, found.task.loss)
     report = made.report
     out.say(str(made))
     values = {
@@ -198,9 +198,11 @@ def _scored(request: Request, found: Target, config: PruneConfig, out: Output) -
     return values, made.to_dict()
 
 
-def one_round(prepared: Prepared, seconds: dict[str, float], progress: Progress | None = None) -> Plan:
+def one_round(
+    prepared: Prepared, seconds: dict[str, float], progress: Progress | None = None, loss: Loss | None = None
+) -> Plan:
     """Return the plan of one round at the full reduction; the model is left as it was."""
-    ranking = rank(prepared)
+    ranking = rank(prepared, loss=loss)
     seconds |= {"structure": prepared.seconds, **ranking.seconds}
     if prepared.config.plan.shared_by == "measured":
         with clock(seconds, "losses"):

@@ -10,11 +10,12 @@ from cria_prune.base.errors import ConfigError
 from cria_prune.base.files import write_text
 from cria_prune.base.metrics import metric as metric_of
 from cria_prune.bench.run import run_grids
-from cria_prune.bench.suite import Grid, cells, file_name, read_suite
+from cria_prune.bench.suite import Grid, cells, file_name, grid_of, read_suite
 from cria_prune.cli.folder import REPORT, check_file
 from cria_prune.cli.output import Output
 from cria_prune.cli.settings import Bench as BenchRequest
 from cria_prune.cli.settings import Report
+from cria_prune.cli.target import find, own_of
 from cria_prune.report.bench_page import (
     Bench,
     Setting,
@@ -25,6 +26,8 @@ from cria_prune.report.bench_page import (
 )
 from cria_prune.report.folder import folder_page
 from cria_prune.report.html import is_page
+from cria_prune.tasks.base import Task
+from cria_prune.tasks.functions import is_function
 
 
 def report(request: Report, out: Output) -> None:
@@ -55,8 +58,8 @@ NARROWED = ("criteria", "reductions", "seeds", "repair")
 def bench(request: BenchRequest, out: Output) -> None:
     """Measure what is missing; tables, a page with pictures and one line for programs."""
     device = request.torch_device
-    grids = narrowed(read_suite(request.suite), request)
-    network = grids[0].network
+    grids, chosen = asked_grids(request)
+    network = grids[0].network if chosen is None else chosen.name
     folder = request.output or Path("bench") / network
     wanted = {file_name(cell) for grid in grids for cell in cells(grid)}
     there = sum((folder / name).exists() for name in wanted)
@@ -68,8 +71,9 @@ def bench(request: BenchRequest, out: Output) -> None:
         out.note(f"cell {number} of {count}, {Path(file_name(cell)).stem}: {', '.join(figures)}")
 
     measured, failed = run_grids(
-        grids, folder, command=request.command, device=device, progress=out.progress, on_cell=done
-    )
+        grids, folder, command=request.command, device=device, progress=out.progress, on_cell=done,
+        chosen=chosen,
+    )  # fmt: skip
     found = read_bench(folder)
     for setting in found.settings():
         show_setting(out, found, setting)
@@ -83,6 +87,28 @@ def bench(request: BenchRequest, out: Output) -> None:
     )  # fmt: skip
     if failed:
         raise next(iter(failed.values()))
+
+
+def asked_grids(request: BenchRequest) -> tuple[list[Grid], Task | None]:
+    """Return the grids to measure, and the task of a network of the user's own.
+
+    Raises:
+        ConfigError: nothing measures that network, or functions were given to what has its own.
+    """
+    if is_function(request.suite):
+        lists = (request.criteria, request.reductions, request.seeds, request.repair)
+        grids = [grid_of(request.suite, *lists)]
+    else:
+        grids = narrowed(read_suite(request.suite), request)
+    network = grids[0].network
+    if not is_function(network):
+        if request.own():
+            find(network, own=request.own())  # which says why not
+        return grids, None
+    chosen = find(network, own=own_of(request)).task
+    if not chosen.measured:
+        raise ConfigError(f"A bench of {network}", *chosen.lacking)
+    return grids, chosen
 
 
 def narrowed(grids: Sequence[Grid], request: BenchRequest) -> list[Grid]:

@@ -17,13 +17,14 @@ from cria_prune.cli.folder import claimed
 from cria_prune.cli.job import rounded
 from cria_prune.cli.output import Output
 from cria_prune.cli.settings import Score, Scoring, prune_config
+from cria_prune.cli.target import own_of
 from cria_prune.config import PruneConfig
 from cria_prune.scores import Scored, score_once
 
 
 def score(request: Score, out: Output) -> None:
     """Scores and diagnosis of every group, without cutting; with --output they are kept for pruning."""
-    found = target.find(request.target, request.texts)
+    found = target.find(request.target, request.texts, own_of(request))
     config, output = prune_config(request, found.prune_defaults()), request.output
     if output is None:
         config = config.model_copy(update={"repair": "none"})  # its moments would be thrown away
@@ -32,7 +33,8 @@ def score(request: Score, out: Output) -> None:
         with clock(seconds, "model"):
             model = found.model(device, seed, out.progress)
         batches = found.task.calibration(config.record.examples, config.record.seed)
-        scored = score_once(model, batches, config, example=found.task.example, seconds=seconds)
+        task = found.task
+        scored = score_once(model, batches, config, example=task.example, loss=task.loss, seconds=seconds)
         show.diagnosis(out, scored)
         head = {"target": request.target, **found.named(), "criterion": config.score.criterion}
         if folder is not None:

@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from cria_prune.base.errors import ConfigError
 from cria_prune.config import (
+    ABSOLUTE,
     PRESETS,
     Choices,
     PlanConfig,
@@ -27,12 +28,13 @@ if TYPE_CHECKING:
     import torch
 
     from cria_prune.tasks.folder import Texts
+    from cria_prune.tasks.own import Own
 
 CONFIGS = (PlanConfig, ScoreConfig, RecordConfig, PruneConfig, RecoverConfig)
 REMOVE, SCORE, DATA, REPAIR, RECOVER = (config.group for config in CONFIGS)
 MODEL, MEASURE, START = "Model", "What to measure", "Settings to start from"
-RUNNING, OUTPUT = "Running", "Output"
-GROUPS = ("Arguments", REMOVE, SCORE, DATA, REPAIR, RECOVER, MODEL, MEASURE, START, RUNNING, OUTPUT)
+RUNNING, OUTPUT, OWN = "Running", "Output", "A network of your own"
+GROUPS = ("Arguments", REMOVE, SCORE, DATA, OWN, REPAIR, RECOVER, MODEL, MEASURE, START, RUNNING, OUTPUT)
 """Headings of --help, in their order."""
 
 POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -49,6 +51,7 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
 POLICY = Choices({name: text for name, (text, _) in POLICIES.items()}, "policies")
 PRESET = Choices({name: name for name in PRESETS}, "presets")
 EXPORT = Choices({"padded": "filled up with zeros, it loads everywhere"}, "exports")
+BETTER = Choices({"higher": "higher", "lower": "lower"}, "directions")
 
 
 def extra_of(field: FieldInfo) -> dict[str, Any]:
@@ -104,7 +107,8 @@ class OfTarget(Request):
     """What most commands work on."""
 
     target: str = argument(
-        "A recipe, the folder of a checkpoint or of a Hugging Face model, or a model of the hub."
+        "A recipe, the folder of a checkpoint or of a Hugging Face model, a model of the hub, or "
+        "package.module:function that makes your own."
     )
 
 
@@ -130,6 +134,69 @@ class Data(Request):
             found = "both --calibration and --dataset were given"
             raise ConfigError("Texts to calibrate on", found, "Give one of the two")
         return Texts(self.calibration, self.dataset, self.text)
+
+
+class OfOwn(Request):
+    """A network of the user's own, and its batches."""
+
+    group = OWN
+
+    factory: str | None = option(
+        None, "package.module:function that makes the dense network, for a checkpoint of it"
+    )
+    loader: str | None = option(
+        None, "package.module:function that returns the batches to calibrate and train on, as a DataLoader"
+    )  # fmt: skip
+    inputs: str | None = option(
+        None,
+        "Which items of a batch are inputs where that is not plain: their number, or names like left,right",
+    )
+
+    @property
+    def given_inputs(self) -> Any:
+        """The items of a batch that are inputs: a number, or names."""
+        text = self.inputs
+        if text is None or text.strip().isdecimal():
+            return None if text is None else int(text)
+        return tuple(word.strip() for word in text.split(","))
+
+    def own(self, **more: Any) -> Own:
+        """Return what was given of the network, and what else is known of it."""
+        from cria_prune.tasks.own import Own
+
+        names = [name for name in Own.__dataclass_fields__ if name in type(self).model_fields]
+        given = {name: getattr(self, name) for name in names if name not in ("inputs", "seed")}
+        return Own(**given, inputs=self.given_inputs, **more)
+
+
+class Trained(OfOwn):
+    """A trained network of the user's own, with its loss."""
+
+    group = OWN
+
+    weights: Path | None = option(
+        None, "Its trained weights, a file of safetensors", shown="those it is made with"
+    )
+    loss: str | None = option(
+        None, "package.module:function of (outputs, targets) or (model, batch) that returns a scalar",
+        shown="cross-entropy",
+    )  # fmt: skip
+
+
+class Measured(Trained):
+    """A network of the user's own, with what measures it."""
+
+    group = OWN
+
+    evaluate: str | None = option(
+        None, "package.module:function of (model) or (model, loader) that returns a number: its metric"
+    )
+    test_loader: str | None = option(
+        None, "package.module:function that gives the batches that are measured on", shown="those of --loader"
+    )
+    better: Annotated[str | None, BETTER] = option(
+        None, "Which numbers of --evaluate are better", shown="lower for a loss or an error, else higher"
+    )
 
 
 class OnDevice(Request):
@@ -251,7 +318,7 @@ class Run(Pruning, Tuning, Watching, Resuming):
     )
 
 
-class Inspect(Request):
+class Inspect(OfOwn):
     """Show what can be removed from a network, what a unit costs, and why the rest cannot."""
 
     work = "inspect.inspect"
@@ -270,7 +337,7 @@ class Inspect(Request):
     as_json: bool = option(False, "Print everything as one JSON object, and no table", "--json")
 
 
-class Score(OfTarget, Data, Scoring, Saving):
+class Score(OfTarget, Data, Trained, Scoring, Saving):
     """Score the units of every group and show how far the scores can be trusted; cut nothing.
 
     With --output the scores are kept, and what repair needs, to prune to any size later.
@@ -284,7 +351,7 @@ class Score(OfTarget, Data, Scoring, Saving):
     )
 
 
-class Plan(OfTarget, Data, Pruning, Saving):
+class Plan(OfTarget, Data, Trained, Pruning, Saving):
     """Show which units would stay after one round, and cut nothing; with --dry-run what it all would take.
 
     --dry-run runs no calibration: it says what is reachable, the passes over the data and the peak memory.
@@ -298,7 +365,7 @@ class Plan(OfTarget, Data, Pruning, Saving):
     output: Path | None = option(None, "JSON file for the plan, or with --dry-run for what was predicted")
 
 
-class Ablate(OfTarget, Data, Scoring, Saving):
+class Ablate(OfTarget, Data, Measured, Scoring, Saving):
     """Measure a criterion: remove the lowest-scored, the highest-scored and random units, share by share.
 
     Every network is repaired as a pruning would before it is measured.
@@ -315,7 +382,7 @@ class Ablate(OfTarget, Data, Scoring, Saving):
     limit: int | None = option(None, "Test examples at most, for a quick look; results say so", shown="all")
 
 
-class Prune(OfTarget, Data, FromScores, Watching, Resuming):
+class Prune(OfTarget, Data, Measured, FromScores, Watching, Resuming):
     """Cut a share out of a network and save it, without recovery; a checkpoint can be cut again.
 
     A Hugging Face model needs texts, --calibration or --dataset; plain transformers loads the result.
@@ -330,7 +397,7 @@ class Prune(OfTarget, Data, FromScores, Watching, Resuming):
     export: Annotated[str | None, EXPORT] = option(None, "Also write a twin in OUTPUT-padded")
 
 
-class Sweep(OfTarget, Data, FromScores, Resuming):
+class Sweep(OfTarget, Data, Measured, FromScores, Resuming):
     """Score a network once and prune it to several sizes, each in one round: a family, and its trade-off."""
 
     work, shared = "commands.sweep", True
@@ -338,15 +405,16 @@ class Sweep(OfTarget, Data, FromScores, Resuming):
     reductions: tuple[float, ...] = several(
         PlanConfig, "reduction", "Share to remove, between 0 and 1; one size for each", "0.1 to 0.7 by 0.1"
     )
-    plan: PlanConfig = options(PlanConfig, but=("reduction", "rounds", "speedup"))
+    plan: PlanConfig = options(PlanConfig, but=("reduction", "rounds", "speedup", *ABSOLUTE))
 
 
-class Recover(Data, Tuning, Resuming):
+class Recover(Data, Measured, Tuning, Resuming):
     """Fine-tune a checkpoint once and save the result."""
 
     work, shared = "commands.recover", True
 
     checkpoint: str = argument("The folder of a checkpoint.")
+    record: RecordConfig = options(RecordConfig, "examples")
     teacher: str | None = option(None, "Folder or hub name of the dense model, for --distill", group=RECOVER)
 
 
@@ -362,13 +430,14 @@ class Report(Saving):
     output: Path | None = option(None, "HTML file for the page", shown="report.html in the folder")
 
 
-class Bench(OnDevice):
+class Bench(Measured, OnDevice):
     """Measure criteria against each other, one result file per cell; what is there is not measured again."""
 
     work = "report.bench"
 
     suite: str = argument(
-        "digits, resnet20, resnet56, sst2-minilm or llama-shakespeare, or a folder of YAML files."
+        "digits, resnet20, resnet56, sst2-minilm or llama-shakespeare, a folder of YAML files, or "
+        "package.module:function that makes a network of your own."
     )
     criteria: tuple[str, ...] = several(ScoreConfig, "criterion", "Only these criteria of the suite")
     reductions: tuple[float, ...] = several(PlanConfig, "reduction", "Only these reductions of the suite")
@@ -377,11 +446,12 @@ class Bench(OnDevice):
     output: Path | None = option(None, "Folder for the result files", shown="bench/NETWORK", group=OUTPUT)
 
 
-class Eval(OfTarget, Data, Running):
+class Eval(OfTarget, Data, Measured, Running):
     """Evaluate a recipe's dense model or a checkpoint on the test split, any language model on a text."""
 
     group, work = MEASURE, "measure.evaluate"
 
+    record: RecordConfig = options(RecordConfig, "examples")
     against: str | None = option(None, "Also measure how far it is from this model: the dense one")
     tasks: str | None = option(None, "Tasks of lm-eval, separated by commas, in place of a text")
     task_folder: Path | None = option(None, "Folder with further task files of lm-eval")
@@ -424,19 +494,45 @@ def prune_config(request: Scoring, defaults: Mapping[str, Any] | None = None, **
     for key, value in (item for layer in layers for item in layer.items()):
         values[key] = {**values.get(key, {}), **value} if key in SECTIONS else value
     given = {**request.plan.given(), **plan}
-    if "speedup" in given and "reduction" in given:
-        raise ConfigError("What to remove", "a speed-up and a share were given", "Give one of the two")
-    if "speedup" in given:  # it stands in place of what a file or the recipe says
-        values["plan"] = {
-            k: v for k, v in values["plan"].items() if k in given or k not in ("of", "reduction")
-        }
+    values["plan"] = _with_one_target(values["plan"], given, layers[2].get("plan", {}))
     costly = "speedup" in given or values["plan"].get("of") in ("macs", "latency")
     if request.policy == "per-layer" and costly and "ranking" not in given:
         values["plan"] |= {"ranking": "auto"}  # where layers may differ in these, they do by measured losses
     config = PruneConfig(**{**values, **{name: kind(**values[name]) for name, kind in SECTIONS.items()}})
     find_criterion(config.score)
-    check_share(config.plan.reduction)
+    if not (config.plan.share or config.plan.keep):
+        check_share(config.plan.reduction)
     return config
+
+
+def _with_one_target(
+    plan: Mapping[str, Any], given: Mapping[str, Any], file: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the settings of a plan with the target of the options in place of those of recipe and file.
+
+    Args:
+        plan: all of them.
+        given: those of the options.
+        file: those of a file.
+
+    Raises:
+        ConfigError: the options give several.
+    """
+    targets = [name for name in ("speedup", *ABSOLUTE, "reduction") if name in given]
+    if len(targets) > 1:
+        said = {
+            "speedup": "a speed-up",
+            "to_parameters": "parameters to be left",
+            "to_macs": "MACs to be left",
+        }
+        found = " and ".join(said.get(name, "a share") for name in targets[:2])
+        raise ConfigError("What to remove", f"{found} were given", "Give one of the two")
+    if targets:
+        others = {"speedup", "reduction", *ABSOLUTE} | (set() if targets[0] == "reduction" else {"of"})
+        return {key: value for key, value in plan.items() if key in given or key not in others}
+    if ("share" in given or "keep" in given) and not file.keys() & {"speedup", "reduction", *ABSOLUTE}:
+        return {key: value for key, value in plan.items() if key != "reduction"}
+    return dict(plan)
 
 
 def recover_config(request: Recover | Run, defaults: RecoverConfig) -> RecoverConfig:

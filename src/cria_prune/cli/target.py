@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,20 +10,24 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from cria_prune.artifact.checkpoint import load
+from cria_prune.artifact.checkpoint import MANIFEST as CHECKPOINT
+from cria_prune.artifact.checkpoint import load, read_checkpoint_manifest
 from cria_prune.artifact.rebuild import Policy
 from cria_prune.base.batches import Batch
-from cria_prune.base.errors import ArtifactError, ConfigError, said
+from cria_prune.base.errors import ArtifactError, ConfigError
 from cria_prune.base.files import MANIFEST
 from cria_prune.base.metrics import Metric, metric
 from cria_prune.base.progress import Progress
+from cria_prune.cli.settings import OfOwn
 from cria_prune.config import PruneConfig
 from cria_prune.planning.plan import Plan
 from cria_prune.recipes.registry import TASKS, folder_task, task
 from cria_prune.stages import Prepared, prepare
 from cria_prune.tasks.base import Task
 from cria_prune.tasks.folder import Texts, with_weights
+from cria_prune.tasks.functions import is_function
 from cria_prune.tasks.loading import CONFIG, HUB_NAME, example_inputs, find_folder, load_pretrained
+from cria_prune.tasks.own import Own, OwnTask, made
 
 
 @dataclass
@@ -66,6 +67,8 @@ class Target:
         Raises:
             ConfigError: it came from the user's own model.
         """
+        if isinstance(self.task, OwnTask):
+            return own_teacher(self.task, self.results).to(device)
         if self.recipe is None:
             raise ConfigError(
                 f"Distillation for {self.checkpoint}",
@@ -119,17 +122,30 @@ class Target:
         return prepare(model, (), config, example=task.example)
 
 
-def find(name: str, texts: Texts | None = None) -> Target:
-    """Return the recipe of that name, the checkpoint in the folder of that name, or a Hugging Face model.
+def find(name: str, texts: Texts | None = None, own: Own | None = None) -> Target:
+    """Return what a name means: a recipe, a checkpoint, a Hugging Face model, or the user's own network.
 
     Args:
-        name: of a recipe, a folder, or a model of the hub (`organisation/model`).
+        name: of a recipe, a folder, a model of the hub (`organisation/model`), or `package.module:function`.
         texts: the user's data; a recipe and its checkpoints of Cria's own have theirs.
+        own: what the user gave of a network of their own.
 
     Raises:
-        ConfigError: there is nothing of that name, or texts were given to what brings its own.
+        ConfigError: there is nothing of that name, or data were given to what brings its own.
         ArtifactError: the folder holds no whole model, or one whose recipe is unknown.
     """
+    is_own = is_function(name) or (own is not None and own.factory is not None)
+    if is_own and texts:
+        raise ConfigError(
+            f"Texts for {name}", "it is a network of your own", "Give its batches with --loader"
+        )
+    if is_own:
+        return own_network(name, own or Own())
+    if own:
+        raise ConfigError(
+            f"Batches or functions for {name}", "it is no network of your own",
+            "Leave them out; for a checkpoint of one name it with --factory package.module:function",
+        )  # fmt: skip
     if name not in TASKS and not Path(name).is_dir() and not HUB_NAME.fullmatch(name):
         raise ConfigError(
             "A recipe, a checkpoint or a model",
@@ -164,6 +180,13 @@ def checkpoint(name: str) -> Target:
     Raises:
         ArtifactError: the folder holds no whole checkpoint, or one whose recipe is unknown.
     """
+    manifest = read_checkpoint_manifest(Path(name)) if (Path(name) / CHECKPOINT).is_file() else {}
+    if manifest and manifest["architecture"] is None:
+        maker = _mapping(_mapping(manifest.get("results")).get("options")).get("factory")
+        raise ConfigError(
+            f"The checkpoint {name}", "it is of a network of your own, and a file names no code to run",
+            f"Name what makes the dense network with --factory {maker or 'package.module:function'}",
+        )  # fmt: skip
     loaded = load(name)
     results = _mapping(loaded.manifest.get("results"))
     known = results.get("recipe") or loaded.manifest["architecture"]
@@ -175,6 +198,44 @@ def checkpoint(name: str) -> Target:
         )
     made = task(known, **_mapping(results.get("options")))
     return Target(made, Path(name), loaded.model, loaded.plan, results, known, known)
+
+
+def own_network(name: str, own: Own) -> Target:
+    """Return the user's own network: dense, of a function, or a checkpoint and the function of its dense one.
+
+    Raises:
+        ConfigError: a function cannot be imported, or is not what it has to be.
+        ArtifactError: the weights or the checkpoint cannot be read, or are of another network.
+    """
+    if is_function(name) and own.factory is None:
+        return Target(OwnTask(name, own), base=name)
+    if is_function(name):
+        raise ConfigError(
+            f"The model {name}", f"--factory {own.factory} was given too",
+            "Give a checkpoint and its factory, or the factory alone",
+        )  # fmt: skip
+    made = OwnTask(own.factory or "", own)
+    loaded = load(name, made.blank())
+    results = _mapping(loaded.manifest.get("results"))
+    if dense := _mapping(results.get("options")).get("dense"):  # whatever the function makes now
+        made.options = {**made.options, "dense": dense}
+    return Target(made, Path(name), loaded.model, loaded.plan, results)
+
+
+def own_teacher(task: OwnTask, results: Mapping[str, Any]) -> nn.Module:
+    """Return the dense network of the user's own that a checkpoint came from.
+
+    Raises:
+        ConfigError: the function makes one with other weights.
+    """
+    known = _mapping(results.get("options")).get("dense")
+    if known is not None and known != task.weights:
+        raise ConfigError(
+            "Distillation from the dense network",
+            f"{task.factory} gives other weights than those that were pruned",
+            "Give them with --weights FILE.safetensors",
+        )  # fmt: skip
+    return task.model
 
 
 def _pretrained(folder: Path, name: str, texts: Texts | None) -> Target:
@@ -196,12 +257,18 @@ def _pretrained(folder: Path, name: str, texts: Texts | None) -> Target:
     )  # fmt: skip
 
 
+def own_of(request: OfOwn, examples: int | None = None) -> Own:
+    """Return what a request says of a network of the user's own, with its seed and number of examples."""
+    record, seed = getattr(request, "record", None), getattr(request, "seed", None)
+    given = {} if record is None else record.given()
+    return request.own(examples=given.get("examples", examples), seed=seed or 0)
+
+
 def _mapping(value: Any) -> dict[str, Any]:
     return dict(value) if isinstance(value, dict) else {}
 
 
 Kind = Literal["recipe", "checkpoint", "hugging-face", "factory"]
-FACTORY = "a function without arguments that returns a module, or (module, example)"
 
 
 @dataclass(frozen=True)
@@ -224,7 +291,9 @@ class Source:
     target: Target | None = field(default=None, repr=False)
 
 
-def load_source(text: str, example: Sequence[int] | None = None, meta: bool = False) -> Source:
+def load_source(
+    text: str, example: Sequence[int] | None = None, meta: bool = False, own: Own | None = None
+) -> Source:
     """Return the model that a text names, with an example of its inputs.
 
     Args:
@@ -233,17 +302,18 @@ def load_source(text: str, example: Sequence[int] | None = None, meta: bool = Fa
             modules in the current folder are found too.
         example: shape of the model's (main) input, in place of the one that comes with the model.
         meta: leave the weights; every tensor is on the meta device and takes no memory.
+        own: a loader that gives the example, and for a checkpoint what makes its dense network.
 
     Raises:
         ConfigError: the text names nothing of these, or the function does not give a model and example.
         ArtifactError: a folder holds no model that can be read.
         DataError: the example's shape does not suit the model.
     """
-    folder, own = Path(text), text in TASKS
-    if not own and folder.is_dir() and (folder / CONFIG).is_file():
+    folder, known = Path(text), text in TASKS
+    if not known and folder.is_dir() and (folder / CONFIG).is_file():
         model = load_pretrained(folder, meta)
         return Source(model, example_inputs(model, example), text, "hugging-face")
-    if not own and not folder.is_dir():
+    if not known and not folder.is_dir():
         if ":" not in text:
             raise ConfigError(
                 "A model",
@@ -251,9 +321,12 @@ def load_source(text: str, example: Sequence[int] | None = None, meta: bool = Fa
                 f"Give a recipe ({', '.join(TASKS)}), the folder of a checkpoint or of a Hugging Face model, "
                 "or package.module:function",
             )
-        model, given = _from_factory(text, meta)
+        if own is not None and own.loader is not None and not meta:
+            task = OwnTask(text, own)
+            return Source(task.model, _example(text, task.example, example), text, "factory")
+        model, given = made(text, meta)
         return Source(model, _example(text, given, example), text, "factory")
-    found = find(text)
+    found = find(text, own=own)
     model = found.untrained().to("meta") if meta else found.untrained()
     kind: Kind = "recipe" if found.checkpoint is None else "checkpoint"
     return Source(model, _example(text, found.task.example, example), text, kind, found)
@@ -280,51 +353,7 @@ def _example(text: str, given: Batch | None, shape: Sequence[int] | None) -> Bat
         raise ConfigError(
             f"An example of the inputs of {text}",
             "the function gave none",
-            "Pass its shape, as in --example 1,3,32,32, or return (model, example) from the function",
+            "Pass its shape, as in --example 1,3,32,32, or its --loader, or return (model, example) from the "
+            "function",
         )
     return given
-
-
-def _from_factory(text: str, meta: bool) -> tuple[nn.Module, Batch | None]:
-    """Import and call `package.module:function`; the error says which of the steps failed."""
-
-    def refused(found: str, todo: str) -> ConfigError:
-        return ConfigError(f"The model {text}", found, todo)
-
-    module, _, path = text.partition(":")
-    with _current_folder_importable():
-        try:
-            made: Any = importlib.import_module(module)
-        except Exception as error:  # the user's code
-            if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
-                todo = "Run from the folder that holds it, or install it"
-                raise refused(f"there is no module {error.name!r}", todo) from error
-            todo = "Install it" if isinstance(error, ModuleNotFoundError) else "Mend the module"
-            found = f"importing {module!r} raised {said(error)}"
-            raise refused(found, todo) from error
-        for name in path.split("."):
-            if not hasattr(made, name):
-                raise refused(f"{module!r} has no {path!r}", f"Name {FACTORY}")
-            made = getattr(made, name)
-        if not callable(made):
-            raise refused(f"{path!r} is {type(made).__name__}", f"Name {FACTORY}")
-        try:
-            with torch.device("meta") if meta else nullcontext():
-                made = made if isinstance(made, nn.Module) else made()
-        except Exception as error:  # the user's code
-            raise refused(f"the function raised {said(error)}", f"Give {FACTORY}") from error
-    model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    if not isinstance(model, nn.Module):
-        raise refused(f"the function returned {type(made).__name__}", f"Give {FACTORY}")
-    return (model.to("meta") if meta else model).eval(), example
-
-
-@contextmanager
-def _current_folder_importable() -> Iterator[None]:
-    folder = str(Path.cwd())
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        if folder in sys.path:
-            sys.path.remove(folder)

@@ -86,10 +86,13 @@ class Rounds:
     asked: str
     identity: Mapping[str, Any] | None = None
 
+    def _progress(self, number: int) -> float:
+        return number / self.prepared.config.plan.rounds
+
     def again(self, before: Standing, known: OffloadedRound) -> tuple[Standing, OffloadedRound]:
         """Return what a finished round left: its plan is made again from its scores."""
         scores = {name: np.array(found) for name, found in known.scores.items()}
-        now = replace(self.prepared, groups=before.groups)
+        now = replace(self.prepared, groups=before.groups, progress=self._progress(known.number))
         step = plan_cut(now, scores, target_of(now.config, known.number))
         return before.after(step), replace(known, kept=dict(step.kept))
 
@@ -112,7 +115,10 @@ class Rounds:
         Raises:
             CriaError: each stage's own.
         """
-        now = replace(self.prepared, model=before.model, groups=before.groups, plan=before.plan)
+        now = replace(
+            self.prepared, model=before.model, groups=before.groups, plan=before.plan,
+            progress=self._progress(number),
+        )  # fmt: skip
         kept = None if self.identity is None else TurnStore(scratch, self.identity)
         with clock(seconds, "score"):
             importances, spilled, turns = score_in_turns(now, scratch, self.memory, self.progress, kept)

@@ -43,6 +43,8 @@ def loss_curve(stair: Stair, losses: Losses) -> np.ndarray:
     from scipy.interpolate import PchipInterpolator
 
     total = np.zeros(len(stair.counts))
+    if len(total) == 1:  # its number is given: there is nothing to choose by
+        return total
     for group in stair.groups:
         points = {group.original_size: 0.0, **_checked(group.name, losses)}
         least = int(stair.counts[-1])

@@ -18,8 +18,9 @@ from cria_prune.base.sizes import Operation, Size, Sizing
 from cria_prune.config import PlanConfig
 from cria_prune.planning.allocation import Losses
 from cria_prune.planning.budget import Budget, count_macs, count_parameters
+from cria_prune.planning.control import left_alone
 from cria_prune.planning.latency import LatencyTable
-from cria_prune.planning.selection import ranking_of, reachable, select
+from cria_prune.planning.selection import ranking_of, reachable, select, sized
 from cria_prune.planning.stairs import Allowed
 from cria_prune.structure.groups import Role, UnitGroups, removed_positions, said_values, units_gone
 
@@ -322,7 +323,7 @@ def plan(
     Args:
         groups: the structure now.
         scores: group name -> (units,) importance, higher stays.
-        config: all but `rounds` and `residual` is used.
+        config: all but `rounds`, `residual`, `units` and `vanilla` is used.
         dense: structure of the dense network, the denominator; `groups` by default.
         target: share to be gone after this round, earlier rounds counted in; `config.reduction` by default.
         allowed: group name -> the numbers of units that may stay; any number for groups not named.
@@ -336,8 +337,11 @@ def plan(
 
     Raises:
         TargetError, StructureError, SignalError: see `select`.
+        ConfigError: a pattern of the configuration names no group, or two contradict each other.
     """
     dense = groups if dense is None else dense
+    within = sized(left_alone(groups, config), config, allowed or {})
+    groups, allowed, config = within.groups, within.allowed, within.plan
     target = config.reduction if target is None else target
     passed("plan", groups=groups, target=target)
     further: dict[str, Any] = {"dense": dense, "allowed": allowed, "latency": latency}

@@ -14,6 +14,7 @@ from cria_prune.base.errors import CriaError, SignalError, StructureError, Targe
 from cria_prune.config import PlanConfig
 from cria_prune.planning.allocation import Losses, allocate
 from cria_prune.planning.budget import SLACK, Budget, Cost
+from cria_prune.planning.control import check_alike, fixed_sizes, kept_whole, left_alone, settled
 from cria_prune.planning.latency import LatencyTable
 from cria_prune.planning.stairs import Allowed, Stair, fewest, stairs
 from cria_prune.structure.groups import UnitGroup, UnitGroups, freeze, without_experts, without_residual
@@ -147,14 +148,18 @@ def check_reachable(
             f"a floor of {config.floor:g} of each group",
             *(["equal numbers in alike groups"] if config.uniform else []),
             *([f"multiples of {config.multiple}"] if config.multiple > 1 else []),
-            *(["the numbers that are allowed"] if allowed else []),
+            *(["what is left alone (ignore, protect)"] if config.ignore or config.protect != "none" else []),
+            *(["the sizes that are given (share, keep)"] if config.share or config.keep else []),
+            *(["the numbers that are allowed"] if allowed and not (config.share or config.keep) else []),
         ]
+        whole = Budget(groups if dense is None else dense, config.of, latency).total
+        left = "" if config.of == "latency" else f" (down to {(1 - most) * whole:,.0f} {config.of})"
         stays = groups.account(least=fewest(stairs(groups, config, allowed)))
         raise TargetError(
             f"Removing {target:.2%} of the {config.of}{_as_speedup(config, target)}",
             f"at most {most:.2%} can be removed{_as_speedup(config, most)} with {', '.join(limits)}. "
             f"What stays of the parameters: {' | '.join(map(str, stays.largest()))}",
-            f"Ask for {np.floor(most * 1e4) / 1e4:g} or less, or lower the floor" + merging(groups),
+            f"Ask for {np.floor(most * 1e4) / 1e4:g} or less{left}, or lower the floor" + merging(groups),
         )
     return most
 
@@ -360,23 +365,28 @@ class Scope:
     Attributes:
         groups: the structure, with everything frozen that the plan leaves alone.
         allowed: group name -> numbers of units that may stay; any number for groups not named.
+        sizes: group name -> units that stay, where the plan says that of single groups.
+        plan: the configuration with its target as a share.
     """
 
     groups: UnitGroups
     allowed: Allowed = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
 
 def scope(model: nn.Module, groups: UnitGroups, config: PlanConfig) -> Scope:
-    """Freeze what a plan is not to cut: residual widths and experts, kinds of units, what no vanilla
-    configuration holds.
+    """Freeze what a plan is not to cut: residual widths, experts, kinds, groups by name, what vanilla lacks.
 
     Args:
         model: the dense model, also on the meta device; only looked at.
         groups: its structure.
-        config: `residual`, `experts`, `units` and `vanilla` are used.
+        config: all but the costs is used.
 
     Raises:
         StructureError: `vanilla` is asked for a model that no configuration of transformers describes.
+        ConfigError, TargetError: what is said of single groups fits no group, or cannot be; see
+            `planning.control`.
     """
     if not config.residual:
         groups = without_residual(groups)
@@ -386,10 +396,21 @@ def scope(model: nn.Module, groups: UnitGroups, config: PlanConfig) -> Scope:
         wanted = KINDS[config.units]
         reason = f"the plan cuts {config.units} alone (units)"
         groups = freeze(groups, lambda group: None if group.kind in wanted else reason)
+    before, groups = groups, left_alone(groups, config)
     if config.vanilla:
+        check_alike(before, groups)
         held = holdable(model, groups)
-        return Scope(held.groups, held.allowed)
-    return Scope(groups)
+        return sized(held.groups, config, held.allowed)
+    return sized(groups, config, {})
+
+
+def sized(groups: UnitGroups, config: PlanConfig, allowed: Allowed) -> Scope:
+    """Return the scope of groups with the sizes that a plan gives to single ones, its target as a share."""
+    sizes = fixed_sizes(groups, config, allowed)
+    plan = settled(config, groups, sizes)
+    groups = kept_whole(groups, sizes)
+    sizes = {group.name: sizes[group.name] for group in groups.prunable if group.name in sizes}
+    return Scope(groups, {**allowed, **{name: (count,) for name, count in sizes.items()}}, sizes, plan)
 
 
 def check_reach(

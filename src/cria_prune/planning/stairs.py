@@ -80,6 +80,11 @@ def levels(stair: Stair, parts: int = 8) -> list[int]:
     return sorted((nearest | {int(stair.counts[-1])}) - {size}, reverse=True)
 
 
+def permitted(group: UnitGroup, config: PlanConfig, allowed: Sequence[int] | None = None) -> list[int]:
+    """Return how many units of a group may stay, descending, the number of now first; see `stairs`."""
+    return _stair([group], config, {} if allowed is None else {group.name: allowed}).counts.tolist()
+
+
 def _stair(members: Sequence[UnitGroup], config: PlanConfig, allowed: Allowed) -> Stair:
     least = max(least_kept(group, config.floor) for group in members)
     size = members[0].size

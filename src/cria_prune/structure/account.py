@@ -33,6 +33,7 @@ WAYS = (
     (r"^the plan cuts .* alone", "cut all kinds of units: units='all'"),
     (r"^a vanilla .* cannot hold", "leave out vanilla: the layers may then differ (per-layer)"),
     (r"^whole experts are", "cut them too: experts=True (--experts)"),
+    (r"^the plan (leaves|protects|keeps)", "leave out what the brackets name"),
     (r"^has (one unit|\d+ units, and)", "nothing, the last units of a group always stay"),
     (rf"^{NO_RULE}", "write this operation with ones that are followed (docs/method), or report it"),
     (r"(is computed, not a parameter|^the weight of .* is a constant)",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cria_prune.base.batches import Batch, batch_target, describe, model_inputs, move
 from cria_prune.base.errors import DataError
 from cria_prune.base.events import passed
-from cria_prune.base.metrics import logits_of
+from cria_prune.base.metrics import Loss, logits_of
 from cria_prune.base.modules import device_of, modes_kept
 from cria_prune.base.progress import Progress, track
 from cria_prune.config import RecoverConfig
@@ -50,6 +50,10 @@ class Task(ABC):
         reductions: shares that a run removes where none is asked for; the configuration's if empty.
         options: how this task differs from the recipe of its name, plain JSON: `task(name, **options)`
             makes it again.
+        loss: (model, batch) to a scalar, for the fine-tune and for gradients; cross-entropy if None.
+        lacking: why nothing is measured where that is so, and what to do.
+        notes: what a user has to know of the data, a line each.
+        named: options that a command on a checkpoint needs, to know the task again.
     """
 
     name: str
@@ -64,6 +68,10 @@ class Task(ABC):
     tokenizer: Any = None
     pretrained: bool = False
     reductions: tuple[float, ...] = ()
+    loss: Loss | None = None
+    lacking: tuple[str, str] = ("the texts have no labels", "Give --dataset with a column label")
+    notes: tuple[str, ...] = ()
+    named: str = ""
 
     @abstractmethod
     def dense(self, seed: int = 0, progress: Progress | None = None) -> nn.Module:
@@ -171,9 +179,18 @@ class Task(ABC):
         return True
 
     @property
+    def trainable(self) -> bool:
+        """Whether there is what a fine-tune needs."""
+        return self.measured
+
+    @property
     def tested_on(self) -> str:
         """What the test split is, in words."""
         return "all test examples"
+
+    def blank(self) -> nn.Module | None:
+        """Return the dense network that a checkpoint is loaded into; None where the checkpoint names it."""
+        return None
 
     def untrained(self) -> nn.Module:
         """Return a network of the dense model's structure, without waiting for a training."""
