@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from cria_prune.artifact.layers import empty_model, fill, unlayered
 from cria_prune.base.errors import ArtifactError, ConfigError, StructureError
 from cria_prune.base.files import CERTIFICATE, GENERATION, MANIFEST, hashes, readable, strict_json
+from cria_prune.base.sentences import MODULES, module_files
 from cria_prune.planning.plan import Plan
 from cria_prune.surgery.removal import apply
 from cria_prune.tasks.loading import (
@@ -265,7 +266,9 @@ def _check_hashes(folder: Path, names: list[str], asked: str) -> None:
         raise ArtifactError(asked, f"{CERTIFICATE} cannot be read, {error}", todo) from error
     with readable(asked, todo):
         found = hashes(folder)
-    for name in sorted({*names, *said, *found}):
+    # What a user put beside a folder that was saved without its modules is not vouched for, and was never.
+    loose = set[str]() if MODULES in said else set(module_files(folder))
+    for name in sorted({*names, *said, *found} - loose):
         if name not in found:
             raise ArtifactError(asked, f"{name} is missing", todo)
         if name not in said:

@@ -20,6 +20,7 @@ from cria_prune.base.errors import ArtifactError, ConfigError, said
 from cria_prune.base.files import MANIFEST
 from cria_prune.base.metrics import Metric, metric
 from cria_prune.base.progress import Progress
+from cria_prune.base.sentences import encoder_folder
 from cria_prune.config import PruneConfig
 from cria_prune.planning.plan import Plan
 from cria_prune.recipes.registry import TASKS, folder_task, task
@@ -137,7 +138,7 @@ def find(name: str, texts: Texts | None = None) -> Target:
             f"Known recipes: {', '.join(TASKS)}",
         )
     folder = Path(name) if name in TASKS else find_folder(name)
-    if name not in TASKS and (folder / CONFIG).is_file():
+    if name not in TASKS and (encoder_folder(folder) / CONFIG).is_file():
         return _pretrained(folder, name, texts)
     if texts:
         raise ConfigError(
@@ -240,7 +241,7 @@ def load_source(text: str, example: Sequence[int] | None = None, meta: bool = Fa
         DataError: the example's shape does not suit the model.
     """
     folder, own = Path(text), text in TASKS
-    if not own and folder.is_dir() and (folder / CONFIG).is_file():
+    if not own and folder.is_dir() and (encoder_folder(folder) / CONFIG).is_file():
         model = load_pretrained(folder, meta)
         return Source(model, example_inputs(model, example), text, "hugging-face")
     if not own and not folder.is_dir():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cria_prune.base.errors import ArtifactError, CriaError, DataError, needed, said
 from cria_prune.base.events import passed
 from cria_prune.base.progress import quiet
+from cria_prune.base.sentences import encoder_folder
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 TOKENIZERS = (
@@ -66,7 +67,8 @@ def load_pretrained(folder: Path, meta: bool = False, **options: Any) -> nn.Modu
     """Return the model of a Hugging Face folder in eval mode, on the CPU or without values.
 
     The class is the first of `architectures` in config.json that transformers has, else the base model of
-    the configuration (`AutoModel`). Code in the folder is not run and nothing is asked of a server.
+    the configuration (`AutoModel`). Of a folder of sentence-transformers it is the encoder. Code in the
+    folder is not run and nothing is asked of a server.
 
     Args:
         folder: holds config.json, and the weights as safetensors if there are any.
@@ -79,7 +81,7 @@ def load_pretrained(folder: Path, meta: bool = False, **options: Any) -> nn.Modu
             quantized or are not those of the model, or a file is damaged.
     """
     asked = f"Reading the Hugging Face model in {folder}"
-    library = find_library(asked)
+    library, folder = find_library(asked), encoder_folder(folder)
     weights = not meta and _has_weights(folder, asked)
     if weights and not options:
         passed("weights", folder=folder)
