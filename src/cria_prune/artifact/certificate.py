@@ -78,6 +78,7 @@ class Certificate:
         notes: what else a reader of the folder has to know.
         embedded: by what the fresh process computed embeddings, `sentence-transformers 6.2.0`; None where the
             folder is no sentence encoder.
+        earlier: settings that were written a second time, under the names that transformers 4 reads.
     """
 
     loader: str
@@ -101,6 +102,7 @@ class Certificate:
     stored: int = 0
     notes: tuple[str, ...] = ()
     embedded: str | None = None
+    earlier: tuple[str, ...] = ()
 
     @property
     def alone(self) -> bool:
@@ -163,6 +165,7 @@ def certify(
     left_out: tuple[str, ...] = (),
     notes: tuple[str, ...] = (),
     source: Path | None = None,
+    earlier: tuple[str, ...] = (),
 ) -> Certificate:
     """Load a folder in a fresh process, and compare its outputs with those of the model here.
 
@@ -172,7 +175,7 @@ def certify(
         example: keyword arguments of its forward.
         stored: the model that was written: `model`, its weights in a container, or padded with zeros.
         policy: how it was written; a `per-layer` folder is loaded with Cria.
-        left_out, notes: kept in the certificate.
+        left_out, notes, earlier: kept in the certificate.
         source: folder of the dense model. What it holds behind a sentence encoder says the embeddings that
             the new folder has to give.
 
@@ -232,6 +235,7 @@ def certify(
         stored=sum(item.numel() for item in stored.parameters()),
         notes=notes,
         embedded=answer["embedded"],
+        earlier=earlier,
     )
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from cria_prune.artifact.card import Card, render_card
 from cria_prune.artifact.certificate import Certificate, certify
+from cria_prune.artifact.earlier import write_for_earlier
 from cria_prune.artifact.layers import check_sizes, dense_twin, layered
 from cria_prune.artifact.padded import padded
 from cria_prune.artifact.rebuild import Policy, check_policy, render_manifest
@@ -107,7 +108,8 @@ def save_pretrained(
             and all that makes the embeddings of a sentence encoder. None takes these of a SentenceTransformer
             from the object.
         example: keyword arguments of the forward; made from the configuration if None.
-        config, provenance, results: kept in `cria.json`; they must be plain JSON.
+        config, provenance, results: kept in `cria.json`, without the folders of absolute paths; they must be
+            plain JSON.
         card: what the model card says besides; the command of `provenance` by default.
         max_shard_size: of a file of weights.
         overwrite: replace a folder that Cria wrote, once the new one is certified.
@@ -191,13 +193,13 @@ def _saved(
         card = card or Card(command=(provenance or {}).get("command"))
         with quiet(), whole_folder(path, overwrite) as folder:
             stored, notes = _stored(model, plan, policy, dense_config, example, asked)
-            left_out = _write_model(stored, folder, policy, source, max_shard_size, asked)
+            left_out, earlier = _write_model(stored, folder, policy, source, max_shard_size, asked)
             (folder / MANIFEST).write_text(manifest, encoding="utf-8")
             if policy == "per-layer":  # Cria loads it, and asks for the hashes
                 (folder / CERTIFICATE).write_text(json.dumps({"sha256": hashes(folder)}), encoding="utf-8")
             certificate = certify(
                 folder, model, example, stored=stored, policy=policy, left_out=left_out, notes=notes,
-                source=source,
+                source=source, earlier=earlier,
             )  # fmt: skip
             (folder / CERTIFICATE).write_text(certificate.to_json(), encoding="utf-8")
             page = render_card(Path(path).resolve().name, model, plan, certificate, card, source)
@@ -262,8 +264,11 @@ def _check_model(model: nn.Module, library: Any, asked: str) -> None:
 
 def _write_model(
     stored: Any, folder: Path, policy: Policy, source: Path | None, max_shard_size: str, asked: str
-) -> tuple[str, ...]:
-    """Write weights, configuration and what is copied; return what was not copied, and why."""
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Write weights, configuration and what is copied; return what was not copied, and why.
+
+    And the names of settings that were added for earlier versions of transformers.
+    """
     vars(stored.config).pop("auto_map", None)  # there is no code in the folder
     if source is not None and (source / GENERATION).is_file() and stored.can_generate():
         stored.generation_config = type(stored.generation_config)()  # the source's file takes its place
@@ -280,4 +285,6 @@ def _write_model(
             asked, f"transformers stops with {said(error)}",
             "Mend what it names, in the model's configuration or generation settings",
         ) from error  # fmt: skip
-    return () if source is None else copy_known(source, folder)
+    left_out = () if source is None else copy_known(source, folder)
+    # The weights of a per-layer folder have the names that Cria reads, in this version alone.
+    return left_out, () if policy == "per-layer" else write_for_earlier(folder)

@@ -22,7 +22,15 @@ from torch import Tensor, nn
 
 from cria_prune.artifact.layers import empty_model, fill, unlayered
 from cria_prune.base.errors import ArtifactError, ConfigError, StructureError
-from cria_prune.base.files import CERTIFICATE, GENERATION, MANIFEST, hashes, readable, strict_json
+from cria_prune.base.files import (
+    CERTIFICATE,
+    GENERATION,
+    MANIFEST,
+    hashes,
+    readable,
+    strict_json,
+    without_places,
+)
 from cria_prune.base.sentences import MODULES, module_files
 from cria_prune.planning.plan import Plan
 from cria_prune.surgery.removal import apply
@@ -51,7 +59,7 @@ def provenance(
 
     Args:
         seed: the seed of the run.
-        command: the command line, if there was one; kept as it is given.
+        command: the command line, if there was one; of absolute paths the last names alone are kept.
         data_fingerprint: hash of the data.
         device: where the model ran.
 
@@ -75,7 +83,7 @@ def provenance(
         "cpus": os.cpu_count(),
         "device": _device(device),
         "seed": seed,
-        "command": command if command is None or isinstance(command, str) else list(command),
+        "command": without_places(command),
         "data": data_fingerprint,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -144,9 +152,9 @@ def render_manifest(
         "policy": policy,
         "architecture": type(model).__name__,
         "plan": plan.to_dict(),
-        "config": config.model_dump(mode="json") if isinstance(config, BaseModel) else config,
-        "provenance": provenance,
-        "results": results,
+        "config": without_places(config.model_dump(mode="json") if isinstance(config, BaseModel) else config),
+        "provenance": without_places(provenance),
+        "results": without_places(results),
     }
     return strict_json(manifest, f"Writing {MANIFEST}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -116,6 +117,37 @@ def strict_json(values: Mapping[str, Any], asked: str, indent: int | None = None
     except (TypeError, ValueError, RecursionError) as error:
         found = f"something in it is no JSON, {error}"
         raise ArtifactError(asked, found, "Pass plain finite values") from error
+
+
+PLACE = re.compile(
+    r"""(?<![\w.:/\\~-])           # no part of a word, a relative path or an address
+    (?:~?/|[A-Za-z]:[\\/])      # from the root, the home or a drive
+    (?:[^/\\\s,;:'"()]+[/\\])+  # through one folder at least
+    """,
+    re.VERBOSE,
+)
+
+
+def without_places(value: Any) -> Any:
+    """Return plain JSON in which of every absolute path only the last name is left.
+
+    What is published is not to say where on a machine it was made. Relative paths stay.
+
+    >>> without_places({"command": ["cria", "prune", "/home/me/models/llama", "--output", "runs/a"]})
+    {'command': ['cria', 'prune', 'llama', '--output', 'runs/a']}
+    >>> without_places("see https://example.org/a/b, ~/data/x.txt, and/or /tmp/job 7/")
+    'see https://example.org/a/b, x.txt, and/or job 7/'
+    """
+    if isinstance(value, Mapping):
+        return {key: without_places(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_places(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    whole = Path(value)
+    if whole.is_absolute() and whole.name:  # names may hold spaces
+        return whole.name
+    return PLACE.sub("", value)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from cria_prune.artifact.rebuild import Policy, peak_memory
 from cria_prune.artifact.scores import SCORES, load_scores
 from cria_prune.base.batches import model_inputs, move
 from cria_prune.base.errors import ArtifactError, ConfigError, PackageError, TargetError
-from cria_prune.base.files import check_free, write_json, write_text
+from cria_prune.base.files import check_free, without_places, write_json, write_text
 from cria_prune.base.metrics import logits_of
 from cria_prune.base.progress import clock
 from cria_prune.base.ranks import world
@@ -438,5 +438,5 @@ def keep_family(job: Job, members: Sequence[Mapping[str, Any]]) -> str:
     with interrupts_wait():
         drawn = picture(Path(job.output) / PICTURE, title, (5.4, 3.2), draw)
         values = {**job.results, "metric": metric.name, "family": list(members), "provenance": job.origin}
-        write_json(Path(job.output) / RESULT, values)
+        write_json(Path(job.output) / RESULT, without_places(values))
     return drawn

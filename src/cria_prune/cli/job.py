@@ -20,6 +20,7 @@ from cria_prune.artifact.pretrained import save_padded, save_pretrained
 from cria_prune.artifact.rebuild import provenance
 from cria_prune.base.batches import Batch, batch_size, model_inputs, move
 from cria_prune.base.errors import ArtifactError, ConfigError
+from cria_prune.base.files import without_places
 from cria_prune.base.metrics import logits_of
 from cria_prune.base.progress import clock
 from cria_prune.base.ranks import alone, world
@@ -110,10 +111,13 @@ class Job:
         if not isinstance(results, dict) or results.get("stage") != stage:
             return None
         keys = ("recipe", "model", "options", "seed", "checkpoint")
-        same = all(results.get(key) == self.results.get(key) for key in keys)
+        both = [(results.get(key), self.results.get(key)) for key in keys]
+        same = all(there in (here, without_places(here)) for there, here in both)
         data = (manifest.get("provenance") or {}).get("data") == self.origin["data"]
         asked = manifest.get("config")
-        return results if same and data and described in (asked, _as_now(asked)) else None
+        as_kept = [described, without_places(described)]
+        alike = any(item in as_kept for item in (asked, _as_now(asked)))
+        return {**results, "output": str(self.output)} if same and data and alike else None
 
     def ended(self, described: Mapping[str, Any], stage: str) -> bool:
         """Answer with the results of the same command, if it is to be resumed and had ended already.

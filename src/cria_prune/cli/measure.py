@@ -12,7 +12,7 @@ from cria_prune.ablation import COLUMNS, SHARES, Ablation, ablation_of, check_se
 from cria_prune.artifact.rebuild import provenance
 from cria_prune.base.batches import Batch, batch_size
 from cria_prune.base.errors import ConfigError
-from cria_prune.base.files import write_json
+from cria_prune.base.files import without_places, write_json
 from cria_prune.base.progress import clock
 from cria_prune.cli import show, target
 from cria_prune.cli.folder import claimed, interrupts_wait, picture
@@ -69,7 +69,7 @@ def ablate(request: Ablate, out: Output) -> None:
         title = f"{request.target}, {config.score.criterion}, {REPAIRED[config.repair]}: {tested_on}"
         with interrupts_wait():
             drawn = picture(folder / PICTURE, title, (5.4, 3.6), partial(plot_ablation, values))
-            write_json(folder / RESULT, values, allow_nan=False)
+            write_json(folder / RESULT, without_places(values), allow_nan=False)
         out.say(f"result {folder / RESULT}, {drawn}")
     answer = {key: value for key, value in result.to_dict().items() if key != "curves"}
     out.answer(
