@@ -273,7 +273,7 @@ def _whole(value: Any) -> int | None:
 
 def number_of(value: Any, name: str) -> float:
     """Return a label that is a number. Raises a DataError for what is none."""
-    found = _float(value) if isinstance(value, str) else value
+    found: Any = _float(value) if isinstance(value, str) else value
     try:
         return float(found)
     except (TypeError, ValueError):

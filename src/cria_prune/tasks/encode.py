@@ -194,7 +194,7 @@ def written(encoder: Encoder, batch: Mapping[str, Tensor]) -> Tensor:
         model.eval()
         inputs = {key: value.to(place) for key, value in batch.items() if key != "labels"}
         found = model.generate(**inputs, max_new_tokens=WRITTEN, do_sample=False, num_beams=1)
-    return found.cpu()  # type: ignore[no-any-return]
+    return torch.as_tensor(found).cpu()
 
 
 def start_token(model: Any) -> int:

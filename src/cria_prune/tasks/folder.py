@@ -199,8 +199,8 @@ class FolderTask(Task):
 
 
 SAMPLES, FEWEST, MOST, WORK = 16, 256, 4096, 4e13
-"""Samples for a regressor of the widest layer that the default calibrates on; so many examples at least and at
-most, in about so many multiplications (minutes on a few cores)."""
+"""Samples for a regressor of the widest layer that the default calibrates on; so many examples at least and
+at most, in about so many multiplications (minutes on a few cores)."""
 
 
 def enough(model: nn.Module, tokens: int) -> dict[str, int]:

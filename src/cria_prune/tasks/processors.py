@@ -177,7 +177,7 @@ def open_image(value: Any, channels: int, row: int) -> Any:
     name, held = _named(value, f"the image of row {row}")
     try:
         if isinstance(held, (str, Path)):
-            image = Image.open(held)
+            image: Any = Image.open(held)
         elif isinstance(held, (bytes, bytearray)):
             image = Image.open(io.BytesIO(held))
         elif hasattr(held, "convert"):
@@ -235,7 +235,7 @@ def _decoded(held: str | Path | bytes | bytearray, name: str) -> tuple[np.ndarra
             found = (np.frombuffer(data, np.uint8).astype(np.float32) - 128) / 128
         else:
             parts = np.frombuffer(data, np.uint8).reshape(-1, width).astype(np.int64)
-            whole = sum(parts[:, place] << (8 * place) for place in range(width))
+            whole = (parts << (8 * np.arange(width))).sum(axis=1)
             found = ((whole - ((whole >> (8 * width - 1)) << (8 * width))) / 2.0 ** (8 * width - 1)).astype(
                 np.float32
             )

@@ -26,7 +26,7 @@ from cria_prune.base.metrics import logits_of
 from cria_prune.base.modules import cache_off, device_of, modes_kept
 from cria_prune.base.progress import Progress, track
 from cria_prune.recovery.guard import channels_last
-from cria_prune.tasks.encode import Encoder
+from cria_prune.tasks.encode import Encoder, pad
 from cria_prune.tasks.text import IGNORED, perplexity
 
 Figures = dict[str, float]
@@ -289,7 +289,7 @@ def retrieved(
 
     Where the texts are names of classes this is the accuracy without examples (zero-shot).
     """
-    held = list(batches)
+    held: list[Any] = list(batches)
     if not held:
         raise DataError("A metric", "found no examples", "Give images with texts")
     fill = encoder.padding
@@ -297,8 +297,6 @@ def retrieved(
     number = {text: place for place, text in enumerate(texts)}
     right = count = 0
     ids = [{"input_ids": list(text)} for text in texts]
-    from cria_prune.tasks.encode import pad
-
     every = {key: value for key, value in pad(encoder, ids).items() if key in held[0]}
     asked = [{**batch, **every} for batch in held]
     for batch, (_, output) in zip(held, outputs_of(model, asked, progress), strict=True):
@@ -320,7 +318,7 @@ def span_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Return the mean cross-entropy, in nats, of the first and the last token of answers."""
     args, kwargs = model_inputs(batch)
     output: Any = model(*args, **kwargs)
-    labels = batch["labels"]  # type: ignore[call-overload]
+    labels = batch["labels"]  # type: ignore[index, call-overload]
     sides = (output.start_logits, output.end_logits)
     return sum(functional.cross_entropy(item, labels[:, at]) for at, item in enumerate(sides)) / 2  # type: ignore[return-value]
 
