@@ -58,10 +58,13 @@ class Metric:
 def metric(name: str) -> Metric:
     """Return what is known of a metric; of an unknown one, higher is better.
 
-    `accuracy` is a share; a name that starts with `perplexity` or `loss` is better when lower.
+    `SHARES` are shares of one; a name that starts with one of `LOWER` is better when lower.
     """
-    lower = name.startswith(("perplexity", "loss"))
-    return Metric(name, higher_is_better=not lower, share=name == "accuracy")
+    return Metric(name, higher_is_better=not name.startswith(LOWER), share=name in SHARES)
+
+
+LOWER = ("perplexity", "loss", "wer")
+SHARES = ("accuracy", "f1", "precision", "recall", "exact-match", "mean-iou", "retrieval", "wer")
 
 
 Loss = Callable[[nn.Module, Batch], Tensor]

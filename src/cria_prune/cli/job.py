@@ -399,6 +399,7 @@ def recover_stage(
                 task.train_batches(config.seed, device=job.device),
                 config,
                 evaluate=lambda network: task.evaluate(network, held),
+                loss=task.loss,
                 teacher=dense if config.distill else None,
                 lower_is_better=not job.target.metric.higher_is_better,
                 device=job.device,

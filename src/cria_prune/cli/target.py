@@ -23,10 +23,10 @@ from cria_prune.base.progress import Progress
 from cria_prune.base.sentences import encoder_folder
 from cria_prune.config import PruneConfig
 from cria_prune.planning.plan import Plan
-from cria_prune.recipes.registry import TASKS, folder_task, task
+from cria_prune.recipes.registry import TASKS, task
 from cria_prune.stages import Prepared, prepare
 from cria_prune.tasks.base import Task
-from cria_prune.tasks.folder import Texts, with_weights
+from cria_prune.tasks.folder import Texts, folder_task, with_weights
 from cria_prune.tasks.loading import CONFIG, HUB_NAME, example_inputs, find_folder, load_pretrained
 
 
@@ -183,7 +183,9 @@ def _pretrained(folder: Path, name: str, texts: Texts | None) -> Target:
     texts = texts or Texts()
     base = name if HUB_NAME.fullmatch(name) and not Path(name).is_dir() else None
     if not (folder / MANIFEST).is_file():
-        return Target(folder_task(folder, texts, with_weights(folder)), base=base, pretrained=True)
+        return Target(
+            folder_task(folder, texts, with_weights(folder, texts.task)), base=base, pretrained=True
+        )
     loaded = load(folder)
     results = _mapping(loaded.manifest.get("results"))
     known = results.get("recipe")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cria_prune.base.batches import Batch, batch_target, describe, model_inputs, move
 from cria_prune.base.errors import DataError
 from cria_prune.base.events import passed
-from cria_prune.base.metrics import logits_of
+from cria_prune.base.metrics import Loss, logits_of
 from cria_prune.base.modules import device_of, modes_kept
 from cria_prune.base.progress import Progress, track
 from cria_prune.config import RecoverConfig
@@ -46,6 +46,7 @@ class Task(ABC):
         recover_defaults: the fine-tune that suits the task.
         prune_defaults: section of a PruneConfig -> values that suit the task better than its own.
         tokenizer: of the model; None where it reads no text.
+        loss: (model, batch) -> scalar, of a fine-tune; None: `base.metrics.cross_entropy`.
         pretrained: the model is one of transformers: results are saved as its folders.
         reductions: shares that a run removes where none is asked for; the configuration's if empty.
         options: how this task differs from the recipe of its name, plain JSON: `task(name, **options)`
@@ -62,6 +63,7 @@ class Task(ABC):
     prune_defaults: Mapping[str, Mapping[str, Any]] = NOTHING
     options: Mapping[str, Any] = NOTHING
     tokenizer: Any = None
+    loss: Loss | None = None
     pretrained: bool = False
     reductions: tuple[float, ...] = ()
 

@@ -63,7 +63,7 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def load_pretrained(folder: Path, meta: bool = False, **options: Any) -> nn.Module:
+def load_pretrained(folder: Path, meta: bool = False, auto: str | None = None, **options: Any) -> nn.Module:
     """Return the model of a Hugging Face folder in eval mode, on the CPU or without values.
 
     The class is the first of `architectures` in config.json that transformers has, else the base model of
@@ -74,6 +74,7 @@ def load_pretrained(folder: Path, meta: bool = False, **options: Any) -> nn.Modu
         folder: holds config.json, and the weights as safetensors if there are any.
         meta: leave the weights and make every tensor on the meta device: shapes without memory. A
             folder without weights is read like this too.
+        auto: Auto class in the place of `AutoModel`, where the configuration names no class.
         options: further ones of `from_pretrained`, such as `device_map`.
 
     Raises:
@@ -88,10 +89,11 @@ def load_pretrained(folder: Path, meta: bool = False, **options: Any) -> nn.Modu
     with reading(library, asked):
         config = read_config(library, folder)
         known = known_class(library, config)
+        maker = getattr(library, auto or "AutoModel")
         if weights:
-            return _with_values(known or library.AutoModel, folder, config, asked, options).eval()
+            return _with_values(known or maker, folder, config, asked, options).eval()
         with torch.device("meta"):
-            model: nn.Module = known(config) if known else library.AutoModel.from_config(config)
+            model: nn.Module = known(config) if known else maker.from_config(config)
         return model.eval()
 
 
