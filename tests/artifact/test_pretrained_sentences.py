@@ -47,7 +47,11 @@ def sentence_folder(folder: Path, pooling: dict[str, Any] | None = None, deep: s
         vocab_size=40, hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=32,
     )  # fmt: skip
-    transformers.BertModel(config).save_pretrained(encoder)
+    model = transformers.BertModel(config)
+    for name, item in model.named_parameters():  # as they are made, the layers do next to nothing
+        if item.ndim > 1 and name.startswith("encoder"):
+            item.data.mul_(20)
+    model.save_pretrained(encoder)
     numbers = {word: place for place, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

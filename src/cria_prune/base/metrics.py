@@ -64,7 +64,17 @@ def metric(name: str) -> Metric:
 
 
 LOWER = ("perplexity", "loss", "wer")
-SHARES = ("accuracy", "f1", "precision", "recall", "exact-match", "mean-iou", "retrieval", "wer")
+SHARES = (
+    "accuracy",
+    "f1",
+    "precision",
+    "recall",
+    "exact-match",
+    "mean-iou",
+    "retrieval",
+    "wer",
+    "neighbours",
+)
 
 
 Loss = Callable[[nn.Module, Batch], Tensor]

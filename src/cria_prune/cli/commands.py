@@ -125,6 +125,7 @@ def dense_model(job: Job) -> nn.Module:
         job.out.note(f"dense model of {job.target.task.name}: loaded, or trained here")
     with clock(job.seconds, "model"):
         model = job.target.model(job.device, job.request.base_seed, job.out.progress)
+    job.target.task.compare_with(model)
     if job.target.checkpoint is None:
         job.measure(model, "dense")
     else:
@@ -264,7 +265,12 @@ def recover(request: Recover, out: Output) -> None:
     tuning = recover_config(request, found.task.recover_defaults)
     if request.teacher is not None and not tuning.distill:
         raise ConfigError("A teacher", "nothing is distilled from it", "Give its weight with --distill")
-    if not found.task.measured:
+    if found.task.embeds and not (tuning.distill and request.teacher):
+        raise ConfigError(
+            f"Recovering {request.checkpoint}", "it is an encoder, which learns the dense one's embeddings",
+            "Give --distill 1 and name the dense folder with --teacher; labels are not needed",
+        )  # fmt: skip
+    if not found.task.embeds and not found.task.measured:
         raise ConfigError(
             f"Recovering {request.checkpoint}",
             "the texts have no labels",
@@ -348,6 +354,9 @@ def teacher_of(name: str | None, job: Job, model: nn.Module) -> nn.Module:
     if name is None:
         return job.target.teacher(job.device, progress)
     teacher = target.find(name).model(job.device, job.request.base_seed, progress).eval()
+    if job.target.task.embeds:
+        job.target.task.compare_with(teacher)
+        return teacher
     args, kwargs = model_inputs(move(job.target.task.example, job.device))
     with torch.no_grad():
         shapes = [tuple(logits_of(network(*args, **kwargs)).shape) for network in (teacher, model.eval())]

@@ -392,6 +392,8 @@ def recover_stage(
     if not job.request.resume:
         here.lead("The recovery", lambda: shutil.rmtree(job.recovery, ignore_errors=True))
     held = list(task.validation_batches())
+    if task.embeds:  # its loss asks the dense one itself
+        dense, config = None, config.model_copy(update={"distill": 0.0})
     try:
         with clock(job.seconds, "recover"):
             found = recover(

@@ -36,7 +36,8 @@ def ablate(request: Ablate, out: Output) -> None:
     seeds = check_seeds(range(seed, seed + request.random_seeds))
     if limit is not None and limit < 1:
         raise ConfigError("A limit of test examples", f"found {limit}", "Give 1 or more, or leave it out")
-    check_measured(found, request.target)
+    if not found.task.embeds:  # an encoder is measured beside the dense one
+        check_measured(found, request.target)
     device, seconds = request.torch_device, dict[str, float]()
     with claimed(request.output, f"{found.task.name}-ablation", request.overwrite) as folder:
         with clock(seconds, "data"):
@@ -45,6 +46,7 @@ def ablate(request: Ablate, out: Output) -> None:
             calibration = found.task.calibration(config.record.examples, config.record.seed)
         with clock(seconds, "model"):
             model = found.model(device, seed, out.progress)
+        found.task.compare_with(model)
         proven = config.model_copy(update={"verify": True})
         prepared = prepare(model, calibration, proven, example=found.task.example)
         ranking = rank(prepared)
@@ -133,6 +135,7 @@ def evaluate(request: Eval, out: Output) -> None:
     if request.against is not None:
         with clock(seconds, "model"):
             dense = target.find(request.against).model(device, seed, out.progress)
+        found.task.compare_with(dense)
         with clock(seconds, "fidelity"):
             distance = fidelity(dense, model, found.task.test_batches())
     with clock(seconds, "evaluate"):
@@ -163,6 +166,11 @@ def evaluate(request: Eval, out: Output) -> None:
 
 def check_measured(found: Target, name: str) -> None:
     """Raise a ConfigError if the test split lacks what the metric needs."""
+    if not found.task.measured and found.task.embeds:
+        raise ConfigError(
+            f"What the embeddings of {name} are worth", "no scored pairs and no dense one were given",
+            "Give --against the dense folder; or --calibration with pairs of texts and a column score",
+        )  # fmt: skip
     if not found.task.measured:
         raise ConfigError(
             f"An {found.task.metric} of {name}", "the texts have no labels",

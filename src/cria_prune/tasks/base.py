@@ -48,6 +48,7 @@ class Task(ABC):
         tokenizer: of the model; None where it reads no text.
         loss: (model, batch) -> scalar, of a fine-tune; None: `base.metrics.cross_entropy`.
         pretrained: the model is one of transformers: results are saved as its folders.
+        embeds: it is an encoder, which learns from the dense one alone; `loss` asks that one.
         reductions: shares that a run removes where none is asked for; the configuration's if empty.
         options: how this task differs from the recipe of its name, plain JSON: `task(name, **options)`
             makes it again.
@@ -65,6 +66,7 @@ class Task(ABC):
     tokenizer: Any = None
     loss: Loss | None = None
     pretrained: bool = False
+    embeds: bool = False
     reductions: tuple[float, ...] = ()
 
     @abstractmethod
@@ -166,6 +168,10 @@ class Task(ABC):
         """Return the SHA-256, in hex, of the splits' inputs and targets (of all three if none is named)."""
         parts = [self.split(name) for name in splits or SPLITS]
         return fingerprint(*(tensor for part in parts for tensor in self.tensors(part)))
+
+    def compare_with(self, dense: nn.Module) -> None:
+        """Take a network as the dense one that others are compared with, where the task does that."""
+        return None
 
     @property
     def measured(self) -> bool:

@@ -15,14 +15,25 @@ from cria_prune.base.batches import Batch
 from cria_prune.base.errors import ArtifactError, ConfigError, DataError
 from cria_prune.base.modules import device_of
 from cria_prune.base.progress import Progress
+from cria_prune.base.sentences import MODULES, encoder_folder
 from cria_prune.config import RecoverConfig
 from cria_prune.tasks.base import SPLITS, Task
 from cria_prune.tasks.columns import Reading, Rows, joined_rows
 from cria_prune.tasks.corpus import KNOWN, Table, read_source
 from cria_prune.tasks.encode import Encoder, of_type
-from cria_prune.tasks.kinds import NAMES, PYTHON, TEXT_GENERATION, Kind, auto_of, kind_of
+from cria_prune.tasks.kinds import (
+    FEATURES,
+    NAMES,
+    PYTHON,
+    SIMILARITY,
+    TEXT_GENERATION,
+    Kind,
+    auto_of,
+    kind_of,
+)
 from cria_prune.tasks.loading import example_inputs, load_pretrained
 from cria_prune.tasks.processors import Processors
+from cria_prune.tasks.sentences import Sentences
 from cria_prune.tasks.text import (
     AT_ONCE,
     PRUNE_TEXT,
@@ -115,7 +126,7 @@ class FolderTask(Task):
 
     def __post_init__(self) -> None:
         self.name = self.folder.resolve().name or "model"
-        self.parts_of = Processors(self.folder)
+        self.parts_of = Processors(encoder_folder(self.folder))
         self.encoder = Encoder(self.model, self.parts_of, self.texts.reading, self.name)
         self.example: Batch = example_inputs(self.model)
         self.loss = self.kind.loss
@@ -238,6 +249,8 @@ def places_of(example: Batch) -> int:
 
 
 SPLIT_SEED, HELD_ROWS = 0, 1000
+EMBEDDING_RATE = 3e-4
+"""Learning rate of a fine-tune towards the dense embeddings."""
 
 
 class Examples:
@@ -318,9 +331,14 @@ class RowsFolder(FolderTask):
     serve for the calibration, and to compare with the dense model.
     """
 
+    sentences: Sentences | None = None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.metric = self.kind.metric(self.encoder)
+        self.embeds = self.sentences is not None
+        if self.embeds:  # a network that is near already, towards states that are known to the last bit
+            self.recover_defaults = RecoverConfig(epochs=1, **{**TUNING, "lr": EMBEDDING_RATE})
         self.batch_size = self.kind.trained
         self._last: dict[str, float] = {}
 
@@ -380,7 +398,14 @@ class RowsFolder(FolderTask):
                 "Compare it with the dense model: --against",
             )  # fmt: skip
         self._last = self.kind.measure(self.encoder)(self.encoder, model, batches, progress)
+        if self.metric not in self._last:  # an encoder that there is no dense one for
+            self.metric = next(iter(self._last))
         return self._last[self.metric]
+
+    def compare_with(self, dense: nn.Module) -> None:
+        """Compare the embeddings of an encoder with those of this network."""
+        if self.sentences is not None:
+            self.sentences.dense = dense
 
     def further(self, model: nn.Module, progress: Progress | None = None) -> dict[str, float | str]:
         """Return the other figures of what was measured last."""
@@ -389,7 +414,8 @@ class RowsFolder(FolderTask):
     @property
     def measured(self) -> bool:
         """Whether there are labels to measure on."""
-        return self.kind.measure is not None and self.split("test").labelled
+        known = self.sentences is not None and self.sentences.dense is not None
+        return self.kind.measure is not None and (known or self.split("test").labelled)
 
     @property
     def tested_on(self) -> str:
@@ -506,10 +532,14 @@ def folder_task(folder: Path, texts: Texts, model: nn.Module | None = None) -> F
         ConfigError: its model is of a kind that is not known, or not of the task that was named.
     """
     model = with_weights(folder) if model is None else model
-    kind = kind_of(model, texts.task)
+    encoder = (folder / MODULES).is_file() or texts.task == SIMILARITY
+    kind = FEATURES["input_ids"] if encoder else kind_of(model, texts.task)
     if kind is None:
         raise ConfigError(
             f"The task of the model in {folder}", f"it is a {type(model).__name__}",
             f"Known tasks: {', '.join(NAMES)}. {PYTHON}",
         )  # fmt: skip
+    if kind is FEATURES["input_ids"] and not getattr(model.config, "is_encoder_decoder", False):
+        sentences = Sentences(folder, model)
+        return RowsFolder(folder, texts, model, sentences.kind(), sentences=sentences)
     return (TextFolder if kind.name == TEXT_GENERATION else RowsFolder)(folder, texts, model, kind)

@@ -345,7 +345,9 @@ FEATURES: dict[str, Kind] = {
 }
 """The main input of a model without a head -> its kind; it is compared with the dense one alone."""
 
-NAMES = tuple(dict.fromkeys(kind.name for kind in (*KINDS, *FEATURES.values())))
+SIMILARITY = "sentence-similarity"
+"""What a model without a head is for where a folder of sentence-transformers holds it."""
+NAMES = tuple(dict.fromkeys([*(kind.name for kind in (*KINDS, *FEATURES.values())), SIMILARITY]))
 
 PYTHON = """Or in Python, with batches of your own:
     from cria_prune import PruneConfig, prune, save_pretrained
@@ -361,7 +363,7 @@ def auto_of(task: str) -> str:
     Raises:
         ConfigError: no such task.
     """
-    known = {kind.name: kind.autos[0] for kind in (*FEATURES.values(), *KINDS)}
+    known = {kind.name: kind.autos[0] for kind in (*FEATURES.values(), *KINDS)} | {SIMILARITY: "AutoModel"}
     if task not in known:
         raise ConfigError("A task", f"found {task!r}", f"Known tasks: {', '.join(NAMES)}")
     return known[task]
