@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.artifact.test_pretrained_sentences import OUT, WIDTH, WORDS, by_hand, sentence_folder
+from tests.artifact.test_pretrained_sentences import OUT, WIDTH, WORDS, by_hand, once, sentence_folder
 from torch.nn import functional
 from typer.testing import CliRunner
 
-from cria_prune.artifact.checkpoint import load
+from cria_prune import load, save_pretrained
 from cria_prune.base.errors import ConfigError, DataError
-from cria_prune.base.files import write_json
 from cria_prune.cli.main import app
 from cria_prune.tasks.loading import load_pretrained
 from cria_prune.tasks.sentences import Sentences, nearest
@@ -68,8 +68,10 @@ def refused(*words: str) -> str:
 def test_an_encoder_is_pruned_measured_and_taught(in_this_process: None) -> None:
     """No labels anywhere; the figures are those that are found by hand."""
     given = ["--calibration", "texts.txt", *SMALL]
-    said = cria("prune", "dense", "--reduce", "0.4", "--of", "prunable", *given, "--output", "small")
-    assert said["dense"] == pytest.approx(1) and 0.5 < said["pruned"] < 1
+    cut = ["--reduce", "0.6", "--of", "prunable", "--repair", "none", "--serve", "transformers4"]
+    said = cria("prune", "dense", *cut, *given, "--output", "small")
+    assert said["dense"] == pytest.approx(1) and 0.2 < said["pruned"] < 1
+    assert "cut for transformers4: neurons alone" in Path("small/README.md").read_text()
     assert Path("small/1_Pooling/config.json").exists() and Path("small/2_Dense/model.safetensors").exists()
     tests = ["--text", "texts.txt", *SMALL[2:]]
     seen = cria("eval", "small", "--against", "dense", *tests)
@@ -80,7 +82,7 @@ def test_an_encoder_is_pruned_measured_and_taught(in_this_process: None) -> None
     assert seen["cosine"] == pytest.approx(float((whole * found).sum(1).mean()), abs=1e-5)
     there = [(E @ E.T).fill_diagonal_(-9).argmax(1) for E in (whole, found)]
     assert seen["neighbours"] == pytest.approx(float((there[0] == there[1]).float().mean()), abs=0.02)
-    teacher = ["--distill", "1", "--teacher", "dense", "--lr", "0.0003", "--epochs", "2"]
+    teacher = ["--distill", "1", "--teacher", "dense", "--lr", "0.001", "--epochs", "3"]
     taught = cria("recover", "small", *given[:2], *teacher, *SMALL[2:], "--output", "taught")
     assert taught["recovered"] > taught["pruned"]
     assert cria("eval", "taught", "--against", "dense", *tests)["cosine"] > seen["cosine"]
@@ -107,12 +109,28 @@ def test_scored_pairs_are_measured_by_rank() -> None:
 def test_what_an_encoder_needs_is_said(in_this_process: None) -> None:
     text = refused("eval", "dense", "--text", "texts.txt", "--device", "cpu")
     assert "no scored pairs and no dense one were given" in text and "--against" in text
-    write_json("dense-cria.json", {})
-    given = ["--calibration", "texts.txt", *SMALL]
-    cria("prune", "dense", "--reduce", "0.2", "--of", "prunable", *given, "--output", "small")
+    result = once()
+    save_pretrained("small", result.model, result.plan, source="dense")
     for more in ([], ["--distill", "1"]):
         text = refused("recover", "small", "--calibration", "texts.txt", *more, "--device", "cpu")
         assert "learns the dense one's embeddings" in text and "--teacher" in text
+
+
+def test_a_folder_written_from_python_is_taken(in_this_process: None) -> None:
+    """Without results, provenance or a card of a command; to measure, to teach, and to cut once more."""
+    result = once()
+    for policy in ("vanilla", "per-layer"):
+        save_pretrained(policy, result.model, result.plan, policy=policy, source="dense")
+        tests = ["--against", "dense", "--text", "texts.txt", *SMALL[2:]]
+        before = cria("eval", policy, *tests)["parameters"]
+        given = ["--calibration", "texts.txt", *SMALL[2:]]
+        taught = cria("recover", policy, *given, "--distill", "1", "--teacher", "dense", "--output", "taught")
+        assert taught["parameters"] == before and Path("taught/modules.json").exists()
+        cut = ["--reduce", "0.2", "--of", "prunable", "--repair", "none", "--examples", "64"]
+        again = cria("prune", policy, *cut, *given, "--output", "again")
+        assert again["parameters"] < before and Path("again/modules.json").exists()
+        for name in ("taught", "again"):
+            shutil.rmtree(name)
 
 
 def test_the_loss_is_nothing_where_nothing_differs(made: Path) -> None:

@@ -246,6 +246,10 @@ def prune(request: Prune, out: Output) -> None:
     prepared = found.prepared(config, request.torch_device)
     prepared.check_reach()
     found.policy = saved_as(config)
+    if found.pretrained:
+        room = prepared.savable()
+        for line in [] if room is None else str(room).splitlines():
+            out.note(line)
     steps = Steps(config, watch=request.watch, scored=scored)
     with job_of(found, "-pruned", request, out, padded=padded) as job:
         if not job.ended(steps.described, PRUNED):

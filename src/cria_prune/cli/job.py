@@ -32,6 +32,7 @@ from cria_prune.cli.target import Target
 from cria_prune.config import PruneConfig, RecoverConfig, ScoreConfig, repair_of_before, score_of_before
 from cria_prune.pipeline import prune
 from cria_prune.planning.plan import Plan, compose
+from cria_prune.planning.serving import checked_for
 from cria_prune.recovery.loop import RecoverResult
 from cria_prune.recovery.tune import recover
 from cria_prune.result import PruneResult, fidelity_rows, given_back_said, repairs_of, said_of
@@ -57,6 +58,7 @@ class Job:
         seconds: stage -> wall time.
         results: the JSON object so far.
         origin: provenance.
+        served: for which server the model was cut, in words.
     """
 
     target: Target
@@ -68,6 +70,7 @@ class Job:
     seconds: dict[str, float] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
+    served: str = ""
 
     def begin(self) -> None:
         """Load the data, and note where the results come from."""
@@ -231,7 +234,7 @@ class Job:
             base=self.target.base,
             command=self.request.command,
             measured=show.measured(self.results, self.target.metric),
-            changed=str(self.results.get("changed", "")),
+            changed=", ".join(filter(None, [str(self.results.get("changed", "")), self.served])),
             fidelity=fidelity_rows(show.known_fidelity(self.results)),
             repaired=list(filter(None, [
                 given_back_said(self.results.get("repairs", ())), "; ".join(self.results.get("remarks", ())),
@@ -308,6 +311,7 @@ def prune_stage(
     held = list(task.validation_batches()) if watch else []
     if not job.request.resume:
         job.forget()
+    job.served = checked_for(config.plan, model)
     result = prune(
         model,
         prepared.batches,

@@ -15,6 +15,7 @@ from cria_prune.config import PlanConfig
 from cria_prune.planning.allocation import Losses, allocate
 from cria_prune.planning.budget import SLACK, Budget, Cost
 from cria_prune.planning.latency import LatencyTable
+from cria_prune.planning.serving import served
 from cria_prune.planning.stairs import Allowed, Stair, fewest, stairs
 from cria_prune.structure.account import LAST
 from cria_prune.structure.groups import UnitGroup, UnitGroups, freeze, without_residual
@@ -375,6 +376,8 @@ def scope(model: nn.Module, groups: UnitGroups, config: PlanConfig) -> Scope:
         groups = freeze(groups, lambda group: None if group.kind in wanted else reason)
     if config.vanilla:
         held = holdable(model, groups)
+        if config.serve != "any":
+            return Scope(*served(model, held.groups, held.allowed, config))
         return Scope(held.groups, held.allowed)
     return Scope(groups)
 
@@ -410,13 +413,17 @@ def check_reach(
     return found
 
 
+PER_LAYER: dict[str, Any] = {"vanilla": False, "uniform": False, "serve": "any", "tensor_parallel": 1}
+"""What a plan for any layers says in place of one for a plain configuration."""
+
+
 def _lifts(model: nn.Module, groups: UnitGroups, config: PlanConfig) -> list[str]:
     """Say how much more could go if the plan might cut other units too: one change at a time."""
     most = _most(model, groups, config, {})
     changes: list[tuple[str, Mapping[str, Any]]] = [
         ("cut heads too (units all)", {"units": "all"}),
-        ("cut what a vanilla configuration cannot hold (per-layer)", {"vanilla": False, "uniform": False}),
-        ("both of these", {"units": "all", "vanilla": False, "uniform": False}),
+        ("cut what a vanilla configuration cannot hold (per-layer)", PER_LAYER),
+        ("both of these", {"units": "all", **PER_LAYER}),
         ("cut the residual width too (residual)", {"residual": True}),
     ]
     lifts: list[str] = []
