@@ -17,6 +17,7 @@ from slow import is_slow
 
 from cria_prune.artifact import certificate, reload
 from cria_prune.artifact.checkpoint import load
+from cria_prune.tasks.pooling import Behind
 
 torch.set_num_threads(1)
 # How long an example takes says how busy the machine is, and nothing of the code.
@@ -51,15 +52,20 @@ def no_vision_on_the_path() -> Iterator[None]:
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The certificate without its fresh process, where that is not what is tested."""
 
-    def loaded(_scratch: Path, job: dict[str, Any], inputs: dict[str, torch.Tensor]) -> Any:
+    def loaded(_scratch: Path, job: dict[str, Any], inputs: dict[str, torch.Tensor], tokens: Any) -> Any:
         folder = Path(job["folder"])
         loader = getattr(pytest.importorskip("transformers"), job["loader"], None)
         model = load(folder).model if loader is None else loader.from_pretrained(folder).eval()
         found = reload.outputs(model, inputs)
         if job["tokens"]:
             found["generated"] = reload.generated(model, inputs, job["prompt"], job["tokens"])
+        embedded = "Cria's own pooling" if job["sentences"] else None
+        if embedded:
+            with torch.no_grad():
+                found[reload.EMBEDDING] = Behind(folder, model.config.hidden_size).of(model, tokens)
         versions = dict.fromkeys(("python", "torch", "transformers", "safetensors"), "0")
-        return {"class": type(model).__name__, "wrong": {}, "seconds": 0.0, "versions": versions}, found
+        said = {"class": type(model).__name__, "wrong": {}, "seconds": 0.0, "versions": versions}
+        return {**said, "embedded": embedded, "notes": []}, found
 
     monkeypatch.setattr(certificate, "_there", loaded)
 

@@ -17,9 +17,11 @@ from pydantic import (
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
+    SerializerFunctionWrapHandler,
     TypeAdapter,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import CoreSchema, core_schema
@@ -76,6 +78,15 @@ PROTECT = Choices(
         "first": "the first with its block",
         "last": "the last with its block",
     }
+)
+SERVE = Choices(
+    {
+        "any": "no server in particular",
+        "vllm": "vllm",
+        "llama.cpp": "llama.cpp",
+        "transformers4": "transformers of version 4",
+    },
+    "servers",
 )
 REPAIR = Choices(
     {
@@ -337,6 +348,8 @@ USUAL = 0.5
 """Share that is removed where nothing else is said."""
 ABSOLUTE = {"to_parameters": "parameters", "to_macs": "macs"}
 """Target that is no share -> the cost that it is of."""
+SERVING = ("serve", "tensor_parallel")
+"""Settings of a server, which are kept only where one is named."""
 
 
 class PlanConfig(StageConfig):
@@ -389,6 +402,10 @@ class PlanConfig(StageConfig):
     latency_batch: int | None = option(
         None, "Examples of the batch that is timed", shown="as the calibration batches have", ge=1
     )
+    serve: Annotated[str, SERVE] = option(
+        "any", "Cut only what this server loads of a folder of transformers"
+    )
+    tensor_parallel: int = option(1, "Devices that vllm shares heads and neurons out over", ge=1)
     latency_table: str | None = option(
         None, "File of measured latencies: used if it is there, else written", shown="none is kept"
     )
@@ -446,6 +463,30 @@ class PlanConfig(StageConfig):
                 "a single unit takes are noise"
             )
         return self
+
+    @model_serializer(mode="wrap")
+    def _said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = handler(self)
+        # What names no server is kept as it was before there were any, and files of before fit it.
+        return found if self.serve != "any" else {k: v for k, v in found.items() if k not in SERVING}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _served_is_vanilla(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if values.get("serve", "any") == "any":
+            if values.get("tensor_parallel", 1) != 1:
+                raise ValueError("a tensor-parallel size is of a server: name vllm with serve")
+            return values
+        for name in ("vanilla", "uniform"):
+            if not values.get(name, True):
+                raise ValueError(f"{values['serve']} loads layers that are alike, so it needs {name}")
+        if values.get("residual"):
+            raise ValueError(f"{values['serve']} is given the residual width as it is: leave out residual")
+        if values.get("tensor_parallel", 1) != 1 and values["serve"] != "vllm":
+            raise ValueError("a tensor-parallel size is of vllm alone")
+        return {**values, "vanilla": True, "uniform": True}
 
     @model_validator(mode="before")
     @classmethod

@@ -16,7 +16,7 @@ from cria_prune.base.batches import Batch
 from cria_prune.base.errors import StructureError
 from cria_prune.base.events import passed
 from cria_prune.base.inputs import Inputs
-from cria_prune.base.kinds import check_kind, unwrap
+from cria_prune.base.kinds import check_kind, of_texts, unwrap
 from cria_prune.base.modules import (
     check_finite,
     check_in_memory,
@@ -81,8 +81,10 @@ def prune(
 
     Args:
         model: the trained model, on the device where the work is to be done. One in DataParallel or
-            torch.compile is worked on without it, and the result's is wrapped alike; see `base.kinds`.
-        batches: calibration batches: tensors, (inputs, target) pairs, mappings, or tuples of several inputs.
+            torch.compile is worked on without it, and the result's is wrapped alike; see `base.kinds`. Of a
+            SentenceTransformer its encoder is pruned.
+        batches: calibration batches: tensors, (inputs, target) pairs, mappings, or tuples of several inputs;
+            for a SentenceTransformer texts will do.
         config: what to remove and how; half of the parameters in one round by default.
         loss: (model, batch) to a scalar, for criteria that take gradients.
         evaluate: model -> metric, shown for every round.
@@ -116,6 +118,7 @@ def prune(
         >>> result.model[0].out_features < 16
         True
     """
+    batches = of_texts(model, batches)
     model, wrap, taken = unwrap(model)
     ready = _ready(model, batches, config or PruneConfig(), scores, prepared, inputs, examples)
     ready = with_latency(ready, keep=_file(state, LATENCIES), progress=progress)

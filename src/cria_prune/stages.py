@@ -45,6 +45,7 @@ from cria_prune.planning.control import on_the_way, without_control
 from cria_prune.planning.latency import LatencyTable
 from cria_prune.planning.plan import Plan, compose, identity_plan
 from cria_prune.planning.plan import plan as make_plan
+from cria_prune.planning.savable import Savable, savable
 from cria_prune.planning.selection import Scope, check_reach, scope
 from cria_prune.planning.stairs import Allowed
 from cria_prune.recording.collect import record
@@ -135,6 +136,17 @@ class Prepared:
         within, config = Scope(self.dense, self.allowed), self.config.plan
         if config.of != "latency" or self.latency is not None:
             check_reach(self.structure, self.found, config, within, self.latency)
+
+    def savable(self) -> Savable | None:
+        """Return what a plain folder can hold of the model, and what the target means there and per layer.
+
+        None where the model is none that transformers can describe.
+        """
+        plain = Scope(self.dense, self.allowed)
+        try:
+            return savable(self.structure, self.found, self.config.plan, plain)
+        except StructureError:
+            return None
 
     def check_data(self) -> None:
         """Raise a DataError where the examples, or the outputs on them, can say nothing of a cut.

@@ -6,9 +6,11 @@ import copy
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,12 +25,12 @@ from torch import nn
 from typer.testing import CliRunner
 from watching import at
 
-from cria_prune import discover
+from cria_prune import PruneConfig, discover
 from cria_prune.artifact import certificate, pretrained, reload
-from cria_prune.artifact.card import Card, parameter_counts, source_metadata
+from cria_prune.artifact.card import Card, _tag, parameter_counts, source_metadata
 from cria_prune.artifact.certificate import Certificate, loader_of
 from cria_prune.artifact.pretrained import container, save_pretrained
-from cria_prune.artifact.rebuild import read_plan
+from cria_prune.artifact.rebuild import provenance, read_plan
 from cria_prune.base import files
 from cria_prune.base.errors import ArtifactError, CertificateError, DataError
 from cria_prune.base.files import copy_known
@@ -122,6 +124,7 @@ def vouched(folder: Path, model: nn.Module, example: Any, **others: Any) -> Cert
     return Certificate(
         "AutoModelForCausalLM", type(model).__name__, None, ("logits",), True, 0.0, 0.0, 1e-5, 8, 8,
         "float32", "cpu", "sdpa", {"transformers": "5"}, {}, 0.1, others.get("left_out", ()),
+        earlier=others.get("earlier", ()),
     )  # fmt: skip
 
 
@@ -540,6 +543,7 @@ def test_the_card_says_what_was_done(tmp_path: Path, source: Path, no_process: N
     _, head, body = text.split("---\n", 2)
     assert yaml.safe_load(head) == {
         "library_name": "transformers",
+        "pipeline_tag": "text-generation",
         "license": "apache-2.0",
         "language": ["en", "fr"],
         "base_model": "llamas/dense",
@@ -555,6 +559,57 @@ def test_the_card_says_what_was_done(tmp_path: Path, source: Path, no_process: N
     assert "\nHalf came back. A\\|b needs more.\n" in body
     assert "AutoModelForCausalLM.from_pretrained" in body and "secret" not in text
     assert "apache-2.0, as the card of the dense model says" in body
+    assert "Tried with transformers 5; with no other versions. Settings that transformers 4 reads" in body
+    assert "for it too: `torch_dtype`, `rope_theta`, `rope_scaling`, `tokenizer_class`." in body
+    assert "PreTrainedTokenizerFast" in (tmp_path / "small" / "tokenizer_config.json").read_text()
+
+
+def test_nothing_says_where_on_a_machine_it_was_made(
+    tmp_path: Path, source: Path, no_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plan = pruned()
+    where = str(tmp_path / "models" / "dense one")
+    made = provenance(0, ["cria", "prune", where, "--output", "runs/a"])
+    card = Card(base=where, command=["cria", "prune", where], changed=f"refitted on {tmp_path}/x.txt, twice")
+    (source / "config.json").write_text(json.dumps({"_name_or_path": "llamas/first"}))
+    save_pretrained(
+        tmp_path / "small", model, plan, source=source, card=card, provenance=made,
+        config=PruneConfig(plan={"latency_table": f"{tmp_path}/times.json"}),
+        results={"checkpoint": where, "output": "runs/a", "further": {"pruned": {"note": f"see {where}"}}},
+    )  # fmt: skip
+    for name in ("cria.json", "README.md", "certificate.json", "config.json"):
+        assert str(tmp_path) not in (tmp_path / "small" / name).read_text(), name
+    said = json.loads((tmp_path / "small" / "cria.json").read_text())
+    assert said["provenance"]["command"] == ["cria", "prune", "dense one", "--output", "runs/a"]
+    assert said["results"]["checkpoint"] == "dense one" and said["results"]["output"] == "runs/a"
+    assert said["config"]["plan"]["latency_table"] == "times.json"
+    text = (tmp_path / "small" / "README.md").read_text()
+    assert "cria prune 'dense one'" in text and "refitted on x.txt, twice" in text
+    assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "llamas/first"
+    cached = tmp_path / "models--llamas--third" / "snapshots" / "0a"
+    shutil.copytree(source, cached, ignore=shutil.ignore_patterns("vocab.txt"))
+    save_pretrained(tmp_path / "other", model, plan, source=cached)
+    assert "base_model: llamas/third" in (tmp_path / "other" / "README.md").read_text()
+
+
+TASKED = {
+    "BertModel": "feature-extraction", "BertForMaskedLM": "fill-mask",
+    "BertForTokenClassification": "token-classification", "ViTModel": "image-feature-extraction",
+    "BertForSequenceClassification": "text-classification", "T5ForConditionalGeneration": None,
+    "WhisperForConditionalGeneration": "automatic-speech-recognition",
+    "ViTForImageClassification": "image-classification", "BertForQuestionAnswering": "question-answering",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TASKED)
+def test_the_card_names_the_task(kind: str) -> None:
+    known = getattr(transformers, kind)
+    with torch.device("meta"):
+        model = known(known.config_class())
+    plain = vouched(Path(), model, None)
+    assert _tag(model, {}, plain) == TASKED[kind]
+    assert _tag(model, {"pipeline_tag": "text-ranking"}, plain) == "text-ranking"
+    assert _tag(model, {}, replace(plain, embedded="x")) == "sentence-similarity"
 
 
 def test_the_command_comes_from_the_provenance(tmp_path: Path, no_process: None) -> None:

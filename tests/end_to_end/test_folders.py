@@ -22,10 +22,9 @@ from watching import counted, interrupted_at
 from cria_prune.artifact.checkpoint import load
 from cria_prune.base.errors import ArtifactError, ConfigError, DataError
 from cria_prune.cli.main import app
-from cria_prune.recipes.registry import folder_task
 from cria_prune.tasks import loading
-from cria_prune.tasks.corpus import read_dataset
-from cria_prune.tasks.folder import Texts
+from cria_prune.tasks.corpus import read_source
+from cria_prune.tasks.folder import Texts, folder_task
 from cria_prune.tasks.text import train_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -215,16 +214,20 @@ def test_a_text_without_labels_calibrates_a_classifier(here: Path) -> None:
 
 @pytest.mark.usefixtures("in_this_process")
 def test_datasets_of_every_shape(here: Path) -> None:
-    parts = read_dataset("rows")
+    parts = read_source("rows")
     assert {name: len(part) for name, part in parts.items()} == {"train": 200, "validation": 60}
-    one = read_dataset("rows/validation-00000-of-00001.parquet")
-    assert one["train"].texts == parts["validation"].texts and set(one) == {"train"}
-    with pytest.raises(DataError, match=r"The data set nobody/nothing of the hub.*--dataset"):
-        read_dataset("nobody/nothing")
+    one = read_source("rows/validation-00000-of-00001.parquet")
+    names = ("sentence", "label")
+    assert all(list(one["train"].columns[n]) == list(parts["validation"].columns[n]) for n in names)
+    with pytest.raises(
+        DataError, match=r"The data set nobody/nothing of the hub.*Without a network: Give a file"
+    ):
+        read_source("nobody/nothing")
     with pytest.raises(DataError, match="there is no such file or folder"):
-        read_dataset("nothing")
+        read_source("nothing")
+    Path("bad.parquet").write_text("text")
     with pytest.raises(DataError, match="no parquet file"):
-        read_dataset("text.txt")
+        read_source("bad.parquet")
 
 
 BAD: list[tuple[list[str], str]] = [
@@ -235,7 +238,7 @@ BAD: list[tuple[list[str], str]] = [
     (["llama", "--calibration", "text.txt", "--policy", "free"], "Known policies: uniform, per-layer"),
     (["llama", "--calibration", "text.txt", "--export", "onnx"], "Known exports: padded"),
     (["llama", "--calibration", "text.txt", "--output", "full"], "it is not empty"),
-    (["encoder", "--calibration", "text.txt"], "it is a BertModel"),
+    (["encoder", "--calibration", "text.txt", "--task", "fill-mask"], "its tasks are feature-extraction"),
     (["naked", "--calibration", "text.txt"], "there are no weights beside config.json"),
     (["pickled", "--calibration", "text.txt"], "the weights are pickles.*save_pretrained"),
     (["mute", "--calibration", "text.txt"], "the folder holds none.*Copy tokenizer.json"),
@@ -320,13 +323,13 @@ def test_what_is_measured_was_not_calibrated_on(here: Path) -> None:
 
 def test_shards_are_one_split_and_empty_rows_are_left_out(here: Path) -> None:
     data = rows_of("shards", **{"0000": lines(30, 1), "0001": [None, *lines(29, 2)], "dev_0": lines(9, 3)})
-    assert {name: len(part) for name, part in read_dataset(data).items()} == {"train": 59, "validation": 9}
+    assert {name: len(part) for name, part in read_source(data).items()} == {"train": 59, "validation": 9}
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"question": ["a"], "sentence": ["b"], "label": [0]}), "pairs.parquet")
     with pytest.raises(DataError, match="pairs of texts are not"):
-        read_dataset("pairs.parquet")
+        folder_task(Path("llama"), Texts(dataset="pairs.parquet")).calibration(1)
 
 
 def test_a_classifier_pads_with_its_own_token(here: Path) -> None:
@@ -338,17 +341,19 @@ def test_a_classifier_pads_with_its_own_token(here: Path) -> None:
     shutil.copy("llama/tokenizer.json", "pads")
     shutil.copy("llama/tokenizer_config.json", "pads")
     task = folder_task(Path("pads"), Texts(dataset="rows"))
-    sentences = task.split("test").rows(torch.arange(20))  # type: ignore[attr-defined]
-    batch = sentences.batch()
+    batch = dict(task.split("test").batch(torch.arange(20), 0))
     batch.pop("labels")
     with torch.no_grad():
         together = task.model(**batch).logits
-        alone = [task.model(input_ids=torch.tensor([tokens])).logits[0] for tokens in sentences.tokens]
+        alone = [
+            task.model(input_ids=ids[None, mask == 1]).logits[0]
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
     assert torch.allclose(together, torch.stack(alone), atol=1e-5)
     task.model.config.pad_token_id = None
     task.tokenizer.pad_token = None
     with pytest.raises(ConfigError, match="Set pad_token_id"):
-        _ = task.padding  # type: ignore[attr-defined]
+        _ = task.encoder.padding
 
 
 def test_nothing_of_others_is_replaced(here: Path) -> None:

@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from cria_prune.artifact import reload
 from cria_prune.artifact.rebuild import Policy
 from cria_prune.base.batches import Batch, model_inputs
-from cria_prune.base.errors import CertificateError, DataError, said
+from cria_prune.base.errors import ArtifactError, CertificateError, DataError, said
 from cria_prune.base.events import passed
 from cria_prune.base.files import hashes
 from cria_prune.base.modules import device_of, devices_in_use, shared_copy
+from cria_prune.base.sentences import MODULES, encoder_folder, settings_of
 from cria_prune.base.written import weights_kept
+from cria_prune.tasks import pooling
+from cria_prune.tasks.loading import read_by
 
 
 def distance(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> tuple[float, float]:
@@ -74,6 +77,9 @@ class Certificate:
         left_out: files of the source folder that were not copied, and why.
         parameters: of the model that was saved; stored: in the folder, with zeros where it is padded.
         notes: what else a reader of the folder has to know.
+        embedded: by what the fresh process computed embeddings, `sentence-transformers 6.2.0`; None where the
+            folder is no sentence encoder.
+        earlier: settings that were written a second time, under the names that transformers 4 reads.
     """
 
     loader: str
@@ -96,6 +102,8 @@ class Certificate:
     parameters: int = 0
     stored: int = 0
     notes: tuple[str, ...] = ()
+    embedded: str | None = None
+    earlier: tuple[str, ...] = ()
 
     @property
     def alone(self) -> bool:
@@ -120,6 +128,7 @@ class Certificate:
         where = f"of transformers {version} alone" if self.alone else f"with transformers {version}"
         parts = [
             f"{self.loader} {where}: {same}",
+            f"embeddings by {self.embedded}" if self.embedded else "",
             f"{self.same_tokens} of {self.tokens} generated tokens equal" if self.tokens else "",
             f"stored as {self.container}" if self.container else "",
             self.zeros or "",
@@ -138,6 +147,11 @@ TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 2e-2}
 WRITERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 TOKENS, LIMIT = 8, 3600
 """Tokens that are generated; seconds that the other process may take."""
+TEXTS = (
+    "A small animal lives in the mountains.", "Who wrote the first letter?", "No.",
+    "The weather was fine until Friday; then it rained for three days, and the river rose by a metre.",
+)  # fmt: skip
+"""What a sentence encoder embeds: of several lengths, so that padding and its mask count."""
 
 ADVICE = "Nothing was saved. Check the model, and please report it with its config.json"
 
@@ -151,6 +165,8 @@ def certify(
     policy: Policy = "vanilla",
     left_out: tuple[str, ...] = (),
     notes: tuple[str, ...] = (),
+    source: Path | None = None,
+    earlier: tuple[str, ...] = (),
 ) -> Certificate:
     """Load a folder in a fresh process, and compare its outputs with those of the model here.
 
@@ -160,21 +176,29 @@ def certify(
         example: keyword arguments of its forward.
         stored: the model that was written: `model`, its weights in a container, or padded with zeros.
         policy: how it was written; a `per-layer` folder is loaded with Cria.
-        left_out, notes: kept in the certificate.
+        left_out, notes, earlier: kept in the certificate.
+        source: folder of the dense model. What it holds behind a sentence encoder says the embeddings that
+            the new folder has to give.
 
     Raises:
         CertificateError: it does not load, keys are missing, unexpected or of other shapes, outputs differ by
-            more than the tolerance (relative: 1e-5, in half types 2e-2), or other tokens are generated.
+            more than the tolerance (relative: 1e-5, in half types 2e-2), or other tokens are generated. Of a
+            sentence encoder the embeddings of texts are among the outputs.
+        ArtifactError: a module behind a sentence encoder does not fit it.
         DataError: the example is no mapping of tensors.
     """
     passed("certify", folder=folder)
     inputs, dtype = _inputs(model, example), _dtype(model)
     own, held = (str(cast(Any, item.config).model_type) for item in (model, stored))
     job = _job(folder, stored, inputs, policy)
+    job["sentences"] = list(TEXTS) if source is not None and (source / MODULES).is_file() else []
     # The model here runs first: if it does not run, or gives NaN, no other process is asked.
     expected, written = _here(model, job, inputs)
+    tokens, embedded = _embeddings(model, source) if source and job["sentences"] else ({}, {})
+    expected |= embedded
     with TemporaryDirectory(prefix="cria-") as scratch:
-        answer, found = _there(Path(scratch), job, inputs)
+        answer, found = _there(Path(scratch), job, inputs, tokens)
+    notes = (*notes, *answer["notes"])
     _check(answer["class"] == type(stored).__name__, f"it loads as {answer['class']}")
     written_there = found.pop("generated", None)
     for name, value in expected.items():
@@ -211,6 +235,8 @@ def certify(
         parameters=sum(item.numel() for item in model.parameters()),
         stored=sum(item.numel() for item in stored.parameters()),
         notes=notes,
+        embedded=answer["embedded"],
+        earlier=earlier,
     )
 
 
@@ -293,11 +319,38 @@ def _here(
     return found, tokens
 
 
+@torch.no_grad()
+def _embeddings(model: nn.Module, source: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the tokens of some texts, and their embeddings by the model here and the dense folder's modules.
+
+    Raises:
+        ArtifactError: a module's numbers do not fit the encoder, or there is no tokenizer.
+    """
+    asked = f"The embeddings of the {type(model).__name__} to be saved"
+    encoder = encoder_folder(source)
+    tokenizer = read_by("AutoTokenizer", encoder, asked, "Put the tokenizer's files into the dense folder")
+    tokens = pooling.tokens_of(tokenizer, TEXTS, settings_of(encoder) or settings_of(source))
+    copy: Any = shared_copy(model).eval()
+    placed = {name: value.to(device_of(model)) for name, value in tokens.items()}
+    try:
+        behind = pooling.Behind(source, int(copy.config.hidden_size))
+    except ValueError as error:
+        raise ArtifactError(asked, str(error), "Give the folder that the encoder was loaded from") from error
+    return tokens, {reload.EMBEDDING: behind.of(copy, placed).cpu().contiguous()}
+
+
 def _there(
-    scratch: Path, job: Mapping[str, Any], inputs: Mapping[str, Tensor]
+    scratch: Path, job: Mapping[str, Any], inputs: Mapping[str, Tensor], tokens: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Run `reload.py` in a fresh process; return its answer and the outputs."""
     save_file({name: value.cpu() for name, value in inputs.items()}, scratch / "inputs.safetensors")
+    if job["sentences"]:
+        save_file(
+            {name: value.contiguous() for name, value in tokens.items()}, scratch / "tokens.safetensors"
+        )
+        (scratch / "pooling.py").write_text(
+            Path(pooling.__file__).read_text(encoding="utf-8"), encoding="utf-8"
+        )
     (scratch / "job.json").write_text(json.dumps(job), encoding="utf-8")
     # As a text, in isolated mode and in an empty folder, without the hub: the
     # process sees nothing but the saved folder and installed packages. A fresh

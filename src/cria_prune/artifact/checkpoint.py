@@ -18,7 +18,7 @@ from torch import Tensor, nn, strided
 
 from cria_prune.artifact.rebuild import load_folder, replay
 from cria_prune.base.errors import ArtifactError, some
-from cria_prune.base.files import Layout, new_folder, strict_json
+from cria_prune.base.files import Layout, new_folder, strict_json, without_places
 from cria_prune.base.kinds import of_plain_models, unwrap
 from cria_prune.base.modules import first_names
 from cria_prune.planning.plan import Plan
@@ -71,7 +71,8 @@ def save(
         plan: what was removed, relative to the dense architecture.
         architecture: name in `cria_prune.tasks.models.ARCHITECTURES`, or None if the dense
             model comes from the caller's own code.
-        config, provenance, results: kept in the manifest; they must be plain JSON.
+        config, provenance, results: kept in the manifest, without the folders of absolute paths; they must be
+            plain JSON.
         overwrite: replace the two files of a checkpoint that is there already.
 
     Raises:
@@ -89,9 +90,9 @@ def save(
         "tensors": {name: describe(value) for name, value in state.items()},
         "aliases": {name: first for name, first in same.items() if name != first},
         "sha256": "",
-        "config": config.model_dump(mode="json") if isinstance(config, BaseModel) else config,
-        "provenance": provenance,
-        "results": results,
+        "config": without_places(config.model_dump(mode="json") if isinstance(config, BaseModel) else config),
+        "provenance": without_places(provenance),
+        "results": without_places(results),
     })  # fmt: skip
     strict_json(manifest, "Writing the manifest")
     folder = new_folder(path, overwrite)

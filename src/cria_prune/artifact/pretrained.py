@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import BaseModel
@@ -15,6 +17,7 @@ from torch import nn
 
 from cria_prune.artifact.card import Card, render_card
 from cria_prune.artifact.certificate import Certificate, certify
+from cria_prune.artifact.earlier import write_for_earlier
 from cria_prune.artifact.layers import check_sizes, dense_twin, layered
 from cria_prune.artifact.padded import padded
 from cria_prune.artifact.rebuild import Policy, check_policy, render_manifest
@@ -30,11 +33,13 @@ from cria_prune.base.files import (
     refused,
     whole_folder,
 )
-from cria_prune.base.kinds import of_plain_models
+from cria_prune.base.kinds import is_sentence_encoder, plain
 from cria_prune.base.modules import named_tensors, shared_copy
 from cria_prune.base.progress import quiet
+from cria_prune.base.sentences import MODULES, check_modules
 from cria_prune.planning.plan import Plan
 from cria_prune.tasks.loading import example_inputs, find_library
+from cria_prune.tasks.pooling import Behind
 
 CLASSES = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "Model")
 DROPPED = {"model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp", "sliding_window"}
@@ -69,7 +74,6 @@ def container(model: nn.Module) -> nn.Module:
     return mistral.train(model.training)
 
 
-@of_plain_models
 def save_pretrained(
     path: str | Path,
     model: nn.Module,
@@ -93,15 +97,19 @@ def save_pretrained(
 
     Args:
         path: the folder; it must not hold files unless `overwrite`.
-        model: the smaller model, of a class of transformers; it is left as it was.
+        model: the smaller model, of a class of transformers, or a SentenceTransformer with such an encoder;
+            it is left as it was.
         plan: what was removed, relative to the dense model.
         policy: `vanilla` writes what the model's Auto class loads without Cria, so that one configuration
             has to say the sizes of all layers. `per-layer` writes any plan, for `cria_prune.load`.
         dense_config: for `per-layer`, the configuration of the dense model; None undoes the plan's edits in
             the model's own.
-        source: folder of the dense model: tokenizer, processor and generation settings are copied from it.
+        source: folder of the dense model: tokenizer, processor and generation settings are copied from it,
+            and all that makes the embeddings of a sentence encoder. None takes these of a SentenceTransformer
+            from the object.
         example: keyword arguments of the forward; made from the configuration if None.
-        config, provenance, results: kept in `cria.json`; they must be plain JSON.
+        config, provenance, results: kept in `cria.json`, without the folders of absolute paths; they must be
+            plain JSON.
         card: what the model card says besides; the command of `provenance` by default.
         max_shard_size: of a file of weights.
         overwrite: replace a folder that Cria wrote, once the new one is certified.
@@ -117,12 +125,11 @@ def save_pretrained(
     """
     check_policy(policy)
     return _saved(
-        f"Saving a {type(model).__name__} for transformers", path, model, plan, policy, dense_config, source,
-        example, config, provenance, results, card, max_shard_size, overwrite,
+        f"Saving a {type(plain(model)).__name__} for transformers", path, model, plan, policy, dense_config,
+        source, example, config, provenance, results, card, max_shard_size, overwrite,
     )  # fmt: skip
 
 
-@of_plain_models
 def save_padded(
     path: str | Path,
     model: nn.Module,
@@ -157,7 +164,7 @@ def save_padded(
         ArtifactError: the plan cuts under a norm, or does not fit; the place is taken, or the system refuses.
         CaptureError, DataError: the dense model cannot be followed, or there is no example for it.
     """
-    asked = f"Padding a {type(model).__name__}"
+    asked = f"Padding a {type(plain(model)).__name__}"
     if plan.normed:
         raise ArtifactError(
             asked,
@@ -177,25 +184,58 @@ def _saved(
     max_shard_size: str, overwrite: bool,
 ) -> Certificate:  # fmt: skip
     """Check what is to be saved, write and certify it, whole or not at all; `asked` is for error texts."""
-    _check_model(model, find_library(asked), asked)
-    manifest = render_manifest(model, plan, policy, config, provenance, results)
-    example = example_inputs(model) if example is None else example
-    source = None if source is None else Path(source)
-    card = card or Card(command=(provenance or {}).get("command"))
-    with quiet():
-        stored, notes = _stored(model, plan, policy, dense_config, example, asked)
-        with whole_folder(path, overwrite) as folder:
-            left_out = _write_model(stored, folder, policy, source, max_shard_size, asked)
+    with _source_of(model, source) as found:
+        source, model = found, plain(model)
+        _check_model(model, find_library(asked), asked)
+        _check_encoder(model, source, asked)
+        manifest = render_manifest(model, plan, policy, config, provenance, results)
+        example = example_inputs(model) if example is None else example
+        card = card or Card(command=(provenance or {}).get("command"))
+        with quiet(), whole_folder(path, overwrite) as folder:
+            stored, notes = _stored(model, plan, policy, dense_config, example, asked)
+            left_out, earlier = _write_model(stored, folder, policy, source, max_shard_size, asked)
             (folder / MANIFEST).write_text(manifest, encoding="utf-8")
             if policy == "per-layer":  # Cria loads it, and asks for the hashes
                 (folder / CERTIFICATE).write_text(json.dumps({"sha256": hashes(folder)}), encoding="utf-8")
             certificate = certify(
-                folder, model, example, stored=stored, policy=policy, left_out=left_out, notes=notes
-            )
+                folder, model, example, stored=stored, policy=policy, left_out=left_out, notes=notes,
+                source=source, earlier=earlier,
+            )  # fmt: skip
             (folder / CERTIFICATE).write_text(certificate.to_json(), encoding="utf-8")
             page = render_card(Path(path).resolve().name, model, plan, certificate, card, source)
             (folder / CARD).write_text(page, encoding="utf-8")
     return certificate
+
+
+@contextmanager
+def _source_of(model: nn.Module, source: str | Path | None) -> Iterator[Path | None]:
+    """Give the folder of the dense model; of a SentenceTransformer without one, what it writes itself."""
+    if source is not None or not is_sentence_encoder(model):
+        yield None if source is None else Path(source)
+        return
+    with TemporaryDirectory(prefix="cria-") as scratch:
+        pipeline: Any = model
+        with quiet():
+            pipeline.save(scratch, create_model_card=False)
+        yield Path(scratch)
+
+
+def _check_encoder(model: nn.Module, source: Path | None, asked: str) -> None:
+    """Check that what stands behind a sentence encoder can be kept and fits it; nothing for other folders.
+
+    Raises:
+        ArtifactError: it cannot, or it does not.
+    """
+    if source is None or not (source / MODULES).is_file():
+        return
+    check_modules(source)
+    try:
+        Behind(source, int(cast(Any, model.config).hidden_size))
+    except (ValueError, KeyError) as error:
+        raise ArtifactError(
+            asked, f"what stands behind the encoder does not fit it: {said(error)}",
+            "Give as source the folder that this encoder was loaded from",
+        ) from error  # fmt: skip
 
 
 def _stored(
@@ -224,8 +264,11 @@ def _check_model(model: nn.Module, library: Any, asked: str) -> None:
 
 def _write_model(
     stored: Any, folder: Path, policy: Policy, source: Path | None, max_shard_size: str, asked: str
-) -> tuple[str, ...]:
-    """Write weights, configuration and what is copied; return what was not copied, and why."""
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Write weights, configuration and what is copied; return what was not copied, and why.
+
+    And the names of settings that were added for earlier versions of transformers.
+    """
     vars(stored.config).pop("auto_map", None)  # there is no code in the folder
     if source is not None and (source / GENERATION).is_file() and stored.can_generate():
         stored.generation_config = type(stored.generation_config)()  # the source's file takes its place
@@ -242,4 +285,6 @@ def _write_model(
             asked, f"transformers stops with {said(error)}",
             "Mend what it names, in the model's configuration or generation settings",
         ) from error  # fmt: skip
-    return () if source is None else copy_known(source, folder)
+    left_out = () if source is None else copy_known(source, folder)
+    # The weights of a per-layer folder have the names that Cria reads, in this version alone.
+    return left_out, () if policy == "per-layer" else write_for_earlier(folder)

@@ -22,7 +22,16 @@ from torch import Tensor, nn
 
 from cria_prune.artifact.layers import empty_model, fill, unlayered
 from cria_prune.base.errors import ArtifactError, ConfigError, StructureError
-from cria_prune.base.files import CERTIFICATE, GENERATION, MANIFEST, hashes, readable, strict_json
+from cria_prune.base.files import (
+    CERTIFICATE,
+    GENERATION,
+    MANIFEST,
+    hashes,
+    readable,
+    strict_json,
+    without_places,
+)
+from cria_prune.base.sentences import MODULES, module_files
 from cria_prune.planning.plan import Plan
 from cria_prune.surgery.removal import apply
 from cria_prune.tasks.loading import (
@@ -50,7 +59,7 @@ def provenance(
 
     Args:
         seed: the seed of the run.
-        command: the command line, if there was one; kept as it is given.
+        command: the command line, if there was one; of absolute paths the last names alone are kept.
         data_fingerprint: hash of the data.
         device: where the model ran.
 
@@ -74,7 +83,7 @@ def provenance(
         "cpus": os.cpu_count(),
         "device": _device(device),
         "seed": seed,
-        "command": command if command is None or isinstance(command, str) else list(command),
+        "command": without_places(command),
         "data": data_fingerprint,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -143,9 +152,9 @@ def render_manifest(
         "policy": policy,
         "architecture": type(model).__name__,
         "plan": plan.to_dict(),
-        "config": config.model_dump(mode="json") if isinstance(config, BaseModel) else config,
-        "provenance": provenance,
-        "results": results,
+        "config": without_places(config.model_dump(mode="json") if isinstance(config, BaseModel) else config),
+        "provenance": without_places(provenance),
+        "results": without_places(results),
     }
     return strict_json(manifest, f"Writing {MANIFEST}")
 
@@ -265,7 +274,9 @@ def _check_hashes(folder: Path, names: list[str], asked: str) -> None:
         raise ArtifactError(asked, f"{CERTIFICATE} cannot be read, {error}", todo) from error
     with readable(asked, todo):
         found = hashes(folder)
-    for name in sorted({*names, *said, *found}):
+    # What a user put beside a folder that was saved without its modules is not vouched for, and was never.
+    loose = set[str]() if MODULES in said else set(module_files(folder))
+    for name in sorted({*names, *said, *found} - loose):
         if name not in found:
             raise ArtifactError(asked, f"{name} is missing", todo)
         if name not in said:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 CACHES = ("past_key_values", "cache_params")
 LOAD = "cria_prune.load"
 TEXT = ("input_ids", "attention_mask")
+EMBEDDING = "sentence_embedding"
 
 
 def outputs(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -82,6 +83,43 @@ def _by_cria(job: Mapping[str, Any]) -> tuple[Any, dict[str, list[str]]]:
     return model, {}
 
 
+def _embedded(
+    job: Mapping[str, Any], scratch: Path, model: Any, tokens: dict[str, Tensor]
+) -> tuple[Tensor, str, list[str]]:
+    """Return the embeddings of texts, by what they were computed, and what else there is to say.
+
+    By sentence-transformers where it is installed and can load the folder; else by the pooling that came
+    along, which is the same code that ran on the other side.
+    """
+    import importlib.util
+
+    import torch
+
+    notes = list[str]()
+    try:
+        library = None if job["loader"] == LOAD else __import__("sentence_transformers")
+    except ModuleNotFoundError:
+        library = None
+    if library is None:
+        spec = importlib.util.spec_from_file_location("pooling", scratch / "pooling.py")
+        pooling: Any = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        spec.loader.exec_module(pooling)  # type: ignore[union-attr]
+        with torch.no_grad():
+            behind = pooling.Behind(Path(job["folder"]), int(model.config.hidden_size))
+            return _stored(behind.of(model, tokens)), "Cria's own pooling", notes
+    options = {} if job["attention"] is None else {"attn_implementation": job["attention"]}
+    encoder = library.SentenceTransformer(
+        job["folder"], device=job["device"], local_files_only=True, model_kwargs=options
+    ).eval()
+    with torch.no_grad():
+        found = _stored(encoder(dict(tokens))[EMBEDDING])
+        asked = {"prompt": "", "convert_to_tensor": True, "show_progress_bar": False}
+        texts = _stored(encoder.encode(job["sentences"], **asked))
+    if texts.shape != found.shape or not torch.allclose(texts.float(), found.float(), atol=1e-3, rtol=1e-2):
+        notes.append("SentenceTransformer reads texts in another way than its tokenizer alone")
+    return found, f"sentence-transformers {library.__version__}", notes
+
+
 def main(scratch: Path) -> None:
     """Read `job.json` and `inputs.safetensors`; load, run, write `answer.json` and `outputs.safetensors`."""
     job = json.loads((scratch / "job.json").read_text(encoding="utf-8"))
@@ -99,16 +137,22 @@ def main(scratch: Path) -> None:
     torch.set_float32_matmul_precision(job["precision"])
     start = time.perf_counter()
     model, wrong = (_by_cria if job["loader"] == LOAD else _by_transformers)(job)
+    embedded, notes = None, list[str]()
     if not wrong:
         model = model.to(job["device"]).eval()
         inputs = safetensors.torch.load_file(scratch / "inputs.safetensors", device=job["device"])
         found = outputs(model, inputs)
         if job["tokens"]:
             found["generated"] = generated(model, inputs, job["prompt"], job["tokens"])
+        if job["sentences"]:
+            tokens = safetensors.torch.load_file(scratch / "tokens.safetensors", device=job["device"])
+            found[EMBEDDING], embedded, notes = _embedded(job, scratch, model, tokens)
         safetensors.torch.save_file(found, scratch / "outputs.safetensors")
     answer = {
         "class": type(model).__name__,
         "wrong": wrong,
+        "embedded": embedded,
+        "notes": notes,
         "seconds": time.perf_counter() - start,
         "versions": {
             "python": ".".join(map(str, sys.version_info[:3])),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cria_prune.base.errors import ArtifactError, CriaError
+from cria_prune.base.sentences import (
+    HELD,
+    MODULES,
+    SETTINGS,
+    at_the_top,
+    check_modules,
+    encoder_folder,
+    module_files,
+    modules_of,
+)
 
 
 @contextmanager
@@ -106,6 +117,37 @@ def strict_json(values: Mapping[str, Any], asked: str, indent: int | None = None
     except (TypeError, ValueError, RecursionError) as error:
         found = f"something in it is no JSON, {error}"
         raise ArtifactError(asked, found, "Pass plain finite values") from error
+
+
+PLACE = re.compile(
+    r"""(?<![\w.:/\\~-])           # no part of a word, a relative path or an address
+    (?:~?/|[A-Za-z]:[\\/])      # from the root, the home or a drive
+    (?:[^/\\\s,;:'"()]+[/\\])+  # through one folder at least
+    """,
+    re.VERBOSE,
+)
+
+
+def without_places(value: Any) -> Any:
+    """Return plain JSON in which of every absolute path only the last name is left.
+
+    What is published is not to say where on a machine it was made. Relative paths stay.
+
+    >>> without_places({"command": ["cria", "prune", "/home/me/models/llama", "--output", "runs/a"]})
+    {'command': ['cria', 'prune', 'llama', '--output', 'runs/a']}
+    >>> without_places("see https://example.org/a/b, ~/data/x.txt, and/or /tmp/job 7/")
+    'see https://example.org/a/b, x.txt, and/or job 7/'
+    """
+    if isinstance(value, Mapping):
+        return {key: without_places(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_places(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    whole = Path(value)
+    if whole.is_absolute() and whole.name:  # names may hold spaces
+        return whole.name
+    return PLACE.sub("", value)
 
 
 @dataclass(frozen=True)
@@ -229,10 +271,16 @@ def sha256(path: str | Path) -> str:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Return file name -> SHA-256 of the weights and the configuration in a model's folder."""
-    return {
-        path.name: sha256(path) for path in sorted((*folder.glob("*.safetensors"), folder / "config.json"))
+    """Return file name -> SHA-256 of the weights and the configuration in a model's folder.
+
+    In one of sentence-transformers also of what makes the embeddings of its states.
+    """
+    paths = {
+        *folder.glob("*.safetensors"),
+        folder / "config.json",
+        *map(folder.joinpath, module_files(folder)),
     }
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(paths)}
 
 
 def refused(asked: str, error: Exception) -> ArtifactError:
@@ -270,6 +318,7 @@ OURS = (
     *COPIED,
     *("config.json", "*.safetensors", "model.safetensors.index.json"),
     *(MANIFEST, CERTIFICATE, CARD, "report.html", "run.json", "run.tensors"),
+    *(MODULES, *SETTINGS),
 )
 """What a folder may hold to be replaced."""
 
@@ -295,7 +344,7 @@ def whole_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         check_free(target, overwrite)
         temporary.mkdir(parents=True)
         yield temporary
-        for written in (*sorted(temporary.iterdir()), temporary):
+        for written in (*sorted(temporary.rglob("*")), temporary):
             flush(written)
         check_free(target, overwrite)  # somebody may have come first
         _put(temporary, target, old)
@@ -320,11 +369,7 @@ def check_free(target: Path, overwrite: bool) -> None:
     if not overwrite:
         check_empty(target, asked)
     found = sorted(entry.name for entry in target.iterdir())
-    strange = [
-        name
-        for name in found
-        if (target / name).is_dir() or not any(fnmatch(name, pattern) for pattern in OURS)
-    ]
+    strange = [name for name in found if not _is_ours(target / name)]
     if strange or (found and MANIFEST not in found):
         reason = f"it holds {', '.join(strange[:3])}" if strange else f"it has no {MANIFEST}"
         raise ArtifactError(
@@ -332,6 +377,17 @@ def check_free(target: Path, overwrite: bool) -> None:
             f"{reason}, so not all of it was written by Cria",
             "Choose another folder, or remove this one yourself",
         )
+
+
+def _is_ours(path: Path) -> bool:
+    """Say whether Cria may have written it: by its name, and of a folder, that modules.json names it."""
+    if not path.is_dir():
+        return any(fnmatch(path.name, pattern) for pattern in OURS)
+    try:
+        named = any(item.path == path.name for item in modules_of(path.parent))
+    except ArtifactError:
+        return False
+    return named and all(item.is_file() and item.name in HELD for item in path.iterdir())
 
 
 def _put(temporary: Path, target: Path, old: Path) -> None:
@@ -350,21 +406,22 @@ def _put(temporary: Path, target: Path, old: Path) -> None:
 def copy_known(source: Path, folder: Path) -> tuple[str, ...]:
     """Copy the tokenizer's and processor's files and the generation settings of a model's folder.
 
-    Only the names in `COPIED` are looked at, and only what `is_plain_file` says is one is copied.
+    Only the names in `COPIED` are looked at, and only what `is_plain_file` says is one is copied. Of a folder
+    of sentence-transformers all goes along that makes its embeddings; see `base.sentences`.
 
     Returns:
         What was left out, each with the reason.
 
     Raises:
-        ArtifactError: `source` is no folder, or the system refuses.
+        ArtifactError: `source` is no folder, a module of it cannot be kept, or the system refuses.
     """
     if not source.is_dir():
         raise ArtifactError(
             f"Copying the tokenizer from {source}", "it is no folder", "Give the folder of the dense model"
         )
-    left = []
+    left, encoder = [], encoder_folder(source)
     for name in COPIED:
-        found = source / name
+        found = encoder / name
         try:
             if is_plain_file(found):
                 shutil.copyfile(found, folder / name)
@@ -372,7 +429,28 @@ def copy_known(source: Path, folder: Path) -> tuple[str, ...]:
                 left.append(f"{name} ({'a link' if found.is_symlink() else 'no regular file'})")
         except OSError as error:
             raise refused(f"Copying {found}", error) from error
+    _copy_modules(source, encoder, folder)
     return tuple(left)
+
+
+def _copy_modules(source: Path, encoder: Path, folder: Path) -> None:
+    """Copy the modules of sentence-transformers; the encoder, wherever it lay, is at the top of the copy."""
+    check_modules(source)
+    names = {name: source / name for name in module_files(source)}
+    if names:
+        names |= {name: encoder / name for name in SETTINGS if (encoder / name).exists()}
+    for name, found in names.items():
+        if not is_plain_file(found):  # without it the embeddings would be others
+            raise ArtifactError(
+                f"Copying {found}", "it is a link, or no regular file", "Put the file itself in its place"
+            )
+        try:
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(found, folder / name)
+        except OSError as error:
+            raise refused(f"Copying {found}", error) from error
+    if names:
+        at_the_top(folder)
 
 
 def is_plain_file(path: Path) -> bool:
@@ -383,5 +461,6 @@ def is_plain_file(path: Path) -> bool:
     """
     if not path.is_symlink():
         return path.is_file()
-    snapshots, found = path.parent.resolve().parent, path.resolve()
-    return snapshots.name == "snapshots" and found.parent == snapshots.parent / "blobs" and found.is_file()
+    found = path.resolve()
+    snapshots = next((item for item in path.parent.resolve().parents[:2] if item.name == "snapshots"), None)
+    return snapshots is not None and found.parent == snapshots.parent / "blobs" and found.is_file()

@@ -4,6 +4,8 @@
 model                            what becomes of it
 ===============================  =========================================================================
 DataParallel, torch.compile      worked on without it; the smaller model is given back in the same wrapping
+SentenceTransformer              its encoder is worked on, which alone has units; the smaller one takes its
+                                 place in the same pipeline
 DistributedDataParallel          worked on without it; the smaller model is given back plain, for the
                                  wrapper's reducer holds the parameters as they were
 quantised (torch.ao, torchao,    refused: prune before quantising, or dequantise
@@ -14,10 +16,12 @@ scripted or traced               refused: prune the module that was scripted
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +35,8 @@ Wrap = Callable[[nn.Module], nn.Module]
 
 PACKED_NAMES = {"qweight", "weight", "weight_packed", "qzeros", "SCB"}
 """Buffers of linear layers of which no pruner can tell what their whole numbers stand for."""
+TEXTS = 32
+"""Texts of a batch, where they come in one list."""
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 WHOLE = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
@@ -70,6 +76,11 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, Wrap | None, str]:
             kind: Any = type(outer)
             layers.append(functools.partial(kind, dynamo_ctx=outer.dynamo_ctx))
             model = outer._orig_mod
+        elif is_sentence_encoder(model):
+            kinds.append("SentenceTransformer")
+            layers.append(functools.partial(_with_encoder, model))
+            pipeline: Any = model
+            model = pipeline[0].auto_model
         else:
             break
     if "DistributedDataParallel" in kinds:  # what is around it is of these processes too
@@ -94,18 +105,84 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, Wrap | None, str]:
     )
 
 
+def is_sentence_encoder(model: Any) -> bool:
+    """Say whether a model is a SentenceTransformer that begins with an encoder of transformers.
+
+    By what it is called and has: the library itself is not imported.
+    """
+    named = any(
+        kind.__name__ == "SentenceTransformer" and kind.__module__.startswith("sentence_transformers.")
+        for kind in type(model).__mro__
+    )
+    return named and len(model) > 0 and isinstance(getattr(model[0], "auto_model", None), nn.Module)
+
+
+def _with_encoder(pipeline: Any, encoder: nn.Module) -> nn.Module:
+    """Return a SentenceTransformer with another encoder, and all else of the one that was given."""
+    made, first = copy.copy(pipeline), copy.copy(pipeline[0])
+    before = pipeline[0].auto_model
+    first._modules = {
+        name: encoder if item is before else item for name, item in pipeline[0]._modules.items()
+    }
+    names = list(pipeline._modules)
+    made._modules = {**pipeline._modules, names[0]: first}
+    return cast(nn.Module, made)
+
+
+def of_texts(model: Any, batches: Any) -> Any:
+    """Return batches for the encoder of a SentenceTransformer: texts as its own tokenizer writes them.
+
+    Args:
+        model: any; only where it is a SentenceTransformer is anything done.
+        batches: a list of texts, lists of texts, or what its `tokenize` gives; others stay as they are.
+    """
+    if not is_sentence_encoder(model) or not isinstance(batches, Iterable):
+        return batches
+    return _Texts(model, batches)
+
+
+class _Texts:
+    """Batches of texts, tokenised on every pass."""
+
+    def __init__(self, model: Any, source: Iterable[Any]) -> None:
+        self._write = getattr(model, "preprocess", None) or model.tokenize
+        items = source if isinstance(source, Sized) else list(source)
+        if isinstance(items, (list, tuple)) and items and all(isinstance(item, str) for item in items):
+            items = [items[start : start + TEXTS] for start in range(0, len(items), TEXTS)]
+        self._source = items
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._source:
+            if isinstance(batch, (list, tuple)) and batch and all(isinstance(item, str) for item in batch):
+                batch = self._write(list(batch))
+            if isinstance(batch, Mapping):  # it says of which kind it is, which the encoder does not take
+                batch = {name: item for name, item in batch.items() if isinstance(item, Tensor)}
+            yield batch
+
+
 def plain(item: Any) -> Any:
     """Return a model without what wraps it; anything else as it is."""
     return unwrap(item)[0] if isinstance(item, nn.Module) else item
 
 
 def of_plain_models(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function have every model that it is given without what wraps it."""
+    """Let a function have every model that it is given without what wraps it.
+
+    Its `batches` for a SentenceTransformer may be texts.
+    """
+    places = tuple(inspect.signature(function).parameters)
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         call: Any = function
-        found: R = call(*map(plain, args), **{name: plain(item) for name, item in kwargs.items()})
+        given = {**dict(zip(places, args, strict=False)), **kwargs}
+        pipeline = next(filter(is_sentence_encoder, given.values()), None)
+        if pipeline is not None and "batches" in given:
+            given["batches"] = of_texts(pipeline, given["batches"])
+        found: R = call(**{name: plain(item) for name, item in given.items()})
         return found
 
     return run

@@ -62,11 +62,25 @@ LOWER = " (lower is better)"
 def metric(name: str) -> Metric:
     """Return what is known of a metric; of an unknown one, higher is better.
 
-    `accuracy` is a share; a name that starts with `perplexity` or `loss`, or ends with `LOWER`, is better
-    when lower.
+    `SHARES` are shares of one; a name that starts with one of `FALLING`, or ends with `LOWER`, is better when
+    lower.
     """
-    lower = name.startswith(("perplexity", "loss")) or name.endswith(LOWER)
-    return Metric(name, higher_is_better=not lower, share=name == "accuracy")
+    lower = name.startswith(FALLING) or name.endswith(LOWER)
+    return Metric(name, higher_is_better=not lower, share=name in SHARES)
+
+
+FALLING = ("perplexity", "loss", "wer")
+SHARES = (
+    "accuracy",
+    "f1",
+    "precision",
+    "recall",
+    "exact-match",
+    "mean-iou",
+    "retrieval",
+    "wer",
+    "neighbours",
+)
 
 
 Loss = Callable[[nn.Module, Batch], Tensor]

@@ -16,7 +16,7 @@ from cria_prune.artifact.rebuild import Policy, peak_memory
 from cria_prune.artifact.scores import SCORES, load_scores
 from cria_prune.base.batches import model_inputs, move
 from cria_prune.base.errors import ArtifactError, ConfigError, PackageError, TargetError
-from cria_prune.base.files import check_free, write_json, write_text
+from cria_prune.base.files import check_free, without_places, write_json, write_text
 from cria_prune.base.metrics import logits_of
 from cria_prune.base.progress import clock
 from cria_prune.base.ranks import world
@@ -125,6 +125,7 @@ def dense_model(job: Job) -> nn.Module:
         job.out.note(f"dense model of {job.target.task.name}: loaded, or trained here")
     with clock(job.seconds, "model"):
         model = job.target.model(job.device, job.request.base_seed, job.out.progress)
+    job.target.task.compare_with(model)
     if job.target.checkpoint is None:
         job.measure(model, "dense")
     else:
@@ -252,6 +253,10 @@ def prune(request: Prune, out: Output) -> None:
     prepared = found.prepared(config, request.torch_device)
     prepared.check_reach()
     found.policy = saved_as(config)
+    if found.pretrained:
+        room = prepared.savable()
+        for line in [] if room is None else str(room).splitlines():
+            out.note(line)
     steps = Steps(config, watch=request.watch, scored=scored)
     with job_of(found, "-pruned", request, out, padded=padded) as job:
         if not job.ended(steps.described, PRUNED):
@@ -271,7 +276,12 @@ def recover(request: Recover, out: Output) -> None:
     tuning = recover_config(request, found.task.recover_defaults)
     if request.teacher is not None and not tuning.distill:
         raise ConfigError("A teacher", "nothing is distilled from it", "Give its weight with --distill")
-    if not found.task.trainable:
+    if found.task.embeds and not (tuning.distill and request.teacher):
+        raise ConfigError(
+            f"Recovering {request.checkpoint}", "it is an encoder, which learns the dense one's embeddings",
+            "Give --distill 1 and name the dense folder with --teacher; labels are not needed",
+        )  # fmt: skip
+    if not found.task.embeds and not found.task.trainable:
         raise ConfigError(f"Recovering {request.checkpoint}", *found.task.lacking)
     inherited = (
         *COUNTS,
@@ -351,6 +361,9 @@ def teacher_of(name: str | None, job: Job, model: nn.Module) -> nn.Module:
     if name is None:
         return job.target.teacher(job.device, progress)
     teacher = target.find(name).model(job.device, job.request.base_seed, progress).eval()
+    if job.target.task.embeds:
+        job.target.task.compare_with(teacher)
+        return teacher
     args, kwargs = model_inputs(move(job.target.task.example, job.device))
     with torch.no_grad():
         shapes = [tuple(logits_of(network(*args, **kwargs)).shape) for network in (teacher, model.eval())]
@@ -441,5 +454,5 @@ def keep_family(job: Job, members: Sequence[Mapping[str, Any]]) -> str:
     with interrupts_wait():
         drawn = picture(Path(job.output) / PICTURE, title, (5.4, 3.2), draw)
         values = {**job.results, "metric": metric.name, "family": list(members), "provenance": job.origin}
-        write_json(Path(job.output) / RESULT, values)
+        write_json(Path(job.output) / RESULT, without_places(values))
     return drawn

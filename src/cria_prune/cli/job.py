@@ -20,6 +20,7 @@ from cria_prune.artifact.pretrained import save_padded, save_pretrained
 from cria_prune.artifact.rebuild import provenance
 from cria_prune.base.batches import Batch, batch_size, model_inputs, move, outputs
 from cria_prune.base.errors import ArtifactError, ConfigError
+from cria_prune.base.files import without_places
 from cria_prune.base.progress import clock
 from cria_prune.base.ranks import alone, world
 from cria_prune.cli import show
@@ -37,6 +38,7 @@ from cria_prune.config import (
 )
 from cria_prune.pipeline import prune
 from cria_prune.planning.plan import Plan, compose
+from cria_prune.planning.serving import checked_for
 from cria_prune.recovery.loop import RecoverResult
 from cria_prune.recovery.tune import recover
 from cria_prune.result import PruneResult, fidelity_rows, given_back_said, repairs_of, said_of
@@ -62,6 +64,7 @@ class Job:
         seconds: stage -> wall time.
         results: the JSON object so far.
         origin: provenance.
+        served: for which server the model was cut, in words.
     """
 
     target: Target
@@ -73,6 +76,7 @@ class Job:
     seconds: dict[str, float] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
+    served: str = ""
 
     def begin(self) -> None:
         """Load the data, and note where the results come from."""
@@ -120,10 +124,13 @@ class Job:
         if not isinstance(results, dict) or results.get("stage") != stage:
             return None
         keys = ("recipe", "model", "options", "seed", "checkpoint")
-        same = all(results.get(key) == self.results.get(key) for key in keys)
+        both = [(results.get(key), self.results.get(key)) for key in keys]
+        same = all(there in (here, without_places(here)) for there, here in both)
         data = (manifest.get("provenance") or {}).get("data") == self.origin["data"]
         asked = manifest.get("config")
-        return results if same and data and described in (asked, _as_now(asked)) else None
+        as_kept = [described, without_places(described)]
+        alike = any(item in as_kept for item in (asked, _as_now(asked)))
+        return {**results, "output": str(self.output)} if same and data and alike else None
 
     def ended(self, described: Mapping[str, Any], stage: str) -> bool:
         """Answer with the results of the same command, if it is to be resumed and had ended already.
@@ -238,7 +245,7 @@ class Job:
             base=self.target.base,
             command=self.request.command,
             measured=show.measured(self.results, self.target.metric),
-            changed=str(self.results.get("changed", "")),
+            changed=", ".join(filter(None, [str(self.results.get("changed", "")), self.served])),
             fidelity=fidelity_rows(show.known_fidelity(self.results)),
             repaired=list(filter(None, [
                 given_back_said(self.results.get("repairs", ())), "; ".join(self.results.get("remarks", ())),
@@ -318,6 +325,7 @@ def prune_stage(
     held = list(task.validation_batches()) if watch else []
     if not job.request.resume:
         job.forget()
+    job.served = checked_for(config.plan, model)
     result = prune(
         model,
         prepared.batches,
@@ -403,13 +411,17 @@ def recover_stage(
     if not job.request.resume:
         here.lead("The recovery", lambda: shutil.rmtree(job.recovery, ignore_errors=True))
     held = list(task.validation_batches())
+    if task.embeds:  # its loss asks the dense one itself
+        dense, config = None, config.model_copy(update={"distill": 0.0})
     try:
         with clock(job.seconds, "recover"):
             found = recover(
                 model,
                 task.train_batches(config.seed, device=job.device),
                 config,
-                evaluate=(lambda network: task.evaluate(network, held)) if task.measured else None,
+                evaluate=(lambda network: task.evaluate(network, held))
+                if task.measured or task.embeds
+                else None,
                 loss=task.loss,
                 teacher=dense if config.distill else None,
                 lower_is_better=not job.target.metric.higher_is_better,

@@ -13,7 +13,7 @@ from cria_prune.ablation import COLUMNS, SHARES, Ablation, ablation_of, check_se
 from cria_prune.artifact.rebuild import provenance
 from cria_prune.base.batches import Batch, batch_size
 from cria_prune.base.errors import ConfigError
-from cria_prune.base.files import write_json
+from cria_prune.base.files import without_places, write_json
 from cria_prune.base.progress import clock
 from cria_prune.cli import show, target
 from cria_prune.cli.folder import claimed, interrupts_wait, picture
@@ -38,7 +38,8 @@ def ablate(request: Ablate, out: Output) -> None:
     seeds = check_seeds(range(seed, seed + request.random_seeds))
     if limit is not None and limit < 1:
         raise ConfigError("A limit of test examples", f"found {limit}", "Give 1 or more, or leave it out")
-    check_measured(found, request.target)
+    if not found.task.embeds:  # an encoder is measured beside the dense one
+        check_measured(found, request.target)
     device, seconds = request.torch_device, dict[str, float]()
     with claimed(request.output, f"{found.task.name}-ablation", request.overwrite) as folder:
         with clock(seconds, "data"):
@@ -47,6 +48,7 @@ def ablate(request: Ablate, out: Output) -> None:
             calibration = found.task.calibration(config.record.examples, config.record.seed)
         with clock(seconds, "model"):
             model = found.model(device, seed, out.progress)
+        found.task.compare_with(model)
         proven = config.model_copy(update={"verify": True})
         prepared = prepare(model, calibration, proven, example=found.task.example)
         ranking = rank(prepared, loss=found.task.loss)
@@ -71,7 +73,7 @@ def ablate(request: Ablate, out: Output) -> None:
         title = f"{request.target}, {config.score.criterion}, {REPAIRED[config.repair]}: {tested_on}"
         with interrupts_wait():
             drawn = picture(folder / PICTURE, title, (5.4, 3.6), partial(plot_ablation, values))
-            write_json(folder / RESULT, values, allow_nan=False)
+            write_json(folder / RESULT, without_places(values), allow_nan=False)
         out.say(f"result {folder / RESULT}, {drawn}")
     answer = {key: value for key, value in result.to_dict().items() if key != "curves"}
     out.answer(
@@ -135,6 +137,7 @@ def evaluate(request: Eval, out: Output) -> None:
     if request.against is not None:
         with clock(seconds, "model"):
             dense = against_of(request, found).model(device, seed, out.progress)
+        found.task.compare_with(dense)
         with clock(seconds, "fidelity"):
             distance = fidelity(dense, model, found.task.test_batches())
     with clock(seconds, "evaluate"):
@@ -175,6 +178,11 @@ def against_of(request: Eval, found: Target) -> Target:
 
 def check_measured(found: Target, name: str) -> None:
     """Raise a ConfigError if the test split lacks what the metric needs."""
+    if not found.task.measured and found.task.embeds:
+        raise ConfigError(
+            f"What the embeddings of {name} are worth", "no scored pairs and no dense one were given",
+            "Give --against the dense folder; or --calibration with pairs of texts and a column score",
+        )  # fmt: skip
     if not found.task.measured:
         raise ConfigError(f"A measure of {name}", *found.task.lacking)
 

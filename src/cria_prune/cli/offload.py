@@ -16,9 +16,9 @@ from cria_prune.cli.job import COUNTS, PRUNED, rounded
 from cria_prune.cli.output import Output
 from cria_prune.cli.settings import Prune, prune_config
 from cria_prune.offload.prune import checked, prune_offloaded
-from cria_prune.recipes.registry import TASKS, folder_task
+from cria_prune.recipes.registry import TASKS
 from cria_prune.result import changed_said, remarks_said, repairs_of, said_of
-from cria_prune.tasks.folder import FolderTask
+from cria_prune.tasks.folder import FolderTask, folder_task
 from cria_prune.tasks.loading import CONFIG, find_folder, load_pretrained
 
 UNUSED = {

@@ -13,7 +13,7 @@ import torch
 from cria_prune.artifact.rebuild import peak_memory
 from cria_prune.base.batches import batch_size
 from cria_prune.base.errors import ConfigError
-from cria_prune.base.files import write_json
+from cria_prune.base.files import without_places, write_json
 from cria_prune.base.metrics import Loss, percent
 from cria_prune.base.progress import Progress, clock
 from cria_prune.cli import target
@@ -51,7 +51,7 @@ def plan(request: Request, out: Output) -> None:
     values, kept = work(request, found, config, out)
     answer = {**head, **values, "seed": request.base_seed}
     if request.output is not None:
-        write_json(request.output, kept or {**answer, "command": request.command})
+        write_json(request.output, kept or without_places({**answer, "command": request.command}))
         out.say(f"plan written to {request.output}")
     out.answer({**answer, "output": None if request.output is None else str(request.output)})
 

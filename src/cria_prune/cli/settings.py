@@ -117,23 +117,33 @@ class Data(Request):
 
     group = DATA
 
-    calibration: Path | None = option(None, "File of plain text for a Hugging Face model to look at")
-    dataset: str | None = option(
-        None, "Parquet file, folder of parquet files, or data set of the hub, in place of --calibration"
+    calibration: tuple[str, ...] = option(
+        (), "Data for a Hugging Face model to look at: a file (text, csv, tsv, json, jsonl, parquet), a "
+        "folder of them, of images or of recordings, or a data set of the hub; several are mixed",
+    )  # fmt: skip
+    dataset: str | None = option(None, "The same, of one source, in place of --calibration")
+    text: Path | None = option(None, "Data to measure on, all of them", shown="some of the other, kept apart")
+    task: str | None = option(
+        None, "Task of the model, as in text-classification", shown="what its class says"
     )
-    text: Path | None = option(
-        None, "File of plain text to measure the perplexity on", shown="the end of the other, kept apart"
-    )
+    text_column: str | None = option(None, "Column of the texts, words or questions", shown="the usual names")
+    pair_column: str | None = option(None, "Column of the second texts: pairs, contexts, answers")
+    label_column: str | None = option(None, "Column of the labels, tags, targets or transcripts")
+    chat: bool = option(False, "Write texts or messages by the tokenizer's chat template")
+    max_length: int | None = option(None, "Tokens of an example at most", shown="what suits the task", ge=1)
 
     @property
     def texts(self) -> Texts:
         """The data that were given. Raises a ConfigError where two of them are for the same."""
+        from cria_prune.tasks.columns import Reading
         from cria_prune.tasks.folder import Texts
 
-        if self.calibration is not None and self.dataset is not None:
+        if self.calibration and self.dataset is not None:
             found = "both --calibration and --dataset were given"
-            raise ConfigError("Texts to calibrate on", found, "Give one of the two")
-        return Texts(self.calibration, self.dataset, self.text)
+            raise ConfigError("Data to calibrate on", found, "Give one of the two")
+        columns = self.text_column, self.label_column, self.pair_column
+        reading = Reading(*columns, self.chat, self.max_length)
+        return Texts(self.calibration, self.dataset, self.text, reading, self.task)
 
 
 class OfOwn(Request):

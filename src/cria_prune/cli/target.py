@@ -18,13 +18,14 @@ from cria_prune.base.errors import ArtifactError, ConfigError
 from cria_prune.base.files import MANIFEST
 from cria_prune.base.metrics import Metric, metric
 from cria_prune.base.progress import Progress
+from cria_prune.base.sentences import encoder_folder
 from cria_prune.cli.settings import OfOwn
 from cria_prune.config import PruneConfig
 from cria_prune.planning.plan import Plan
-from cria_prune.recipes.registry import TASKS, folder_task, task
+from cria_prune.recipes.registry import TASKS, task
 from cria_prune.stages import Prepared, prepare
 from cria_prune.tasks.base import Task
-from cria_prune.tasks.folder import Texts, with_weights
+from cria_prune.tasks.folder import Texts, folder_task, with_weights
 from cria_prune.tasks.functions import is_function
 from cria_prune.tasks.loading import CONFIG, HUB_NAME, example_inputs, find_folder, load_pretrained
 from cria_prune.tasks.own import Own, OwnTask, made
@@ -153,7 +154,7 @@ def find(name: str, texts: Texts | None = None, own: Own | None = None) -> Targe
             f"Known recipes: {', '.join(TASKS)}",
         )
     folder = Path(name) if name in TASKS else find_folder(name)
-    if name not in TASKS and (folder / CONFIG).is_file():
+    if name not in TASKS and (encoder_folder(folder) / CONFIG).is_file():
         return _pretrained(folder, name, texts)
     if texts:
         raise ConfigError(
@@ -243,7 +244,9 @@ def _pretrained(folder: Path, name: str, texts: Texts | None) -> Target:
     texts = texts or Texts()
     base = name if HUB_NAME.fullmatch(name) and not Path(name).is_dir() else None
     if not (folder / MANIFEST).is_file():
-        return Target(folder_task(folder, texts, with_weights(folder)), base=base, pretrained=True)
+        return Target(
+            folder_task(folder, texts, with_weights(folder, texts.task)), base=base, pretrained=True
+        )
     loaded = load(folder)
     results = _mapping(loaded.manifest.get("results"))
     known = results.get("recipe")
@@ -310,7 +313,7 @@ def load_source(
         DataError: the example's shape does not suit the model.
     """
     folder, known = Path(text), text in TASKS
-    if not known and folder.is_dir() and (folder / CONFIG).is_file():
+    if not known and folder.is_dir() and (encoder_folder(folder) / CONFIG).is_file():
         model = load_pretrained(folder, meta)
         return Source(model, example_inputs(model, example), text, "hugging-face")
     if not known and not folder.is_dir():

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cria_prune.artifact.earlier import write_for_earlier
 from cria_prune.artifact.layers import check_sizes
 from cria_prune.artifact.pretrained import container
 from cria_prune.base.batches import Batch, outputs
@@ -162,6 +163,7 @@ def write_model(
     if stored.can_generate() and not (source / GENERATION).is_file():
         stored.generation_config.save_pretrained(folder)
     copy_known(source, folder)
+    write_for_earlier(folder)
     passed("written", folder=folder)
     return smaller
 

@@ -16,6 +16,7 @@ from cria_prune.planning.allocation import Losses, allocate
 from cria_prune.planning.budget import SLACK, Budget, Cost
 from cria_prune.planning.control import check_alike, fixed_sizes, kept_whole, left_alone, settled
 from cria_prune.planning.latency import LatencyTable
+from cria_prune.planning.serving import served
 from cria_prune.planning.stairs import Allowed, Stair, fewest, stairs
 from cria_prune.structure.groups import UnitGroup, UnitGroups, freeze, without_experts, without_residual
 from cria_prune.vanilla import holdable
@@ -400,7 +401,10 @@ def scope(model: nn.Module, groups: UnitGroups, config: PlanConfig) -> Scope:
     if config.vanilla:
         check_alike(before, groups)
         held = holdable(model, groups)
-        return sized(held.groups, config, held.allowed)
+        groups, allowed = held.groups, held.allowed
+        if config.serve != "any":
+            groups, allowed = served(model, groups, allowed, config)
+        return sized(groups, config, allowed)
     return sized(groups, config, {})
 
 
@@ -444,13 +448,17 @@ def check_reach(
     return found
 
 
+PER_LAYER: dict[str, Any] = {"vanilla": False, "uniform": False, "serve": "any", "tensor_parallel": 1}
+"""What a plan for any layers says in place of one for a plain configuration."""
+
+
 def _lifts(model: nn.Module, groups: UnitGroups, config: PlanConfig) -> list[str]:
     """Say how much more could go if the plan might cut other units too: one change at a time."""
     most = _most(model, groups, config, {})
     changes: list[tuple[str, Mapping[str, Any]]] = [
         ("cut heads too (units all)", {"units": "all"}),
-        ("cut what a vanilla configuration cannot hold (per-layer)", {"vanilla": False, "uniform": False}),
-        ("both of these", {"units": "all", "vanilla": False, "uniform": False}),
+        ("cut what a vanilla configuration cannot hold (per-layer)", PER_LAYER),
+        ("both of these", {"units": "all", **PER_LAYER}),
         ("cut the residual width too (residual)", {"residual": True}),
         ("cut whole experts too (experts)", {"experts": True}),
     ]

@@ -5,10 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from cria_prune.base.errors import ConfigError
 from cria_prune.recipes.cifar10 import cifar10_task
@@ -16,7 +13,6 @@ from cria_prune.recipes.digits import digits_task
 from cria_prune.recipes.shakespeare import ShakespeareTask
 from cria_prune.recipes.sst2 import Sst2Task
 from cria_prune.tasks.base import Task
-from cria_prune.tasks.folder import FolderTask, SentenceFolder, TextFolder, Texts, with_weights
 
 OPTIONS = ("quick", "base")
 
@@ -52,28 +48,3 @@ def task(name: str, **options: Any) -> Task:
                 f"It has: {', '.join(has) or 'none'}",
             )
     return TASKS[name](**options)
-
-
-def folder_task(folder: Path, texts: Texts, model: nn.Module | None = None) -> FolderTask:
-    """Return the task of a causal language model or a sequence classifier in a folder.
-
-    Args:
-        folder: of the model; its tokenizer is read when texts are.
-        texts: the data.
-        model: the folder's model where it is already there, else it is read.
-
-    Raises:
-        ArtifactError: the folder holds no weights, pickles, quantized weights or a damaged file.
-        ConfigError: its model is of another kind.
-    """
-    model = with_weights(folder) if model is None else model
-    kind = type(model).__name__
-    if kind.endswith("ForSequenceClassification"):
-        return SentenceFolder(folder, texts, model)
-    if hasattr(model, "generate") and kind.endswith(("ForCausalLM", "LMHeadModel")):
-        return TextFolder(folder, texts, model)
-    raise ConfigError(
-        f"The model in {folder}",
-        f"it is a {kind}",
-        "Give a causal language model or a sequence classifier; others by cria_prune.prune in Python",
-    )

@@ -17,7 +17,7 @@ from cria_prune.artifact.checkpoint import MANIFEST, read_checkpoint_manifest
 from cria_prune.artifact.rebuild import read_manifest
 from cria_prune.base.errors import ArtifactError, ConfigError, CriaError
 from cria_prune.base.files import MANIFEST as PRETRAINED
-from cria_prune.base.files import Layout, is_plain_file, readable
+from cria_prune.base.files import Layout, is_plain_file, readable, without_places
 from cria_prune.base.metrics import percent
 from cria_prune.config import OF
 from cria_prune.graph.graph import NeuronGraphs, choose_layer
@@ -131,6 +131,7 @@ def write_run(
             tensors |= {f"{item.number}/{groups[name]}/{key}": units for name, units in found.items()}
     for name, both in graphs.items():
         tensors |= graph_tensors(both, f"graph/{groups[name]}/", short=True)
+    page = without_places(page)
     rows = [*page.get("rounds", ()), *({} for _ in rounds)][: len(rounds)]
     said = {
         "rounds": [{**row, **facts_of(item, ["diagnosis"])} for row, item in zip(rows, rounds, strict=True)],

@@ -46,11 +46,12 @@ class Task(ABC):
         recover_defaults: the fine-tune that suits the task.
         prune_defaults: section of a PruneConfig -> values that suit the task better than its own.
         tokenizer: of the model; None where it reads no text.
+        loss: (model, batch) -> scalar, of a fine-tune and of gradients; None: `base.metrics.cross_entropy`.
         pretrained: the model is one of transformers: results are saved as its folders.
+        embeds: it is an encoder, which learns from the dense one alone; `loss` asks that one.
         reductions: shares that a run removes where none is asked for; the configuration's if empty.
         options: how this task differs from the recipe of its name, plain JSON: `task(name, **options)`
             makes it again.
-        loss: (model, batch) to a scalar, for the fine-tune and for gradients; cross-entropy if None.
         lacking: why nothing is measured where that is so, and what to do.
         notes: what a user has to know of the data, a line each.
         named: options that a command on a checkpoint needs, to know the task again.
@@ -66,9 +67,10 @@ class Task(ABC):
     prune_defaults: Mapping[str, Mapping[str, Any]] = NOTHING
     options: Mapping[str, Any] = NOTHING
     tokenizer: Any = None
-    pretrained: bool = False
-    reductions: tuple[float, ...] = ()
     loss: Loss | None = None
+    pretrained: bool = False
+    embeds: bool = False
+    reductions: tuple[float, ...] = ()
     lacking: tuple[str, str] = ("the texts have no labels", "Give --dataset with a column label")
     notes: tuple[str, ...] = ()
     named: str = ""
@@ -172,6 +174,10 @@ class Task(ABC):
         """Return the SHA-256, in hex, of the splits' inputs and targets (of all three if none is named)."""
         parts = [self.split(name) for name in splits or SPLITS]
         return fingerprint(*(tensor for part in parts for tensor in self.tensors(part)))
+
+    def compare_with(self, dense: nn.Module) -> None:
+        """Take a network as the dense one that others are compared with, where the task does that."""
+        return None
 
     @property
     def measured(self) -> bool:

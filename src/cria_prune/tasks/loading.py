@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cria_prune.base.errors import ArtifactError, CriaError, DataError, needed, said
 from cria_prune.base.events import passed
 from cria_prune.base.progress import quiet
+from cria_prune.base.sentences import encoder_folder
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 TOKENIZERS = (
@@ -62,16 +63,18 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def load_pretrained(folder: Path, meta: bool = False, **options: Any) -> nn.Module:
+def load_pretrained(folder: Path, meta: bool = False, auto: str | None = None, **options: Any) -> nn.Module:
     """Return the model of a Hugging Face folder in eval mode, on the CPU or without values.
 
     The class is the first of `architectures` in config.json that transformers has, else the base model of
-    the configuration (`AutoModel`). Code in the folder is not run and nothing is asked of a server.
+    the configuration (`AutoModel`). Of a folder of sentence-transformers it is the encoder. Code in the
+    folder is not run and nothing is asked of a server.
 
     Args:
         folder: holds config.json, and the weights as safetensors if there are any.
         meta: leave the weights and make every tensor on the meta device: shapes without memory. A
             folder without weights is read like this too.
+        auto: Auto class in the place of `AutoModel`, where the configuration names no class.
         options: further ones of `from_pretrained`, such as `device_map`.
 
     Raises:
@@ -79,17 +82,18 @@ def load_pretrained(folder: Path, meta: bool = False, **options: Any) -> nn.Modu
             quantized or are not those of the model, or a file is damaged.
     """
     asked = f"Reading the Hugging Face model in {folder}"
-    library = find_library(asked)
+    library, folder = find_library(asked), encoder_folder(folder)
     weights = not meta and _has_weights(folder, asked)
     if weights and not options:
         passed("weights", folder=folder)
     with reading(library, asked):
         config = read_config(library, folder)
         known = known_class(library, config)
+        maker = getattr(library, auto or "AutoModel")
         if weights:
-            return _with_values(known or library.AutoModel, folder, config, asked, options).eval()
+            return _with_values(known or maker, folder, config, asked, options).eval()
         with torch.device("meta"):
-            model: nn.Module = known(config) if known else library.AutoModel.from_config(config)
+            model: nn.Module = known(config) if known else maker.from_config(config)
         return model.eval()
 
 
