@@ -763,6 +763,7 @@ def test_the_command_goes_on_where_it_was_stopped(here: Path) -> None:
         (["digits"], "found a recipe"),
         (["text.txt"], "no such folder"),
         (["llama", "--residual"], "less residual width"),
+        (["llama", "--experts"], "fewer experts"),
         (["llama", "--criterion", "taylor"], "takes gradients"),
         (["llama", "--policy", "per-layer"], "layers that differ"),
         (["llama", "--export", "padded"], "Leave out --export"),

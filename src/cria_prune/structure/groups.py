@@ -273,7 +273,16 @@ class UnitGroups:
             parameters_per_unit=parameters,
             macs_per_unit=macs,
             producers=tuple(sorted({item.tensor for item in group.producers})),
-            consumers=tuple(sorted({item.tensor for item in group.consumers})),
+            consumers=tuple(
+                sorted(
+                    {item.tensor for item in group.consumers}
+                    | {
+                        item.tensor
+                        for item in group.slices
+                        if group.shares(item) and item.tensor in self.positions
+                    }
+                )
+            ),
         )
 
     def _unit_costs(self, group: UnitGroup) -> tuple[int, float]:

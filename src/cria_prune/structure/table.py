@@ -30,7 +30,7 @@ class Row:
         parameters_per_unit: parameters that leave when one unit leaves and nothing else; None if frozen.
         macs_per_unit: multiply-accumulates per example that leave with it; None if frozen.
         producers: parameters whose output dimension the units are.
-        consumers: parameters that sum over the units.
+        consumers: parameters that sum over the units; of whole experts those that are theirs.
     """
 
     name: str
