@@ -276,6 +276,7 @@ def recover(request: Recover, out: Output) -> None:
         "asked",
         "of",
         "criterion",
+        "calibration",
         "changed",
         "remarks",
         "repairs",

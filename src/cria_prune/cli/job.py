@@ -28,6 +28,7 @@ from cria_prune.cli.folder import interrupts_wait, keep
 from cria_prune.cli.output import Output
 from cria_prune.cli.settings import Resuming
 from cria_prune.cli.target import Target
+from cria_prune.cli.used import said, used
 from cria_prune.config import PruneConfig, RecoverConfig, ScoreConfig, repair_of_before, score_of_before
 from cria_prune.pipeline import prune
 from cria_prune.planning.plan import Plan, compose
@@ -228,6 +229,7 @@ class Job:
             command=self.request.command,
             measured=show.measured(self.results, self.target.metric),
             changed=str(self.results.get("changed", "")),
+            data=said(self.results["calibration"]) if "calibration" in self.results else "",
             fidelity=fidelity_rows(show.known_fidelity(self.results)),
             repaired=list(filter(None, [
                 given_back_said(self.results.get("repairs", ())), "; ".join(self.results.get("remarks", ())),
@@ -290,6 +292,8 @@ def prune_stage(
     """Prune, keep every finished round; return the result and the plan relative to the dense network."""
     task, before = job.target.task, job.target.plan
     model, batches = prepared.model, list(prepared.batches)
+    job.results["calibration"] = used(task, batches, prepared.groups, config.record)
+    job.out.say(f"calibrated on {said(job.results['calibration'])}")
 
     def whole(result: PruneResult) -> Plan:
         return result.plan if before is None else compose(before, result.plan)
