@@ -236,13 +236,29 @@ def random_kept() -> Iterator[None]:
             np.random.set_state(numpy)
 
 
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
 @contextmanager
 def buffers_kept(model: nn.Module, but: Collection[Tensor] = ()) -> Iterator[None]:
-    """Put a model's buffers (counters, caches) back on leaving, but for some, and its modules' attributes."""
+    """Put a model's buffers (counters, caches) back on leaving, but for some, and its modules' attributes and
+    hooks.
+    """
     left = {id(tensor) for tensor in but}
     before = [(item, item.clone()) for item in model.buffers() if id(item) not in left and not item.is_meta]
     # A forward may also put another tensor in a buffer's place, or count in an attribute.
-    tables = [table for module in model.modules() for table in (vars(module), module._buffers)]
+    # Or install hooks at its first run and note that it has (transformers): the note without the hooks, or
+    # they without it, would install them again, and what they collect would come twice.
+    tables = [
+        table
+        for module in model.modules()
+        for table in (vars(module), module._buffers, *(vars(module)[name] for name in HOOKS))
+    ]
     held = [(table, dict(table)) for table in tables]
     try:
         yield
