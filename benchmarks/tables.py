@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import coverage_table
+import journeys_table
 import roundtrip_table
 import scale_table
 from coverage_table import table
@@ -239,6 +240,7 @@ def filled(text: str, written: dict[str, list[str]]) -> str:
 WHOLE = {
     "docs/results.md": render,
     "docs/coverage.md": coverage_table.render,
+    "docs/tasks.md": journeys_table.render,
     "docs/transformers.md": roundtrip_table.render,
     "docs/scale.md": scale_table.render,
 }

@@ -238,9 +238,9 @@ def t5(folder: Path) -> None:
 def bart(folder: Path) -> None:
     model(
         folder, "BartForConditionalGeneration", "BartConfig", vocab_size=VOCABULARY, d_model=32,
-        encoder_layers=2, decoder_layers=2, encoder_ffn_dim=64, decoder_ffn_dim=64, encoder_attention_heads=4,
-        decoder_attention_heads=4, max_position_embeddings=160, pad_token_id=0, bos_token_id=2, eos_token_id=3,
-        decoder_start_token_id=2, forced_eos_token_id=3,
+        encoder_layers=2, decoder_layers=2, encoder_ffn_dim=64, decoder_ffn_dim=64,
+        encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=160, pad_token_id=0,
+        bos_token_id=2, eos_token_id=3, decoder_start_token_id=2, forced_eos_token_id=3,
     )  # fmt: skip
     tokenizer().save_pretrained(folder)
 
@@ -265,8 +265,9 @@ def wav2vec(folder: Path, name: str = "Wav2Vec2ForCTC") -> None:
 
     model(
         folder, name, "Wav2Vec2Config", vocab_size=40, hidden_size=32, num_hidden_layers=2,
-        num_attention_heads=4, intermediate_size=64, conv_dim=(16, 16), conv_stride=(5, 4), conv_kernel=(10, 3),
-        num_feat_extract_layers=2, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, pad_token_id=0,
+        num_attention_heads=4, intermediate_size=64, conv_dim=(16, 16), conv_stride=(5, 4),
+        conv_kernel=(10, 3),         num_feat_extract_layers=2, num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2, pad_token_id=0,
         mask_time_prob=0.0, layerdrop=0.0, classifier_proj_size=16, ctc_zero_infinity=True,
         ctc_loss_reduction="mean",
     )  # fmt: skip
@@ -331,12 +332,15 @@ KINDS: tuple[Tiny, ...] = (
               label2id={"O": 0, "B-GOOD": 1, "I-GOOD": 2}), tagged),
     Tiny("bert, answers", "question-answering", text("BertForQuestionAnswering", BERT), questions),
     Tiny("bert, encoder", "feature-extraction", text("BertModel", BERT), plain, labelled=False),
-    Tiny("vit, classes", "image-classification", image("ViTForImageClassification", "ViTConfig", **VISION, **CATS), pictures),
+    Tiny("vit, classes", "image-classification",
+         image("ViTForImageClassification", "ViTConfig", **VISION, **CATS), pictures),
     Tiny("deit, classes", "image-classification",
          image("DeiTForImageClassification", "DeiTConfig", **VISION, **CATS), pictures),
     Tiny("dinov2, features", "image-feature-extraction",
-         image("Dinov2Model", "Dinov2Config", **{**VISION, "mlp_ratio": 2}), pictures, labelled=False),
-    Tiny("vit, features", "image-feature-extraction", image("ViTModel", "ViTConfig", **VISION), pictures, labelled=False),
+         image("Dinov2Model", "Dinov2Config", **{**VISION, "mlp_ratio": 2}), pictures, labelled=False,
+         options=PER_LAYER),
+    Tiny("vit, features", "image-feature-extraction",
+         image("ViTModel", "ViTConfig", **VISION), pictures, labelled=False),
     Tiny("swin, classes", "image-classification",
          image("SwinForImageClassification", "SwinConfig", image_size=32, patch_size=4, embed_dim=16,
                depths=[1, 1], num_heads=[2, 2], window_size=4, **CATS), pictures, options=PER_LAYER),
@@ -348,8 +352,9 @@ KINDS: tuple[Tiny, ...] = (
          pictures, options=PER_LAYER),
     Tiny("segformer, maps", "image-segmentation",
          image("SegformerForSemanticSegmentation", "SegformerConfig", "SegformerImageProcessor",
-               num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[16, 32], patch_sizes=[7, 3],
-               strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2], decoder_hidden_size=32,
+               num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[16, 32],
+               patch_sizes=[7, 3], strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2],
+               decoder_hidden_size=32,
                num_labels=3), maps, options=PER_LAYER),
     Tiny("whisper", "automatic-speech-recognition", whisper, sounds),
     Tiny("wav2vec 2.0, letters", "automatic-speech-recognition", wav2vec, sounds),

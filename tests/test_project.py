@@ -65,7 +65,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "planning",
         "recipes",
     }
-    | {"recovery", "repair", "report", "result", "scores", "stages", "structure", "tasks"},
+    | {"recording", "recovery", "repair", "report", "result", "scores", "stages", "structure", "tasks"},
 }
 
 
@@ -156,6 +156,7 @@ PUBLIC = [
         "fidelity",
         "load",
         "load_scores",
+        "make_batches",
         "plan",
         "predict_memory",
         "prepare",

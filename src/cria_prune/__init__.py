@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from cria_prune.structure.groups import UnitGroup, UnitGroups
     from cria_prune.surgery.removal import apply
     from cria_prune.surgery.verify import verify
+    from cria_prune.tasks.given import make_batches
 
 __all__ = [
     "CRITERIA",
@@ -66,6 +67,7 @@ __all__ = [
     "fidelity",
     "load",
     "load_scores",
+    "make_batches",
     "plan",
     "predict_memory",
     "prepare",
@@ -110,6 +112,7 @@ _HOMES = {
         "structure.groups": "UnitGroup UnitGroups",
         "surgery.removal": "apply",
         "surgery.verify": "verify",
+        "tasks.given": "make_batches",
     }.items()
     for name in names.split()
 }

@@ -187,3 +187,27 @@ def test_examples_are_held_out_spread_and_those_left_are_the_others() -> None:
     texts = [{"x": torch.zeros(8, n, 2), "attention_mask": torch.ones(8, n)} for n in (3, 3, 4)]
     assert [item["x"].shape[:2] for item in held_batches(texts, 24)] == [(8, 3), (4, 4)]
     assert rows_of({"x": torch.arange(4), "scale": torch.ones(2)}, [1, 3])["x"].tolist() == [1, 3]
+
+
+class Lazy(nn.Module):
+    """Installs its hooks when it first runs, and notes that it has, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.seen = nn.Linear(4, 3), list[Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not getattr(self, "installed", False):
+            self.inner.register_forward_hook(lambda _module, _given, out: self.seen.append(out))
+            self.installed = True
+        self.seen.clear()
+        self.inner(x)
+        return torch.stack(self.seen).sum(0)
+
+
+def test_hooks_that_a_first_run_installs_are_not_installed_twice() -> None:
+    """The note was taken back and the hooks were not: from then on the network gave something else."""
+    net, x = Lazy(), torch.randn(2, 4)
+    expected = net.inner(x)
+    fidelity(net, net, [x])
+    assert torch.equal(net(x), expected) and len(net.inner._forward_hooks) == 1

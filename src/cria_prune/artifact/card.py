@@ -52,6 +52,7 @@ class Card:
         command: the command or call that made the model.
         measured: rows of a table, all with the same keys: `{"model": "pruned", "perplexity": 7.1}`.
         changed: what was done, without training, to the parts that stayed; empty for nothing.
+        data: what it was calibrated on; empty where that is not known.
         fidelity: rows of a table, all with the same keys: how far the model was from the dense one after each
             stage, before any training.
         repaired: sentences on how much the layers that lost inputs got back, and what to know of it.
@@ -61,6 +62,7 @@ class Card:
     command: str | Sequence[str] | None = None
     measured: Sequence[Mapping[str, Any]] = ()
     changed: str = ""
+    data: str = ""
     fidelity: Sequence[Mapping[str, Any]] = ()
     repaired: Sequence[str] = ()
 
@@ -93,6 +95,7 @@ def render_card(
         _removed(plan),
         *([f"Without training, in what stays: {_text(card.changed)}."] if card.changed else []),
         *([" ".join(f"{_text(_begun(line))}." for line in card.repaired)] if card.repaired else []),
+        *([f"Calibrated on {_text(card.data)}."] if card.data else []),
     ]
     if card.measured:
         parts += ["## Measured", _named_rows(card.measured)]

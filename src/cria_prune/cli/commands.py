@@ -289,6 +289,7 @@ def recover(request: Recover, out: Output) -> None:
         "asked",
         "of",
         "criterion",
+        "calibration",
         "changed",
         "remarks",
         "repairs",

@@ -28,6 +28,7 @@ from cria_prune.cli.folder import interrupts_wait, keep
 from cria_prune.cli.output import Output
 from cria_prune.cli.settings import Resuming
 from cria_prune.cli.target import Target
+from cria_prune.cli.used import said, used
 from cria_prune.config import (
     PlanConfig,
     PruneConfig,
@@ -246,6 +247,7 @@ class Job:
             command=self.request.command,
             measured=show.measured(self.results, self.target.metric),
             changed=", ".join(filter(None, [str(self.results.get("changed", "")), self.served])),
+            data=said(self.results["calibration"]) if "calibration" in self.results else "",
             fidelity=fidelity_rows(show.known_fidelity(self.results)),
             repaired=list(filter(None, [
                 given_back_said(self.results.get("repairs", ())), "; ".join(self.results.get("remarks", ())),
@@ -311,6 +313,8 @@ def prune_stage(
     """Prune, keep every finished round; return the result and the plan relative to the dense network."""
     task, before = job.target.task, job.target.plan
     model, batches = prepared.model, list(prepared.batches)
+    job.results["calibration"] = used(task, batches, prepared.groups, config.record)
+    job.out.say(f"calibrated on {said(job.results['calibration'])}")
 
     def whole(result: PruneResult) -> Plan:
         return result.plan if before is None else compose(before, result.plan)

@@ -121,8 +121,8 @@ def _classified(encoder: Encoder, table: Table) -> Roles:
 
 
 def _plain(encoder: Encoder, table: Table) -> Roles:
-    text, _ = text_columns(table, encoder.reading, pairs=False)
-    return {"text": table.columns[text]}
+    text, pair = text_columns(table, encoder.reading, pairs=False)
+    return {"text": table.columns[text], **({} if pair is None else {"pair": table.columns[pair]})}
 
 
 def _targets(encoder: Encoder, table: Table) -> Roles:
