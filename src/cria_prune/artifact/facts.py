@@ -15,7 +15,16 @@ from typing import Any
 from cria_prune.artifact.checkpoint import MANIFEST as CHECKPOINT
 from cria_prune.artifact.checkpoint import read_checkpoint_manifest
 from cria_prune.artifact.rebuild import read_manifest
-from cria_prune.base.files import CARD, MANIFEST, MEASURED, is_plain_file, readable, sha256, write_json, write_text
+from cria_prune.base.files import (
+    CARD,
+    MANIFEST,
+    MEASURED,
+    is_plain_file,
+    readable,
+    sha256,
+    write_json,
+    write_text,
+)
 from cria_prune.base.metrics import metric
 from cria_prune.planning.plan import Plan
 from cria_prune.repair.fidelity import Fidelity
@@ -63,7 +72,9 @@ def keep_facts(folder: Path, section: str, values: Mapping[str, Any]) -> bool:
     """
     if not is_ours(folder):
         return False
-    known = {**read_facts(folder), section: {**values, "weights": hash_of(folder)}}
+    known = read_facts(folder)
+    before = known.get(section, {}) if section == EVAL else {}  # a metric and a distance come by two commands
+    known[section] = {**before, **values, "weights": hash_of(folder)}
     write_json(folder / MEASURED, {"format": FORMAT, "version": VERSION, **known})
     renew_card(folder)
     return True
@@ -96,7 +107,8 @@ def side_by_side(folder: Path) -> list[dict[str, str]]:
 
     def row(name: str, parameters: Any, size: Any, macs: Any, fidelity: str, measured: str) -> dict[str, str]:
         cells = (
-            name, _count(parameters), _bytes(size), _count(macs), timed.get(name, UNKNOWN), fidelity, measured,
+            name, _count(parameters), _bytes(size), _count(macs), timed.get(name, UNKNOWN), fidelity,
+            measured,
         )  # fmt: skip
         return dict(zip(COLUMNS, cells, strict=True))
 

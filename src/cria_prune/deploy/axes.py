@@ -26,7 +26,9 @@ def batch_axes(network: Flat, example: Batch) -> Axes:
         DataError: the network does not run on another number of examples.
     """
     tensors, asked = tensors_of(example), f"A batch of any size for {type(network.network).__name__}"
-    todo = "Give an example whose first dimension counts examples, and a network that takes any number of them"
+    todo = (
+        "Give an example whose first dimension counts examples, and a network that takes any number of them"
+    )
     if not tensors[0].ndim:
         raise DataError(asked, f"its first input, {network.names[0]!r}, has no dimension", todo)
     count = batch_size(example)

@@ -110,7 +110,7 @@ def export_onnx(
 
 
 def check_export(target: Path, overwrite: bool) -> None:
-    """Raise an ArtifactError unless a folder may be written here: it is new, empty, or one of `export_onnx`."""
+    """Raise an ArtifactError unless a folder may be written: it is new, empty, or of `export_onnx`."""
     asked = f"Writing the folder {target}"
     if not target.exists():
         return

@@ -72,12 +72,12 @@ def quantize_file(source: Path, path: Path) -> int:
         kinds = [node.op_type for node in onnx.load(str(path), load_external_data=False).graph.node]
     except Exception as error:  # whatever a quantiser meets in a graph
         raise ArtifactError(asked, f"onnxruntime stops with {said(error)}", "Serve the float file") from error
-    layers = sum(kind in ("MatMulInteger", "ConvInteger", "DynamicQuantizeLSTM", "QAttention") for kind in kinds)
+    layers = sum(
+        kind in ("MatMulInteger", "ConvInteger", "DynamicQuantizeLSTM", "QAttention") for kind in kinds
+    )
     if not layers:
         path.unlink()
-        raise ArtifactError(
-            asked, "it holds no product of an input with weights", "Serve the float file"
-        )
+        raise ArtifactError(asked, "it holds no product of an input with weights", "Serve the float file")
     return layers
 
 
@@ -99,7 +99,9 @@ def compared(
     given = list(varied(model, example)) if batches is None else batches
     with cache_off(model):
         found = fidelity(model, OnnxModule(path, order=Flat(model, example).names), given)
-    return found, f"{found.examples} examples" + (" made of the one that it was exported with" if made else "")
+    return found, f"{found.examples} examples" + (
+        " made of the one that it was exported with" if made else ""
+    )
 
 
 def varied(model: nn.Module, example: Batch) -> Iterator[Batch]:

@@ -157,11 +157,11 @@ def _exported(
     }  # fmt: skip
 
 
-def _program(
-    network: Flat, example: Sequence[Tensor], outputs: Sequence[str], axes: Axes, asked: str
-) -> Any:
+def _program(network: Flat, example: Sequence[Tensor], outputs: Sequence[str], axes: Axes, asked: str) -> Any:
     """Return what the exporter makes; where it stops at the fused attention, with the written-out one."""
-    configs = [config for item in network.modules() if hasattr(config := getattr(item, "config", None), FUSED)]
+    configs = [
+        config for item in network.modules() if hasattr(config := getattr(item, "config", None), FUSED)
+    ]
     failure: Exception | None = None
     for written_out in (False, True) if configs else (False,):
         try:
@@ -176,7 +176,9 @@ def _program(
             check_memory(error, asked, "Use a machine with more memory")
             failure = failure or error
     assert failure is not None
-    raise ArtifactError(asked, f"the exporter of torch {torch.__version__} stops with {_cause(failure)}", MEND)
+    raise ArtifactError(
+        asked, f"the exporter of torch {torch.__version__} stops with {_cause(failure)}", MEND
+    )
 
 
 def _checked(

@@ -92,7 +92,9 @@ def runtime_for(asked: str) -> Any:
 
 def provider(runtime: Any, device: str) -> str:
     """Return the provider of onnxruntime for a device. Raises a ConfigError where there is none."""
-    name = "CPUExecutionProvider" if device == "cpu" else f"{device.partition(':')[0].upper()}ExecutionProvider"
+    name = (
+        "CPUExecutionProvider" if device == "cpu" else f"{device.partition(':')[0].upper()}ExecutionProvider"
+    )
     known = runtime.get_available_providers()
     if name not in known:
         raise ConfigError(

@@ -109,9 +109,7 @@ def compare_latency(
     return found
 
 
-def _speed(
-    both: Sequence[nn.Module], batch: Batch, runtime: str, seconds: float, timer: Timer
-) -> Speed:
+def _speed(both: Sequence[nn.Module], batch: Batch, runtime: str, seconds: float, timer: Timer) -> Speed:
     try:
         return compare_speed(both[0], both[1], batch, seconds=seconds, timer=timer)
     except Exception as error:  # whatever a compiler or a forward raises
@@ -161,7 +159,7 @@ def _check_asked(batches: Sequence[int], runtimes: Sequence[str], threads: int |
 
 
 def check_same_inputs(dense: nn.Module, pruned: nn.Module, *examples: Batch) -> None:
-    """Raise a DataError unless the examples of two networks have the same inputs, and both run on the first."""
+    """Raise a DataError unless the examples of two networks are alike, and both run on the first."""
     asked, todo = "Comparing the latency of two networks", "Give the pruned network and the dense one of it"
     said_of = [
         {
@@ -182,4 +180,6 @@ def check_same_inputs(dense: nn.Module, pruned: nn.Module, *examples: Batch) -> 
             with cache_off(net), torch.no_grad():
                 net(*args, **kwargs)
         except Exception as error:  # whatever a forward raises
-            raise DataError(asked, f"the {title} one does not run on the inputs, {said(error)}", todo) from error
+            raise DataError(
+                asked, f"the {title} one does not run on the inputs, {said(error)}", todo
+            ) from error
