@@ -143,7 +143,7 @@ def _exported(
         program.save(str(path), external_data=weights > LARGEST)
     except OSError as error:
         raise refused(f"Writing {path}", error) from error
-    checked, error = _checked(network, tensors, axes, by, path, asked)
+    checked, worst = _checked(network, tensors, axes, by, path, asked)
     files = (path, path.with_name(f"{path.name}.data"))
     shapes = zip(network.names, example, axes, strict=True)
     return {
@@ -151,7 +151,7 @@ def _exported(
             name: [known.get(axis, size) for axis, size in enumerate(item.shape)]
             for name, item, known in shapes
         },
-        "outputs": tuple(outputs), "checked": checked, "error": error,
+        "outputs": tuple(outputs), "checked": checked, "error": worst,
         "bytes": sum(item.stat().st_size for item in files if item.exists()),
         "opset": int(program.model.opset_imports[""]),
     }  # fmt: skip

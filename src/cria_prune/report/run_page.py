@@ -191,7 +191,8 @@ def write_report(path: str | Path, result: Result) -> Path:
             `metric`, `seconds`, `fidelity` by stage, `repairs` and `unrepaired` as in `Round`), `widths`
             (group -> before, after), `scores` (group -> `scores`, `kept`), `spectra` (group -> name of a
             round -> z), `layer` (see `one_layer`), `ablation`, `frozen` (group -> reason),
-            `side_by_side` (rows of `artifact.facts.side_by_side`), `seconds` (stage -> seconds), `memory` (what -> bytes at most), `provenance`, `earlier` (provenances of the runs
+            `side_by_side` (rows of `artifact.facts.side_by_side`), `seconds` (stage -> seconds),
+            `memory` (what -> bytes at most), `provenance`, `earlier` (provenances of the runs
             before), `config` and `missing` (what is not on the page, and why). A part whose keys are missing
             is left out.
 
