@@ -42,9 +42,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"criteria", "latency", "measured", "planning", "result", "resume", "scores", "stages"},
     "ablation": BASE | {"stages", "structure", "planning", "surgery"},
     "torch_pruning": BASE | {"stages", "criteria", "spectrum", "structure"},
+    "deploy": BASE | {"latency", "repair"},
     "tasks": BASE | {"recovery"},
     "recipes": BASE | {"recovery", "tasks"},
-    "artifact": BASE | {"planning", "resume", "scores", "structure", "surgery", "tasks", "vanilla"},
+    "artifact": BASE | {"planning", "repair", "resume", "scores", "structure", "surgery", "tasks", "vanilla"},
     "report": BASE | {"artifact", "graph", "planning", "recipes", "repair", "result", "resume", "spectrum"},
     "offload": BASE
     | {"artifact", "criteria", "planning", "recording", "repair", "result", "resume", "spectrum", "stages"}
@@ -58,6 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "artifact",
         "bench",
         "criteria",
+        "deploy",
         "measured",
         "memory",
         "offload",
@@ -153,6 +155,7 @@ PUBLIC = [
         "ablate",
         "apply",
         "discover",
+        "export_onnx",
         "fidelity",
         "load",
         "load_scores",

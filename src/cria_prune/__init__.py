@@ -3,9 +3,9 @@
 One function per step, in the order of the data: `discover` what may be removed, `record` what the
 neurons do, `score` them, `plan` what stays, `apply` the plan, `verify` that masked equals pruned,
 `recover` the task, `save` and `load` the result; `save_pretrained` writes what plain transformers
-loads. `prune` runs discover to verify, round by round, and takes what `prepare` found once;
-`score_once` keeps scores from which it cuts to any size; `prune_offloaded` does without the model in
-memory; `ablate` measures whether scores are worth anything.
+loads, and `export_onnx` what onnxruntime runs. `prune` runs discover to verify, round by round, and
+takes what `prepare` found once; `score_once` keeps scores from which it cuts to any size;
+`prune_offloaded` does without the model in memory; `ablate` measures whether scores are worth anything.
 """
 
 from importlib import import_module
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from cria_prune.criteria.score import score
     from cria_prune.criteria.table import CRITERIA, register_criterion
+    from cria_prune.deploy.folder import export_onnx
     from cria_prune.memory import predict_memory
     from cria_prune.offload.prune import prune_offloaded
     from cria_prune.pipeline import prune
@@ -64,6 +65,7 @@ __all__ = [
     "ablate",
     "apply",
     "discover",
+    "export_onnx",
     "fidelity",
     "load",
     "load_scores",
@@ -99,6 +101,7 @@ _HOMES = {
         "config": "PlanConfig PruneConfig RecordConfig RecoverConfig ScoreConfig preset",
         "criteria.score": "score",
         "criteria.table": "CRITERIA register_criterion",
+        "deploy.folder": "export_onnx",
         "memory": "predict_memory",
         "offload.prune": "prune_offloaded",
         "pipeline": "prune",

@@ -18,6 +18,7 @@ from torch import nn
 from cria_prune.artifact.card import Card, render_card
 from cria_prune.artifact.certificate import Certificate, certify
 from cria_prune.artifact.earlier import write_for_earlier
+from cria_prune.artifact.facts import renew_card
 from cria_prune.artifact.layers import check_sizes, dense_twin, layered
 from cria_prune.artifact.padded import padded
 from cria_prune.artifact.rebuild import Policy, check_policy, render_manifest
@@ -204,6 +205,8 @@ def _saved(
             (folder / CERTIFICATE).write_text(certificate.to_json(), encoding="utf-8")
             page = render_card(Path(path).resolve().name, model, plan, certificate, card, source)
             (folder / CARD).write_text(page, encoding="utf-8")
+            if results:
+                renew_card(folder)
     return certificate
 
 

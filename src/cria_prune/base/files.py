@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -303,6 +303,8 @@ def flush(path: Path) -> None:
 
 
 MANIFEST, CERTIFICATE, CARD = "cria.json", "certificate.json", "README.md"
+MEASURED = "measured.json"
+"""What was measured of a pruned model after it was saved."""
 GENERATION = "generation_config.json"
 TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -317,14 +319,16 @@ COPIED = (*TOKENIZER, *PROCESSOR, GENERATION)
 OURS = (
     *COPIED,
     *("config.json", "*.safetensors", "model.safetensors.index.json"),
-    *(MANIFEST, CERTIFICATE, CARD, "report.html", "run.json", "run.tensors"),
+    *(MANIFEST, CERTIFICATE, CARD, MEASURED, "report.html", "run.json", "run.tensors"),
     *(MODULES, *SETTINGS),
 )
 """What a folder may hold to be replaced."""
 
 
 @contextmanager
-def whole_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def whole_folder(
+    path: str | Path, overwrite: bool = False, check: Callable[[Path, bool], None] | None = None
+) -> Iterator[Path]:
     """Give a temporary folder beside `path`; on leaving, it becomes `path`.
 
     When the body raises, nothing is left of it, and an old `path` stays as it was.
@@ -332,6 +336,7 @@ def whole_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     Args:
         path: the folder; it may exist if it is empty. Of a link, the folder that it leads to.
         overwrite: replace a folder that Cria wrote: one with `cria.json` and no files of others.
+        check: what says whether the place is free; `check_free` if None.
 
     Raises:
         ArtifactError: the place is taken, or the system refuses.
@@ -341,12 +346,12 @@ def whole_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     temporary, old = (target.with_name(f".{target.name}.{token}.{end}") for end in ("tmp", "old"))
     made = [parent for parent in target.parents if not parent.exists()]
     try:
-        check_free(target, overwrite)
+        (check or check_free)(target, overwrite)
         temporary.mkdir(parents=True)
         yield temporary
         for written in (*sorted(temporary.rglob("*")), temporary):
             flush(written)
-        check_free(target, overwrite)  # somebody may have come first
+        (check or check_free)(target, overwrite)  # somebody may have come first
         _put(temporary, target, old)
     except OSError as error:
         raise refused(f"Writing the folder {path}", error) from error

@@ -18,7 +18,7 @@ from torch import nn
 from cria_prune.artifact.checkpoint import MANIFEST, WEIGHTS, save
 from cria_prune.base.errors import ArtifactError, PackageError
 from cria_prune.base.files import MANIFEST as PRETRAINED
-from cria_prune.base.files import new_folder, refused
+from cria_prune.base.files import MEASURED, new_folder, refused
 from cria_prune.base.ranks import world
 from cria_prune.planning.plan import Plan
 from cria_prune.report.folder import FILES
@@ -98,7 +98,7 @@ def keep(folder: Path, model: nn.Module, plan: Plan, **described: Any) -> None:
             tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as aside,
         ):
             save(aside, model, plan, **described)
-            for name in (REPORT, "ablation.json", "ablation.png", *FILES):
+            for name in (REPORT, "ablation.json", "ablation.png", MEASURED, *FILES):
                 (folder / name).unlink(missing_ok=True)
             for name in (WEIGHTS, MANIFEST):
                 os.replace(Path(aside) / name, folder / name)

@@ -46,5 +46,6 @@ def cria(
 for request in (
     *(settings.Run, settings.Inspect, settings.Score, settings.Plan, settings.Ablate, settings.Prune),
     *(settings.Sweep, settings.Recover, settings.Report, settings.Bench, settings.Eval),
+    *(settings.Export, settings.Latency),
 ):
     add_command(app, request)

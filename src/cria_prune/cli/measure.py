@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,12 +10,14 @@ from typing import Any
 from torch import nn
 
 from cria_prune.ablation import COLUMNS, SHARES, Ablation, ablation_of, check_seeds, check_shares
+from cria_prune.artifact.facts import EVAL
 from cria_prune.artifact.rebuild import provenance
 from cria_prune.base.batches import Batch, batch_size
 from cria_prune.base.errors import ConfigError
 from cria_prune.base.files import without_places, write_json
 from cria_prune.base.progress import clock
 from cria_prune.cli import show, target
+from cria_prune.cli.deploy import kept
 from cria_prune.cli.folder import claimed, interrupts_wait, picture
 from cria_prune.cli.job import rounded
 from cria_prune.cli.output import Output
@@ -153,6 +155,7 @@ def evaluate(request: Eval, out: Output) -> None:
     if distance is not None:
         out.say(f"from {request.against}: {distance}")
         metrics |= {"against": request.against, "fidelity": distance.to_dict()}
+    keep_evaluation(out, found, metrics)
     out.answer(
         {
             "target": request.target,
@@ -174,6 +177,16 @@ def against_of(request: Eval, found: Target) -> Target:
     if name == found.task.factory:
         return Target(found.task, base=name)
     return target.find(name, own=replace(found.task.own, factory=found.task.factory))
+
+
+def keep_evaluation(out: Output, found: Target, metrics: Mapping[str, Any]) -> None:
+    """Keep a metric and a distance in the folder of a pruned model, beside what was kept before."""
+    value = metrics.get(found.task.metric)
+    new = {} if value is None else {"metric": found.task.metric, "value": value}
+    new |= {"fidelity": metrics["fidelity"]} if "fidelity" in metrics else {}
+    if found.checkpoint is None or not new:
+        return
+    kept(out, found.checkpoint, EVAL, new)
 
 
 def check_measured(found: Target, name: str) -> None:

@@ -468,6 +468,53 @@ class Eval(OfTarget, Data, Measured, Running):
     limit: int | None = option(None, "Examples per task of lm-eval at most", shown="all")
 
 
+class Deployed(OfTarget):
+    """What is served: a model, its inputs, and the function of its dense network where that is needed."""
+
+    group = MODEL
+
+    factory: str | None = option(
+        None, "package.module:function that makes the dense network, for a checkpoint of it"
+    )
+    example: str | None = option(
+        None, "Shape of the (main) input, like 1,3,32,32", shown="what suits the model"
+    )
+
+
+class Export(Deployed, Data):
+    """Export a model to ONNX, checked in onnxruntime against torch on other sizes; in int8 too.
+
+    The batch may have any size, and the length where the model takes any. Names are those of optimum.
+    """
+
+    work = "deploy.export"
+
+    onnx: Path | None = option(None, "Folder for model.onnx, configuration and tokenizer")
+    int8: bool = option(False, "Also write model_quantized.onnx, and say how far it is from the float model")
+    overwrite: bool = option(False, "Replace an export that is there already")
+
+
+class Latency(Deployed, OnDevice):
+    """Measure how fast a model is beside another one: medians in turns, in one run.
+
+    A table by runtime and batch size; in a folder that Cria saved it is kept for the card and the report.
+    """
+
+    group, work = MEASURE, "deploy.latency"
+
+    against: str | None = option(None, "The dense model: what the target can be too")
+    batch: str = option("1,8,64", "Examples of a batch, separated by commas")
+    runtime: str = option(
+        "eager", "What runs them, separated by commas: eager, compiled, onnxruntime or int8"
+    )
+    threads: int | None = option(
+        None, "That a forward may use", shown="as many as torch takes", group=RUNNING
+    )
+    seconds: float = option(5.0, "Of measuring for each runtime and batch size, both models together")
+    output: Path | None = option(None, "JSON file for the table", group=OUTPUT)
+    overwrite: bool = option(False, "Replace a file that is there already", group=OUTPUT)
+
+
 SECTIONS = {"record": RecordConfig, "score": ScoreConfig, "plan": PlanConfig}
 
 

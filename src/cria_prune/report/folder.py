@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from cria_prune.artifact.checkpoint import MANIFEST, read_checkpoint_manifest
+from cria_prune.artifact.facts import is_ours, side_by_side
 from cria_prune.artifact.rebuild import read_manifest
 from cria_prune.base.errors import ArtifactError, ConfigError, CriaError
 from cria_prune.base.files import MANIFEST as PRETRAINED
@@ -257,6 +258,8 @@ def run_result(folder: Path, layer: str | None = None) -> dict[str, Any]:
     rounds, graphs = found.rounds, found.graphs
     widths = found.page.get("widths") or {}
     result, path = {**found.page, "ablation": None}, folder / ABLATION
+    if is_ours(folder):
+        result["side_by_side"] = side_by_side(folder)
     if is_plain_file(path):
         with readable(f"Reading {path}", "Make it again with cria ablate, or remove it"):
             ablation = Ablation.model_validate(json.loads(path.read_text(encoding="utf-8")))

@@ -190,10 +190,11 @@ def write_report(path: str | Path, result: Result) -> Path:
             `reachable` (shares) and `of`, `rounds` (a list of `round`, `parameters`, `reduction`,
             `metric`, `seconds`, `fidelity` by stage, `repairs` and `unrepaired` as in `Round`), `widths`
             (group -> before, after), `scores` (group -> `scores`, `kept`), `spectra` (group -> name of a
-            round -> z), `layer` (see `one_layer`), `ablation`, `frozen` (group -> reason), `seconds` (stage
-            -> seconds), `unreached` (lines on experts that the calibration never reaches), `memory` (what ->
-            bytes at most), `provenance`, `earlier` (provenances of the runs before), `config` and `missing`
-            (what is not on the page, and why). A part whose keys are missing is left out.
+            round -> z), `layer` (see `one_layer`), `ablation`, `frozen` (group -> reason),
+            `side_by_side` (rows of `artifact.facts.side_by_side`), `seconds` (stage -> seconds), `unreached`
+            (lines on experts that the calibration never reaches), `memory` (what -> bytes at most),
+            `provenance`, `earlier` (provenances of the runs before), `config` and `missing` (what is not on
+            the page, and why). A part whose keys are missing is left out.
 
     Raises:
         ArtifactError: the system refuses to write.
@@ -207,6 +208,7 @@ def render(result: Result) -> str:
     layer = result.get("layer") or {}
     parts: list[tuple[str, Callable[[Result], str]]] = [
         ("Result", _outcome),
+        ("Dense beside pruned", _side_by_side),
         ("Rounds", _rounds),
         ("Distance from the dense network", _fidelity),
         ("Repair of every layer", _repairs),
@@ -264,6 +266,12 @@ def _outcome(result: Result) -> str:
         rows.append(["to dense", metric(known).change(dense, last), *left])
     figures = table(["", known, "parameters", "MACs"], rows)
     return pictures("pair", [f"<div>{figures}</div>", _tradeoff(result)])
+
+
+def _side_by_side(result: Result) -> str:
+    """All that was measured of the dense model and of what was made of it."""
+    rows = result.get("side_by_side") or []
+    return table(list(rows[0]), [list(row.values()) for row in rows]) if rows else ""
 
 
 def _tradeoff(result: Result) -> str:
