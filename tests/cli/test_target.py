@@ -85,6 +85,7 @@ LOADER = ["--loader", "my_pair:loader", "--inputs", "left,right", "--examples", 
 HELD = ["--test-loader", "my_pair:held"]
 MEASURED = ["--evaluate", "my_pair:accuracy", *HELD]
 AGAIN = ["--factory", "my_pair:make"]
+PLAIN = ["--repair", "none"]
 
 
 def test_prune_recover_eval_and_prune_again(folder: Path) -> None:
@@ -116,7 +117,8 @@ def test_prune_recover_eval_and_prune_again(folder: Path) -> None:
     found = answer("eval", "tuned", *AGAIN, *LOADER, *MEASURED, *DENSE, "--against", "my_pair:make")
     assert found["accuracy"] == tuned["recovered"] and found["fidelity"]["examples"] == 128
 
-    again = answer("prune", "tuned", *AGAIN, *LOADER, *MEASURED, "--reduction", "0.3", "--output", "smaller")
+    words = [*AGAIN, *LOADER, *MEASURED, *PLAIN, "--reduction", "0.3", "--output", "smaller"]
+    again = answer("prune", "tuned", *words)
     assert (
         again["parameters"] < small["parameters"] and again["parameters_dense"] == small["parameters_dense"]
     )
@@ -124,9 +126,7 @@ def test_prune_recover_eval_and_prune_again(folder: Path) -> None:
 
     saved = load("smaller", my_pair.make())
     assert sum(item.numel() for item in saved.model.parameters()) == again["parameters"]
-    done = cria(
-        "prune", "tuned", *AGAIN, *LOADER, *MEASURED, "--reduction", "0.3", "--output", "smaller", "--resume"
-    )
+    done = cria("prune", "tuned", *words, "--resume")
     assert "already in smaller" in done.stdout
     assert str(folder) not in json.dumps(read_checkpoint_manifest(Path("small")))
 
@@ -159,7 +159,7 @@ def test_inspect_ends_with_the_command_that_prunes_it() -> None:
     )
     given = {"FILE.safetensors": "model.safetensors", "my_pair:METRIC": "my_pair:accuracy"}
     words = [given.get(word, word) for word in shlex.split(line.partition("cria ")[2])]
-    assert answer(*words, *LOADER[2:], "--output", "as-told")["pruned"] > 0.5
+    assert answer(*words, *LOADER[2:], "--output", "as-told", *PLAIN)["pruned"] > 0.5
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_what_does_not_fit_is_one_line(words: list[str], said: str) -> None:
 
 
 def test_a_checkpoint_runs_no_code_that_it_names() -> None:
-    words = [*DENSE, *LOADER, "--output", "unmeasured", "--reduction", "0.3"]
+    words = [*DENSE, *LOADER, *PLAIN, "--output", "unmeasured", "--reduction", "0.3"]
     result = cria("prune", "my_pair:make", *words)
     assert (
         result.exit_code == 0 and "the pruned model is not measured: no --evaluate was given" in result.stderr
