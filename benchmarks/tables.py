@@ -194,7 +194,38 @@ def render() -> str:
             lines += [line for how in WAYS for line in pruned_table(network, scope, how)]
         lines += [line for how in WAYS for line in recovered_table(network, how)]
         lines += [*macs_table(network), *ablation_tables(network)]
+    lines += encoder_table()
     return "\n".join(lines).rstrip() + "\n"
+
+
+def encoder_table() -> list[str]:
+    """The sentence encoder of benchmarks/others.py: embeddings beside the dense one's, row by row."""
+    found = json.loads((RESULTS / "others" / "minilm-encoder-seed0.json").read_text())
+    rows = []
+    for name, row in sorted(found["rows"].items()):
+        share, _, stage = name.partition(", ")
+        both = [
+            text
+            for kind in ("sst2", "wikitext")
+            for text in (f"{row[kind]['cosine']:.3f}", f"{row[kind]['neighbours']:.1%}")
+        ]
+        rows.append([f"{100 * float(share):g} %", stage, *both, f"{row['seconds']:.0f}"])
+    head = ["prunable parameters gone", "after", "cosine, SST-2", "neighbours kept, SST-2"]
+    head += ["cosine, WikiText-2", "neighbours kept, WikiText-2", "seconds"]
+    text = (
+        f"`benchmarks/others.py encoder`: {found['calibration']:,} sentences of calibration, "
+        f"{found['test']:,} of each kind to measure on, one draw. A neighbour is kept where the nearest "
+        "other sentence is the same as the dense encoder's. `distilled N` is the network of the walk after "
+        "one pass over N sentences without labels."
+    )
+    return [
+        "### MiniLM sentence encoder: embeddings beside the dense one's",
+        "",
+        text,
+        "",
+        *table(head, rows),
+        "",
+    ]
 
 
 def demo() -> list[str]:
