@@ -46,7 +46,10 @@ PRUNING = {
 TUNING = {"--epochs", "--lr", "--distill", "--lora", "--compile", "--no-compile", "--fsdp", "--no-fsdp"}
 COMMON = {"--seed", "--device", "--quiet", "-q"}
 SAVING = {"--output", "--overwrite"}
-DATA = {"--calibration", "--dataset", "--text"}
+DATA = {
+    "--calibration", "--dataset", "--text", "--task", "--text-column", "--pair-column", "--label-column",
+    "--chat", "--max-length",
+}  # fmt: skip
 SCORING = {
     "--criterion", "--preset", "--residual", "--no-residual", "--examples", "--positions", "--config",
     "--neighbors", "--ridge", "--pairs", "--sketch", "--tokens",

@@ -24,6 +24,7 @@ SLOW: dict[str, tuple[str, ...]] = {
     "test_a_fresh_process_loads_with_cria_what_differs_by_layer": ("",),
     "test_the_tenth_compiled_fine_tune_of_a_class_is_compiled_too": ("",),
     "test_compiled_it_ends_where_it_does_uncompiled": ("",),
+    "test_a_token_classifier_by_its_commands": ("",),
     "test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere": ("",),
 }
 """Name of a test -> parts of the names of its slow cases; the empty text is in all of them."""

@@ -24,6 +24,7 @@ from cria_prune.config import REPAIRED
 from cria_prune.repair.fidelity import fidelity
 from cria_prune.report.curves import plot_ablation
 from cria_prune.stages import prepare, rank
+from cria_prune.tasks.kinds import NO_METRIC
 
 RESULT, PICTURE = "ablation.json", "ablation.png"
 
@@ -163,6 +164,11 @@ def evaluate(request: Eval, out: Output) -> None:
 
 def check_measured(found: Target, name: str) -> None:
     """Raise a ConfigError if the test split lacks what the metric needs."""
+    if found.task.metric == NO_METRIC:
+        raise ConfigError(
+            f"A metric of {name}", "its task has none",
+            "Compare it with the dense model: --against FOLDER",
+        )  # fmt: skip
     if not found.task.measured:
         raise ConfigError(
             f"An {found.task.metric} of {name}", "the texts have no labels",
