@@ -48,7 +48,10 @@ PRUNING = {
 TUNING = {"--epochs", "--lr", "--distill", "--lora", "--compile", "--no-compile", "--fsdp", "--no-fsdp"}
 COMMON = {"--seed", "--device", "--quiet", "-q"}
 SAVING = {"--output", "--overwrite"}
-DATA = {"--calibration", "--dataset", "--text"}
+DATA = {
+    "--calibration", "--dataset", "--text", "--task", "--text-column", "--pair-column", "--label-column",
+    "--chat", "--max-length",
+}  # fmt: skip
 OWN = {"--factory", "--loader", "--inputs"}
 TRAINED = OWN | {"--weights", "--loss"}
 MEASURED = TRAINED | {"--evaluate", "--test-loader", "--better"}

@@ -257,7 +257,7 @@ class Job:
             common: dict[str, Any] = {
                 "source": self.target.task.pretrained_source(Path(scratch)), "config": config,
                 "provenance": self.origin, "results": self._said(stage), "card": card,
-                "overwrite": self.may_replace(),
+                "overwrite": self.may_replace(), "example": self.target.task.real_example(),
             }  # fmt: skip
             certificate = save_pretrained(
                 self.output, model, plan, policy=cast(Any, self.target.policy), **common

@@ -27,6 +27,7 @@ from cria_prune.config import REPAIRED
 from cria_prune.repair.fidelity import fidelity
 from cria_prune.report.curves import plot_ablation
 from cria_prune.stages import prepare, rank
+from cria_prune.tasks.kinds import NO_METRIC
 from cria_prune.tasks.own import OwnTask
 
 RESULT, PICTURE = "ablation.json", "ablation.png"
@@ -191,6 +192,11 @@ def keep_evaluation(out: Output, found: Target, metrics: Mapping[str, Any]) -> N
 
 def check_measured(found: Target, name: str) -> None:
     """Raise a ConfigError if the test split lacks what the metric needs."""
+    if found.task.metric == NO_METRIC:
+        raise ConfigError(
+            f"A metric of {name}", "its task has none",
+            "Compare it with the dense model: --against FOLDER",
+        )  # fmt: skip
     if not found.task.measured and found.task.embeds:
         raise ConfigError(
             f"What the embeddings of {name} are worth", "no scored pairs and no dense one were given",

@@ -209,6 +209,10 @@ class Task(ABC):
         self.tokenizer.save_pretrained(scratch)
         return scratch
 
+    def real_example(self) -> Batch | None:
+        """Return two examples of the data that a saved folder is certified on; None: made-up ones will do."""
+        return None
+
     def evaluate(self, model: nn.Module, batches: Iterable[Batch], progress: Progress | None = None) -> float:
         """Return the metric of the model on the batches."""
         return evaluate(model, batches, progress=progress)

@@ -329,7 +329,7 @@ def encoder_batch(encoder: Encoder, items: Sequence[Features], seed: int) -> dic
     """Return a padded batch for a model without a head; a decoder, where it has one, reads the same text."""
     batch = pad(encoder, [{key: item[key] for key in item if key != "labels"} for item in items])
     if getattr(encoder.config, "is_encoder_decoder", False) and "decoder_input_ids" in encoder.takes:
-        batch["decoder_input_ids"] = batch["input_ids"]
+        batch["decoder_input_ids"] = batch["input_ids"].clone()
     return batch
 
 

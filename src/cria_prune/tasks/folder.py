@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cria_prune.base.batches import Batch
+from cria_prune.base.batches import Batch, first_examples, model_inputs
 from cria_prune.base.errors import ArtifactError, ConfigError, DataError
 from cria_prune.base.modules import device_of
 from cria_prune.base.progress import Progress
@@ -162,6 +162,11 @@ class FolderTask(Task):
     def pretrained_source(self, scratch: Path) -> Path:
         """Return the folder itself."""
         return self.folder
+
+    def real_example(self) -> Batch | None:
+        """Return the first two examples of the validation split, without labels."""
+        _, inputs = model_inputs(first_examples(self.validation_batches(), torch.device("cpu")))
+        return inputs
 
     def drawn(self, count: int, examples: int, seed: int) -> Tensor:
         """Return `examples` of `count` at random, or all where there are fewer."""

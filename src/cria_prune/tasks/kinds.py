@@ -39,6 +39,10 @@ Roles = Mapping[str, Sequence[Any]]
 Measure = Callable[[Encoder, nn.Module, Iterable[Batch], Progress | None], dict[str, float]]
 
 
+NO_METRIC = "fidelity"
+"""What stands for a metric where the dense model is all that a model can be measured by."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of task.
@@ -62,7 +66,7 @@ class Kind:
     batch: encode.Make
     features: Callable[[Encoder, Sequence[Any]], list[dict[str, Any]]] | None = None
     measure: Callable[[Encoder], Measure] | None = None
-    metric: Callable[[Encoder], str] = lambda _: "fidelity"
+    metric: Callable[[Encoder], str] = lambda _: NO_METRIC
     loss: Loss | None = None
     size: int = 64
     trained: int = 32
