@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,10 @@ from cria_prune import apply, discover, save
 from cria_prune.artifact.facts import EVAL, MEASURED, UNKNOWN, keep_facts, read_facts, side_by_side
 from cria_prune.base.errors import ArtifactError
 from cria_prune.cli.main import app
+from cria_prune.cli.measure import keep_evaluation
+from cria_prune.cli.output import Output
 from cria_prune.planning.plan import make_plan
+from cria_prune.repair.fidelity import Distance, Fidelity
 
 NETS = """
 import torch
@@ -93,10 +97,10 @@ def test_what_is_measured_stands_in_the_folder_and_in_the_report(here: Path) -> 
 def test_the_card_has_the_table_once_and_keeps_its_text(here: Path) -> None:
     card = Path("small/README.md")
     card.write_text("# small\n\n## Reload certificate\n\nbit-equal.\n")
-    keep_facts(Path("small"), EVAL, {"metric": "accuracy", "value": 0.75})
-    keep_facts(Path("small"), EVAL, {"fidelity": {"examples": 8, "outputs": [
-        {"name": "output", "samples": 8, "relative_error": 0.1, "cosine": 0.9, "divergence": 0.2, "agreement": 0.5}
-    ]}})  # fmt: skip
+    found: Any = SimpleNamespace(task=SimpleNamespace(metric="accuracy"), checkpoint=Path("small"))
+    distance = Fidelity(8, (Distance("output", 8, 0.1, 0.9, 0.2, 0.5),)).to_dict()
+    keep_evaluation(Output(), found, {"accuracy": 0.75, "perplexity-128": 3.0})  # by one command
+    keep_evaluation(Output(), found, {"against": "dense", "fidelity": distance})  # and by another
     text = card.read_text()
     assert text.count("## Dense beside pruned") == 1 and text.endswith(
         "## Reload certificate\n\nbit-equal.\n"
