@@ -29,6 +29,7 @@ SLOW: dict[str, tuple[str, ...]] = {
     "test_whole_experts_leave_with_their_router_rows": ("qwen", "olmoe", "gpt_oss", "jamba", "one group"),
     "test_a_model_with_fewer_experts_is_saved_and_pruned_again": ("",),
     "test_a_token_classifier_by_its_commands": ("",),
+    "test_prune_recover_eval_and_prune_again": ("",),
     "test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere": ("",),
 }
 """Name of a test -> parts of the names of its slow cases; the empty text is in all of them."""
