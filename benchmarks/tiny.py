@@ -251,7 +251,7 @@ def whisper(folder: Path) -> None:
     made = model(
         folder, "WhisperForConditionalGeneration", "WhisperConfig", vocab_size=VOCABULARY, d_model=32,
         encoder_layers=2, decoder_layers=2, encoder_ffn_dim=64, decoder_ffn_dim=64, encoder_attention_heads=4,
-        decoder_attention_heads=4, num_mel_bins=16, max_source_positions=50, max_target_positions=80,
+        decoder_attention_heads=4, num_mel_bins=16, max_source_positions=50, max_target_positions=448,
         pad_token_id=0, bos_token_id=2, eos_token_id=3, decoder_start_token_id=2, suppress_tokens=None,
         begin_suppress_tokens=None,
     )  # fmt: skip

@@ -323,7 +323,9 @@ def test_what_is_measured_was_not_calibrated_on(here: Path) -> None:
 
 def test_shards_are_one_split_and_empty_rows_are_left_out(here: Path) -> None:
     data = rows_of("shards", **{"0000": lines(30, 1), "0001": [None, *lines(29, 2)], "dev_0": lines(9, 3)})
-    assert {name: len(part) for name, part in read_source(data).items()} == {"train": 59, "validation": 9}
+    found, task = read_source(data), folder_task(Path("llama"), Texts(dataset=data))
+    assert {name: len(part) for name, part in found.items()} == {"train": 60, "validation": 9}
+    assert len(task.kind.rows(task.encoder, found["train"])) == 59
     import pyarrow as pa
     import pyarrow.parquet as pq
 
