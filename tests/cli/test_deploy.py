@@ -13,14 +13,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from typer.testing import CliRunner
 
 from cria_prune import apply, discover, save
 from cria_prune.artifact.facts import EVAL, MEASURED, UNKNOWN, keep_facts, read_facts, side_by_side
 from cria_prune.base.errors import ArtifactError
+from cria_prune.cli import deploy
 from cria_prune.cli.main import app
 from cria_prune.cli.measure import keep_evaluation
 from cria_prune.cli.output import Output
+from cria_prune.cli.target import Source
 from cria_prune.planning.plan import make_plan
 from cria_prune.repair.fidelity import Distance, Fidelity
 
@@ -128,6 +131,25 @@ def test_a_hugging_face_folder_has_its_tokenizer_beside_the_file(here: Path) -> 
     names = {path.name for path in Path("out/served").iterdir()}
     assert names == {"model.onnx", "export.json", "config.json", "preprocessor_config.json"}
     assert not Path("vit", MEASURED).exists()  # it is no folder of Cria's
+
+
+def test_an_example_has_the_segments_that_its_tokenizer_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pairs(nn.Module):
+        config = SimpleNamespace(type_vocab_size=2)
+
+        def forward(self, input_ids: Any, token_type_ids: Any = None) -> None:
+            pass
+
+    names: list[str] = ["input_ids"]
+    monkeypatch.setattr(deploy, "read_by", lambda *_: SimpleNamespace(model_input_names=names))
+    ids = {"input_ids": torch.ones(2, 4, dtype=torch.long)}
+    found = Source(Pairs(), ids, "small", "hugging-face")
+    assert deploy.with_segments(found) == ids  # there is no tokenizer
+    Path("small/tokenizer.json").write_text("{}")
+    assert deploy.with_segments(found) == ids  # it gives none
+    names.append("token_type_ids")
+    given: Any = deploy.with_segments(found)
+    assert given["token_type_ids"].tolist() == [[0, 0, 1, 1]] * 2
 
 
 MAKE = "nets_of_deploy:make"

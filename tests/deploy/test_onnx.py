@@ -84,6 +84,13 @@ def test_any_batch_and_length_and_int8_beside_it(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model.eval().float()(ids, mask, 2.0)["logits"]
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-5)
+    module = OnnxModule(tmp_path / "out" / "model.onnx")
+    whole = module(input_ids=ids)["logits"]  # no mask is a mask of ones
+    torch.testing.assert_close(whole, module(input_ids=ids, attention_mask=torch.ones_like(ids))["logits"])
+    with pytest.raises(DataError, match=r"the file does not read segments. Export with an example that"):
+        module(input_ids=ids, segments=ids)
+    with pytest.raises(DataError, match=r"it lacks input_ids"):
+        module(attention_mask=mask)
     assert done.int8 is not None and done.int8.layers == 1
     distance = done.int8.fidelity.worst
     assert 0 < distance.relative_error < 0.01 and distance.divergence is not None

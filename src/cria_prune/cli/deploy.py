@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +24,18 @@ from cria_prune.cli.settings import Export, Latency
 from cria_prune.cli.target import Source, load_source, parse_shape
 from cria_prune.deploy.folder import check_export, export_onnx
 from cria_prune.deploy.speeds import check_same_inputs, compare_latency
-from cria_prune.tasks.loading import CONFIG, HUB_NAME, example_inputs, find_folder
+from cria_prune.tasks.loading import (
+    CONFIG,
+    HUB_NAME,
+    example_inputs,
+    find_folder,
+    has_tokenizer,
+    read_by,
+)
 
 EXAMPLES = 64
 """Of the user's data, on which an int8 file is compared."""
+SEGMENTS = "token_type_ids"
 
 
 def export(request: Export, out: Output) -> None:
@@ -48,8 +57,9 @@ def export(request: Export, out: Output) -> None:
         found = network(request.target, request.factory, request.example, out)
         source = Path(found.name)
         pretrained = source.is_dir() and (source / CONFIG).is_file()
+        given = with_segments(found) if pretrained else found.example
         done = export_onnx(
-            folder, found.model, found.example, int8=request.int8, batches=_batches(request, found),
+            folder, found.model, given, int8=request.int8, batches=_batches(request, found),
             source=source if pretrained else None, provenance=provenance(None, device="cpu"),
             overwrite=request.overwrite,
         )  # fmt: skip
@@ -135,6 +145,21 @@ def network(name: str, factory: str | None, shape: str | None, out: Output) -> S
     if found.kind == "recipe" and found.target is not None:
         return replace(found, model=found.target.model(torch.device("cpu"), 0, out.progress).eval())
     return found
+
+
+def with_segments(found: Source) -> Batch:
+    """Return an example with what the tokenizer gives besides: which of two sentences a token is of."""
+    folder, example = Path(found.name), found.example
+    accepted = inspect.signature(found.model.forward).parameters
+    if SEGMENTS not in accepted or not isinstance(example, Mapping) or not has_tokenizer(folder):
+        return example
+    tokenizer = read_by("AutoTokenizer", folder, f"The tokenizer in {folder}", "Copy its files again")
+    if SEGMENTS not in tokenizer.model_input_names:
+        return example
+    config: Any = found.model.config
+    second = torch.zeros_like(example["input_ids"])
+    second[:, second.shape[1] // 2 :] = int(config.type_vocab_size > 1)
+    return {**example, SEGMENTS: second}
 
 
 def kept(out: Output, folder: Path, section: str, values: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from cria_prune.base.errors import ConfigError, DataError, needed, said
 ALONE = "output"
 """The name of an output that is one tensor."""
 EXTRA = "onnx"
+TOKENS, MASK = "input_ids", "attention_mask"
 
 
 class Flat(nn.Module):
@@ -75,10 +76,25 @@ class OnnxModule(nn.Module):
         self.gives = [item.name for item in self.session.get_outputs()]
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Return the outputs for a batch; what the file does not read is left out."""
+        """Return the outputs for a batch.
+
+        Raises:
+            DataError: it lacks what the file reads, or holds what the file was not exported with.
+        """
         given: dict[str, Any] = dict(zip(self.order, filter(_is_tensor, tree_leaves(args)), strict=False))
         given |= {name: item for name, item in kwargs.items() if _is_tensor(item)}
-        feed = {name: given[name].detach().cpu().numpy() for name in self.names if name in given}
+        if MASK in self.names and MASK not in given and TOKENS in given:
+            given[MASK] = torch.ones_like(given[TOKENS])  # as transformers takes it where there is none
+        for names, what in (
+            ([name for name in self.names if name not in given], "it lacks"),
+            ([name for name in given if name not in (*self.order, *self.names)], "the file does not read"),
+        ):
+            if names:
+                raise DataError(
+                    "A batch for an ONNX file", f"{what} {', '.join(names)}",
+                    "Export with an example that has the inputs of the batches",
+                )  # fmt: skip
+        feed = {name: given[name].detach().cpu().numpy() for name in self.names}
         found = self.session.run(None, feed)
         return {name: torch.from_numpy(item) for name, item in zip(self.gives, found, strict=True)}
 
