@@ -55,7 +55,7 @@ def measure(network: str, script: str, limit: float, folder: Path, again: bool) 
     zoo.find_vision()
     values = {
         "network": network,
-        "versions": {library: version(library)},
+        "versions": {} if library == "own" else {library: version(library)},
         "stages": stages,
         "provenance": provenance(seed=zoo.SEED, command=["benchmarks/coverage.py", *sys.argv[1:]]),
     }

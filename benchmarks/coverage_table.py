@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent / "results" / "coverage"
-LIBRARIES = ("torchvision", "timm", "transformers")
+LIBRARIES = ("own", "torchvision", "timm", "transformers")
 PEER_LIMIT = 120.0
 PARTICULARS = re.compile(r"'?\b[a-zA-Z_]\w*(\.\w+)+\b'?|\[[\d, ]+\]|\d{2,}")
 Results = dict[str, dict[str, Any]]
