@@ -18,7 +18,8 @@ Results = dict[str, dict[str, Any]]
 
 def result_path(folder: Path, script: str, network: str) -> Path:
     """Return where the result of one network is; `network` is library/name."""
-    return folder / {"coverage_cell": "cria", "peer": "torch-pruning"}[script] / f"{network}.json"
+    folders = {"coverage_cell": "cria", "peer": "torch-pruning", "removable_cell": "before"}
+    return folder / folders[script] / f"{network}.json"
 
 
 def read(folder: Path, who: str) -> Results:
