@@ -362,7 +362,7 @@ def tcn(skip: bool) -> nn.Module:
 class UNet(nn.Module):
     """Down twice and up twice; the skips are concatenations, or there are none."""
 
-    def __init__(self, skips: bool, normed: bool = True) -> None:
+    def __init__(self, skips: bool) -> None:
         super().__init__()
         more = 2 if skips else 1
         self.skips = skips
@@ -525,7 +525,7 @@ class Inputs(nn.Module):
         )
 
 
-def plain(normed: bool = True) -> nn.Module:
+def plain() -> nn.Module:
     """Three convolutions and a linear."""
     return nn.Sequential(
         ConvNorm(3, 24, 3), ConvNorm(24, 32, 3, 2), ConvNorm(32, 40, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
