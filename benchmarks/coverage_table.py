@@ -223,10 +223,10 @@ def summary(ours: Results) -> str:
 
 
 DEPLOYED = """\
-One network of each kind, half of the units of every inner group removed at random. *Export* is `torch.export`;
-*ONNX* has a dynamic batch: two examples made the file, three ran it in onnxruntime; *generate* compares greedy
-tokens with the cache and without; *save* is a checkpoint that is loaded into the dense architecture; *again* a
-second discovery and pruning of the result, proven."""
+One network of each kind, half of the units of every inner group removed at random. *Export* is
+`torch.export`; *ONNX* has a dynamic batch: two examples made the file, three ran it in onnxruntime; *generate*
+compares greedy tokens with the cache and without; *save* is a checkpoint that is loaded into the dense
+architecture; *again* a second discovery and pruning of the result, proven."""
 
 
 def deployed_table(folder: Path) -> list[str]:
@@ -258,7 +258,8 @@ RANDOM = """\
 Small random programs with these blocks beside the usual ones: experts in one weight, recurrent layers and
 cells, computed weights, widths that follow from the input, branches without a skip, other orders of channels.
 Every network is cut at random with and without residual width and then once more; *failed* are those whose
-pruned network was wrong or did not run, or whose discovery ended with an error. *Prunable* is of the groups."""
+pruned network was wrong or did not run, or whose discovery ended with an error. *Prunable* is of the
+groups."""
 
 
 def random_table(folder: Path) -> list[str]:

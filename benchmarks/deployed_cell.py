@@ -66,10 +66,17 @@ class Cell:
         shapes: Any = dict(zip(kwargs, sizes, strict=True)) if kwargs else tuple(sizes)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
-            torch.onnx.export(
-                copy.deepcopy(self.model), args, path, kwargs=kwargs, dynamo=True, dynamic_shapes=shapes,
-                verbose=False,
-            )  # fmt: skip
+            try:
+                torch.onnx.export(
+                    copy.deepcopy(self.model), args, path, kwargs=kwargs, dynamo=True, dynamic_shapes=shapes,
+                    verbose=False,
+                )  # fmt: skip
+            except (
+                Exception
+            ) as error:  # the exporter's own text is advice; what stopped it is the first cause
+                while error.__cause__ is not None:
+                    error = error.__cause__  # type: ignore[assignment]
+                raise RuntimeError(f"{type(error).__name__}: {' '.join(str(error).split())}") from None
             session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
             other = zoo.another(self.example)
             given = other.values() if isinstance(other, dict) else [other]

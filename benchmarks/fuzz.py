@@ -1,12 +1,13 @@
 """Thousands of random networks: is a cut ever wrong, and how much can be cut?
 
     python benchmarks/fuzz.py --networks 3000 --seed 0
-    python benchmarks/fuzz.py --networks 3000 --seed 1000000 --processes 1 --results benchmarks/results/fuzz/after
+    python benchmarks/fuzz.py --networks 3000 --seed 1000000 --results benchmarks/results/fuzz/after
 
 Networks from seed 1000000 on have the further blocks (experts, recurrence, computed weights, widths from the
 input, branches without a skip) too. With `--results` every fifty networks are a file there, and a stopped run
-goes on; without it, it prints networks, groups, the prunable ones per kind of network and of block, why the others are
-frozen, the largest difference between masked and pruned, and every failing network as a small program.
+goes on; without it, it prints networks, groups, the prunable ones per kind of network and of block, why the
+others are frozen, the largest difference between masked and pruned, and every failing network as a small
+program.
 """
 
 from __future__ import annotations

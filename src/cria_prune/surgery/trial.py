@@ -270,12 +270,16 @@ class _Trials:
     def cut(self, names: Sequence[str], seed: int) -> dict[str, np.ndarray]:
         """Draw what stays, about half at first; shares differ, so that equal sizes do not pass by chance."""
         # Groups lose different shares, so that a number of one that fits another by chance is found out.
+        # For the same reason groups of one size keep different numbers, as long as there are such.
         generator = np.random.default_rng(seed)
-        kept = {}
+        kept, taken = {}, set[tuple[int, int]]()
         for name in names:
             size = self.groups[name].size
             share = generator.uniform(0.35, 0.65) if seed == 0 else generator.uniform()
             stays = max(1, min(size - 1, round(size * share)))
+            free = [count for count in range(1, size) if (size, count) not in taken]
+            stays = min(free, key=lambda count: abs(count - stays)) if free else stays
+            taken.add((size, stays))
             kept[name] = np.sort(generator.permutation(size)[:stays])
         return kept
 
