@@ -1,4 +1,4 @@
-"""Which share of one network can go without residual width, and nothing more: a version of before runs it too.
+"""Which share of one network can go without residual width; an older version of the package runs it too.
 
     python benchmarks/removable_cell.py own/lstm-tagger
 

@@ -288,8 +288,9 @@ class NanoGpt(nn.Module):
         self.wte, self.wpe = nn.Embedding(TOKENS, WIDTH), nn.Embedding(32, WIDTH)
         self.blocks = nn.ModuleList(
             nn.ModuleDict({
-                "ln_1": nn.LayerNorm(WIDTH), "attn": CausalAttention(WIDTH, heads), "ln_2": nn.LayerNorm(WIDTH),
-                "c_fc": nn.Linear(WIDTH, 4 * WIDTH), "c_proj": nn.Linear(4 * WIDTH, WIDTH),
+                "ln_1": nn.LayerNorm(WIDTH), "attn": CausalAttention(WIDTH, heads),
+                "ln_2": nn.LayerNorm(WIDTH), "c_fc": nn.Linear(WIDTH, 4 * WIDTH),
+                "c_proj": nn.Linear(4 * WIDTH, WIDTH),
             })
             for _ in range(2)
         )  # fmt: skip
@@ -528,8 +529,8 @@ class Inputs(nn.Module):
 def plain() -> nn.Module:
     """Three convolutions and a linear."""
     return nn.Sequential(
-        ConvNorm(3, 24, 3), ConvNorm(24, 32, 3, 2), ConvNorm(32, 40, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        nn.Linear(40, CLASSES),
+        ConvNorm(3, 24, 3), ConvNorm(24, 32, 3, 2), ConvNorm(32, 40, 3, 2), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(40, CLASSES),
     )  # fmt: skip
 
 
@@ -776,6 +777,12 @@ def quantised() -> Built:
     return torch.ao.quantization.quantize_dynamic(net, {nn.Linear}), torch.randn(2, 20)
 
 
+def normed() -> nn.Module:
+    """Two convolutions under a weight norm, and a plain one."""
+    layers = (parametrizations.weight_norm(nn.Conv1d(*item, 3, padding=1)) for item in ((4, 32), (32, 24)))
+    return nn.Sequential(*layers, nn.ReLU(), nn.Conv1d(24, CLASSES, 1))
+
+
 def mixture() -> Built:
     """Splines before and after."""
     return nn.Sequential(KanLayer(12, 40), KanLayer(40, 24), KanLayer(24, CLASSES)), torch.rand(
@@ -827,9 +834,7 @@ OWN: dict[str, Callable[[], Built]] = {
     "siamese": lambda: (Siamese(), {"left": image(), "right": image()}),
     "users-yolo-detect": lambda: (SmallYolo(), image(64)),
     "users-lstm-layernorm": lambda: (NormedCell(), sequence()),
-    "users-weight-norm": lambda: (
-        nn.Sequential(*(parametrizations.weight_norm(nn.Conv1d(*item, 3, padding=1)) for item in ((4, 32), (32, 24))),
-                      nn.ReLU(), nn.Conv1d(24, CLASSES, 1)), torch.randn(2, 4, 20)),
+    "users-weight-norm": lambda: (normed(), torch.randn(2, 4, 20)),
     "users-partial-conv": lambda: (PartialConv(), image()),
     "users-several-inputs": lambda: (Inputs(), several()),
     "users-data-parallel": lambda: (nn.DataParallel(plain()), image()),

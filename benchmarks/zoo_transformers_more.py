@@ -80,7 +80,8 @@ LLAVA: dict[str, Any] = {
 }  # fmt: skip
 IDEFICS: dict[str, Any] = {
     "text_config": {**GROUPED, "model_type": "llama"},
-    "vision_config": {**VISION, "model_type": "idefics3_vision"}, "scale_factor": 2, "image_token_id": TOKENS - 1,
+    "vision_config": {**VISION, "model_type": "idefics3_vision"},
+    "scale_factor": 2, "image_token_id": TOKENS - 1,
     "tie_word_embeddings": False, "pad_token_id": 0,
 }  # fmt: skip
 XLNET = {"vocab_size": TOKENS, "d_model": 48, "n_layer": 2, "n_head": 6, "d_inner": 84, "num_labels": LABELS}
