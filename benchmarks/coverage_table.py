@@ -225,8 +225,8 @@ def summary(ours: Results) -> str:
 DEPLOYED = """\
 One network of each kind; half of the units of every inner group were removed at random. *Export* is
 `torch.export`; *ONNX* has a dynamic batch: two examples made the file, three ran it in onnxruntime;
-*generate* compares greedy tokens with the cache and without; *save* is a checkpoint that is loaded into the dense
-architecture; *again* a second discovery and pruning of the result, proven."""
+*generate* compares greedy tokens with the cache and without; *save* is a checkpoint that is loaded into the
+dense architecture; *again* a second discovery and pruning of the result, proven."""
 
 
 def deployed_table(folder: Path) -> list[str]:

@@ -97,9 +97,9 @@ class Translator(nn.Module):
         self.writes = nn.GRU(24, WIDTH, batch_first=True)
         self.joins, self.head = nn.Linear(2 * WIDTH, 40), nn.Linear(40, TOKENS)
 
-    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+    def forward(self, source: Tensor, written: Tensor) -> Tensor:
         memory, state = self.reads(self.source(source))
-        x = self.writes(self.target(target), state)[0]
+        x = self.writes(self.target(written), state)[0]
         weights = torch.softmax(x @ memory.transpose(1, 2), -1)
         return self.head(torch.tanh(self.joins(torch.cat([x, weights @ memory], -1))))
 
@@ -800,7 +800,7 @@ OWN: dict[str, Callable[[], Built]] = {
     "gru-cell": lambda: (Cells(nn.GRUCell), sequence()),
     "rnn-cell": lambda: (Cells(nn.RNNCell), sequence()),
     "rnn-by-hand": lambda: (Loop(), sequence()),
-    "gru-translator": lambda: (Translator(), {"source": tokens(), "target": tokens()}),
+    "gru-translator": lambda: (Translator(), {"source": tokens(), "written": tokens()}),
     "crnn": lambda: (Crnn(), torch.randn(2, 1, 16, 40)),
     "kan": mixture,
     "mlp-kan": lambda: (MlpKan(), torch.randn(2, 16)),
