@@ -82,7 +82,7 @@ class _Trials:
 
         Args:
             test: says what failed when a plan is carried out.
-            apart: heads and other widths are tried without each other too. A width by a number of heads
+            apart: heads and residual widths are tried without each other too. A width by a number of heads
                 can be the size of a head by chance when both are cut.
         """
         self.test = test
@@ -101,14 +101,11 @@ class _Trials:
                 self.blame(names)
 
     def parts(self, chosen: Sequence[str]) -> list[list[str]]:
-        """Return, where there are heads: all but the residual widths, these alone, and all but the heads."""
-        kinds = {name: self.groups[name].kind for name in chosen}
-        widths = [name for name in chosen if kinds[name] not in ("head", "kv group")]
-        if not 0 < len(widths) < len(chosen):
-            return []
-        residual = [name for name in chosen if kinds[name] == "residual"]
-        rest = [name for name in chosen if kinds[name] != "residual"]
-        return [rest, residual, widths] if residual else [widths]
+        """Return the residual widths, and the rest, where there are heads beside a residual width."""
+        residual = [name for name in chosen if self.groups[name].kind == "residual"]
+        rest = [name for name in chosen if name not in residual]
+        heads = any(self.groups[name].kind in ("head", "kv group") for name in rest)
+        return [rest, residual] if heads and residual else []
 
     def alike(self, chosen: Sequence[str]) -> list[list[str]]:
         """Return those of the groups that are not frozen, alike ones together."""
