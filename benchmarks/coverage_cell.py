@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import zoo
-from cria_prune import UnitGroups, apply, discover, verify
+from cria_prune import Plan, UnitGroups, apply, discover, verify
 from cria_prune.config import PlanConfig
 from cria_prune.planning.budget import count_parameters, largest_reachable
 from cria_prune.planning.plan import make_plan
@@ -65,6 +65,7 @@ class Cell:
             "kinds": kinds,
             "reasons": dict(reasons.most_common()),
             "tied": tied_layers(self.model, self.groups),
+            "accounted": accounted(self.groups),
         }
 
     def cut(self, scope: str) -> Values:
@@ -80,6 +81,8 @@ class Cell:
         smaller = apply(self.model, plan)
         result = verify(self.model, plan, smaller, self.example)
         found["moved"] = moved(self.model, smaller, self.example)
+        if scope == "inner":
+            found |= noisy(self.model, smaller, plan, self.example)
         backward(smaller, self.example)
         parameters = sum(item.numel() for item in smaller.parameters())
         kept = {
@@ -90,6 +93,42 @@ class Cell:
                 f"{parameters} parameters are left, the plan says {count_parameters(groups, kept)}"
             )
         return {**found, "difference": result.difference, "dtype": result.dtype, "parameters": parameters}
+
+
+def accounted(groups: UnitGroups) -> Values:
+    """Return fate -> share of the parameters, and the reasons that keep the most."""
+    account = groups.account()
+    shares = Counter[str]()
+    for entry in account:
+        shares[entry.fate] += entry.share
+    kept = [f"{100 * entry.share:.0f} % {entry.reason}"[:160] for entry in account.largest(2)]
+    return {**{fate: round(share, 4) for fate, share in shares.items()}, "largest": kept}
+
+
+def noisy(model: nn.Module, smaller: nn.Module, plan: Plan, example: zoo.Example) -> Values:
+    """Put noise into every weight entry that was removed; the masked network must not notice.
+
+    The entries that stay are told by their numbers: the same plan cuts a copy whose weights count from 0.
+    Compared on the example and on a second batch of three, in evaluation and in training mode.
+    """
+    counted, dense = copy.deepcopy(model).double(), copy.deepcopy(model)
+    with torch.no_grad():
+        for item in counted.parameters():
+            item.copy_(torch.arange(item.numel(), dtype=item.dtype).view(item.shape))
+        left = dict(apply(counted, plan).named_parameters())
+        generator, changed = torch.Generator().manual_seed(zoo.SEED), 0
+        for name, item in dense.named_parameters():
+            if name not in left or left[name].shape == item.shape:
+                continue
+            gone = torch.ones(item.numel(), dtype=torch.bool)
+            gone[left[name].ravel().long()] = False
+            values = item.ravel().clone()
+            others = values[gone]
+            values[gone] = 1.3 * others[torch.randperm(len(others), generator=generator)]
+            item.copy_(values.view(item.shape))
+            changed += len(others)
+    result = verify(dense, plan, smaller, example, examples=[zoo.another(example)])
+    return {"noise": {"entries": changed, "difference": result.difference}}
 
 
 def random_share(groups: UnitGroups, share: float, seed: int) -> dict[str, np.ndarray]:

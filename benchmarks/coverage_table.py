@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent / "results" / "coverage"
-LIBRARIES = ("torchvision", "timm", "transformers")
+LIBRARIES = ("own", "torchvision", "timm", "transformers")
 PEER_LIMIT = 120.0
 PARTICULARS = re.compile(r"'?\b[a-zA-Z_]\w*(\.\w+)+\b'?|\[[\d, ]+\]|\d{2,}")
 Results = dict[str, dict[str, Any]]
@@ -18,7 +19,8 @@ Results = dict[str, dict[str, Any]]
 
 def result_path(folder: Path, script: str, network: str) -> Path:
     """Return where the result of one network is; `network` is library/name."""
-    return folder / {"coverage_cell": "cria", "peer": "torch-pruning"}[script] / f"{network}.json"
+    folders = {"coverage_cell": "cria", "peer": "torch-pruning", "removable_cell": "before"}
+    return folder / folders[script] / f"{network}.json"
 
 
 def read(folder: Path, who: str) -> Results:
@@ -53,12 +55,15 @@ def seconds(stages: dict[str, Any], stage: str) -> str:
 
 OURS = """\
 Each network has random weights and a batch of two examples. Capture is `torch.export`, the first time in
-its process, its imports included; discover is all of it: capture, rules and trial cuts. Groups are counted
+its process, its imports included; discover is all of it: capture, rules and trial cuts. Both are seconds of
+one CPU. Groups are counted
 prunable + frozen, then by kind. *Removable* is the largest share of all parameters that can go with the
 default floor (a tenth of every group stays), without and with residual width. Then a random half of the
 units of every prunable group is removed at once, and *masked = pruned* is the largest difference in float64
 between the dense network with these units masked and the pruned one, relative to the largest output; without
-and with residual width. *Moved* is how far pruning moves the output, relative to its largest value: equality
+and with residual width. *Noise* is the same difference, without residual width, after noise was put into
+every weight entry that was removed, on this batch and on a second one of three examples, in evaluation and in
+training mode. *Moved* is how far pruning moves the output, relative to its largest value: equality
 says something only where that is large. After that the pruned network ran forward and back in float32 with
 finite gradients of the right shapes."""
 
@@ -85,15 +90,23 @@ def our_row(network: str, result: dict[str, Any]) -> list[str]:
     return [
         network,
         f"{stages.get('build', {}).get('parameters', 0):,}",
-        seconds(stages, "capture"),
-        seconds(stages, "discover"),
+        cpu(stages, "capture"),
+        cpu(stages, "discover"),
         f"{found['prunable']} + {found['frozen']}" if "prunable" in found else "",
         kinds,
         pair(inner, everything, "reachable", "{:.0%}"),
         pair(inner, everything, "difference", "{:.0e}"),
+        f"{inner['noise']['difference']:.0e}" if "noise" in inner else "",
         pair(inner, everything, "moved", "{:.2g}"),
         error_of(stages),
     ]
+
+
+def cpu(stages: dict[str, Any], stage: str) -> str:
+    """CPU seconds, or seconds where a file of before says no others."""
+    values = stages.get(stage, {})
+    value = values.get("cpu", values.get("seconds"))
+    return "" if value is None else f"{value:.1f}"
 
 
 def pair(first: dict[str, Any], second: dict[str, Any], key: str, form: str) -> str:
@@ -157,6 +170,124 @@ def origin(results: Results) -> str:
     return f"{len(results)} networks; {', '.join([*torch, *versions])}; code of commit {', '.join(commits)}."
 
 
+BEFORE = """\
+The share of all parameters that can go without residual width, by the commit before any of these kinds was
+followed, and now. The aim is more than half of each."""
+
+
+def before_table(folder: Path, ours: Results) -> list[str]:
+    """What an older version could remove of the networks that it was asked about, beside today's."""
+    before = read(folder, "before")
+    if not before:
+        return []
+    rows = []
+    for network, result in before.items():
+        old, now = result["stages"].get("removable", {}), ours.get(network, {}).get("stages", {})
+        share = now.get("cut inner", {}).get("reachable")
+        then = (
+            f"{old['reachable']:.0%}"
+            if "reachable" in old
+            else f"refused: {cell_text(old.get('error', '?'))}"
+        )
+        missed = share is not None and share <= 0.5
+        row = [network, then, "" if share is None else f"{share:.0%}", "missed" if missed else ""]
+        rows.append([*row[:3], error_of(now) if share is None else row[3]])
+    head = ["network", "before", "now", "aim"]
+    return ["## Before and now", "", BEFORE, "", origin(before), "", *table(head, rows), ""]
+
+
+def summary(ours: Results) -> str:
+    """Count networks and failures, and say how long discovery takes."""
+    stages = {network: result["stages"] for network, result in ours.items()}
+    spent = {
+        network: item["discover"].get("cpu", item["discover"].get("seconds"))
+        for network, item in stages.items()
+        if "seconds" in item.get("discover", {})
+    }
+    if not spent:
+        return ""
+    worst = sorted(spent, key=lambda network: -spent[network])[:3]
+    proven = [
+        item["cut inner"]["noise"]["difference"]
+        for item in stages.values()
+        if "noise" in item.get("cut inner", {})
+    ]
+    failed = [network for network, item in stages.items() if error_of(item)]
+    slow = sum(value > 10 for value in spent.values())
+    return (
+        f"Discovery takes {statistics.median(spent.values()):.1f} s in the median; the longest are "
+        f"{', '.join(f'{network} ({spent[network]:.1f} s)' for network in worst)}; {slow} above 10 s. "
+        f"{len(proven)} networks were proven with noise in what was removed"
+        f"{f', by {max(proven):.0e} at most' if proven else ''}; {len(failed)} were refused or failed."
+    )
+
+
+DEPLOYED = """\
+One network of each kind; half of the units of every inner group were removed at random. *Export* is
+`torch.export`; *ONNX* has a dynamic batch: two examples made the file, three ran it in onnxruntime;
+*generate* compares greedy tokens with the cache and without; *save* is a checkpoint that is loaded into the
+dense architecture; *again* a second discovery and pruning of the result, proven."""
+
+
+def deployed_table(folder: Path) -> list[str]:
+    """What the pruned networks went through after surgery: done, or why not."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*/*.json"))]
+    if not found:
+        return []
+    kinds = ("export", "onnx", "generate", "save", "again")
+    rows = [
+        [item["kind"], item["network"], *(went(item["stages"], stage) for stage in kinds)] for item in found
+    ]
+    return ["## After surgery", "", DEPLOYED, "", *table(["kind", "network", *kinds], rows), ""]
+
+
+def went(stages: dict[str, Any], stage: str) -> str:
+    values = stages.get(stage, {})
+    if not values:
+        return f"no: {error_of(stages)}" if error_of(stages) else ""
+    return (
+        f"no: {cell_text(values['error'])}"
+        if "error" in values
+        else "-"
+        if "not applicable" in values
+        else "done"
+    )
+
+
+RANDOM = """\
+Small random programs with these blocks beside the usual ones: experts in one weight, recurrent layers and
+cells, computed weights, widths that follow from the input, branches without a skip, other orders of channels.
+Every network is cut at random with and without residual width and then once more; *failed* are those whose
+pruned network was wrong or did not run, or whose discovery ended with an error. *Prunable* is of the
+groups."""
+
+
+def random_table(folder: Path) -> list[str]:
+    """The random networks of benchmarks/fuzz.py, before and now."""
+    rows, failures = [], []
+    for version in ("before", "after"):
+        chunks = [json.loads(path.read_text()) for path in sorted((folder / version).glob("*.json"))]
+        if chunks:
+            count, groups, good = (
+                sum(item[key] for item in chunks) for key in ("networks", "groups", "prunable")
+            )
+            failed = [text for item in chunks for text in item["failures"].values()]
+            commits = sorted({str(item["provenance"]["commit"])[:9] for item in chunks})
+            worst = f"{max(item['difference'] for item in chunks):.0e}"
+            rows.append(
+                [version, ", ".join(commits), f"{count:,}", f"{groups:,}", f"{good / max(groups, 1):.0%}"]
+            )
+            rows[-1] += [worst, f"{len(failed)}"]
+            if version == "after":
+                seen = Counter(cell_text(re.sub(PARTICULARS, "…", text)) for text in failed)
+                failures = [[text, f"{times}"] for text, times in seen.most_common()]
+    if not rows:
+        return []
+    head = ["", "commit", "networks", "groups", "prunable", "largest difference", "failed"]
+    more = [*table(["failed now", "networks"], failures), ""] if failures else []
+    return ["## Random networks", "", RANDOM, "", *table(head, rows), "", *more]
+
+
 def render(folder: Path = FOLDER) -> str:
     ours, peers = read(folder, "cria"), read(folder, "torch-pruning")
     lines = ["# Coverage", ""]
@@ -165,10 +296,18 @@ def render(folder: Path = FOLDER) -> str:
         "",
     ]
     if ours:
-        head = ["network", "parameters", "capture s", "discover s", "groups", "prunable + frozen by kind"]
-        head += ["removable", "masked = pruned", "moved", "failed"]
+        head = ["network", "parameters", "capture CPU s", "discover CPU s", "groups"]
+        head += ["prunable + frozen by kind"]
+        head += ["removable", "masked = pruned", "noise", "moved", "failed"]
         rows = [our_row(network, result) for network, result in ours.items()]
-        lines += ["## Cria", "", OURS, "", origin(ours), "", *table(head, rows), "", *reasons(ours), ""]
+        lines += ["## Cria", "", OURS, "", origin(ours), "", summary(ours), "", *table(head, rows), ""]
+        lines += [
+            *reasons(ours),
+            "",
+            *before_table(folder, ours),
+            *deployed_table(folder.parent / "deployed"),
+        ]
+        lines += random_table(folder.parent / "fuzz")
     if peers:
         head = ["network", "trace s", "left", "runs", "groups", "largest difference", "crash"]
         head += ["through a norm", "ties", "failed"]

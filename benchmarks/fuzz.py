@@ -1,9 +1,13 @@
 """Thousands of random networks: is a cut ever wrong, and how much can be cut?
 
     python benchmarks/fuzz.py --networks 3000 --seed 0
+    python benchmarks/fuzz.py --networks 3000 --seed 1000000 --results benchmarks/results/fuzz/after
 
-Prints networks, groups, the prunable ones per kind of network and of block, why the others are
-frozen, the largest difference between masked and pruned, and every failing network as a small program.
+Networks from seed 1000000 on have the further blocks (experts, recurrence, computed weights, widths from the
+input, branches without a skip) too. With `--results` every fifty networks are a file there, and a stopped run
+goes on; without it, it prints networks, groups, the prunable ones per kind of network and of block, why the
+others are frozen, the largest difference between masked and pruned, and every failing network as a small
+program.
 """
 
 from __future__ import annotations
@@ -15,12 +19,16 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 from generator import network, shrunk
 from generator_check import Outcome, check, check_seed, coverage, plain_reason, same_failure
+
+from cria_prune.artifact.rebuild import provenance
+from result_files import write
 
 
 def report(outcomes: list[Outcome], seconds: float) -> None:
@@ -45,6 +53,40 @@ def report(outcomes: list[Outcome], seconds: float) -> None:
         print(f"{count:7} {reason}")
 
 
+def by_chunks(seeds: range, folder: Path, processes: int) -> None:
+    """Write one file for every fifty seeds that has none yet; a failure is in it with its seed."""
+    with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
+        for first in range(seeds.start, seeds.stop, CHUNK):
+            path = folder / f"{first}.json"
+            if path.exists():
+                continue
+            outcomes = pool.map(check_seed, range(first, min(first + CHUNK, seeds.stop)))
+            write(path, summed(outcomes) | {"provenance": provenance(seed=first, command=COMMAND)})
+            failures = [f"seed {item.seed}: {item.failure}" for item in outcomes if item.failure]
+            print(f"{first}: {len(outcomes)} networks", *failures, sep="\n  ", file=sys.stderr, flush=True)
+
+
+def summed(outcomes: list[Outcome]) -> dict[str, Any]:
+    """Return the counts of some networks, ready for JSON."""
+    everything, offered = coverage(outcomes)
+    groups = [group for outcome in outcomes for group in outcome.groups]
+    return {
+        "networks": len(outcomes),
+        "groups": len(groups),
+        "prunable": sum(frozen is None and size > 1 for _, _, size, frozen in groups),
+        "moved": sum(outcome.moved > 0 for outcome in outcomes),
+        "difference": max(outcome.difference for outcome in outcomes),
+        "cpu": sum(outcome.seconds for outcome in outcomes),
+        "blocks": {name: [offered[name], count] for name, count in sorted(everything.items())},
+        "frozen": dict(Counter(plain_reason(frozen) for *_, frozen in groups if frozen).most_common(12)),
+        "failures": {str(outcome.seed): outcome.failure for outcome in outcomes if outcome.failure},
+    }
+
+
+CHUNK = 50
+COMMAND = ["benchmarks/fuzz.py", *sys.argv[1:]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--networks", type=int, default=3000)
@@ -53,8 +95,14 @@ def main() -> None:
     parser.add_argument(
         "--show", type=int, default=5, help="failing networks to shrink and print, one per kind"
     )
+    parser.add_argument(
+        "--results", type=Path, help="folder of result files; a network in one is not run again"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.results:
+        by_chunks(range(options.seed, options.seed + options.networks), options.results, options.processes)
+        return
     start = time.perf_counter()
     seeds = range(options.seed, options.seed + options.networks)
     with multiprocessing.get_context("spawn").Pool(options.processes, torch.set_num_threads, (1,)) as pool:

@@ -23,14 +23,14 @@ Stage = tuple[str, Callable[[], Values]]
 
 
 def stages(steps: Iterable[Stage], alone: Container[str] = ()) -> None:
-    """Run the steps in order and print what each returns, with its seconds.
+    """Run the steps in order and print what each returns, with its seconds and CPU seconds.
 
     An error ends them, but for the error of a step in `alone`, on which no later one rests.
     """
     warnings.simplefilter("ignore")
     for name, step in steps:
         print(json.dumps({"begins": name}), flush=True)
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         try:
             values = step()
         except Exception as error:
@@ -38,7 +38,11 @@ def stages(steps: Iterable[Stage], alone: Container[str] = ()) -> None:
             if name not in alone:
                 return
             continue
-        values = {"seconds": round(time.perf_counter() - start, 3), **values}
+        spent = {
+            "seconds": round(time.perf_counter() - start, 3),
+            "cpu": round(time.process_time() - busy, 3),
+        }
+        values = {**spent, **values}
         print(json.dumps({"stage": name, "values": values}), flush=True)
 
 

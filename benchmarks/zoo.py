@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+import zoo_own
 import zoo_transformers
+import zoo_transformers_more
 
 Example = Tensor | dict[str, Tensor]
 CLASSES, EXAMPLES, SEED = 10, 2, 0
@@ -33,15 +35,21 @@ TORCHVISION: dict[str, tuple[int, dict[str, Any]]] = {
     **dict.fromkeys(["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "vgg16_bn"], (64, {})),
     **dict.fromkeys(["alexnet", "squeezenet1_0", "mobilenet_v2", "mobilenet_v3_small"], (64, {})),
     "densenet121": (64, {}),
+    "googlenet_aux": (64, {"of": "googlenet", "aux_logits": True, "init_weights": False}),
     "googlenet": (64, {"aux_logits": False, "init_weights": False}),
     "inception_v3": (96, {"aux_logits": False, "init_weights": False}),
     **dict.fromkeys(["shufflenet_v2_x1_0", "mnasnet1_0", "efficientnet_b0", "regnet_y_400mf"], (64, {})),
     "convnext_tiny": (64, {}),
     "vit_b_16": (64, {"image_size": 64}),
     "swin_t": (64, {}),
+    "swin_v2_t": (64, {}),
+    **dict.fromkeys(["efficientnet_v2_s", "mobilenet_v3_large", "resnet34", "vgg11"], (64, {})),
     "maxvit_t": (224, {}),
     "fcn_resnet50": (64, {"weights_backbone": None}),
     "deeplabv3_resnet50": (64, {"weights_backbone": None}),
+    "lraspp_mobilenet_v3_large": (64, {"weights_backbone": None}),
+    "ssdlite320_mobilenet_v3_large": (64, {"weights_backbone": None}),
+    "retinanet_resnet50_fpn": (64, {"weights_backbone": None}),
 }
 
 TIMM: dict[str, tuple[int, dict[str, Any]]] = {
@@ -82,6 +90,28 @@ TIMM: dict[str, tuple[int, dict[str, Any]]] = {
     "hrnet_w18_small": (64, {}),
     "dla34": (64, {}),
     "eca_nfnet_l0": (64, {}),
+    "volo_d1_224": (64, {"img_size": 64}),
+    "crossvit_tiny_240": (240, {"depth": ((1, 1, 0), (1, 1, 0), (1, 1, 0))}),
+    "tnt_s_legacy_patch16_224": (64, {"img_size": 64, "depth": 2}),
+    "twins_svt_small": (64, {"img_size": 64, "depths": (1, 1, 1, 1)}),
+    "visformer_tiny": (64, {"img_size": 64}),
+    "efficientvit_b0": (64, {}),
+    "davit_tiny": (64, {"depths": (1, 1, 1, 1)}),
+    "hiera_tiny_224": (64, {"img_size": (64, 64), "stages": (1, 1, 1, 1)}),
+    "sequencer2d_s": (64, {"layers": (1, 1, 1, 1)}),
+    "mobileone_s0": (64, {}),
+    "repvit_m0_9": (64, {}),
+    "fasternet_t0": (64, {}),
+    "starnet_s1": (64, {}),
+    "mambaout_femto": (64, {}),
+    "rexnet_100": (64, {}),
+    "lcnet_050": (64, {}),
+    "ese_vovnet19b_dw": (64, {}),
+    "skresnet18": (64, {}),
+    "resnest14d": (64, {}),
+    "botnet26t_256": (64, {"img_size": 64}),
+    "mobilevitv2_050": (64, {}),
+    "vit_relpos_small_patch16_224": (64, {"img_size": 64, "depth": 2}),
 }
 
 # Apart from the other packages: transformers imports torchvision wherever it finds it, and fails with it
@@ -121,6 +151,25 @@ def in_double(model: nn.Module, example: Example) -> tuple[nn.Module, Example]:
 
     cast_example = cast(example) if isinstance(example, Tensor) else {k: cast(v) for k, v in example.items()}
     return model.double(), cast_example
+
+
+def another(example: Example) -> Example:
+    """Return a batch of three that looks like a batch of two: other numbers, tokens shifted by one place.
+
+    What has no dimension of two examples first (nodes and edges of a graph) keeps its rows.
+    """
+
+    def changed(tensor: Tensor) -> Tensor:
+        rows = tensor[[1, 0, 1]] if tensor.shape[:1] == (EXAMPLES,) else tensor
+        if rows.is_floating_point() and not bool(((rows == 0) | (rows == 1)).all()):
+            return rows + 0.3 * torch.randn_like(rows)  # not a mask
+        return rows.roll(1, -1) if rows.ndim > 1 and len(rows) != len(tensor) else rows
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED + 1)
+        return (
+            changed(example) if isinstance(example, Tensor) else {k: changed(v) for k, v in example.items()}
+        )
 
 
 def forward(model: nn.Module, example: Example) -> Any:
@@ -199,7 +248,9 @@ def _let_torchvision_import() -> None:
 def _torchvision(name: str) -> tuple[nn.Module, Example]:
     models = load("torchvision").models
     size, options = TORCHVISION[name]
-    source = models if hasattr(models, name) else models.segmentation
+    options = dict(options)
+    name = options.pop("of", name)
+    source = next(item for item in (models, models.segmentation, models.detection) if hasattr(item, name))
     model = getattr(source, name)(weights=None, num_classes=CLASSES, **options)
     return model, torch.randn(EXAMPLES, 3, size, size)
 
@@ -211,11 +262,15 @@ def _timm(name: str) -> tuple[nn.Module, Example]:
 
 
 def _transformers(name: str) -> tuple[nn.Module, Example]:
-    return zoo_transformers.build(load("transformers"), name, EXAMPLES)
+    return zoo_transformers.build(load("transformers"), FAMILIES[name], EXAMPLES)
+
+
+FAMILIES = zoo_transformers.FAMILIES | zoo_transformers_more.FAMILIES
 
 
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, Example]]] = {
     **{f"torchvision/{name}": partial(_torchvision, name) for name in TORCHVISION},
     **{f"timm/{name}": partial(_timm, name) for name in TIMM},
-    **{f"transformers/{name}": partial(_transformers, name) for name in zoo_transformers.FAMILIES},
+    **{f"transformers/{name}": partial(_transformers, name) for name in FAMILIES},
+    **{f"own/{name}": partial(zoo_own.build, name) for name in zoo_own.OWN},
 }

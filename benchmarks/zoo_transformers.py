@@ -44,15 +44,18 @@ class Family:
     inputs: tuple[str, ...] = ("text",)
 
 
-def _text_encoder(name: str, options: dict[str, Any]) -> Family:
+def text_encoder(name: str, options: dict[str, Any]) -> Family:
+    """A model that classifies texts."""
     return Family(f"{name}ForSequenceClassification", f"{name}Config", options)
 
 
-def _decoder(name: str, options: dict[str, Any]) -> Family:
+def decoder(name: str, options: dict[str, Any]) -> Family:
+    """A model that goes on with texts."""
     return Family(f"{name}ForCausalLM", f"{name}Config", options)
 
 
-def _vision(name: str, options: dict[str, Any]) -> Family:
+def vision(name: str, options: dict[str, Any]) -> Family:
+    """A model that classifies images."""
     return Family(f"{name}ForImageClassification", f"{name}Config", options, ("image",))
 
 
@@ -81,28 +84,28 @@ CLIP = {
 }
 
 FAMILIES: dict[str, Family] = {
-    "bert": _text_encoder("Bert", ENCODER),
-    "roberta": _text_encoder("Roberta", ENCODER),
-    "distilbert": _text_encoder("DistilBert", DISTILBERT),
-    "albert": _text_encoder("Albert", {**ENCODER, "embedding_size": 20}),
-    "electra": _text_encoder("Electra", {**ENCODER, "embedding_size": 20}),
-    "deberta-v2": _text_encoder("DebertaV2", DEBERTA),
-    "modernbert": _text_encoder("ModernBert", MODERNBERT),
-    "vit": _vision("ViT", VISION),
-    "deit": _vision("DeiT", VISION),
-    "dinov2": _vision("Dinov2", {**VISION, "mlp_ratio": 2}),
-    "swin": _vision("Swin", SWIN),
+    "bert": text_encoder("Bert", ENCODER),
+    "roberta": text_encoder("Roberta", ENCODER),
+    "distilbert": text_encoder("DistilBert", DISTILBERT),
+    "albert": text_encoder("Albert", {**ENCODER, "embedding_size": 20}),
+    "electra": text_encoder("Electra", {**ENCODER, "embedding_size": 20}),
+    "deberta-v2": text_encoder("DebertaV2", DEBERTA),
+    "modernbert": text_encoder("ModernBert", MODERNBERT),
+    "vit": vision("ViT", VISION),
+    "deit": vision("DeiT", VISION),
+    "dinov2": vision("Dinov2", {**VISION, "mlp_ratio": 2}),
+    "swin": vision("Swin", SWIN),
     "gpt2": Family("GPT2LMHeadModel", "GPT2Config", GPT2),
-    "opt": _decoder("OPT", OPT),
-    "gpt-neox": _decoder("GPTNeoX", DECODER),
-    "llama": _decoder("Llama", GROUPED),
-    "mistral": _decoder("Mistral", {**WIDE, "sliding_window": None}),
-    "qwen2": _decoder("Qwen2", WIDE),
-    "qwen3": _decoder("Qwen3", WIDE),
-    "gemma": _decoder("Gemma", WIDE),
-    "phi3": _decoder("Phi3", GROUPED),
-    "olmo2": _decoder("Olmo2", GROUPED),
-    "smollm3": _decoder("SmolLM3", GROUPED),
+    "opt": decoder("OPT", OPT),
+    "gpt-neox": decoder("GPTNeoX", DECODER),
+    "llama": decoder("Llama", GROUPED),
+    "mistral": decoder("Mistral", {**WIDE, "sliding_window": None}),
+    "qwen2": decoder("Qwen2", WIDE),
+    "qwen3": decoder("Qwen3", WIDE),
+    "gemma": decoder("Gemma", WIDE),
+    "phi3": decoder("Phi3", GROUPED),
+    "olmo2": decoder("Olmo2", GROUPED),
+    "smollm3": decoder("SmolLM3", GROUPED),
     "t5": Family("T5ForConditionalGeneration", "T5Config", T5, ("text", "targets")),
     "t5-gated": Family(
         "T5ForConditionalGeneration",
@@ -116,9 +119,8 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def build(library: ModuleType, name: str, examples: int) -> tuple[nn.Module, dict[str, Tensor]]:
+def build(library: ModuleType, family: Family, examples: int) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return the model of a family and its inputs by keyword."""
-    family = FAMILIES[name]
     config = getattr(library, family.config)(**family.options)
     parts = [getattr(config, key) for key in ("text_config", "vision_config") if key in family.options]
     for part in (config, *parts):
@@ -133,6 +135,10 @@ def build(library: ModuleType, name: str, examples: int) -> tuple[nn.Module, dic
 def _inputs(kind: str, examples: int) -> dict[str, Tensor]:
     if kind == "image":
         return {"pixel_values": torch.randn(examples, 3, PIXELS, PIXELS)}
+    if kind == "waveform":
+        return {"input_values": torch.randn(examples, 240)}
+    if kind.startswith("text with"):
+        return _text_with_images(examples, several=kind.endswith("images"))
     if kind == "audio":
         return {"input_features": torch.randn(examples, WHISPER["num_mel_bins"], 50)}
     tokens = torch.randint(3, TOKENS, (examples, LENGTH))
@@ -141,3 +147,15 @@ def _inputs(kind: str, examples: int) -> dict[str, Tensor]:
     mask = torch.ones_like(tokens)
     mask[1:, -PADDED:] = 0
     return {"input_ids": tokens * mask, "attention_mask": mask}
+
+
+def _text_with_images(examples: int, several: bool) -> dict[str, Tensor]:
+    """Four places of the text stand for an image; a model that takes several gets them in a list of one."""
+    tokens = torch.randint(3, TOKENS - 1, (examples, LENGTH))
+    tokens[:, 2:6] = TOKENS - 1
+    sizes = (examples, 1, 3, PIXELS, PIXELS) if several else (examples, 3, PIXELS, PIXELS)
+    return {
+        "input_ids": tokens,
+        "attention_mask": torch.ones_like(tokens),
+        "pixel_values": torch.randn(sizes),
+    }

@@ -15,7 +15,7 @@ from typing import Any
 import generator_check
 import pytest
 import torch
-from generator import KINDS, Program, network, shrunk
+from generator import FURTHER, KINDS, Program, network, shrunk
 from generator_check import Outcome, check, coverage, same_failure
 from torch import nn
 
@@ -123,3 +123,27 @@ def test_a_wrong_cut_is_seen_and_shrunk(monkeypatch: pytest.MonkeyPatch) -> None
     small = shrunk(network(0), fails, tries=60)
     assert fails(small)
     assert len(small.live()) < len(network(0).live())
+
+
+class Shaped(nn.Module):
+    """What one layer gives takes the shape of what another layer gave, and nothing else ties them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(4, 9), nn.Linear(9, 9), nn.Linear(9, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.one(x))
+        return self.head(torch.relu(self.two(x.flatten(0, 1))).view_as(x))
+
+
+def test_layers_of_one_size_are_not_tried_at_one_size() -> None:
+    groups = discover(Shaped().eval(), torch.randn(2, 5, 4))
+    assert [group.name for group in groups.prunable] == []
+
+
+@pytest.mark.parametrize("seed", [FURTHER, FURTHER + 2, FURTHER + 7])
+def test_further_kinds(seed: int) -> None:
+    outcome = check(network(seed))
+    assert outcome.failure is None
+    assert any(frozen is None for *_, frozen in outcome.groups)

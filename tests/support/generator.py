@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 KINDS = ("image", "sequence", "token")
+FURTHER = 1_000_000
+"""From this seed on networks have the blocks of `generator_recurrent` and `generator_further` too."""
 HEADER = "import math\n\nimport torch\nimport torch.nn.functional as F\nfrom torch import nn"
 FOOTER = """
 torch.manual_seed({seed})
@@ -147,7 +149,9 @@ class Value:
 
 
 Block = Callable[["Draw", Value], Value | None]
-BLOCKS: dict[str, list[tuple[int, Block]]] = {"image": [], "sequence": []}
+BLOCKS: dict[str, list[tuple[int, Block]]] = {
+    kind: [] for kind in ("image", "sequence", "further image", "further sequence")
+}
 
 
 def block(kind: str, weight: int) -> Callable[[Block], Block]:
@@ -167,6 +171,7 @@ class Draw:
         self.random, self.program, self.numbers = random, program, numbers
         self.values: list[Value] = []
         self.condition: tuple[str, int] | None = None
+        self.further = False
 
     def pick(self, *options: Any) -> Any:
         """Return one of the options."""
@@ -226,9 +231,12 @@ class Draw:
 
     def step(self, kind: str, x: Value) -> Value:
         """Draw one block that fits."""
-        weights = np.array([weight for weight, _ in BLOCKS[kind]], dtype=float)
+        known = BLOCKS[kind]
+        if self.further and self.chance(0.6):
+            known = BLOCKS[f"further {kind}"]
+        weights = np.array([weight for weight, _ in known], dtype=float)
         while True:
-            function = BLOCKS[kind][int(self.random.choice(len(weights), p=weights / weights.sum()))][1]
+            function = known[int(self.random.choice(len(weights), p=weights / weights.sum()))][1]
             result = function(self, x)
             if result is not None and 2 <= result.width <= 48:
                 self.program.blocks.append(function.__name__)
@@ -256,5 +264,9 @@ def network(seed: int) -> Program:
     kind = KINDS[seed % len(KINDS)]
     program = Program("Net", seed=seed, blocks=[kind])
     draw = Draw(random, program, iter(range(1, 10_000)))
+    if seed >= FURTHER:
+        import generator_further  # noqa: F401 - registers its blocks
+
+        draw.further = True
     {"image": image, "sequence": sequence, "token": token}[kind](draw)
     return program

@@ -14,7 +14,7 @@ def joined(draw: Draw, x: Value, name: str, width: int) -> Value:
     return Value(name, width, x.space)
 
 
-@block("sequence", 3)
+@block("further sequence", 4)
 def recurrent(draw: Draw, x: Value) -> Value:
     inner, layers, both = draw.width(), draw.pick(1, 1, 2), draw.chance(0.5)
     kind, length = draw.pick("LSTM", "LSTM", "GRU", "RNN"), x.space[0]
@@ -50,7 +50,7 @@ def recurrent(draw: Draw, x: Value) -> Value:
     return joined(draw, x, name, width * directions)
 
 
-@block("sequence", 2)
+@block("further sequence", 3)
 def cells(draw: Draw, x: Value) -> Value:
     inner, kind = draw.width(), draw.pick("LSTM", "GRU", "RNN", "hand", "cat")
     zeros = f"{x.name}.new_zeros({x.name}.shape[0], {{}})"

@@ -333,13 +333,18 @@ class _Trials:
         With `equal` they differ between sizes of groups alone.
         """
         # Groups lose different shares, so that a number of one that fits another by chance is found out.
+        # For the same reason groups of one size keep different numbers, as long as there are such.
         generator = np.random.default_rng(seed)
-        kept, shares = {}, dict[int, float]()
+        kept, shares, taken = {}, dict[int, float](), set[tuple[int, int]]()
         for name in names:
-            size = self.groups[name].size
+            size, least = self.groups[name].size, self.groups[name].least
             share = generator.uniform(0.35, 0.65) if seed == 0 else generator.uniform()
             share = shares.setdefault(size, share) if equal else share
-            stays = max(self.groups[name].least, min(size - 1, round(size * share)))
+            stays = max(least, min(size - 1, round(size * share)))
+            if not equal:
+                free = [count for count in range(least, size) if (size, count) not in taken]
+                stays = min(free, key=lambda count: abs(count - stays)) if free else stays
+                taken.add((size, stays))
             kept[name] = np.sort(generator.permutation(size)[:stays])
         return kept
 
