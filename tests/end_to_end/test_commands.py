@@ -38,7 +38,7 @@ SMALL = ["--examples", "64", "--rounds", "2", "--criterion", "l1", "--device", "
 PRUNING = {
     "--reduction", "--reduce", "--units", "--policy",
     "--speedup", "--latency-batch", "--latency-table", "--to-parameters", "--to-macs",
-    "--ignore", "--protect", "--share", "--keep", "--round-to",
+    "--ignore", "--protect", "--share", "--keep", "--round-to", "--serve", "--tensor-parallel",
     "--of", "--criterion", "--preset", "--rounds", "--ranking", "--residual", "--no-residual",
     "--experts", "--no-experts", "--drop-unreached", "--no-drop-unreached",
     "--repair", "--batch-norm", "--no-batch-norm",
@@ -82,6 +82,10 @@ SURFACE = {
     "recover": TUNING | COMMON | SAVING | DATA | MEASURED | {"--teacher", "--resume", "--examples"},
     "report": {"--layer", "--output", "--overwrite", "--quiet", "-q"},
     "eval": COMMON | DATA | MEASURED | {"--examples", "--tasks", "--task-folder", "--limit", "--against"},
+    "export": DATA | {"--onnx", "--int8", "--factory", "--example", "--overwrite", "--quiet", "-q"},
+    "latency": SAVING
+    | {"--against", "--batch", "--runtime", "--threads", "--seconds", "--factory", "--example", "--device"}
+    | {"--quiet", "-q"},
 }
 
 
