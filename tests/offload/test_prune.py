@@ -592,7 +592,9 @@ def test_a_wrong_cut_in_a_later_round_is_found(
 
 @pytest.fixture
 def quick(known: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    def prepared(model: nn.Module, batches: Any, config: PruneConfig, example: Batch) -> Prepared:
+    def prepared(
+        model: nn.Module, batches: Any, config: PruneConfig, example: Batch, **more: Any
+    ) -> Prepared:
         given = {"model": model, "batches": batches, "config": config, "example": example}
         return replace(known, structure=structure_of(model), **given)
 

@@ -210,7 +210,8 @@ def test_run_eval_and_recover_sst2(here: Path) -> None:
     assert "query" in kinds or "self" in kinds
     assert cria("eval", "out")["accuracy"] == said["recovered"]
     tuned = cria("recover", "out", "--epochs", "1", "--distill", "0.5", "--output", "again")
-    assert tuned["options"] == said["options"] and tuned["pruned"] == said["recovered"]
+    # What is kept names no folder of this machine.
+    assert tuned["options"] == {"quick": True, "base": "encoder"} and tuned["pruned"] == said["recovered"]
 
 
 def test_run_and_eval_llama(here: Path) -> None:

@@ -48,7 +48,9 @@ class Outcome:
 def random_plan(groups: UnitGroups, random: np.random.Generator, share: float = 1.0) -> dict[str, np.ndarray]:
     """Keep a random number of random units of a share of the prunable groups."""
     return {
-        group.name: np.sort(random.permutation(group.size)[: int(random.integers(group.least, group.size + 1))])
+        group.name: np.sort(
+            random.permutation(group.size)[: int(random.integers(group.least, group.size + 1))]
+        )
         for group in groups.prunable
         if random.random() < share
     }

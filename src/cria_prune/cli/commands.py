@@ -253,13 +253,12 @@ def prune(request: Prune, out: Output) -> None:
     prepared = found.prepared(config, request.torch_device)
     prepared.check_reach()
     found.policy = saved_as(config)
-    if found.pretrained:
-        room = prepared.savable()
-        for line in [] if room is None else str(room).splitlines():
-            out.note(line)
+    room = prepared.savable() if found.pretrained else None
     steps = Steps(config, watch=request.watch, scored=scored)
     with job_of(found, "-pruned", request, out, padded=padded) as job:
         if not job.ended(steps.described, PRUNED):
+            for line in [] if room is None else str(room).splitlines():
+                out.note(line)
             out.answer(do(job, prepared.with_model(dense_model(job)), steps))
 
 

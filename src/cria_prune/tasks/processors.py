@@ -139,15 +139,9 @@ class Processors:
             # The Auto class and the usual classes ask for torchvision, whose twin needs Pillow alone.
             for kind in (f"{name}{FALLBACK}", name):
                 found = _made(getattr(library, kind, None), settings)
-                if found is not None and not _has_torchvision():
+                if found is not None and not library.utils.is_torchvision_available():
                     return found
         return read_by(auto, self.folder, asked, todo)
-
-
-def _has_torchvision() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("torchvision") is not None
 
 
 def _made(kind: Any, settings: Mapping[str, Any]) -> Any:
