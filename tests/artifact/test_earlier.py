@@ -1,4 +1,4 @@
-"""What transformers 4 reads under other names: measured equal on 4.57.6 for 27 families, by hand."""
+"""What transformers 4 reads under other names: on 4.57.6 by hand, 23 of 29 tiny models equal in each bit."""
 
 from __future__ import annotations
 

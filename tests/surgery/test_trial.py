@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cria_prune import apply, discover
 from cria_prune.planning.plan import Plan, make_plan
 from cria_prune.surgery.trial import _Trials
-from cria_prune.surgery.verify import Reference
+from cria_prune.surgery.verify import Reference, verify
 
 pytest.importorskip("transformers")
 
@@ -79,3 +79,30 @@ def test_sizes_that_a_layer_stores_are_told_apart_where_they_are_equal() -> None
     needed.add("none of them")
     assert not trials.chosen([group.name])
     assert {item.name for item in trials.groups[group.name].counts if item.sure} == {"size", "inner", "mixed"}
+
+
+class Halved(nn.Module):
+    """Heads cut out of a width that is read off the input: half of both still splits into three parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outside, self.heads = nn.Parameter(torch.rand(12, 9) - 0.3), 2
+        self.joint, self.out = nn.Linear(12, 36, bias=False), nn.Linear(12, 12, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x @ self.outside.T
+        b, t, c = x.shape
+        parts = (item.view(b, t, self.heads, c // self.heads) for item in self.joint(x).split(c, -1))
+        q, k, v = (item.transpose(1, 2) for item in parts)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).reshape(b, t, c))
+
+
+def test_what_is_mended_together_is_tried_alone_too() -> None:
+    torch.manual_seed(0)
+    model, example = Halved().eval(), torch.randn(2, 3, 9)
+    groups = discover(model, example)
+    assert {group.name for group in groups.prunable} == {"outside", "joint"}
+    for kept in ({"outside": np.arange(5)}, {"joint": np.arange(1)}, {"outside": np.arange(7), "joint": [1]}):
+        plan = make_plan(groups, {name: np.asarray(stays) for name, stays in kept.items()})
+        assert verify(model, plan, apply(model, plan), example).difference < 1e-12

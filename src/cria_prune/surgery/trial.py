@@ -69,6 +69,8 @@ def untrained_said(reason: str) -> str:
 Test = Callable[[Plan], str | None]
 Key = tuple[str, str]
 """Name of an attribute, and how its module sees the units (see `groups.Count`)."""
+DRAWS = 3
+"""Cuts of all groups by which shapes are tried at least."""
 CHOSEN = 6
 """Names of attributes of which every choice is tried, where neither all nor one of them will do."""
 
@@ -98,7 +100,9 @@ class _Trials:
         chosen = [group.name for group in self.all.prunable if group.name not in self.frozen]
         # Where all groups pass together, one trial is all that it takes.
         tried = [chosen, *(self.parts(chosen) if apart else [])]
-        if chosen and any(self.failure(names) is not None for names in tried):
+        # Shapes fit by chance: a split of 18 by 6 still gives three parts. One draw for all is too few.
+        draws = DRAWS if by_shapes else 1
+        if chosen and any(self.failure(names, draws) is not None for names in tried):
             itself = self.failure([])
             if itself is not None:  # NaN, chance: it says nothing, so what is only assumed is not offered
                 why = f"and the model differs from itself: {itself}"
@@ -147,7 +151,8 @@ class _Trials:
         for residual in (False, True):
             classes = [item for item in failing if (self.groups[item[0]].kind == "residual") is residual]
             if len(classes) > 1 and self.mended([name for names in classes for name in names]):
-                continue
+                # A width and the heads that are cut out of it may fit each other by chance, and not alone.
+                classes = [names for names in classes if self.failure(names) is not None]
             for names in classes:
                 if not self.mended([*names]):
                     self.halve([*names], failing[names])
@@ -297,7 +302,7 @@ class _Trials:
             return f"a trial cut failed although {assumes[0]}: {failure}"
         return f"a trial cut failed, its forward depends on how many units there are: {failure}"
 
-    def failure(self, names: Sequence[str]) -> str | None:
+    def failure(self, names: Sequence[str], least: int = 1) -> str | None:
         """Remove some units of the named groups on a copy; None if the test passes.
 
         Numbered bounds can fit one cut by chance, so where they are assumed several cuts are tried.
@@ -305,6 +310,7 @@ class _Trials:
         # A cut that happens to keep the numbered positions passes: a class of alike groups is tried
         # twelve times, all groups together four times. One cut is enough where there are no such numbers.
         draws = 1 if not self.has_bounds(names) else 12 if len(self.alike(names)) == 1 else 4
+        draws = max(draws, least)
         if any(item.sure and item.sight for name in names for item in self.groups[name].counts):
             draws = max(draws, 4)  # a stored number can fit the width of another layer by chance
         cuts = [self.cut(names, seed) for seed in range(draws)]
