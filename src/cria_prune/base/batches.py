@@ -162,6 +162,15 @@ def forward(model: Callable[..., Any], batch: Batch, step: Callable[[Batch], Any
         ) from error
 
 
+ALONE = "output"
+"""Name of an output that is one tensor."""
+
+
+def names_along(path: Iterable[Any]) -> list[str]:
+    """Return the names of the keys, places and attributes on the way to a leaf of a tree of torch."""
+    return [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path]
+
+
 def outputs(model: nn.Module, example: Batch) -> list[Tensor]:
     """Return the tensors of a model's output for an example, in evaluation mode, without gradients.
 

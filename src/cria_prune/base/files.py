@@ -364,8 +364,22 @@ def whole_folder(
                 parent.rmdir()
 
 
-def check_free(target: Path, overwrite: bool) -> None:
-    """Raise an ArtifactError unless a folder may be written here; see `whole_folder`."""
+def check_free(
+    target: Path,
+    overwrite: bool,
+    mark: str = MANIFEST,
+    ours: Callable[[Path], bool] | None = None,
+    told: str = "was written by Cria",
+) -> None:
+    """Raise an ArtifactError unless a folder may be written here: it is new, empty, or all of it is ours.
+
+    Args:
+        target: the folder; overwrite: accept one that holds files.
+        mark: the file that a folder of this kind always has.
+        ours: whether an entry may be replaced; None: by the names that Cria gives to models.
+        told: what the whole folder would have to be, for the error.
+    """
+    ours = ours or _is_ours
     asked = f"Writing the folder {target}"
     if not target.exists():
         return
@@ -374,12 +388,12 @@ def check_free(target: Path, overwrite: bool) -> None:
     if not overwrite:
         check_empty(target, asked)
     found = sorted(entry.name for entry in target.iterdir())
-    strange = [name for name in found if not _is_ours(target / name)]
-    if strange or (found and MANIFEST not in found):
-        reason = f"it holds {', '.join(strange[:3])}" if strange else f"it has no {MANIFEST}"
+    strange = [name for name in found if not ours(target / name)]
+    if strange or (found and mark not in found):
+        reason = f"it holds {', '.join(strange[:3])}" if strange else f"it has no {mark}"
         raise ArtifactError(
             f"Replacing the folder {target}",
-            f"{reason}, so not all of it was written by Cria",
+            f"{reason}, so not all of it {told}",
             "Choose another folder, or remove this one yourself",
         )
 

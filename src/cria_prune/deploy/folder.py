@@ -11,8 +11,7 @@ from typing import Any
 from torch import nn
 
 from cria_prune.base.batches import Batch
-from cria_prune.base.errors import ArtifactError
-from cria_prune.base.files import COPIED, check_empty, copy_known, is_plain_file, whole_folder, write_json
+from cria_prune.base.files import COPIED, check_free, copy_known, is_plain_file, whole_folder, write_json
 from cria_prune.base.inputs import read, read_one
 from cria_prune.base.kinds import plain
 from cria_prune.base.progress import quiet
@@ -111,24 +110,11 @@ def export_onnx(
 
 def check_export(target: Path, overwrite: bool) -> None:
     """Raise an ArtifactError unless a folder may be written: it is new, empty, or of `export_onnx`."""
-    asked = f"Writing the folder {target}"
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise ArtifactError(asked, "found a file of that name", "Choose another name")
-    if not overwrite:
-        check_empty(target, asked)
-    names = sorted(entry.name for entry in target.iterdir())
-    strange = [
-        name for name in names
-        if (target / name).is_dir() or not any(fnmatch(name, pattern) for pattern in OURS)
-    ]  # fmt: skip
-    if strange or (names and FACTS not in names):
-        reason = f"it holds {', '.join(strange[:3])}" if strange else f"it has no {FACTS}"
-        raise ArtifactError(
-            f"Replacing the folder {target}", f"{reason}, so not all of it is an export of Cria",
-            "Choose another folder, or remove this one yourself",
-        )  # fmt: skip
+    check_free(target, overwrite, FACTS, _is_ours, "is an export of Cria")
+
+
+def _is_ours(path: Path) -> bool:
+    return not path.is_dir() and any(fnmatch(path.name, pattern) for pattern in OURS)
 
 
 def _beside(folder: Path, model: Any, source: Path | None) -> tuple[str, ...]:

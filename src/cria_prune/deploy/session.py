@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
-from cria_prune.base.batches import Batch, model_inputs
+from cria_prune.base.batches import ALONE, Batch, model_inputs, names_along
 from cria_prune.base.errors import ConfigError, DataError, needed, said
 
-ALONE = "output"
 """The name of an output that is one tensor."""
 EXTRA = "onnx"
 TOKENS, MASK = "input_ids", "attention_mask"
@@ -125,8 +124,7 @@ def named(output: Any) -> Iterator[tuple[str, Tensor]]:
     leaves, _ = tree_flatten_with_path(output)
     for path, leaf in leaves:
         if isinstance(leaf, Tensor):
-            parts = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path]
-            yield ".".join(parts) or ALONE, leaf
+            yield ".".join(names_along(path)) or ALONE, leaf
 
 
 def tensors_of(example: Batch) -> list[Tensor]:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path
 
 from cria_prune.base.batches import (
+    ALONE,
     Batch,
     again,
     batch_size,
@@ -36,6 +37,7 @@ from cria_prune.base.batches import (
     forward,
     map_tensors,
     model_inputs,
+    names_along,
     told_apart,
 )
 from cria_prune.base.errors import DataError, SignalError
@@ -145,10 +147,6 @@ class Fidelity:
             ValueError: a value is missing or of another type.
         """
         return _form().validate_python(values)
-
-
-ALONE = "output"
-"""The name of an output that is one tensor."""
 
 
 @cache
@@ -265,7 +263,7 @@ def named_outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 def _named(output: Any) -> Iterator[tuple[str, Tensor]]:
     leaves, _ = tree_flatten_with_path(output)
     for path, leaf in leaves:
-        parts = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path]
+        parts = names_along(path)
         if not isinstance(leaf, Tensor):  # an object that torch cannot take apart
             leaf, parts = getattr(leaf, "logits", None), [*parts, "logits"]
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel():

@@ -7,7 +7,7 @@ cut shows, so that these are guesses of the last resort.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import nn
 from torch.fx import Node
 
 from cria_prune.structure.groups import Count, Sight
-from cria_prune.structure.rules.core import Context, module_path
+from cria_prune.structure.rules.core import Context, arrays_of, module_path
 
 
 def stored_sizes(module: nn.Module) -> dict[str, int]:
@@ -48,7 +48,7 @@ def checked_sizes(
     seen = set[tuple[str, Sight, bytes]]()
     for node, axes in context.axes.items() if stored else ():
         # What comes from weights alone, no code looks at.
-        for atoms in (item for item in _flat(axes) if node in context.data and len(item) in wanted):
+        for atoms in (item for item in arrays_of(axes) if node in context.data and len(item) in wanted):
             units = classes[atoms]
             for path, sight in _handled(node, stored):
                 names = [name for name, size in stored[path].items() if size == len(atoms)]
@@ -103,11 +103,3 @@ def _child(path: str, inner: str) -> str:
     """Return the path of the module in `path` that `inner` lies in."""
     start = f"{path}." if path else ""
     return start + inner.removeprefix(start).partition(".")[0]
-
-
-def _flat(axes: Any) -> Iterable[np.ndarray]:
-    if isinstance(axes, (list, tuple)):
-        for item in axes:
-            yield from _flat(item)
-    elif isinstance(axes, np.ndarray):
-        yield axes

@@ -9,16 +9,15 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from cria_prune.base.errors import some
-from cria_prune.structure.rules.core import Context, module_path
+from cria_prune.structure.rules.core import Context, arrays_of, module_path
 
 
 def weights_read(graph: Graph, names: Mapping[str, str]) -> set[str]:
@@ -124,7 +123,7 @@ def freeze_around(
             sizes.setdefault(around, {}).update({size: name for size in lengths if size > 1})
     for node in (node for graph in graphs for node in graph.nodes):
         for around in _in_sight(node, ran) & sizes.keys():
-            for atoms in _flat(context.axes.get(node)):
+            for atoms in arrays_of(context.axes.get(node)):
                 weight = sizes[around].get(len(atoms))
                 reason = f"no forward that was tried reads {weight!r}, which may count on these units: {way}"
                 context.units.freeze(None if weight is None else atoms, reason)
@@ -198,14 +197,6 @@ def _in_sight(node: Node, ran: Collection[str]) -> set[str]:
             path = path.rpartition(".")[0]
         found.add(path)
     return found
-
-
-def _flat(axes: object) -> Iterator[np.ndarray]:
-    if isinstance(axes, (list, tuple)):
-        for item in axes:
-            yield from _flat(item)
-    elif isinstance(axes, np.ndarray):
-        yield axes
 
 
 def unread_said(unread: Sequence[str]) -> str:

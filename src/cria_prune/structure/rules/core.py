@@ -7,7 +7,7 @@ where there are several). An operation without a rule freezes what touches it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
@@ -316,6 +316,15 @@ def operation_name(node: Node) -> str:
     parts = name.split(".")
     base = parts[1] if parts[0] in NAMESPACES and len(parts) > 1 else parts[0]
     return base.rstrip("_") or base
+
+
+def arrays_of(axes: object) -> Iterator[np.ndarray]:
+    """Yield the arrays in what a node's axes are: one, or lists and tuples of them, nested."""
+    if isinstance(axes, (list, tuple)):
+        for item in axes:
+            yield from arrays_of(item)
+    elif isinstance(axes, np.ndarray):
+        yield axes
 
 
 def module_path(node: Node) -> str:
